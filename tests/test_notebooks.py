@@ -1,0 +1,80 @@
+"""Committed notebooks are clean, and the check and the cleaning that see to it do work."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from tests.execute_notebooks import KERNEL, ROOT, WIDGET_NOTE, clean
+from tests.notebook_hygiene import WIDGET_VIEW, problems, problems_of_file
+
+NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+PICTURE = new_output("display_data", {"image/png": "iVBORw0KGgo=", "text/plain": "<Figure>"})
+
+
+def notebook_with(*outputs, source="1"):
+    """A notebook of one executed cell, with a picture and these outputs."""
+    cell = new_code_cell(source, execution_count=1, outputs=[PICTURE, *outputs])
+    return new_notebook(cells=[cell], metadata={"kernelspec": KERNEL})
+
+
+def stream(text, name="stdout"):
+    return new_output("stream", name=name, text=text)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_committed_notebook_is_clean(path):
+    assert problems_of_file(path) == []
+
+
+def test_a_clean_notebook_passes():
+    harmless = "loss 0.1; see https://x.org/data/a.csv, runs/a/best_model.pth, 3/4 and 50% | 2"
+    assert problems(notebook_with(stream(harmless)), "01_data.ipynb") == []
+
+
+@pytest.mark.parametrize(
+    "output, complaint",
+    [
+        (new_output("error", ename="ValueError", evalue="bad", traceback=[]), "raised ValueError"),
+        (stream("saved to /home/ada/runs/x"), "an absolute path: '/home/ada'"),
+        (stream(r"saved to C:\Users"), "an absolute path"),
+        (stream("careful", name="stderr"), "wrote to stderr"),
+        (stream(" 40%|████      | 4/10"), "a progress bar"),
+        (stream("<Legend at 0x7f00aa11bb22>"), "a memory address"),
+        (new_output("display_data", {WIDGET_VIEW: {}, "text/plain": "VBox()"}), "a widget"),
+    ],
+)
+def test_each_fault_is_named(output, complaint):
+    (found,) = problems(notebook_with(output), "01_data.ipynb")
+    assert complaint in found
+
+
+def test_faults_of_the_whole_file_are_named():
+    notebook = notebook_with()
+    notebook.cells[0].outputs = []
+    notebook.cells[0].execution_count = 3
+    found = " ".join(problems(notebook, "Data.ipynb", size=400_001))
+    for complaint in ["name", "400,001 bytes", "top to bottom", "no picture"]:
+        assert complaint in found
+
+
+def test_cleaning_leaves_nothing_to_complain_about():
+    """Paths, bars and widgets go; numbers and pictures stay; a second time nothing changes."""
+    notebook = notebook_with(
+        stream(f"{ROOT}/runs/x\n 40%|████      | 4/10\nloss 0.1\n"),
+        new_output("display_data", {WIDGET_VIEW: {}, "text/plain": "VBox()", "text/html": "<b>"}),
+        new_output("display_data", {WIDGET_VIEW: {}, "text/plain": "HBox((FloatProgress(0),))"}),
+    )
+    notebook.cells[0].metadata["execution"] = {"iopub.status.busy": "2026-01-01T00:00:00Z"}
+    notebook.metadata["widgets"] = {}
+    clean(notebook)
+    assert problems(notebook, "01_data.ipynb") == []
+    picture, text, widget = notebook.cells[0].outputs
+    assert picture.data == PICTURE.data
+    assert text.text == "runs/x\nloss 0.1\n"
+    assert widget.data == {"text/plain": WIDGET_NOTE}
+    assert not notebook.cells[0].metadata
+    before = nbformat.writes(notebook)
+    clean(notebook)
+    assert nbformat.writes(notebook) == before
