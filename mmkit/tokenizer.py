@@ -1,0 +1,90 @@
+"""Turn captions into word pieces.
+
+`train_wordpiece` learns a WordPiece vocabulary from the captions themselves (Schuster & Nakajima
+2012, the algorithm BERT uses), so that a small data set needs no download; any Hugging Face
+tokenizer works in its place. Both are saved inside a checkpoint as plain text.
+Shapes: B batch, L text length. `valid` is True for a REAL token. Walk-through: notebooks/01_data.ipynb.
+"""
+
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SPECIAL_TOKENS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+
+
+def train_wordpiece(texts: Sequence[str], vocab_size: int = 4096):
+    """Train a lower-casing WordPiece on captions; returns a Hugging Face fast tokenizer.
+
+    The same captions give the same vocabulary, whatever their order. Raises ValueError without texts.
+    """
+    from tokenizers import BertWordPieceTokenizer
+
+    if not texts:
+        raise ValueError("0 captions to train a tokenizer on; give at least one")
+    raw = BertWordPieceTokenizer(lowercase=True)
+    special = list(SPECIAL_TOKENS.values())
+    unique = sorted(set(texts))
+    raw.train_from_iterator(
+        unique, vocab_size=vocab_size, min_frequency=1, special_tokens=special, show_progress=False
+    )
+    return _wrap(raw.to_str(), SPECIAL_TOKENS)
+
+
+def _wrap(tokenizer_json: str, special_tokens: dict):
+    """A Hugging Face fast tokenizer around the text of a `tokenizers` file."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer.from_str(tokenizer_json)
+    raw.no_padding()
+    raw.no_truncation()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **special_tokens)
+
+
+def encode_texts(tokenizer, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
+    """Word pieces of captions: `(input_ids (B, L) int64, valid (B, L) bool)`.
+
+    L is the longest caption's length, at most `max_length`; longer ones are cut, their end token kept.
+    """
+    encoded = tokenizer(
+        list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+    )
+    return encoded["input_ids"].long(), encoded["attention_mask"].bool()
+
+
+def special_ids(tokenizer) -> Tensor:
+    """Ids that are never hidden ([CLS], [SEP], [PAD], [MASK]), sorted; an unknown word may be hidden."""
+    keep = {i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id}
+    return torch.tensor(sorted(keep), dtype=torch.int64)
+
+
+def tokenizer_state(tokenizer) -> dict:
+    """A fast tokenizer as plain text, for a checkpoint.
+
+    Raises ValueError for a tokenizer that is not backed by the `tokenizers` library.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        name = type(tokenizer).__name__
+        raise ValueError(f"{name} cannot be saved as text; use its fast version (use_fast=True)")
+    names = SPECIAL_TOKENS.keys() | {"bos_token", "eos_token"}
+    special = {name: str(getattr(tokenizer, name)) for name in names if getattr(tokenizer, name)}
+    return {"json": backend.to_str(), "special_tokens": special}
+
+
+def tokenizer_from_state(state: dict):
+    """The tokenizer that `tokenizer_state` saved."""
+    try:
+        json.loads(state["json"])
+        return _wrap(state["json"], dict(state["special_tokens"]))
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"the saved tokenizer cannot be read ({error}); the file is damaged") from None
