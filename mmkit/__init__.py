@@ -1,1 +1,52 @@
-"""mmkit: teach and research masked image+text training, in Jupyter."""
+"""mmkit: teach and research masked image+text training, in Jupyter.
+
+A ViT and a BERT learn one space for pictures and texts while most patches and some words are hidden.
+Importing this never touches CUDA, nor transformers' model code.
+"""
+
+from . import cost, losses, masking, plots, retrieval, widgets
+from .checkpoint import load
+from .config import TrainingConfig
+from .data import Batch, MultimodalDataset
+from .distributed import launch
+from .encoder import EncoderOutput, MultimodalEncoder
+from .losses import info_nce, sigmoid_loss
+from .masking import Masking, mask_noise
+from .openmoji import openmoji
+from .retrieval import Index, embed, embed_texts, evaluate, mean_recall, recall_at_k, zero_shot
+from .tokenizer import train_wordpiece
+from .trainer import MaskedMultimodalTrainer, Run, train_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Batch",
+    "EncoderOutput",
+    "Index",
+    "MaskedMultimodalTrainer",
+    "Masking",
+    "MultimodalDataset",
+    "MultimodalEncoder",
+    "Run",
+    "TrainingConfig",
+    "cost",
+    "embed",
+    "embed_texts",
+    "evaluate",
+    "info_nce",
+    "launch",
+    "load",
+    "losses",
+    "mask_noise",
+    "masking",
+    "mean_recall",
+    "openmoji",
+    "plots",
+    "recall_at_k",
+    "retrieval",
+    "sigmoid_loss",
+    "train_model",
+    "train_wordpiece",
+    "widgets",
+    "zero_shot",
+]

@@ -54,9 +54,13 @@ def read_checkpoint(path: str | os.PathLike, map_location="cpu") -> dict:
         ) from None
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is damaged or no checkpoint ({reason}); use an earlier one") from None
+        raise ValueError(
+            f"{path} is damaged or no checkpoint ({reason}); use an earlier one"
+        ) from None
     if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}, no checkpoint; use a file mmkit wrote")
+        raise ValueError(
+            f"{path} holds a {type(state).__name__}, no checkpoint; use a file mmkit wrote"
+        )
     return state
 
 

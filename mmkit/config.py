@@ -53,7 +53,13 @@ _CHOICES = {
     "accumulation": ("exact", "naive"),
     "augment": ("none", "shift"),
 }
-_AT_LEAST_ONE = ("num_epochs", "batch_size", "gradient_accumulation_steps", "eval_every", "log_every")
+_AT_LEAST_ONE = (
+    "num_epochs",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "eval_every",
+    "log_every",
+)
 _NOT_NEGATIVE = (
     "learning_rate weight_decay warmup_steps max_grad_norm unmasked_epochs checkpoint_every".split()
 )
@@ -72,11 +78,15 @@ class TrainingConfig:
     num_epochs: int = 20  # passes over the training set
     batch_size: int = 128  # pictures per optimizer step, over all processes and micro-batches
     learning_rate: float = 2e-3  # AdamW's peak, per step of the default batch
-    weight_decay: float = 0.1  # decoupled; only on matrices (biases, norms, positions, tokens: none)
+    weight_decay: float = (
+        0.1  # decoupled; only on matrices (biases, norms, positions, tokens: none)
+    )
     warmup_steps: int = 30  # optimizer steps from 0 to the peak
     gradient_accumulation_steps: int = 1  # micro-batches per step; fewer bytes, the same gradient
     max_grad_norm: float = 1.0  # global gradient norm is clipped to this; 0 = no clipping
-    max_steps: int | None = None  # stop (and end the schedule) after so many steps; None = num_epochs
+    max_steps: int | None = (
+        None  # stop (and end the schedule) after so many steps; None = num_epochs
+    )
 
     # -- optimizer ---------------------------------------------------------------------------
     optimizer: str = "muon"  # "muon" (hidden matrices by Muon, the rest AdamW) | "adamw"
@@ -93,7 +103,9 @@ class TrainingConfig:
     # -- what is hidden ----------------------------------------------------------------------
     image_mask: str = "random"  # a name in mmkit.masking.IMAGE_MASKERS
     image_mask_ratio: float = 0.5  # fraction of patches hidden, [0, 1)
-    image_mask_mode: str = "drop"  # "drop" (never encoded: that is the speed) | "replace" (mask token)
+    image_mask_mode: str = (
+        "drop"  # "drop" (never encoded: that is the speed) | "replace" (mask token)
+    )
     text_mask: str = "random"  # a name in mmkit.masking.TEXT_MASKERS
     text_mask_ratio: float = 0.0  # fraction of REAL word pieces hidden, [0, 1)
     text_mask_mode: str = "replace"  # "replace" (mask token) | "drop"
@@ -131,7 +143,9 @@ class TrainingConfig:
             self._check(name, 0 <= getattr(self, name) < 1, rule)
         self._check("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "in [0, 1]")
         self._check("temperature", self.temperature >= 0.01, "at least 0.01 (the scale's clamp)")
-        self._check("max_steps", self.max_steps is None or self.max_steps >= 1, "None or at least 1")
+        self._check(
+            "max_steps", self.max_steps is None or self.max_steps >= 1, "None or at least 1"
+        )
         if self.gradient_accumulation_steps > self.batch_size:
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} leaves empty "
@@ -148,7 +162,11 @@ class TrainingConfig:
     @property
     def matrix_lr(self) -> float:
         """Muon's peak learning rate, its default filled in."""
-        return 3 * self.learning_rate if self.matrix_learning_rate is None else self.matrix_learning_rate
+        return (
+            3 * self.learning_rate
+            if self.matrix_learning_rate is None
+            else self.matrix_learning_rate
+        )
 
     def lr_fraction(self, step: int, total_steps: int) -> float:
         """Learning rate of optimizer step `step` (from 0) as a fraction of its peak.

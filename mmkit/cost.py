@@ -26,6 +26,8 @@ def sample_flops(model: MultimodalEncoder, num_patches: float, num_words: float)
     return patch + tower_flops(vit, num_patches + 1) + tower_flops(bert, num_words) + heads
 
 
-def step_flops(model: MultimodalEncoder, num_patches: float, num_words: float, replay: bool) -> float:
+def step_flops(
+    model: MultimodalEncoder, num_patches: float, num_words: float, replay: bool
+) -> float:
     """Training FLOPs of one pair: forward once, backward twice that; `replay` adds a forward."""
     return (4 if replay else 3) * sample_flops(model, num_patches, num_words)

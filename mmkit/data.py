@@ -60,14 +60,18 @@ def read_picture(path: str | os.PathLike, row: int | None = None):
 
     where = f"{path}" + (f" (row {row})" if row is not None else "")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"picture {where} does not exist; check the path or leave the row out")
+        raise FileNotFoundError(
+            f"picture {where} does not exist; check the path or leave the row out"
+        )
     try:
         with Image.open(path) as picture:
             picture.load()
             picture = ImageOps.exif_transpose(picture)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).replace(str(path), "the file")
-        message = f"picture {where} cannot be read ({reason}); replace the file or leave the row out"
+        message = (
+            f"picture {where} cannot be read ({reason}); replace the file or leave the row out"
+        )
         raise ValueError(message) from None
     return _to_rgb(picture)
 
@@ -78,7 +82,13 @@ def _to_rgb(picture):
 
     if picture.mode.startswith(("I", "F")):  # I;16, I;16B, I (32 bits), F
         values = np.asarray(picture).astype(np.float64)
-        top = 1.0 if picture.mode == "F" and values.max() <= 1 else 65535.0 if values.max() > 255 else 255.0
+        top = (
+            1.0
+            if picture.mode == "F" and values.max() <= 1
+            else 65535.0
+            if values.max() > 255
+            else 255.0
+        )
         grey = np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if "A" in picture.getbands() or "transparency" in picture.info:
@@ -107,7 +117,10 @@ def shift_pictures(pixel_values: Tensor, noise: Tensor, fraction: float = 1 / 16
     """
     height, width = pixel_values.shape[-2:]
     rows, columns = (
-        (torch.arange(side, device=noise.device) + _whole_shift(noise[:, i : i + 1], side * fraction))
+        (
+            torch.arange(side, device=noise.device)
+            + _whole_shift(noise[:, i : i + 1], side * fraction)
+        )
         .clamp(0, side - 1)
         .long()
         for i, side in enumerate((height, width))
@@ -221,7 +234,9 @@ class MultimodalDataset:
             raise ValueError("the dataset is empty; give at least one picture and its text")
         for row, captions in enumerate(self.texts):
             if not captions or any(not isinstance(c, str) or not c.strip() for c in captions):
-                raise ValueError(f"the text of row {row} is empty or not a string: {captions!r}; give words")
+                raise ValueError(
+                    f"the text of row {row} is empty or not a string: {captions!r}; give words"
+                )
         ids = torch.arange(len(self.texts)) if sample_ids is None else torch.as_tensor(sample_ids)
         self.sample_ids = ids.to(torch.int64)
         self.group_ids = _groups([[*k, *c] for k, c in zip(same_picture, self.texts, strict=True)])
@@ -245,7 +260,7 @@ class MultimodalDataset:
         if tokenizer is not self._tokenizer or max_length != self.max_length:
             self._tokenizer, self.max_length, self._encoded = tokenizer, max_length, None
 
-    def _captions(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def encoded_captions(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All captions: ids (M, L), length (M,), first row of each picture (N,), number (N,)."""
         if self._encoded is None:
             flat = [c for captions in self.texts for c in captions]
@@ -289,7 +304,7 @@ class MultimodalDataset:
         """
         rows = torch.as_tensor(rows, dtype=torch.int64)
         pixels = self._take(rows.numpy())
-        input_ids, lengths, first, counts = self._captions()
+        input_ids, lengths, first, counts = self.encoded_captions()
         which = first[rows]
         if caption_noise is not None:
             which = which + (caption_noise * counts[rows]).long()
@@ -333,14 +348,16 @@ class _BatchView(torch.utils.data.Dataset):
         return self.dataset.batch(*key)
 
 
-def load_batches(dataset: MultimodalDataset, keys: list, num_workers: int, pin: bool) -> Iterator[Batch]:
+def load_batches(
+    dataset: MultimodalDataset, keys: list, num_workers: int, pin: bool
+) -> Iterator[Batch]:
     """Batches for `keys`, a list of (rows, caption_noise), in that order.
 
     Pictures that must be decoded are decoded by `num_workers` processes; resident ones need none.
     """
     if dataset.resident or num_workers == 0:
         return (dataset.batch(*key) for key in keys)
-    dataset._captions()  # once here, not once per worker
+    dataset.encoded_captions()  # once here, not once per worker
     loader = torch.utils.data.DataLoader(
         _BatchView(dataset), sampler=keys, batch_size=None, num_workers=num_workers, pin_memory=pin
     )

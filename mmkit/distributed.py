@@ -109,7 +109,9 @@ def preflight(num_processes: int) -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     gpus = torch.cuda.device_count()
     if 0 < gpus < num_processes:
-        raise RuntimeError(f"num_processes={num_processes} but there are {gpus} GPUs; take at most {gpus}")
+        raise RuntimeError(
+            f"num_processes={num_processes} but there are {gpus} GPUs; take at most {gpus}"
+        )
 
 
 def _child(fn: Callable, args: tuple, num_processes: int, result: str) -> None:

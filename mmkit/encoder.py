@@ -21,10 +21,16 @@ from .tokenizer import special_ids, tokenizer_from_state, tokenizer_state
 # picture side and patch in pixels; width, depth, heads of each tower; text length; common space
 PRESETS = {
     "tiny": dict(image=64, patch=8, vit=(192, 6, 3), bert=(192, 4, 3), length=32, embed_dim=192),
-    "small": dict(image=224, patch=16, vit=(384, 12, 6), bert=(384, 6, 6), length=64, embed_dim=256),
-    "base": dict(image=224, patch=16, vit=(768, 12, 12), bert=(768, 12, 12), length=77, embed_dim=512),
+    "small": dict(
+        image=224, patch=16, vit=(384, 12, 6), bert=(384, 6, 6), length=64, embed_dim=256
+    ),
+    "base": dict(
+        image=224, patch=16, vit=(768, 12, 12), bert=(768, 12, 12), length=77, embed_dim=512
+    ),
 }
-MAX_LOGIT_SCALE = math.log(100)  # CLIP's clamp: a smaller temperature than 0.01 makes training unstable
+MAX_LOGIT_SCALE = math.log(
+    100
+)  # CLIP's clamp: a smaller temperature than 0.01 makes training unstable
 
 
 @dataclass
@@ -69,11 +75,37 @@ def pick_tokens(x: Tensor, ids: Tensor) -> Tensor:
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
 
 
+def pick_precision(wanted: str, device: torch.device) -> torch.dtype | None:
+    """The autocast type for a device; None is plain float32.
+
+    "auto": bf16 where the hardware multiplies it, fp16 on older GPUs, float32 elsewhere. Raises
+    ValueError for fp16 on a CPU.
+    """
+    if wanted == "fp16" and device.type == "cpu":
+        raise ValueError("mixed_precision='fp16' needs a GPU; take 'auto', 'bf16' or 'no' on a CPU")
+    if wanted != "auto":
+        return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[wanted]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # Emulated bf16 is slower than float32, so ask for the instructions themselves.
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    fast = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+    return torch.bfloat16 if device.type == "cpu" and fast else None
+
+
+def autocast_for(wanted: str, device: torch.device) -> torch.autocast:
+    """The autocast context of a `mixed_precision` setting on a device; may be entered many times."""
+    dtype = pick_precision(wanted, device)
+    return torch.autocast(device.type, dtype or torch.float32, enabled=dtype is not None)
+
+
 class Projection(nn.Sequential):
     """Layer norm, dropout and a linear map (no bias) into the common space."""
 
     def __init__(self, width: int, embed_dim: int, dropout: float):
-        super().__init__(nn.LayerNorm(width), nn.Dropout(dropout), nn.Linear(width, embed_dim, bias=False))
+        super().__init__(
+            nn.LayerNorm(width), nn.Dropout(dropout), nn.Linear(width, embed_dim, bias=False)
+        )
         nn.init.normal_(self[2].weight, std=width**-0.5)
 
 
@@ -120,7 +152,9 @@ class MultimodalEncoder(nn.Module):
         self.register_buffer("special_ids", special_ids(tokenizer), persistent=False)
 
     @classmethod
-    def preset(cls, name: str = "tiny", *, tokenizer, dropout: float = 0.0, temperature: float = 0.07):
+    def preset(
+        cls, name: str = "tiny", *, tokenizer, dropout: float = 0.0, temperature: float = 0.07
+    ):
         """A new encoder of a tabled size: "tiny" (a laptop CPU), "small", "base" (ViT-B/16 + BERT-base).
 
         Weights are drawn from torch's generator: `torch.manual_seed` before it makes them repeatable.
@@ -141,7 +175,9 @@ class MultimodalEncoder(nn.Module):
         return cls(vit, bert, tokenizer, size["embed_dim"], dropout, temperature)
 
     @classmethod
-    def from_backbones(cls, image_backbone: str, text_backbone: str, *, embed_dim: int = 256, **options):
+    def from_backbones(
+        cls, image_backbone: str, text_backbone: str, *, embed_dim: int = 256, **options
+    ):
         """Pretrained towers by hub name or local folder (a ViT and a BERT with its tokenizer).
 
         Pixel statistics come from the checkpoint's own preprocessor. options: dropout (of the
@@ -150,9 +186,13 @@ class MultimodalEncoder(nn.Module):
         from transformers import AutoConfig, AutoTokenizer, BertModel, ViTModel
 
         configs = [AutoConfig.from_pretrained(n) for n in (image_backbone, text_backbone)]
-        for config, kind, name in zip(configs, ("vit", "bert"), (image_backbone, text_backbone), strict=True):
+        for config, kind, name in zip(
+            configs, ("vit", "bert"), (image_backbone, text_backbone), strict=True
+        ):
             if config.model_type != kind:
-                raise ValueError(f"{name!r} is a {config.model_type!r} checkpoint; give a {kind!r} one")
+                raise ValueError(
+                    f"{name!r} is a {config.model_type!r} checkpoint; give a {kind!r} one"
+                )
         tokenizer = AutoTokenizer.from_pretrained(text_backbone)
         options = _pixel_statistics(image_backbone) | options
         model = cls(*configs, tokenizer, embed_dim, **options)
@@ -202,14 +242,18 @@ class MultimodalEncoder(nn.Module):
         first = (embeddings.cls_token + positions[:, :1]).expand(len(x), -1, -1)
         return embeddings.dropout(torch.cat([first, x + place], dim=1))
 
-    def image_tokens(self, pixel_values: Tensor, masking: Masking | None = None, mode: str = "drop"):
+    def image_tokens(
+        self, pixel_values: Tensor, masking: Masking | None = None, mode: str = "drop"
+    ):
         """States of the class token and the encoded patches after the last norm: (B, 1 + K, width)."""
         x = self._patches(pixel_values, masking, mode)
         for block in self.vit.layers:
             x = block(x)
         return self.vit.layernorm(x)
 
-    def encode_image(self, pixel_values: Tensor, masking: Masking | None = None, mode: str = "drop"):
+    def encode_image(
+        self, pixel_values: Tensor, masking: Masking | None = None, mode: str = "drop"
+    ):
         """Unit-length features (B, D) of pictures (B, 3, H, W), uint8 or normalised float.
 
         masking hides patches: mode "drop" leaves them out, "replace" puts the mask token.
@@ -235,7 +279,9 @@ class MultimodalEncoder(nn.Module):
         words = self.bert.embeddings.word_embeddings(input_ids)  # (B, L, D)
         positions = torch.arange(length, device=words.device).expand(len(words), -1)
         if masking is not None and mode == "replace":
-            words = torch.where(masking.mask[..., None], self.text_mask_token.to(words.dtype), words)
+            words = torch.where(
+                masking.mask[..., None], self.text_mask_token.to(words.dtype), words
+            )
         elif masking is not None:
             words, positions = pick_tokens(words, masking.ids_keep), masking.ids_keep
             valid = masking.keep_valid
@@ -312,7 +358,9 @@ def _plain(config) -> dict:
 def _check_towers(vit_config, bert_config, tokenizer, pooling: str):
     if vit_config.image_size % vit_config.patch_size:
         side, p = vit_config.image_size, vit_config.patch_size
-        raise ValueError(f"image size {side} is not a multiple of patch_size {p}; try {side - side % p}")
+        raise ValueError(
+            f"image size {side} is not a multiple of patch_size {p}; try {side - side % p}"
+        )
     if len(tokenizer) > bert_config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} pieces, bert_config.vocab_size is "

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .data import Batch, MultimodalDataset, read_picture, square
 from .distributed import gather_rows, my_share
-from .encoder import MultimodalEncoder
+from .encoder import MultimodalEncoder, autocast_for
 from .losses import info_nce_rows, sigmoid_rows, similarity
 from .masking import draw_maskings
 from .tokenizer import encode_texts
@@ -48,34 +48,46 @@ def embed(
     image_mask: tuple[str, float] = ("random", 0.0),
     text_mask: tuple[str, float] = ("random", 0.0),
     seed: int = 0,
+    mixed_precision: str = "no",
 ) -> Features:
     """Features of all pictures and ALL captions of a data set, on the CPU; nothing hidden by default.
 
-    image_mask, text_mask: (masker name, ratio) to see the model under masks. Several processes share
-    the work, each sample counted once.
+    image_mask, text_mask: (masker name, ratio) to see the model under masks. mixed_precision: as in
+    `TrainingConfig`; "auto" is faster, "no" is exact. Several processes share the work, each sample
+    counted once.
     """
     device, training = model.logit_scale.device, model.training
+    autocast = autocast_for(mixed_precision, device)
     dataset.use_tokenizer(model.tokenizer, model.max_length)
-    input_ids, lengths, first, counts = dataset._captions()
+    input_ids, lengths, first, counts = dataset.encoded_captions()
     picture = torch.repeat_interleave(torch.arange(len(dataset)), counts)  # picture of each caption
     model.eval()
 
     def masks(batch, which):
         ratios = {"image": image_mask, "text": text_mask}
         return draw_maskings(
-            batch, model.num_patches, model.special_ids, seed=seed, epoch=0, **{which: ratios[which]}
+            batch,
+            model.num_patches,
+            model.special_ids,
+            seed=seed,
+            epoch=0,
+            **{which: ratios[which]},
         )
 
     images, texts = [], []
     for rows in my_share(torch.arange(len(dataset)))[0].split(batch_size):
         batch = dataset.batch(rows).to(device)
-        images.append(model.encode_image(batch.pixel_values, masks(batch, "image")[0]))
+        with autocast:
+            images.append(model.encode_image(batch.pixel_values, masks(batch, "image")[0]))
     for rows in my_share(torch.arange(len(input_ids)))[0].split(batch_size):
         longest = int(lengths[rows].max())
         valid = torch.arange(longest) < lengths[rows, None]
         ids, owner = input_ids[rows, :longest], picture[rows]
-        batch = Batch(ids, ids, valid, dataset.sample_ids[owner], owner).to(device)  # no pixels here
-        texts.append(model.encode_text(batch.input_ids, batch.valid, masks(batch, "text")[1]))
+        batch = Batch(ids, ids, valid, dataset.sample_ids[owner], owner).to(
+            device
+        )  # no pixels here
+        with autocast:
+            texts.append(model.encode_text(batch.input_ids, batch.valid, masks(batch, "text")[1]))
     model.train(training)
     empty = torch.zeros(0, model.embed_dim, device=device)
     image_features = gather_rows(torch.cat([*images, empty])).cpu()
@@ -92,7 +104,9 @@ def _recall(queries: Tensor, candidates: Tensor, query_groups: Tensor, groups: T
         correct = query_groups[rows, None] == groups[None, :]
         if not correct.any(1).all():
             row = rows.start + int((~correct.any(1)).nonzero()[0])
-            raise ValueError(f"query {row} has no correct candidate; check image_groups and text_groups")
+            raise ValueError(
+                f"query {row} has no correct candidate; check image_groups and text_groups"
+            )
         best = scores.masked_fill(~correct, float("-inf")).amax(1, keepdim=True)
         # Ties count against us: a model that maps everything to one point scores 0, not 100 %.
         ahead = ((scores >= best) & ~correct).sum(1)
@@ -148,7 +162,9 @@ def pool_loss(model: MultimodalEncoder, features: Features, loss: str = "info_nc
     return total / len(images)
 
 
-def score(model: MultimodalEncoder, features: Features, loss: str = "info_nce", ks=(1, 5, 10)) -> dict:
+def score(
+    model: MultimodalEncoder, features: Features, loss: str = "info_nce", ks=(1, 5, 10)
+) -> dict:
     """Loss and Recall@K of features: {"loss", "image_to_text": {k: …}, "text_to_image": {k: …}}."""
     groups = (features.image_groups, features.text_groups)
     recalls = recall_at_k(features.image_features, features.text_features, ks, *groups)
@@ -209,9 +225,11 @@ class Index:
     Raises ValueError for an empty query or more results than pictures.
     """
 
-    def __init__(self, model: MultimodalEncoder, dataset: MultimodalDataset):
+    def __init__(
+        self, model: MultimodalEncoder, dataset: MultimodalDataset, mixed_precision: str = "auto"
+    ):
         self.model, self.dataset = model.eval(), dataset
-        self.features = embed(model, dataset)
+        self.features = embed(model, dataset, mixed_precision=mixed_precision)
 
     @torch.no_grad()
     def query(self, query) -> Tensor:
@@ -232,7 +250,9 @@ class Index:
         """The k pictures nearest to a text or a picture (file name with a picture's ending, PIL image,
         or uint8 tensor (3, H, W)), best first."""
         if not 1 <= k <= len(self.dataset):
-            raise ValueError(f"k={k} must be between 1 and the {len(self.dataset)} pictures of the index")
+            raise ValueError(
+                f"k={k} must be between 1 and the {len(self.dataset)} pictures of the index"
+            )
         scores = similarity(self.features.image_features, self.query(query)[None])[:, 0]
         best = scores.topk(k)
         return [

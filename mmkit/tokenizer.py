@@ -87,4 +87,6 @@ def tokenizer_from_state(state: dict):
         json.loads(state["json"])
         return _wrap(state["json"], dict(state["special_tokens"]))
     except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"the saved tokenizer cannot be read ({error}); the file is damaged") from None
+        raise ValueError(
+            f"the saved tokenizer cannot be read ({error}); the file is damaged"
+        ) from None

@@ -30,13 +30,19 @@ from .config import TrainingConfig
 from .cost import step_flops
 from .data import Batch, MultimodalDataset, load_batches, shift_pictures
 from .distributed import gather_rows, my_share, row_counts, sum_over_processes, world
-from .encoder import MAX_LOGIT_SCALE, EncoderOutput, MultimodalEncoder
+from .encoder import MAX_LOGIT_SCALE, EncoderOutput, MultimodalEncoder, autocast_for, pick_precision
 from .losses import info_nce_rows, sigmoid_rows
 from .masking import IMAGE_MASKERS, TEXT_MASKERS, draw_maskings, find_masker, mask_noise
 from .optim import build_optimizers, set_learning_rate
 from .retrieval import embed, score
 
-_MAY_DIFFER = {"output_dir", "run_name", "num_workers", "log_every", "checkpoint_every"}  # on resume
+_MAY_DIFFER = {
+    "output_dir",
+    "run_name",
+    "num_workers",
+    "log_every",
+    "checkpoint_every",
+}  # on resume
 _MAX_SKIPPED = 20  # steps in a row without a finite gradient before a run stops
 
 
@@ -67,24 +73,6 @@ class Run:
     def model(self) -> MultimodalEncoder:
         """The best model, loaded from `best_model.pth`."""
         return load(self.path / "best_model.pth")
-
-
-def pick_precision(wanted: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type for a device; None is plain float32.
-
-    "auto": bf16 where the hardware multiplies it, fp16 on older GPUs, float32 elsewhere. Raises
-    ValueError for fp16 on a CPU.
-    """
-    if wanted == "fp16" and device.type == "cpu":
-        raise ValueError("mixed_precision='fp16' needs a GPU; take 'auto', 'bf16' or 'no' on a CPU")
-    if wanted != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[wanted]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    # Emulated bf16 is slower than float32, so ask for the instructions themselves.
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    fast = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
-    return torch.bfloat16 if device.type == "cpu" and fast else None
 
 
 class MaskedMultimodalTrainer:
@@ -120,8 +108,12 @@ class MaskedMultimodalTrainer:
         self.model = model.to_device(self.device)
         self._share_tokenizer()
         self.optimizers = build_optimizers(self.model, config)
-        self.net = self.accelerator.prepare_model(self.model)  # DDP where there are several processes
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == torch.float16)
+        self.net = self.accelerator.prepare_model(
+            self.model
+        )  # DDP where there are several processes
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, enabled=self.precision == torch.float16
+        )
         torch.manual_seed(config.seed + 1000003 * (self.rank + 1))  # dropout differs between ranks
         self.steps_per_epoch = math.ceil(len(train) / config.batch_size)
         self.total_steps = config.max_steps or config.num_epochs * self.steps_per_epoch
@@ -158,7 +150,11 @@ class MaskedMultimodalTrainer:
     def _open_run(self, resume: bool):
         config = self.config
         root = Path(config.output_dir)
-        name = config.run_name or (_newest_run(root) if resume else "") or time.strftime("%Y%m%d-%H%M%S")
+        name = (
+            config.run_name
+            or (newest_run(root) if resume else "")
+            or time.strftime("%Y%m%d-%H%M%S")
+        )
         if self.processes > 1:  # the clocks of two processes differ
             from accelerate.utils import broadcast_object_list
 
@@ -206,7 +202,11 @@ class MaskedMultimodalTrainer:
         self.path.mkdir(parents=True, exist_ok=True)
         kept = []
         if resumed and metrics.is_file():
-            kept = [r for r in map(json.loads, metrics.read_text().splitlines()) if r["step"] <= self.step]
+            kept = [
+                r
+                for r in map(json.loads, metrics.read_text().splitlines())
+                if r["step"] <= self.step
+            ]
         metrics.write_text("".join(json.dumps(r) + "\n" for r in kept))
         config = self.config.to_dict() | {"run_name": self.path.name}
         (self.path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -253,16 +253,15 @@ class MaskedMultimodalTrainer:
 
     # -- the step ----------------------------------------------------------------------------
 
-    def _autocast(self):
-        return torch.autocast(self.device.type, self.precision, enabled=self.precision is not None)
-
     def encode(self, batch: Batch, epoch: int) -> EncoderOutput:
         """The masked forward pass of a micro-batch."""
         modes = (self.config.image_mask_mode, self.config.text_mask_mode)
-        with self._autocast():
+        with autocast_for(self.config.mixed_precision, self.device):
             return self.net(batch, *self.maskings(batch, epoch), *modes)
 
-    def loss(self, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, groups: Tensor):
+    def loss(
+        self, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, groups: Tensor
+    ):
         """This process's rows against the candidates of all: its part of the global mean."""
         counts = row_counts(len(image), image.device)
         offset, total = sum(counts[: self.rank]), sum(counts)
@@ -275,7 +274,9 @@ class MaskedMultimodalTrainer:
             rows = info_nce_rows(image, text, all_image, all_text, scale, offset, groups)
         return rows / total
 
-    def backward(self, micro_batches: list[Batch], epoch: int, weight: float = 1.0, last: bool = True):
+    def backward(
+        self, micro_batches: list[Batch], epoch: int, weight: float = 1.0, last: bool = True
+    ):
         """Add the gradient of one loss over all these micro-batches together; returns the loss.
 
         With several, features come first without a graph; each micro-batch then runs again, its
@@ -306,8 +307,12 @@ class MaskedMultimodalTrainer:
                 out = outputs[i]
                 surrogate = (out.image_features * image_grads[i]).sum()
                 surrogate = surrogate + (out.text_features * text_grads[i]).sum()
-                share = 1.0 if i == len(micro_batches) - 1 else 0.0  # the scale's gradient counts ONCE
-                for parameter, grad in zip((out.logit_scale, out.logit_bias), grads[2:], strict=True):
+                share = (
+                    1.0 if i == len(micro_batches) - 1 else 0.0
+                )  # the scale's gradient counts ONCE
+                for parameter, grad in zip(
+                    (out.logit_scale, out.logit_bias), grads[2:], strict=True
+                ):
                     surrogate = surrogate + parameter * (share * grad if grad is not None else 0.0)
                 self.scaler.scale(surrogate).backward()
         return loss.detach()
@@ -325,7 +330,9 @@ class MaskedMultimodalTrainer:
                 parts.append(self.backward([micro], epoch, len(micro) / len(batch), i == last))
             loss = sum(p * len(m) / len(batch) for p, m in zip(parts, micro_batches, strict=True))
         for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)  # before clipping, or the norm is 65,536 times too large
+            self.scaler.unscale_(
+                optimizer
+            )  # before clipping, or the norm is 65,536 times too large
         limit = config.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         if math.isfinite(norm) or self.scaler.is_enabled():  # a scaler skips by itself, and adapts
@@ -410,7 +417,9 @@ class MaskedMultimodalTrainer:
         self.seconds, self._mark = self.seconds + now - self._mark, now
         return self.seconds
 
-    def _record_train(self, epoch: int, loss: Tensor, norm: float, batch: Batch, steps: int, waited: float):
+    def _record_train(
+        self, epoch: int, loss: Tensor, norm: float, batch: Batch, steps: int, waited: float
+    ):
         masking = self.maskings(batch, epoch)[0]
         before = self.seconds
         elapsed = max(1e-9, self._clock() - before)
@@ -434,8 +443,7 @@ class MaskedMultimodalTrainer:
         if done % config.eval_every == 0 or self.step == self.total_steps:
             record = {"loss": mean_loss, "train_loss": mean_loss}
             if self.val is not None:
-                with self._autocast():
-                    features = embed(self.model, self.val)
+                features = embed(self.model, self.val, mixed_precision=config.mixed_precision)
                 record |= _flat(score(self.model, features, config.loss))
             better = record["loss"] < self.best_loss
             self.best_loss = min(self.best_loss, record["loss"])
@@ -465,7 +473,9 @@ class MaskedMultimodalTrainer:
         from accelerate.utils import gather_object
 
         states = gather_object([random_state()]) if self.processes > 1 else [random_state()]
-        epoch_loss = sum_over_processes(self.epoch_loss) / self.processes  # each keeps an equal part
+        epoch_loss = (
+            sum_over_processes(self.epoch_loss) / self.processes
+        )  # each keeps an equal part
         self.epoch_loss = epoch_loss
         self._clock()
         if self.rank == 0:
@@ -491,7 +501,12 @@ class MaskedMultimodalTrainer:
             return
         if split == "val":
             self._clock()
-        head = {"split": split, "step": self.step, "epoch": epoch, "seconds": round(self.seconds, 3)}
+        head = {
+            "split": split,
+            "step": self.step,
+            "epoch": epoch,
+            "seconds": round(self.seconds, 3),
+        }
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps(head | record) + "\n")
         for name, value in record.items():
@@ -538,8 +553,10 @@ class MaskedMultimodalTrainer:
         replay = config.gradient_accumulation_steps > 1 and config.accumulation == "exact"
         flops = step_flops(self.model, encoded_patches, encoded_words, replay)
         step = len(self.train) / self.steps_per_epoch
-        kept_negatives = step if config.accumulation == "exact" else (
-            self.processes * len(batch.split(config.gradient_accumulation_steps)[0])
+        kept_negatives = (
+            step
+            if config.accumulation == "exact"
+            else (self.processes * len(batch.split(config.gradient_accumulation_steps)[0]))
         )
         dtype = str(self.precision or torch.float32).removeprefix("torch.")
         return {
@@ -553,7 +570,9 @@ class MaskedMultimodalTrainer:
             "image_mask_ratio": 0.0 if image is None else image.mask.float().mean().item(),
             "words": words,
             "words_encoded": encoded_words,
-            "text_mask_ratio": 0.0 if text is None else (text.mask.sum() / batch.valid.sum()).item(),
+            "text_mask_ratio": 0.0
+            if text is None
+            else (text.mask.sum() / batch.valid.sum()).item(),
             "negatives": kept_negatives - 1,
             "gflops_per_pair": flops / 1e9,
             "precision": dtype,
@@ -566,7 +585,11 @@ class MaskedMultimodalTrainer:
     def describe(self) -> str:
         """The effective configuration in words."""
         e = self.effective_configuration()
-        pool = "" if self.val is None else f"; validation pool {len(self.val):,}: ln = {math.log(len(self.val)):.2f}"
+        pool = (
+            ""
+            if self.val is None
+            else f"; validation pool {len(self.val):,}: ln = {math.log(len(self.val)):.2f}"
+        )
         return "\n".join(
             [
                 f"run         {self.path}",
@@ -594,7 +617,7 @@ def _flat(result: dict) -> dict:
     return flat
 
 
-def _newest_run(root: Path) -> str:
+def newest_run(root: Path) -> str:
     """Name of the run written last under a folder, "" where there is none."""
     states = sorted(root.glob("*/last/state.pth"), key=lambda p: p.stat().st_mtime)
     return states[-1].parent.parent.name if states else ""

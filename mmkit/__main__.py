@@ -1,0 +1,164 @@
+"""The command line: python -m mmkit train | evaluate | search.
+
+Every field of `TrainingConfig` is a flag of `train`, made from the dataclass by tyro. Runs under
+torchrun as it is. Walk-through: README.md.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")  # figures are written to files here
+
+import tyro
+
+from . import plots
+from .checkpoint import load
+from .config import TrainingConfig
+from .data import MultimodalDataset
+from .distributed import world
+from .encoder import PRESETS, MultimodalEncoder
+from .openmoji import openmoji
+from .retrieval import Index, evaluate, mean_recall
+from .trainer import newest_run, train_model
+
+Split = Literal["compose", "concept", "random"]
+
+
+def train(
+    config: Annotated[TrainingConfig, tyro.conf.arg(name="")],
+    split: Split = "compose",
+    resume: bool = False,
+) -> None:
+    """Train on the built-in pictures, score the test split, draw ten searches.
+
+    Args:
+        config: The whole recipe.
+        split: How the built-in pictures are divided ("random" leaks, for teaching).
+        resume: Go on from the last checkpoint of the run (run_name; without one, the newest run).
+    """
+    size = PRESETS[config.preset]["image"] if config.preset in PRESETS else 64
+    training, val, test = openmoji(image_size=size, split=split)
+    run = train_model(config, training, val, resume=resume)
+    if world()[0]:
+        return
+    model = run.model
+    masks = {"image_mask": (config.image_mask, config.image_mask_ratio or 0.5)}
+    print(
+        f"\n{run.path}: best epoch {run.best['epoch'] + 1}, {run.history[-1]['seconds']:.0f} s of training"
+    )
+    _print_scores(model, test, f"{split} test", masks)
+    index = Index(model, test)
+    queries = [*dict.fromkeys(text[0] for text in test.texts)][:: max(1, len(test) // 10)][:10]
+    words = f"Ten captions of the {split} test split, each with its six nearest of {len(test)} pictures."
+    grid = plots.save(
+        plots.search_results(index, queries, caption=words), run.path / "searches.png"
+    )
+    print(f"\nten searches: {grid}")
+    print("next: make lab (open 01_data.ipynb), or search all pictures by your own words:")
+    print(
+        f'      {_python()} -m mmkit search "a woman firefighter" --checkpoint {run.path}/best_model.pth'
+    )
+    print(f"      {_python()} -m tensorboard.main --logdir {config.output_dir}")
+    print(f"pictures: {test.attribution}")
+
+
+def _python() -> str:
+    """How this Python was called, short enough to be typed again."""
+    path = Path(sys.executable)
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else "python"
+
+
+def _print_scores(model: MultimodalEncoder, data: MultimodalDataset, name: str, masks: dict):
+    """A table: Recall@K both ways, with everything seen and with patches hidden, and chance."""
+    print(f"\n{name}: {len(data)} pictures, {sum(map(len, data.texts))} captions (per cent)")
+    print(f"{'':24}image to text         text to image         mean")
+    print(f"{'':24}R@1    R@5    R@10   R@1    R@5    R@10   R@1")
+    hidden = f"{100 * masks['image_mask'][1]:.0f} % of patches hidden"
+    for label, options in (("everything seen", {}), (hidden, masks)):
+        result = evaluate(model, data, **options)
+        ways = [result[way][k] for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+        numbers = "".join(f"{100 * value:<7.1f}" for value in ways)
+        print(f"{label:24}{numbers}{100 * mean_recall(result):.1f}")
+    chance = "".join(f"{100 * min(1, k / len(data)):<7.1f}" for k in (1, 5, 10))
+    print(f"{'chance':24}{chance * 2}{100 / len(data):.1f}")
+
+
+def _checkpoint(path: str) -> Path:
+    """The file given, else the newest run's best model."""
+    if path:
+        return Path(path)
+    newest = newest_run(Path("runs"))
+    if not newest:
+        raise FileNotFoundError(
+            "no run in runs/; train first (make train), or give --checkpoint FILE"
+        )
+    return Path("runs") / newest / "best_model.pth"
+
+
+def _evaluate(
+    checkpoint: str = "",
+    split: Split = "compose",
+    part: Literal["val", "test"] = "test",
+    hidden: float = 0.5,
+) -> None:
+    """Score a checkpoint on a part of the built-in pictures, everything seen and patches hidden.
+
+    Args:
+        checkpoint: A best_model.pth; the newest run's if not given.
+        split: How the built-in pictures are divided.
+        part: Which part is scored.
+        hidden: Fraction of patches hidden in the second line, in (0, 1).
+    """
+    model = load(_checkpoint(checkpoint))
+    data = openmoji(image_size=model.image_size, split=split)[1 if part == "val" else 2]
+    _print_scores(model, data, f"{split} {part}", {"image_mask": ("random", hidden)})
+
+
+def search(
+    query: Annotated[str, tyro.conf.Positional],
+    checkpoint: str = "",
+    k: int = 10,
+    out: str = "search.png",
+) -> None:
+    """Find built-in pictures by words, or by a picture file.
+
+    Args:
+        query: Words, or the path of a picture.
+        checkpoint: A best_model.pth; the newest run's if not given.
+        k: How many pictures.
+        out: Where the grid of results is written.
+    """
+    model = load(_checkpoint(checkpoint))
+    found = []
+    for data in openmoji(image_size=model.image_size):
+        found += [
+            (hit, data[hit.row]["image"])
+            for hit in Index(model, data).search(query, min(k, len(data)))
+        ]
+    found = sorted(found, key=lambda pair: -pair[0].score)[:k]
+    for hit, _ in found:
+        print(f"{hit.score:.3f}  {hit.text}")
+    titles = [f"{hit.score:.2f} {hit.text}" for hit, _ in found]
+    words = f"Nearest to {query!r} among all built-in pictures (cosine)."
+    print(
+        plots.save(plots.picture_grid([image for _, image in found], titles, 5, None, words), out)
+    )
+
+
+def main() -> None:
+    """Run one of the commands; a wrong input is one line of words, not a traceback."""
+    commands = {"train": train, "evaluate": _evaluate, "search": search}
+    try:
+        tyro.extras.subcommand_cli_from_dict(
+            commands, prog="mmkit", description=__doc__.splitlines()[0]
+        )
+    except (ValueError, FileNotFoundError) as error:
+        print(f"mmkit: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()

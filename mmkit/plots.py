@@ -1,0 +1,266 @@
+"""Every picture of the kit, as f(data) -> Figure.
+
+Colours are safe for colour-blind readers (Okabe & Ito 2008). A figure is returned, never shown: in a
+notebook the last expression of a cell displays it, elsewhere `figure.savefig(...)` writes it.
+Used by every notebook.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data import MultimodalDataset
+from .encoder import patchify, unpatchify
+from .masking import Masking
+from .retrieval import Features, Index
+
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9",
+)  # fmt: skip
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)
+HIDDEN = 208  # the grey of a hidden patch
+
+
+def _figure(width: float, height: float):
+    """An empty figure in inches that pyplot does not keep, so that it is displayed exactly once."""
+    import matplotlib.pyplot as plt
+
+    figure = plt.figure(figsize=(width, height), layout="constrained")
+    plt.close(figure)
+    return figure
+
+
+def _take_away(figure, words: str):
+    if words:
+        figure.supxlabel(words, fontsize=9, style="italic", color="0.3", wrap=True)
+
+
+def _plain_axes(ax):
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25, linewidth=0.6)
+
+
+def _wrap(words: str, width: int = 22) -> str:
+    import textwrap
+
+    lines = textwrap.wrap(words, width)
+    return "\n".join(lines[:3] + (["…"] if len(lines) > 3 else []))
+
+
+def _show(ax, picture: Tensor, title: str = "", frame: str | None = None):
+    """One picture (3, H, W) uint8 on an axis without ticks."""
+    ax.imshow(np.asarray(picture).transpose(1, 2, 0), interpolation="nearest")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_edgecolor(frame or "0.85")
+        spine.set_linewidth(2.5 if frame else 0.5)
+    ax.set_title(title, fontsize=8)
+
+
+def picture_grid(
+    images: Sequence[Tensor],
+    titles: Sequence[str],
+    columns: int = 6,
+    frames: Sequence[str | None] | None = None,
+    caption: str = "",
+):
+    """Pictures (3, H, W) uint8 with titles; frames: a colour for each, or None."""
+    lines = math.ceil(len(images) / columns)
+    figure = _figure(1.55 * columns, 2.05 * lines)
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    for ax in axes[len(images) :]:
+        ax.axis("off")
+    for ax, image, title, frame in zip(
+        axes, images, titles, frames or [None] * len(images), strict=False
+    ):
+        _show(ax, image, _wrap(title), frame)
+    _take_away(figure, caption)
+    return figure
+
+
+def pictures(dataset: MultimodalDataset, rows: Sequence[int], columns: int = 6, caption: str = ""):
+    """Pictures of a data set with their canonical captions."""
+    items = [dataset[int(row)] for row in rows]
+    return picture_grid(
+        [i["image"] for i in items], [i["text"] for i in items], columns, None, caption
+    )
+
+
+def paint_mask(pixels: Tensor, mask: Tensor, patch_size: int) -> Tensor:
+    """Pictures (B, 3, H, W) uint8 with the hidden patches grey; mask (B, N) True = hidden."""
+    grid = (pixels.shape[2] // patch_size, pixels.shape[3] // patch_size)
+    patches = patchify(pixels, patch_size)
+    return unpatchify(patches.masked_fill(mask[..., None], HIDDEN), patch_size, grid)
+
+
+def masked_pictures(
+    pixels: Tensor, maskings: dict[str, Masking | None], patch_size: int, caption: str = ""
+):
+    """Rows: what the encoder is given under each masking (None = everything); columns: pictures."""
+    count = len(pixels)
+    figure = _figure(1.35 * count + 0.6, 1.4 * len(maskings) + 0.4)
+    axes = np.atleast_2d(figure.subplots(len(maskings), count, squeeze=False))
+    for line, (name, masking) in zip(axes, maskings.items(), strict=True):
+        seen = pixels if masking is None else paint_mask(pixels, masking.mask, patch_size)
+        for ax, picture in zip(line, seen, strict=True):
+            _show(ax, picture)
+        line[0].set_ylabel(name, fontsize=9)
+    _take_away(figure, caption)
+    return figure
+
+
+def masked_captions(
+    pieces: Sequence[Sequence[str]],
+    masks: Sequence[Sequence[bool]],
+    mode: str = "replace",
+    caption="",
+):
+    """Captions as rows of word pieces; hidden ones struck out ("drop") or replaced ("replace")."""
+    figure = _figure(8, 0.36 * len(pieces) + 0.5)
+    ax = figure.subplots()
+    ax.set_xlim(0, 100)
+    ax.set_ylim(len(pieces), 0)
+    ax.axis("off")
+    for y, (words, hidden) in enumerate(zip(pieces, masks, strict=True)):
+        x = 0.0
+        for word, gone in zip(words, hidden, strict=True):
+            shown = "[mask]" if gone and mode == "replace" else word
+            colour = ORANGE if gone else "0.93" if word.startswith("[") else SKY
+            box = dict(boxstyle="round,pad=0.25", facecolor=colour, edgecolor="none", alpha=0.75)
+            style = dict(fontsize=9, family="monospace", va="center", bbox=box)
+            ax.text(x + 0.5, y + 0.5, shown, **style, alpha=0.35 if gone and mode == "drop" else 1)
+            wide = 1.05 * len(shown)
+            if gone and mode == "drop":
+                ax.plot([x + 0.2, x + wide + 0.6], [y + 0.5, y + 0.5], color=RED, linewidth=1.4)
+            x += wide + 2.0
+    _take_away(figure, caption)
+    return figure
+
+
+def training_curves(
+    runs: dict, x: str = "step", k: int = 1, chance_negatives: int | None = None, caption: str = ""
+):
+    """Loss and Recall@K of runs ({name: Run}) beside their yardsticks: ln(negatives) and chance.
+
+    x: "step" or "minutes". chance_negatives: pairs in a training batch; its logarithm is the loss of
+    guessing. Thin: training loss; thick: validation (one pool, so its chance line is another).
+    """
+    figure = _figure(9, 3.6)
+    left, right = figure.subplots(1, 2)
+
+    def xs(records):
+        return [r["seconds"] / 60 if x == "minutes" else r["step"] for r in records]
+
+    for colour, (name, run) in zip(COLOURS, runs.items(), strict=False):
+        train = [r for r in run.history if r["split"] == "train"]
+        val = [r for r in run.history if r["split"] == "val"]
+        left.plot(xs(train), [r["loss"] for r in train], color=colour, linewidth=0.8, alpha=0.55)
+        left.plot(xs(val), [r["loss"] for r in val], color=colour, linewidth=2, label=name)
+        if val and f"image_to_text_R@{k}" in val[0]:
+            recall = [50 * (r[f"image_to_text_R@{k}"] + r[f"text_to_image_R@{k}"]) for r in val]
+            right.plot(xs(val), recall, color=colour, linewidth=2, marker=".", label=name)
+    if chance_negatives:
+        chance = math.log(chance_negatives)
+        left.axhline(chance, color="0.5", linestyle=":", linewidth=1)
+        left.annotate(f"guessing: ln({chance_negatives}) = {chance:.2f}", (0.99, chance),
+                      xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)  # fmt: skip
+    left.set(
+        xlabel=x, ylabel="loss (nats)", title="thin: training, thick: validation", ylim=(0, None)
+    )
+    right.set(
+        xlabel=x, ylabel=f"R@{k}, mean of both directions (%)", title="validation", ylim=(0, None)
+    )
+    for ax in (left, right):
+        _plain_axes(ax)
+        ax.title.set_fontsize(9)
+    right.legend(fontsize=8, loc="lower right")
+    _take_away(figure, caption)
+    return figure
+
+
+def bars(values: dict[str, float], label: str, chance: float | None = None, caption: str = ""):
+    """Named values as horizontal bars, each with its number; chance as a dotted line."""
+    figure = _figure(7, 0.42 * len(values) + 0.9)
+    ax = figure.subplots()
+    names = list(values)[::-1]
+    drawn = ax.barh(names, [values[n] for n in names], color=BLUE, height=0.65)
+    ax.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8)
+    if chance is not None:
+        ax.axvline(chance, color=RED, linestyle=":", label=f"chance {chance:.1f}")
+        ax.legend(fontsize=8, loc="lower right")
+    ax.set_xlabel(label)
+    ax.margins(x=0.1)
+    _plain_axes(ax)
+    _take_away(figure, caption)
+    return figure
+
+
+def histogram(values: dict[str, Sequence[float]], label: str, caption: str = ""):
+    """Whole-number values of one or several sets as step histograms (share of each set)."""
+    figure = _figure(6.5, 3)
+    ax = figure.subplots()
+    top = int(max(max(v) for v in values.values()))
+    for colour, (name, numbers) in zip(COLOURS, values.items(), strict=False):
+        share = np.full(len(numbers), 100 / len(numbers))
+        ax.hist(numbers, np.arange(-0.5, top + 1.5), weights=share, histtype="step",
+                linewidth=1.8, color=colour, label=f"{name} ({len(numbers):,})")  # fmt: skip
+    ax.set(xlabel=label, ylabel="share of the set (%)")
+    ax.legend(fontsize=8)
+    _plain_axes(ax)
+    _take_away(figure, caption)
+    return figure
+
+
+def similarity_matrix(
+    features: Features, rows: Sequence[int], texts: Sequence[str], caption: str = ""
+):
+    """Cosines between pictures (rows) and their canonical captions (columns)."""
+    rows = torch.as_tensor(rows)
+    captions = features.text_features[features.first_caption[rows]]
+    scores = (features.image_features[rows] @ captions.T).numpy()
+    side = 0.32 * len(rows) + 2.6
+    figure = _figure(side + 1.2, side)
+    ax = figure.subplots()
+    drawn = ax.imshow(scores, cmap="cividis")
+    ticks = range(len(rows))
+    ax.set_xticks(ticks, [_wrap(t, 40) for t in texts], rotation=90, fontsize=7)
+    ax.set_yticks(ticks, [_wrap(t, 40) for t in texts], fontsize=7)
+    ax.set(xlabel="caption", ylabel="picture of")
+    figure.colorbar(drawn, ax=ax, label="cosine", shrink=0.7)
+    _take_away(figure, caption)
+    return figure
+
+
+def search_results(index: Index, queries: Sequence, k: int = 6, caption: str = ""):
+    """One line per query: the query, then its k best pictures; green frame = this caption is correct.
+
+    A query is a text, or a picture (uint8 tensor (3, H, W)).
+    """
+    figure = _figure(1.2 * (k + 1.6), 1.5 * len(queries))
+    axes = figure.subplots(len(queries), k + 1, squeeze=False, width_ratios=[1.6] + [1] * k)
+    for line, query in zip(axes, queries, strict=True):
+        if isinstance(query, str):
+            line[0].text(0.98, 0.5, _wrap(f"“{query}”", 20), ha="right", va="center", fontsize=9)
+            line[0].axis("off")
+        else:
+            _show(line[0], query, "query")
+        for ax, hit in zip(line[1:], index.search(query, k), strict=True):
+            right = isinstance(query, str) and query in index.dataset.texts[hit.row]
+            title = f"{hit.score:.2f} {_wrap(hit.text, 19)}"
+            _show(ax, index.dataset[hit.row]["image"], title, GREEN if right else None)
+            ax.title.set_fontsize(6)
+    _take_away(figure, caption)
+    return figure
+
+
+def save(figure, path: str | Path) -> Path:
+    """Write a figure (PNG, 130 dots per inch); returns the path."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    return path
