@@ -1,0 +1,75 @@
+"""As a reader does: open a notebook, run it all, move a slider, see the picture change."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from tests.browser.harness import run_notebook_in_browser
+from tests.execute_notebooks import KERNEL
+
+pytestmark = pytest.mark.browser
+NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
+
+SLIDER = """
+import io, ipywidgets, numpy, PIL.Image
+def png(level):
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(numpy.full((64, 64), level, numpy.uint8)).save(buffer, "png")
+    return buffer.getvalue()
+slider = ipywidgets.IntSlider(100, 0, 255)
+picture = ipywidgets.Image(value=png(100))
+picture.add_class("mmkit-picture")
+slider.observe(lambda change: setattr(picture, "value", png(change.new)), "value")
+ipywidgets.VBox([slider, picture])
+"""
+
+
+def notebook_of(path, *cells):
+    cells = [new_code_cell(cell) for cell in cells]
+    nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": KERNEL}), path)
+    return path
+
+
+def move_slider(page):
+    """Move the first slider beside the first `mmkit-picture` by one key.
+
+    Returns the picture as seen before and after."""
+    picture = page.locator(".mmkit-picture").first
+    picture.scroll_into_view_if_needed()
+    address, before = picture.get_attribute("src"), picture.screenshot()
+    handle = page.locator(".jp-OutputArea-output:has(.mmkit-picture) .noUi-handle").first
+    handle.focus()
+    handle.press("ArrowRight")
+    page.wait_for_function(
+        "old => { const picture = document.querySelector('.mmkit-picture');"
+        " return picture.src !== old && picture.complete; }",
+        arg=address,
+        timeout=20_000,
+    )
+    return before, picture.screenshot()
+
+
+def test_a_slider_moves_a_picture(lab, browser, tmp_path):
+    """The harness itself, on the smallest notebook with a widget."""
+    page = run_notebook_in_browser(browser, lab, notebook_of(tmp_path / "slider.ipynb", SLIDER))
+    before, after = move_slider(page)
+    assert before != after
+    page.close()
+
+
+def test_a_cell_that_raises_fails_the_run(lab, browser, tmp_path):
+    path = notebook_of(tmp_path / "raises.ipynb", "1 / 0", "2")
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        run_notebook_in_browser(browser, lab, path)
+
+
+@pytest.mark.parametrize("name", ["02_masking.ipynb"])
+def test_notebook_with_a_slider(lab, browser, name):
+    if not (NOTEBOOKS / name).exists():
+        pytest.skip(f"no notebook {name}")
+    page = run_notebook_in_browser(browser, lab, NOTEBOOKS / name)
+    before, after = move_slider(page)
+    assert before != after
+    page.close()
