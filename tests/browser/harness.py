@@ -24,7 +24,8 @@ from pathlib import Path
 
 SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
-    "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is in the page
+    # every cell is in the page, and no empty screen follows the last one
+    "notebook-extension/tracker": {"windowingMode": "none", "scrollPastEnd": False},
 }
 
 # The race, because some of these promises never settle: a notebook that names no kernel, for one,

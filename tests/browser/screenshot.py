@@ -28,12 +28,17 @@ def scroller_height(page):
     return page.eval_on_selector(SCROLLER, "e => [e.clientHeight, e.scrollHeight]")
 
 
+def scroll_to(page, top):
+    page.eval_on_selector(SCROLLER, "(e, top) => { e.scrollTop = top; }", top)
+
+
 def one_tall_picture(page, out, width):
     visible, whole = scroller_height(page)
     height = min(TALLEST, page.viewport_size["height"] - visible + whole)
     page.set_viewport_size({"width": width, "height": height})
+    scroll_to(page, 0)
     page.wait_for_timeout(1000)
-    page.screenshot(path=out)
+    page.locator(SCROLLER).screenshot(path=out)
     return [out]
 
 
@@ -43,7 +48,7 @@ def one_picture_per_screen(page, out):
     starts = range(0, max(1, whole - 40), step)
     files = []
     for number, start in enumerate(starts, 1):
-        page.eval_on_selector(SCROLLER, "(e, top) => { e.scrollTop = top; }", start)
+        scroll_to(page, start)
         page.wait_for_timeout(200)
         files.append(out.with_stem(f"{out.stem}-{number:02d}"))
         page.locator(SCROLLER).screenshot(path=files[-1])
