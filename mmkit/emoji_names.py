@@ -38,6 +38,8 @@ _NEUTRAL = {
     **dict.fromkeys(("mermaid", "merman"), "merperson"),
     "princess": "prince",
     "older": "old",
+    **dict.fromkeys(("left", "right", "up", "down"), ""),
+    **dict.fromkeys(("leftwards", "rightwards", "left-facing", "right-facing"), ""),
 }
 _PAIRS = {
     "kiss": "a kiss between {}",
@@ -117,8 +119,8 @@ def wording(stem: str) -> str:
     name = base_name(stem).removesuffix(" facing right")
     if name.startswith("family"):
         return "family"
-    if re.fullmatch(r"\w+( o'clock|-thirty)", name):
-        return "clock"
+    if re.match(r"\w+( o'clock|-thirty)$|globe showing", name):
+        return name.split()[0] if name.startswith("globe") else "clock"
     words = [_NEUTRAL.get(word, word) for word in name.replace("'s ", " ").split()]
     return _pair(name)[0] or " ".join(filter(None, words)) or "person"
 
