@@ -159,7 +159,7 @@ _RENAMED = {
     "copyright": "copyright sign",
     "registered": "registered sign",
     "trade mark": "trade mark sign",
-    "foggy": "foggy city",
+    "foggy": "foggy bridge",
     "cooking": "frying pan with an egg",
     "dizzy": "dizzy star",
     "dashing away": "puff of wind",
