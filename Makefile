@@ -62,12 +62,12 @@ train: $(READY)  ## train the small model on the built-in pictures
 
 # PATH: so that `!tensorboard` in a cell is the one in .venv. Jupyter wants root to say so.
 lab: $(READY)  ## JupyterLab, opened on notebooks/
-	PATH="$(CURDIR)/.venv/bin:$$PATH" TENSORBOARD_BINARY="$(CURDIR)/.venv/bin/tensorboard" \
+	@exec env PATH="$(CURDIR)/.venv/bin:$$PATH" TENSORBOARD_BINARY="$(CURDIR)/.venv/bin/tensorboard" \
 	$(VENV) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks \
 	    $$([ "$$(id -u)" != 0 ] || echo --allow-root) $(ARGS)
 
 test: $(READY)  ## all tests, and every notebook in its fast mode
-	@$(VENV) -m pytest --nbmake --nbmake-timeout=600 tests notebooks $(ARGS)
+	@$(VENV) -m pytest --nbmake --nbmake-timeout=600 tests $(wildcard notebooks) $(ARGS)
 
 notebooks: $(READY)  ## run the notebooks in full, top to bottom, and write their outputs
 	$(VENV) -m tests.execute_notebooks $(NB)
