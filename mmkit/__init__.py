@@ -15,7 +15,8 @@ from .masking import Masking, mask_noise
 from .openmoji import openmoji
 from .retrieval import Index, embed, embed_texts, evaluate, mean_recall, recall_at_k, zero_shot
 from .tokenizer import train_wordpiece
-from .trainer import MaskedMultimodalTrainer, Run, train_model
+from .run import Run
+from .trainer import MaskedMultimodalTrainer, train_model
 
 __version__ = "0.1.0"
 

@@ -22,7 +22,8 @@ from .distributed import world
 from .encoder import PRESETS, MultimodalEncoder
 from .openmoji import openmoji
 from .retrieval import Index, evaluate, mean_recall
-from .trainer import newest_run, train_model
+from .run import newest_run
+from .trainer import train_model
 
 Split = Literal["compose", "concept", "random"]
 

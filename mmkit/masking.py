@@ -103,8 +103,8 @@ def random_text_mask(noise: Tensor, mask_ratio: float, valid: Tensor, maskable: 
     _check_ratio(mask_ratio)
     count = maskable.sum(1)
     hidden = torch.minimum((count * mask_ratio).round().long(), (count - 1).clamp(min=0))
-    rank = noise.masked_fill(~maskable, -1).argsort(1, descending=True, stable=True)
-    rank = rank.argsort(1, stable=True)  # (B, N): 0 = the largest noise among words
+    rank = noise.masked_fill(~maskable, -1).argsort(dim=1, descending=True, stable=True)
+    rank = rank.argsort(dim=1, stable=True)  # (B, N): 0 = the largest noise among words
     mask = (rank < hidden[:, None]) & maskable
     return keep_visible(mask, valid)
 
@@ -112,8 +112,8 @@ def random_text_mask(noise: Tensor, mask_ratio: float, valid: Tensor, maskable: 
 def keep_visible(mask: Tensor, valid: Tensor) -> Masking:
     """A `Masking` from any mask (B, N): visible real tokens first, in order, filled up to the longest."""
     visible = valid & ~mask
-    ids_shuffle = (~visible).long().argsort(1, stable=True)
-    ids_restore = ids_shuffle.argsort(1, stable=True)
+    ids_shuffle = (~visible).long().argsort(dim=1, stable=True)
+    ids_restore = ids_shuffle.argsort(dim=1, stable=True)
     num_kept = visible.sum(1)
     longest = max(1, int(num_kept.max()))
     keep_valid = torch.arange(longest, device=mask.device) < num_kept[:, None]

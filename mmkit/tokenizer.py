@@ -24,19 +24,39 @@ SPECIAL_TOKENS = {
 def train_wordpiece(texts: Sequence[str], vocab_size: int = 4096):
     """Train a lower-casing WordPiece on captions; returns a Hugging Face fast tokenizer.
 
-    The same captions give the same vocabulary, whatever their order. Raises ValueError without texts.
+    The same captions give the same vocabulary and the same ids, whatever their order. Raises
+    ValueError without texts.
     """
-    from tokenizers import BertWordPieceTokenizer
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     if not texts:
         raise ValueError("0 captions to train a tokenizer on; give at least one")
-    raw = BertWordPieceTokenizer(lowercase=True)
-    special = list(SPECIAL_TOKENS.values())
-    unique = sorted(set(texts))
-    raw.train_from_iterator(
-        unique, vocab_size=vocab_size, min_frequency=1, special_tokens=special, show_progress=False
+    unique, special = sorted(set(texts)), list(SPECIAL_TOKENS.values())
+    normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
+    letters = sorted({c for text in unique for c in normalizer.normalize_str(text)} - {" "})
+
+    def untrained(vocab):
+        tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=SPECIAL_TOKENS["unk_token"]))
+        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
+        tokenizer.decoder = decoders.WordPiece()
+        return tokenizer
+
+    # The trainer numbers inner letters in the order of a hash map, another in each process, and that
+    # order breaks its ties; naming them beforehand makes the result a function of the captions.
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=1,
+        initial_alphabet=letters,
+        special_tokens=special + [f"##{letter}" for letter in letters],
+        show_progress=False,
     )
-    return _wrap(raw.to_str(), SPECIAL_TOKENS)
+    raw = untrained({})
+    raw.train_from_iterator(unique, trainer)
+    pieces = special + sorted(raw.get_vocab().keys() - set(special))
+    tokenizer = untrained({piece: i for i, piece in enumerate(pieces)})
+    ends = [(token, pieces.index(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
+    return _wrap(tokenizer.to_str(), SPECIAL_TOKENS)
 
 
 def _wrap(tokenizer_json: str, special_tokens: dict):

@@ -1,0 +1,83 @@
+"""What a run says before it starts: the effective configuration.
+
+Read from the running model and its first batch, not from the settings: a mask that hides nothing, or
+an accumulation that loses negatives, shows here. Walk-through: notebooks/03_training.ipynb.
+"""
+
+import math
+
+import torch
+
+from .cost import step_flops
+from .masking import maskable_words
+
+
+def effective_configuration(trainer) -> dict:
+    """Parameters, tokens encoded per pair, realised ratios, negatives, FLOPs, precision, machine.
+
+    trainer: a MaskedMultimodalTrainer. Ratios are fractions of patches and of real words; FLOPs are
+    per pair and training step.
+    """
+    config, model = trainer.config, trainer.model
+    batch = trainer.first_batch()
+    image, text = trainer.maskings(batch, epoch=0)
+    patches = encoded_patches = model.num_patches
+    words = encoded_words = batch.valid.sum(1).float().mean().item()
+    if image is not None and config.image_mask_mode == "drop":
+        encoded_patches = image.ids_keep.shape[1]
+    if text is not None and config.text_mask_mode == "drop":
+        encoded_words = text.keep_valid.sum(1).float().mean().item()
+    maskable = maskable_words(batch.input_ids, batch.valid, model.special_ids).sum().item()
+    exact = config.accumulation == "exact"
+    pairs = len(trainer.train) / trainer.steps_per_epoch
+    micro = len(batch.split(config.gradient_accumulation_steps)[0]) * trainer.processes
+    replay = exact and config.gradient_accumulation_steps > 1
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "optimizer": " + ".join(type(o).__name__ for o in trainer.optimizers),
+        "pictures": len(trainer.train),
+        "captions": sum(map(len, trainer.train.texts)),
+        "steps": trainer.total_steps,
+        "pairs_per_step": pairs,
+        "patches": patches,
+        "patches_encoded": encoded_patches,
+        "image_mask_ratio": 0.0 if image is None else image.mask.float().mean().item(),
+        "words": words,
+        "words_encoded": encoded_words,
+        "text_mask_ratio": 0.0 if text is None else text.mask.sum().item() / max(1, maskable),
+        "negatives": (pairs if exact else micro) - 1,
+        "gflop_per_pair": step_flops(model, encoded_patches, encoded_words, replay) / 1e9,
+        "precision": str(trainer.precision or torch.float32).removeprefix("torch."),
+        "device": str(trainer.device),
+        "processes": trainer.processes,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def describe(trainer) -> str:
+    """The effective configuration in words, with the yardsticks of the curves to come."""
+    e, config = effective_configuration(trainer), trainer.config
+    candidates = e["negatives"] + 1
+    lines = {
+        "run": f"{trainer.path}",
+        "model": f"{e['parameters'] / 1e6:.2f} M parameters, {e['optimizer']}",
+        "data": f"{e['pictures']:,} pictures, {e['captions']:,} captions; "
+        f"{e['steps']:,} steps of {e['pairs_per_step']:.1f} pairs",
+        "image mask": f"{100 * e['image_mask_ratio']:.1f} % hidden ({config.image_mask_mode}): "
+        f"{e['patches_encoded']} of {e['patches']} patches encoded",
+        "text mask": f"{100 * e['text_mask_ratio']:.1f} % hidden ({config.text_mask_mode}): "
+        f"{e['words_encoded']:.1f} of {e['words']:.1f} tokens encoded",
+        "negatives": f"{e['negatives']:.0f} per pair, so guessing costs ln({candidates:.0f}) = "
+        f"{math.log(candidates):.2f}",
+        "cost": f"{e['gflop_per_pair']:.2f} GFLOP per pair and step",
+        "machine": f"{e['device']}, {e['precision']}, processes: {e['processes']}, "
+        f"threads: {e['threads']}",
+    }
+    if trainer.val is None:
+        lines["validation"] = "none: best_model.pth is judged on the training loss"
+    else:
+        n = len(trainer.val)
+        lines["validation"] = (
+            f"{n:,} pictures as one pool: guessing costs ln({n}) = {math.log(n):.2f}, R@1 {100 / n:.1f} %"
+        )
+    return "\n".join(f"{name:11} {words}" for name, words in lines.items())

@@ -1,0 +1,103 @@
+"""What a run writes, and reading it back.
+
+runs/<name>/ holds best_model.pth, last/state.pth, config.json, metrics.jsonl and TensorBoard's event
+files. metrics.jsonl has one record a line: "split" is "train" (every `log_every` steps) or "val"
+(every `eval_every` epochs). Walk-through: notebooks/03_training.ipynb.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from .checkpoint import load
+from .encoder import MultimodalEncoder
+
+
+@dataclass
+class Run:
+    """What a training left behind, read from its folder."""
+
+    path: Path
+    history: list[dict]  # the records of metrics.jsonl, in order
+    best: dict  # the validation record that best_model.pth was saved at
+
+    @classmethod
+    def load(cls, path) -> "Run":
+        """The run in a folder; FileNotFoundError where there is none."""
+        path = Path(path)
+        if not (path / "metrics.jsonl").is_file():
+            raise FileNotFoundError(f"no run in {path}: it has no metrics.jsonl; check the folder")
+        history = read_records(path / "metrics.jsonl")
+        best = [record for record in history if record.get("best")]
+        return cls(path, history, best[-1] if best else {})
+
+    def curve(self, key: str, split: str = "train") -> tuple[list[int], list[float]]:
+        """Steps and values of one quantity, for a plot."""
+        records = [r for r in self.history if r["split"] == split and key in r]
+        return [r["step"] for r in records], [r[key] for r in records]
+
+    @property
+    def model(self) -> MultimodalEncoder:
+        """The best model, loaded from `best_model.pth`."""
+        return load(self.path / "best_model.pth")
+
+
+def read_records(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; a last line cut off by a kill is left out."""
+    lines = path.read_text().splitlines()
+    records = []
+    for number, line in enumerate(lines):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines) - 1:
+                raise ValueError(f"{path}, line {number + 1} is no JSON; the file is damaged") from None
+    return records
+
+
+def newest_run(root: Path) -> str:
+    """Name of the run under a folder that was written last, "" where there is none."""
+    states = sorted(root.glob("*/last/state.pth"), key=lambda p: p.stat().st_mtime)
+    return states[-1].parent.parent.name if states else ""
+
+
+class RunWriter:
+    """Writes a run's folder: config.json, metrics.jsonl and event files.
+
+    A new run replaces an earlier one of its name; a resumed one (`step` given) drops the records that
+    came after the state it goes on from.
+    """
+
+    def __init__(self, path: Path, config: dict, step: int | None = None):
+        from torch.utils.tensorboard import SummaryWriter
+
+        metrics = path / "metrics.jsonl"
+        if step is None and metrics.is_file():
+            print(f"replacing the earlier run in {path}")
+            shutil.rmtree(path)
+        path.mkdir(parents=True, exist_ok=True)
+        kept = read_records(metrics) if step is not None and metrics.is_file() else []
+        kept = [record for record in kept if record["step"] <= step]
+        metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        self._metrics = metrics
+        self._events = SummaryWriter(path, purge_step=None if step is None else step + 1)
+
+    def write(self, record: dict):
+        """One record to metrics.jsonl, its numbers to TensorBoard.
+
+        Scalars: loss/train, loss/val, learning_rate, retrieval/…, and the reading aids by name.
+        """
+        with open(self._metrics, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        split, step = record["split"], record["step"]
+        for name, value in record.items():
+            if name in ("split", "step", "best", "train_loss") or value is None:
+                continue
+            tag = f"loss/{split}" if name == "loss" else f"retrieval/{name}" if "R@" in name else name
+            self._events.add_scalar(tag, value, step)
+        self._events.flush()
+
+    def close(self):
+        self._events.close()

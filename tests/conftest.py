@@ -1,0 +1,56 @@
+"""Small real models and made pictures that the unit tests share."""
+
+import pytest
+import torch
+
+from mmkit import MultimodalDataset, MultimodalEncoder, train_wordpiece
+
+WORDS = "red green blue old new small big cat dog house tree boat star moon bread shoe".split()
+
+
+def captions(count: int) -> list[str]:
+    """Different captions of 2 to 6 words."""
+    texts = []
+    for i in range(count):
+        length = 2 + i % 5
+        texts.append(" ".join(WORDS[(i * 7 + j * (3 + i // 16)) % 16] for j in range(length)))
+    return texts
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_wordpiece(captions(64))
+
+
+@pytest.fixture
+def make_model(tokenizer):
+    """A real but small encoder: 15-pixel pictures, 9 patches of 5 pixels, width 22, 2 layers."""
+    from transformers import BertConfig, ViTConfig
+
+    def make(dropout=0.0, seed=0, **options):
+        tower = dict(hidden_size=22, num_hidden_layers=2, num_attention_heads=2, intermediate_size=31)
+        drop = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+        torch.manual_seed(seed)
+        return MultimodalEncoder(
+            ViTConfig(image_size=15, patch_size=5, **tower, **drop),
+            BertConfig(vocab_size=len(tokenizer), max_position_embeddings=17, **tower, **drop),
+            tokenizer,
+            embed_dim=13,
+            dropout=dropout,
+            **options,
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_data(tokenizer):
+    """Made pictures (noise) with captions; for arithmetic, not for learning."""
+
+    def make(count=23, size=15, seed=0, **options):
+        generator = torch.Generator().manual_seed(seed)
+        pixels = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+        options = {"tokenizer": tokenizer} | options
+        return MultimodalDataset.from_pixels(pixels, captions(count), **options)
+
+    return make

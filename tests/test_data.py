@@ -1,0 +1,166 @@
+"""Pictures arrive as a person would see them; batches are the same from files and from memory."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmkit import MultimodalDataset
+from mmkit.data import load_batches, read_picture, shift_pictures
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Seven pictures of different sizes, left half red and right half blue."""
+    paths = []
+    for i in range(7):
+        picture = Image.new("RGB", (20 + i, 11 + 2 * i), RED)
+        picture.paste(BLUE, (10, 0, 40, 40))
+        paths.append(tmp_path / f"{i}.png")
+        picture.save(paths[-1])
+    return paths
+
+
+TEXTS = ["a flag", "two halves", "a flag", ["red and blue", "blue and red"], "five", "six", "seven"]
+
+
+def test_an_item_is_picture_text_and_id(files):
+    data = MultimodalDataset(files, TEXTS, image_size=13)
+    item = data[3]
+    assert item["image"].shape == (3, 13, 13) and item["image"].dtype == torch.uint8
+    assert item["text"] == "red and blue" and item["sample_id"] == 3
+    assert tuple(item["image"][:, 6, 0]) == RED and tuple(item["image"][:, 6, 12]) == BLUE
+    assert len(data) == 7 and data[-1]["text"] == "seven"
+    assert "7 pictures (3, 13, 13), 8 captions" in repr(data)
+
+
+def test_files_and_memory_give_the_same_batches(files):
+    lazy = MultimodalDataset(files, TEXTS, image_size=13)
+    resident = MultimodalDataset(files, TEXTS, image_size=13, device="cpu")
+    assert resident.resident and not lazy.resident
+    noise = torch.tensor([0.9, 0.9, 0.1])
+    a, b = lazy.batch([3, 0, 2], noise), resident.batch([3, 0, 2], noise)
+    for name in ("pixel_values", "input_ids", "valid", "sample_ids", "group_ids"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    assert a.pixel_values.dtype == torch.uint8 and a.sample_ids.tolist() == [3, 0, 2]
+    decode = lazy.tokenizer.decode
+    assert decode(a.input_ids[0], skip_special_tokens=True) == "blue and red"
+    assert decode(lazy.batch([3]).input_ids[0], skip_special_tokens=True) == "red and blue"
+
+
+def test_workers_give_the_same_batches(files):
+    data = MultimodalDataset(files, TEXTS, image_size=13)
+    keys = [(torch.tensor([0, 5, 3]), torch.rand(3)), (torch.tensor([6, 1]), torch.rand(2))]
+    for here, there in zip(load_batches(data, keys, 0, False), load_batches(data, keys, 2, False), strict=True):
+        assert torch.equal(here.pixel_values, there.pixel_values)
+        assert torch.equal(here.input_ids, there.input_ids)
+
+
+def test_padding_is_cut_to_the_longest_caption_of_the_batch(files):
+    data = MultimodalDataset(files, TEXTS, image_size=13)
+    batch = data.batch([0, 3])
+    assert batch.valid.sum(1).tolist() == [4, 5] and batch.input_ids.shape == (2, 5)
+    assert data.batch([4]).input_ids.shape == (1, 3)
+
+
+def test_groups_join_what_is_correct_for_each_other(files):
+    """One caption of two pictures, and one picture given twice, are one group each."""
+    data = MultimodalDataset([*files, files[1]], [*TEXTS, "again two halves"], image_size=13)
+    groups = data.group_ids.tolist()
+    assert groups[0] == groups[2] and groups[1] == groups[7]
+    assert len(set(groups)) == 6
+    chain = MultimodalDataset(files[:3], [["a", "b"], ["b", "c"], "c"], image_size=13)
+    assert len(chain.group_ids.unique()) == 1
+
+
+def test_subset_keeps_ids_and_groups(files):
+    data = MultimodalDataset(files, TEXTS, image_size=13)
+    part = data.subset([5, 2, 0])
+    assert part.sample_ids.tolist() == [5, 2, 0] and part[1]["text"] == "a flag"
+    assert torch.equal(part.batch([0, 1]).pixel_values, data.batch([5, 2]).pixel_values)
+    assert part.group_ids[1] == part.group_ids[2]
+
+
+def test_a_transform_that_gives_floats_counts_as_normalised(files, make_model):
+    def transform(picture):
+        return torch.full((3, 15, 15), 0.25) * (picture.width % 2)
+
+    data = MultimodalDataset(files, TEXTS, transform=transform)
+    batch = data.batch([0, 1])
+    assert batch.pixel_values.dtype == torch.float32
+    assert torch.equal(make_model().normalize(batch.pixel_values), batch.pixel_values)
+
+
+def save(path, array_or_picture, **options):
+    picture = array_or_picture
+    if isinstance(picture, np.ndarray):
+        picture = Image.fromarray(picture)
+    picture.save(path, **options)
+    return np.asarray(read_picture(path))
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    picture = Image.new("RGB", (16, 8), RED)
+    picture.paste(BLUE, (8, 0, 16, 8))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
+    seen = save(tmp_path / "turned.png", picture, exif=exif)
+    assert seen.shape == (16, 8, 3)
+    assert tuple(seen[0, 0]) == RED and tuple(seen[15, 0]) == BLUE
+
+
+def test_alpha_is_laid_over_white(tmp_path):
+    picture = Image.new("RGBA", (5, 3), (255, 0, 0, 0))
+    assert (save(tmp_path / "clear.png", picture) == 255).all()
+    palette = Image.new("P", (5, 3), 0)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    palette.putpixel((0, 0), 1)
+    seen = save(tmp_path / "palette.png", palette, transparency=0)
+    assert tuple(seen[0, 0]) == RED and tuple(seen[2, 4]) == WHITE
+
+
+@pytest.mark.parametrize("top, dtype", [(65535, np.uint16), (255, np.uint8)])
+def test_grey_pictures_keep_their_shades(tmp_path, top, dtype):
+    """A 16-bit ramp stays a ramp; clipping would turn it white."""
+    ramp = np.linspace(0, top, 17).astype(dtype)[None].repeat(5, 0)
+    seen = save(tmp_path / "ramp.png", ramp)
+    assert seen.shape == (5, 17, 3)
+    assert np.abs(seen[0, :, 0].astype(int) - np.linspace(0, 255, 17)).max() <= 1
+
+
+def test_float_pictures_are_scaled(tmp_path):
+    ramp = np.linspace(0, 1, 17, dtype=np.float32)[None].repeat(5, 0)
+    seen = save(tmp_path / "ramp.tiff", ramp)
+    assert np.abs(seen[0, :, 0].astype(int) - np.linspace(0, 255, 17)).max() <= 1
+
+
+def test_shift_moves_pictures_by_their_own_noise():
+    pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    noise = torch.tensor([[0.5, 0.5], [0.999, 0.5], [0.5, 0.0]])
+    moved = shift_pictures(pixels, noise)
+    assert torch.equal(moved[0], pixels[0])
+    assert torch.equal(moved[1, :, :-2], pixels[1, :, 2:])
+    assert torch.equal(moved[2, :, :, 2:], pixels[2, :, :, :-2])
+    assert torch.equal(moved[2, :, :, 0], pixels[2, :, :, 0])
+
+
+def test_bad_input_is_refused_in_words(files, tmp_path):
+    with pytest.raises(ValueError, match="7 image_paths but 6 texts"):
+        MultimodalDataset(files, TEXTS[:6])
+    with pytest.raises(FileNotFoundError, match=r"gone.png \(row 1\) does not exist"):
+        MultimodalDataset([files[0], tmp_path / "gone.png"], ["a", "b"])
+    with pytest.raises(ValueError, match="text of row 1 is empty"):
+        MultimodalDataset(files[:2], ["a", "  "])
+    with pytest.raises(ValueError, match="dataset is empty"):
+        MultimodalDataset([], [])
+    for name, content in (("zero.jpg", b""), ("page.jpg", b"<html></html>")):
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "cut.png").write_bytes(files[6].read_bytes()[:60])
+    for name in ("zero.jpg", "page.jpg", "cut.png"):
+        data = MultimodalDataset([files[0], tmp_path / name], ["a", "b"])
+        with pytest.raises(ValueError, match=rf"{name} \(row 1\) cannot be read"):
+            data.batch([0, 1])
+        with pytest.raises(ValueError, match=rf"{name} \(row 1\) cannot be read"):
+            MultimodalDataset([files[0], tmp_path / name], ["a", "b"], device="cpu")

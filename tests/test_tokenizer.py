@@ -1,0 +1,55 @@
+"""Captions become word pieces and come back; a checkpoint's tokenizer is the same tokenizer."""
+
+import pytest
+
+from mmkit.tokenizer import encode_texts, special_ids, tokenizer_from_state, tokenizer_state, train_wordpiece
+
+TEXTS = ["a red house", "an old blue boat", "the flag of France"]
+
+
+def test_captions_come_back():
+    tokenizer = train_wordpiece(TEXTS)
+    input_ids, valid = encode_texts(tokenizer, TEXTS, 32)
+    decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in input_ids]
+    assert decoded == [text.lower() for text in TEXTS]
+    assert valid.sum(1).tolist() == [5, 6, 6]
+    assert input_ids.tolist()[0][0] == tokenizer.cls_token_id
+
+
+def test_another_process_trains_the_same_ids():
+    """Hash maps are seeded anew in each process; the vocabulary must not notice."""
+    import json
+    import subprocess
+    import sys
+
+    code = f"import json, mmkit; print(json.dumps(mmkit.train_wordpiece({TEXTS}).get_vocab()))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(other.stdout) == train_wordpiece(TEXTS).get_vocab()
+
+
+def test_training_does_not_depend_on_the_order_of_captions():
+    a, b = train_wordpiece(TEXTS), train_wordpiece(TEXTS[::-1] + TEXTS)
+    assert a.get_vocab() == b.get_vocab()
+
+
+def test_long_captions_are_cut_and_end_with_their_end_token():
+    tokenizer = train_wordpiece(TEXTS)
+    input_ids, valid = encode_texts(tokenizer, ["a red house " * 9], 11)
+    assert input_ids.shape == (1, 11) and valid.all()
+    assert input_ids[0, -1] == tokenizer.sep_token_id
+
+
+def test_saved_as_text_and_read_back():
+    tokenizer = train_wordpiece(TEXTS)
+    other = tokenizer_from_state(tokenizer_state(tokenizer))
+    words = ["a RED boat", "unknown wörds", ""]
+    assert tokenizer(words)["input_ids"] == other(words)["input_ids"]
+    assert special_ids(tokenizer).tolist() == special_ids(other).tolist()
+    assert tokenizer.unk_token_id not in special_ids(tokenizer)
+
+
+def test_bad_input_is_refused_in_words():
+    with pytest.raises(ValueError, match="0 captions"):
+        train_wordpiece([])
+    with pytest.raises(ValueError, match="cannot be read"):
+        tokenizer_from_state({"json": "{", "special_tokens": {}})
