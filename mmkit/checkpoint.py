@@ -6,9 +6,7 @@ Walk-through: notebooks/05_checkpoints.ipynb.
 """
 
 import os
-import pickle
 import random
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -46,16 +44,11 @@ def read_checkpoint(path: str | os.PathLike, map_location="cpu") -> dict:
         raise FileNotFoundError(f"no checkpoint at {path}; train first, or check the path")
     try:
         state = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # a damaged file raises anything from EOFError to RuntimeError
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{path} is refused: it holds more than tensors and plain values, or is damaged "
-            f"({reason}); nothing in it was run. Use a file that mmkit wrote"
-        ) from None
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"{path} is damaged or no checkpoint ({reason}); use an earlier one"
+            f"{path} is refused: it is damaged, or holds more than tensors and plain values "
+            f"({reason}); nothing in it was run. Use a file that mmkit wrote, or an earlier one"
         ) from None
     if not isinstance(state, dict):
         raise ValueError(

@@ -318,8 +318,8 @@ class MultimodalEncoder(nn.Module):
             self._text_features(text_tokens, kept),
             image_tokens,
             text_tokens,
-            self.logit_scale,
-            self.logit_bias,
+            self.logit_scale.clone(),  # a node of the graph: DDP takes a bare parameter for unused
+            self.logit_bias.clone(),
         )
 
     def architecture(self) -> dict:

@@ -1,0 +1,43 @@
+"""The command line does the whole job on the built-in pictures."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def mmkit(*words):
+    command = [sys.executable, "-m", "mmkit", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_train_then_evaluate_then_search(tmp_path):
+    """A few steps, then a table, a grid of ten searches, and a search by one's own words."""
+    where = ["--output-dir", tmp_path, "--run-name", "quick"]
+    done = mmkit("train", "--max-steps", 3, "--batch-size", 32, *where)
+    assert done.returncode == 0, done.stderr
+    for words in ("3 steps of 31.9", "compose test: ", "everything seen", "50 % of patches hidden", "CC BY-SA 4.0"):
+        assert words in done.stdout, done.stdout
+    assert (tmp_path / "quick/searches.png").stat().st_size > 50_000
+    checkpoint = tmp_path / "quick/best_model.pth"
+    done = mmkit("evaluate", "--checkpoint", checkpoint, "--part", "val", "--hidden", 0.75)
+    assert "compose val: " in done.stdout and "75 % of patches hidden" in done.stdout, done.stderr
+    grid = tmp_path / "found.png"
+    done = mmkit("search", "a red heart", "--checkpoint", checkpoint, "--k", 7, "--out", grid)
+    assert len(done.stdout.splitlines()) == 8 and grid.stat().st_size > 10_000, done.stderr
+
+
+def test_every_field_is_a_flag_and_errors_are_one_line(tmp_path):
+    import dataclasses
+
+    import mmkit as mm
+
+    help_text = mmkit("train", "--help").stdout
+    for field in dataclasses.fields(mm.TrainingConfig):
+        assert f"--{field.name.replace('_', '-')}" in help_text
+    wrong = mmkit("train", "--image-mask-ratio", 1.5, "--output-dir", tmp_path)
+    assert wrong.returncode != 0 and "Traceback" not in wrong.stderr
+    assert "must be in [0, 1)" in wrong.stderr + wrong.stdout
+    gone = mmkit("evaluate", "--checkpoint", tmp_path / "gone.pth")
+    assert gone.returncode == 2 and "no checkpoint at" in gone.stderr and "Traceback" not in gone.stderr

@@ -1,0 +1,78 @@
+"""Launching says what is wrong before it fails; a launched function's result comes back."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import mmkit as mm
+from mmkit.distributed import my_share, preflight
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_one_process_is_a_plain_call():
+    assert mm.launch(lambda a, b: a + b, 2, 3, num_processes=1) == 5
+    assert torch.equal(my_share(torch.arange(7))[0], torch.arange(7))
+
+
+def test_a_wrong_number_is_refused():
+    with pytest.raises(ValueError, match="num_processes=0 must be at least 1"):
+        preflight(0)
+
+
+@pytest.mark.slow
+def test_gathering_keeps_the_gradient_of_keys():
+    """Two processes with 3 and 4 rows: loss parts and gradients equal one process with 7."""
+    done = run("""
+        import torch, mmkit as mm
+        from mmkit.distributed import gather_rows, world
+        from mmkit.step import contrastive_share
+
+        torch.manual_seed(0)
+        image, text = (torch.nn.functional.normalize(torch.randn(7, 5), dim=1) for _ in range(2))
+        groups = torch.tensor([0, 1, 2, 0, 4, 5, 6])
+
+        def share(kind, rows):
+            leaves = [image[rows], text[rows], torch.tensor(1.3), torch.tensor(-1.0)]
+            leaves = [x.clone().requires_grad_() for x in leaves]
+            loss = contrastive_share(*leaves, groups[rows], kind)
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+            return [loss.detach()[None], *(g.detach().reshape(len(g) if g.ndim else 1, -1) for g in grads)]
+
+        def both():
+            rows = slice(0, 3) if world()[0] == 0 else slice(3, 7)
+            parts = {kind: share(kind, rows) for kind in ("info_nce", "sigmoid")}
+            return {kind: [gather_rows(p) for p in part] for kind, part in parts.items()}
+
+        got = mm.launch(both, num_processes=2)
+        for kind, (loss, image_grad, text_grad, scale_grad, bias_grad) in got.items():
+            whole = share(kind, slice(0, 7))
+            torch.testing.assert_close(loss.sum()[None], whole[0])
+            torch.testing.assert_close(image_grad, whole[1])
+            torch.testing.assert_close(text_grad, whole[2])
+            torch.testing.assert_close(scale_grad.sum().reshape(1, 1), whole[3])
+            torch.testing.assert_close(bias_grad.sum().reshape(1, 1), whole[4])
+        print("equal")
+    """)
+    assert "equal" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_a_kernel_that_made_an_accelerator_is_told_to_restart():
+    done = run("""
+        import mmkit as mm
+        from accelerate import Accelerator
+
+        Accelerator(cpu=True)
+        try:
+            mm.launch(print, num_processes=2)
+        except RuntimeError as error:
+            print(error)
+    """)
+    assert "an Accelerator was already made in this kernel" in done.stdout, done.stderr[-2000:]

@@ -1,0 +1,71 @@
+"""What only a GPU can show; these skip themselves where there is none."""
+
+import pytest
+import torch
+
+import mmkit as mm
+from mmkit import mask_noise
+
+pytestmark = pytest.mark.gpu
+
+
+def test_noise_has_the_same_bits_on_the_gpu():
+    ids = torch.cat([torch.arange(1000), torch.tensor([2**62, -5])])
+    assert torch.equal(mask_noise(3, 5, ids, 197), mask_noise(3, 5, ids.cuda(), 197).cpu())
+
+
+def test_a_resident_set_gives_the_same_batches(make_data):
+    pixels = torch.randint(0, 256, (23, 3, 15, 15), dtype=torch.uint8)
+    here, there = (
+        mm.MultimodalDataset.from_pixels(pixels, [f"number {i}" for i in range(23)], device=device)
+        for device in (None, "cuda")
+    )
+    a, b = here.batch([3, 1, 7]), there.batch([3, 1, 7])
+    assert b.pixel_values.is_cuda
+    assert torch.equal(a.pixel_values, b.pixel_values.cpu()) and torch.equal(a.input_ids, b.input_ids.cpu())
+
+
+def test_features_are_the_same_on_the_gpu(make_model, make_data):
+    model, data = make_model().eval(), make_data(23)
+    here = mm.embed(model, data)
+    there = mm.embed(model.to_device("cuda"), data)
+    torch.testing.assert_close(here.image_features, there.image_features, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(here.text_features, there.text_features, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_training_learns_in_every_precision(make_model, make_data, tmp_path, precision):
+    data = make_data(23)
+    config = mm.TrainingConfig(
+        num_epochs=60, batch_size=23, learning_rate=5e-3, warmup_steps=3, eval_every=60,
+        mixed_precision=precision, output_dir=str(tmp_path), run_name=precision,
+    )  # fmt: skip
+    run = mm.train_model(config, data, data, make_model())
+    assert run.history[-1]["loss"] < 1
+
+
+def test_resume_is_bit_exact_with_deterministic_kernels(make_model, make_data, tmp_path):
+    data = make_data(53)
+
+    def train(name, resume=False, stop=None):
+        config = mm.TrainingConfig(
+            num_epochs=4, batch_size=11, dropout=0.2, deterministic=True, log_every=1, checkpoint_every=2,
+            mixed_precision="bf16", output_dir=str(tmp_path), run_name=name,
+        )  # fmt: skip
+        trainer = mm.MaskedMultimodalTrainer(config, data, None, make_model(dropout=0.2), resume)
+        if stop is not None:
+            step = trainer.train_step
+
+            def stopping(*args):
+                if trainer.step == stop:
+                    raise KeyboardInterrupt
+                return step(*args)
+
+            trainer.train_step = stopping
+        return trainer.fit()
+
+    whole = train("whole")
+    with pytest.raises(KeyboardInterrupt):
+        train("killed", stop=9)
+    resumed = train("killed", resume=True)
+    assert [r["loss"] for r in resumed.history] == [r["loss"] for r in whole.history]

@@ -1,0 +1,110 @@
+"""The gradient of a step is the gradient of the whole batch, however it is cut."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmkit import info_nce, sigmoid_loss
+from mmkit.masking import draw_maskings
+from mmkit.step import backward, naive_backward
+
+
+@pytest.fixture(params=["info_nce", "sigmoid"])
+def kind(request):
+    return request.param
+
+
+def encode_with(model, modes=("drop", "replace")):
+    """A masked forward pass, its masks a pure function of the batch, as the trainer's."""
+
+    def encode(batch):
+        masks = draw_maskings(
+            batch, 9, model.special_ids, seed=0, epoch=0, image=("random", 0.5), text=("random", 0.4)
+        )
+        return model(batch, *masks, *modes)
+
+    return encode
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_error(ours, reference):
+    assert ours.keys() == reference.keys()
+    flat = [torch.cat([g[name].flatten() for name in sorted(reference)]) for g in (ours, reference)]
+    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
+
+
+def whole_batch_loss(model, out, groups, kind):
+    if kind == "info_nce":
+        return info_nce(out.image_features, out.text_features, out.logit_scale.exp(), groups)
+    features = (out.image_features, out.text_features)
+    return sigmoid_loss(*features, out.logit_scale.exp(), out.logit_bias, groups)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 23])
+def test_accumulated_gradient_is_the_gradient_of_the_big_batch(make_model, make_data, kind, parts):
+    """With masks on, an uneven last micro-batch and duplicates; logit_scale included."""
+    model, batch = make_model().train(), make_data(23).batch(range(23))
+    batch.group_ids[5] = batch.group_ids[17]
+    encode = encode_with(model)
+    expected = whole_batch_loss(model, encode(batch), batch.group_ids, kind)
+    expected.backward()
+    reference = gradients(model)
+    reference.setdefault("logit_bias", torch.zeros(()))
+    model.zero_grad()
+
+    scale = (model.logit_scale, model.logit_bias)
+    loss = backward(encode, batch.split(parts), scale, kind)
+    torch.testing.assert_close(loss, expected.detach())
+    ours = gradients(model)
+    assert relative_error(ours, reference) < 1e-5
+    torch.testing.assert_close(ours["logit_scale"], reference["logit_scale"])
+
+
+def test_dropout_is_replayed(make_model, make_data, kind):
+    """Equal to keeping every micro-batch's graph under the same draws."""
+    model, batch = make_model(dropout=0.3).train(), make_data(23).batch(range(23))
+    encode, parts = encode_with(model), batch.split(4)
+    torch.manual_seed(7)
+    outputs = [encode(part) for part in parts]
+    image = torch.cat([o.image_features for o in outputs])
+    text = torch.cat([o.text_features for o in outputs])
+    joined = type(outputs[0])(image, text, None, None, model.logit_scale, model.logit_bias)
+    whole_batch_loss(model, joined, batch.group_ids, kind).backward()
+    reference = gradients(model)
+    reference.setdefault("logit_bias", torch.zeros(()))
+    model.zero_grad()
+
+    torch.manual_seed(7)
+    backward(encode, parts, (model.logit_scale, model.logit_bias), kind)
+    assert relative_error(gradients(model), reference) < 1e-5
+
+
+def test_naive_accumulation_is_another_gradient(make_model, make_data):
+    """What the exact one is for: micro-batches that lose their negatives point elsewhere."""
+    import contextlib
+
+    model, batch = make_model().train(), make_data(23).batch(range(23))
+    encode, scale = encode_with(model), (model.logit_scale, model.logit_bias)
+    backward(encode, [batch], scale, "info_nce")
+    reference = torch.cat([g.flatten() for g in gradients(model).values()])
+    model.zero_grad()
+    naive_backward(encode, batch.split(4), scale, "info_nce", no_sync=contextlib.nullcontext)
+    naive = torch.cat([g.flatten() for g in gradients(model).values()])
+    assert F.cosine_similarity(naive, reference, dim=0) < 0.95
+
+
+def test_memory_grows_with_the_micro_batch(make_model, make_data):
+    """While features are collected no graph is kept."""
+    model, batch = make_model().train(), make_data(23).batch(range(23))
+    graphs = []
+
+    def encode(part):
+        out = encode_with(model)(part)
+        graphs.append(out.image_features.requires_grad)
+        return out
+
+    backward(encode, batch.split(3), (model.logit_scale, model.logit_bias), "info_nce")
+    assert graphs == [False] * 3 + [True] * 3

@@ -1,0 +1,95 @@
+"""A small real training for tests that need a process of its own (to kill it, or to have two).
+
+    python -m tests.train_small FOLDER NAME '{"num_epochs": 3}' [--resume] [--kill-at 7]
+        [--kill-in-write 2] [--processes 2]
+"""
+
+import argparse
+import json
+import os
+import signal
+
+import torch
+
+import mmkit as mm
+from mmkit import checkpoint
+from tests.conftest import captions
+
+DEFAULTS = dict(
+    batch_size=11,
+    num_epochs=3,
+    warmup_steps=3,
+    learning_rate=5e-3,
+    log_every=1,
+    mixed_precision="no",
+    text_mask_ratio=0.3,
+)
+
+
+def data(count: int, tokenizer=None, seed: int = 0) -> mm.MultimodalDataset:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, 3, 15, 15), generator=generator, dtype=torch.uint8)
+    return mm.MultimodalDataset.from_pixels(pixels, captions(count), tokenizer=tokenizer)
+
+
+def model(tokenizer, dropout: float) -> mm.MultimodalEncoder:
+    from transformers import BertConfig, ViTConfig
+
+    tower = dict(hidden_size=22, num_hidden_layers=2, num_attention_heads=2, intermediate_size=31)
+    drop = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    vit = ViTConfig(image_size=15, patch_size=5, **tower, **drop)
+    bert = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=17, **tower, **drop)
+    torch.manual_seed(0)
+    return mm.MultimodalEncoder(vit, bert, tokenizer, embed_dim=13, dropout=dropout)
+
+
+class Dying(mm.MaskedMultimodalTrainer):
+    """Killed with SIGKILL, as a machine would be, before step `kill_at`."""
+
+    kill_at = -1
+
+    def train_step(self, batch, epoch):
+        if self.step == self.kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().train_step(batch, epoch)
+
+
+def die_in_write(number: int):
+    """Let the `number`-th checkpoint be half written, then kill."""
+    save, seen = torch.save, [0]
+
+    def half(state, file):
+        seen[0] += 1
+        if seen[0] == number:
+            save(state, file)
+            file.truncate(file.tell() // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        save(state, file)
+
+    checkpoint.torch.save = half
+
+
+def run(folder: str, name: str, values: dict, resume: bool, kill_at: int) -> None:
+    config = mm.TrainingConfig(**DEFAULTS | dict(output_dir=folder, run_name=name) | values)
+    train = data(53)
+    trainer = Dying(config, train, data(17, seed=1), model(train.tokenizer, config.dropout), resume)
+    trainer.kill_at = kill_at
+    trainer.fit()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder")
+    parser.add_argument("name")
+    parser.add_argument("values", type=json.loads)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--kill-at", type=int, default=-1)
+    parser.add_argument("--kill-in-write", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.kill_in_write:
+        die_in_write(args.kill_in_write)
+    mm.launch(
+        run, args.folder, args.name, args.values, args.resume, args.kill_at, num_processes=args.processes
+    )
