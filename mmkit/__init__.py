@@ -1,7 +1,7 @@
 """mmkit: teach and research masked image+text training, in Jupyter.
 
-A ViT and a BERT learn one space for pictures and texts while most patches and some words are hidden.
-Importing this never touches CUDA, nor transformers' model code.
+A ViT and a BERT learn one space for pictures and texts while most patches and some words are
+hidden. Importing this never touches CUDA, nor transformers' model code.
 """
 
 from . import cost, losses, masking, plots, retrieval, widgets
@@ -14,8 +14,8 @@ from .losses import info_nce, sigmoid_loss
 from .masking import Masking, mask_noise
 from .openmoji import openmoji
 from .retrieval import Index, embed, embed_texts, evaluate, mean_recall, recall_at_k, zero_shot
-from .tokenizer import train_wordpiece
 from .run import Run
+from .tokenizer import train_wordpiece
 from .trainer import MaskedMultimodalTrainer, train_model
 
 __version__ = "0.1.0"

@@ -47,20 +47,22 @@ def train(
         return
     model = run.model
     masks = {"image_mask": (config.image_mask, config.image_mask_ratio or 0.5)}
-    print(
-        f"\n{run.path}: best epoch {run.best['epoch'] + 1}, {run.history[-1]['seconds']:.0f} s of training"
-    )
+    best, seconds = run.best["epoch"] + 1, run.history[-1]["seconds"]
+    print(f"\n{run.path}: best epoch {best}, {seconds:.0f} s of training")
     _print_scores(model, test, f"{split} test", masks)
     index = Index(model, test)
     queries = [*dict.fromkeys(text[0] for text in test.texts)][:: max(1, len(test) // 10)][:10]
-    words = f"Ten captions of the {split} test split, each with its six nearest of {len(test)} pictures."
+    words = (
+        f"Ten captions of the {split} test split, each with its nearest of {len(test)} pictures."
+    )
     grid = plots.save(
         plots.search_results(index, queries, caption=words), run.path / "searches.png"
     )
     print(f"\nten searches: {grid}")
     print("next: make lab (open 01_data.ipynb), or search all pictures by your own words:")
     print(
-        f'      {_python()} -m mmkit search "a woman firefighter" --checkpoint {run.path}/best_model.pth'
+        f'      {_python()} -m mmkit search "a woman firefighter"'
+        f" --checkpoint {run.path}/best_model.pth"
     )
     print(f"      {_python()} -m tensorboard.main --logdir {config.output_dir}")
     print(f"pictures: {test.attribution}")

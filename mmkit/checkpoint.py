@@ -1,8 +1,8 @@
 """Files that survive: best_model.pth, last/state.pth, and reading them back.
 
-Every file is written to a temporary name in the same folder, synced and renamed, so that a kill or a
-full disk leaves the previous one whole. Reading never runs code from a file (`weights_only=True`).
-Walk-through: notebooks/05_checkpoints.ipynb.
+Every file is written to a temporary name in the same folder, synced and renamed, so that a kill or
+a full disk leaves the previous one whole. Reading never runs code from a file
+(`weights_only=True`). Walk-through: notebooks/05_checkpoints.ipynb.
 """
 
 import os
@@ -66,8 +66,8 @@ def load_weights(model: nn.Module, weights: dict, path="the checkpoint") -> None
             raise ValueError(f"{path} is of another architecture: {where} has no {name!r}")
         if own[name].shape != weights[name].shape:
             raise ValueError(
-                f"{path} is of another architecture: {name!r} is {tuple(weights[name].shape)} in the "
-                f"file, {tuple(own[name].shape)} in the model; load it with mm.load(path) instead"
+                f"{path} is of another architecture: {name!r} is {tuple(weights[name].shape)} in "
+                f"the file, {tuple(own[name].shape)} in the model; use mm.load(path) instead"
             )
     model.load_state_dict(weights)
 

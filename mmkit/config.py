@@ -37,7 +37,8 @@ def constant(progress: float) -> float:
     return 1.0
 
 
-# name -> f(progress in [0, 1] after the warmup) in [0, 1]; 1 is the full learning rate, 0 the final one
+# name -> f(progress in [0, 1] after the warmup) in [0, 1]; 1 is the full learning rate, 0 the final
+# one
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": cosine,
     "linear": linear,
@@ -180,7 +181,7 @@ class TrainingConfig:
         return self.final_lr_fraction + (1 - self.final_lr_fraction) * shape(min(1.0, progress))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, for JSON and checkpoints; a schedule given as a function becomes its name."""
+        """Plain values only, for JSON and checkpoints; a schedule function becomes its name."""
         values = dataclasses.asdict(self)
         if callable(self.schedule):
             values["schedule"] = f"function {getattr(self.schedule, '__qualname__', 'schedule')}"
@@ -188,7 +189,7 @@ class TrainingConfig:
 
 
 def _refuse_unknown_keys(cls):
-    """Give the dataclass an `__init__` whose error for an unknown key names the nearest known one."""
+    """Let the dataclass's `__init__` name the nearest known key when it is given another."""
     original, known = cls.__init__, [f.name for f in dataclasses.fields(cls)]
 
     @functools.wraps(original)

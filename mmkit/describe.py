@@ -1,7 +1,7 @@
 """What a run says before it starts: the effective configuration.
 
-Read from the running model and its first batch, not from the settings: a mask that hides nothing, or
-an accumulation that loses negatives, shows here. Walk-through: notebooks/03_training.ipynb.
+Read from the running model and its first batch, not from the settings: a mask that hides nothing,
+or an accumulation that loses negatives, shows here. Walk-through: notebooks/03_training.ipynb.
 """
 
 import math
@@ -78,6 +78,7 @@ def describe(trainer) -> str:
     else:
         n = len(trainer.val)
         lines["validation"] = (
-            f"{n:,} pictures as one pool: guessing costs ln({n}) = {math.log(n):.2f}, R@1 {100 / n:.1f} %"
+            f"{n:,} pictures as one pool: guessing costs ln({n}) = {math.log(n):.2f}, "
+            f"R@1 {100 / n:.1f} %"
         )
     return "\n".join(f"{name:11} {words}" for name, words in lines.items())

@@ -35,8 +35,8 @@ def my_share(rows: Tensor) -> tuple[Tensor, int]:
 class _Gather(torch.autograd.Function):
     """All processes' rows; backward sums what every process asks of our rows.
 
-    torch.distributed.all_gather alone cuts the gradient: the loss then only trains each process's own
-    rows as queries, never as candidates (SLIP's issue 31).
+    torch.distributed.all_gather alone cuts the gradient: the loss then only trains each process's
+    own rows as queries, never as candidates (SLIP's issue 31).
     """
 
     @staticmethod
@@ -97,15 +97,15 @@ def preflight(num_processes: int) -> None:
         raise ValueError(f"num_processes={num_processes} must be at least 1")
     if torch.cuda.is_initialized():
         raise RuntimeError(
-            "CUDA is already in use in this kernel, so that no process can be forked from it; restart "
-            "the kernel and call mm.launch before anything touches the GPU"
+            "CUDA is already in use in this kernel, so that no process can be forked from it; "
+            "restart the kernel and call mm.launch before anything touches the GPU"
         )
     if PartialState._shared_state or AcceleratorState._shared_state:
         raise RuntimeError(
-            "an Accelerator was already made in this kernel (by train_model, say); restart the kernel "
-            "and run every training of this notebook through mm.launch"
+            "an Accelerator was already made in this kernel (by train_model, say); restart the "
+            "kernel and run every training of this notebook through mm.launch"
         )
-    # Asking NVML instead of CUDA leaves the parent's CUDA untouched, so that forking stays possible.
+    # Asking NVML instead of CUDA leaves the parent's CUDA untouched: forking stays possible.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     gpus = torch.cuda.device_count()
     if 0 < gpus < num_processes:
@@ -129,9 +129,9 @@ def _child(fn: Callable, args: tuple, num_processes: int, result: str) -> None:
 def launch(fn: Callable, *args, num_processes: int = 1):
     """Run `fn(*args)` in several processes of this machine and return what rank 0 returned.
 
-    Works in a notebook (accelerate's notebook_launcher forks, so that `fn` may be defined in a cell),
-    on GPUs (one process each) or on a CPU (gloo). With 1 process `fn` is simply called. Raises
-    RuntimeError where this kernel cannot be forked, saying why.
+    Works in a notebook (accelerate's notebook_launcher forks, so that `fn` may be defined in a
+    cell), on GPUs (one process each) or on a CPU (gloo). With 1 process `fn` is simply called.
+    Raises RuntimeError where this kernel cannot be forked, saying why.
     """
     if num_processes == 1:
         return fn(*args)

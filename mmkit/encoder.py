@@ -3,7 +3,8 @@
 The towers are Hugging Face's own ViTModel and BertModel; what is ours is what masking needs: hidden
 patches are left out BEFORE the patch projection, hidden words before the embedding sum, so that a
 dropped token costs nothing. `mask` True = hidden, `valid` True = a real token.
-Shapes: B batch, N patches, K kept, L text length, D width. Walk-through: notebooks/03_training.ipynb.
+Shapes: B batch, N patches, K kept, L text length, D width. Walk-through:
+notebooks/03_training.ipynb.
 """
 
 import math
@@ -64,7 +65,7 @@ def patchify(pixels: Tensor, patch_size: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify`: (B, N, 3 * patch_size**2) -> (B, 3, H, W), grid = (rows, columns)."""
+    """The inverse of `patchify`: (B, N, 3 * patch_size**2) -> (B, 3, H, W); grid: rows, columns."""
     p = patch_size
     x = patches.unflatten(1, grid).unflatten(3, (-1, p, p))  # (B, h, w, 3, p, p)
     return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
@@ -73,30 +74,6 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 def pick_tokens(x: Tensor, ids: Tensor) -> Tensor:
     """Rows `ids` (B, K) of x (B, N, D): (B, K, D)."""
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
-
-
-def pick_precision(wanted: str, device: torch.device) -> torch.dtype | None:
-    """The autocast type for a device; None is plain float32.
-
-    "auto": bf16 where the hardware multiplies it, fp16 on older GPUs, float32 elsewhere. Raises
-    ValueError for fp16 on a CPU.
-    """
-    if wanted == "fp16" and device.type == "cpu":
-        raise ValueError("mixed_precision='fp16' needs a GPU; take 'auto', 'bf16' or 'no' on a CPU")
-    if wanted != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[wanted]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    # Emulated bf16 is slower than float32, so ask for the instructions themselves.
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    fast = any(getattr(torch.cpu, check, lambda: False)() for check in checks)
-    return torch.bfloat16 if device.type == "cpu" and fast else None
-
-
-def autocast_for(wanted: str, device: torch.device) -> torch.autocast:
-    """The autocast context of a `mixed_precision` setting on a device; may be entered many times."""
-    dtype = pick_precision(wanted, device)
-    return torch.autocast(device.type, dtype or torch.float32, enabled=dtype is not None)
 
 
 class Projection(nn.Sequential):
@@ -112,10 +89,10 @@ class Projection(nn.Sequential):
 class MultimodalEncoder(nn.Module):
     """ViT + BERT + projections + mask tokens + temperature.
 
-    vit_config, bert_config: any transformers ViTConfig (square patches) and BertConfig. tokenizer: a
-    Hugging Face fast tokenizer; its vocabulary must fit bert_config. embed_dim: width of the common
-    space. Pooling is the mean over the visible patches / real tokens ("mean") or the first token
-    ("cls"). Build one with `preset` or `from_backbones`.
+    vit_config, bert_config: any transformers ViTConfig (square patches) and BertConfig. tokenizer:
+    a Hugging Face fast tokenizer; its vocabulary must fit bert_config. embed_dim: width of the
+    common space. Pooling is the mean over the visible patches / real tokens ("mean") or the first
+    token ("cls"). Build one with `preset` or `from_backbones`.
     """
 
     def __init__(
@@ -155,9 +132,10 @@ class MultimodalEncoder(nn.Module):
     def preset(
         cls, name: str = "tiny", *, tokenizer, dropout: float = 0.0, temperature: float = 0.07
     ):
-        """A new encoder of a tabled size: "tiny" (a laptop CPU), "small", "base" (ViT-B/16 + BERT-base).
+        """A new encoder of a tabled size: "tiny" (a laptop CPU), "small", "base" (ViT-B/16, BERT).
 
-        Weights are drawn from torch's generator: `torch.manual_seed` before it makes them repeatable.
+        Weights are drawn from torch's generator: `torch.manual_seed` before it makes them
+        repeatable.
         """
         from transformers import BertConfig, ViTConfig
 
@@ -201,10 +179,10 @@ class MultimodalEncoder(nn.Module):
         return model
 
     def to_device(self, device) -> "MultimodalEncoder":
-        """Move to a device and pick the attention that is fast there (the same values up to rounding).
+        """Move to a device and pick the attention that is fast there (equal up to rounding).
 
-        On a CPU plain matrix products beat PyTorch's fused kernel 1.4x per training step at 33 tokens,
-        because of its slow backward; on a GPU the fused kernels win.
+        On a CPU plain matrix products beat PyTorch's fused kernel 1.4x per training step at 33
+        tokens, because of its slow backward; on a GPU the fused kernels win.
         """
         kind = "eager" if torch.device(device).type == "cpu" else "sdpa"
         self.vit.set_attn_implementation(kind)
@@ -245,7 +223,7 @@ class MultimodalEncoder(nn.Module):
     def image_tokens(
         self, pixel_values: Tensor, masking: Masking | None = None, mode: str = "drop"
     ):
-        """States of the class token and the encoded patches after the last norm: (B, 1 + K, width)."""
+        """Class token and encoded patches after the last norm: (B, 1 + K, width)."""
         x = self._patches(pixel_values, masking, mode)
         for block in self.vit.layers:
             x = block(x)
@@ -291,7 +269,7 @@ class MultimodalEncoder(nn.Module):
     def encode_text(
         self, input_ids: Tensor, valid: Tensor, masking: Masking | None = None, mode: str = "drop"
     ):
-        """Unit-length features (B, D) of captions; input_ids (B, L), valid (B, L) True = a real token."""
+        """Unit-length features (B, D) of captions: input_ids (B, L), valid (B, L) True = real."""
         return self._text_features(*self.text_tokens(input_ids, valid, masking, mode))
 
     def _text_features(self, tokens: Tensor, valid: Tensor) -> Tensor:
@@ -371,7 +349,7 @@ def _check_towers(vit_config, bert_config, tokenizer, pooling: str):
 
 
 def _pixel_statistics(name: str) -> dict:
-    """Mean and deviation per channel that a checkpoint was trained with; {} where it does not say."""
+    """Mean and deviation per channel that a checkpoint was trained with; {} if it does not say."""
     from transformers import ImageProcessingMixin
 
     try:

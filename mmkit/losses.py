@@ -25,7 +25,7 @@ def _positives(row_groups: Tensor, column_groups: Tensor) -> Tensor:
 
 
 def _softmax_rows(logits: Tensor, targets: Tensor, same: Tensor | None) -> Tensor:
-    """Cross entropy of each row against its own column, the group's other columns left out: (R,)."""
+    """Cross entropy (R,) of each row against its own column, its group's others left out."""
     if same is not None:
         others = same.clone()
         others[torch.arange(len(targets), device=targets.device), targets] = False
@@ -45,8 +45,8 @@ def info_nce_rows(
     """Summed loss of R rows against C candidates; row i's own pair is candidate offset + i.
 
     image_features, text_features (R, D); all_* (C, D); groups (C,) of the candidates. The sum over
-    disjoint rows divided by C is `info_nce`: processes and chunks split the matrix by rows and never
-    hold more than (R, C) of it.
+    disjoint rows divided by C is `info_nce`: processes and chunks split the matrix by rows and
+    never hold more than (R, C) of it.
     """
     rows = torch.arange(len(image_features), device=image_features.device) + offset
     same = None if groups is None else _positives(groups[rows], groups)
@@ -100,8 +100,8 @@ def sigmoid_loss(
 ) -> Tensor:
     """Each picture-text pair judged by itself: true pair or not; a scalar in nats per picture.
 
-    As SigLIP: sum over all B x B pairs divided by B; `logit_bias` is learned and starts at -10. Pairs
-    of one group that are not each other's own partner are left out.
+    As SigLIP: sum over all B x B pairs divided by B; `logit_bias` is learned and starts at -10.
+    Pairs of one group that are not each other's own partner are left out.
     """
     total = sigmoid_rows(image_features, text_features, scale, logit_bias, 0, group_ids)
     return total / len(image_features)

@@ -98,7 +98,8 @@ def random_text_mask(noise: Tensor, mask_ratio: float, valid: Tensor, maskable: 
     noise (B, N) uniform; valid (B, N) True = a real token; maskable (B, N) True = a word piece that
     may be hidden. Of a caption with n word pieces round(n * mask_ratio) are hidden, at most n - 1
     (FLIP draws over the padded length instead and so wastes its budget on padding).
-    ids_keep is in reading order, [CLS] first, filled up to the longest; keep_valid marks the filler.
+    ids_keep is in reading order, [CLS] first, filled up to the longest; keep_valid marks the
+    filler.
     """
     _check_ratio(mask_ratio)
     count = maskable.sum(1)
@@ -110,7 +111,7 @@ def random_text_mask(noise: Tensor, mask_ratio: float, valid: Tensor, maskable: 
 
 
 def keep_visible(mask: Tensor, valid: Tensor) -> Masking:
-    """A `Masking` from any mask (B, N): visible real tokens first, in order, filled up to the longest."""
+    """A `Masking` from any mask (B, N): visible real tokens in order, filled up to the longest."""
     visible = valid & ~mask
     ids_shuffle = (~visible).long().argsort(dim=1, stable=True)
     ids_restore = ids_shuffle.argsort(dim=1, stable=True)

@@ -32,7 +32,8 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon on the hidden matrices and AdamW on the rest.
 
-    Each group carries its peak learning rate as `peak_lr`. Raises ValueError where torch has no Muon.
+    Each group carries its peak learning rate as `peak_lr`. Raises ValueError where torch has no
+    Muon.
     """
     groups = parameter_groups(model)
     matrices, decayed, plain = (list(groups[k].values()) for k in ("matrices", "decayed", "plain"))
@@ -55,8 +56,10 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], fraction: float) -> None:
-    """Set every group to `fraction` of its peak. (accelerate would step a prepared scheduler once per
-    process, so that the schedule would end early.)"""
+    """Set every group to `fraction` of its peak.
+
+    By hand: accelerate steps a prepared scheduler once per process, so that it would end early.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = fraction * group["peak_lr"]

@@ -12,11 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import Batch, MultimodalDataset, read_picture, square
+from .data import Batch, MultimodalDataset
 from .distributed import gather_rows, my_share
-from .encoder import MultimodalEncoder, autocast_for
+from .encoder import MultimodalEncoder
 from .losses import info_nce_rows, sigmoid_rows, similarity
 from .masking import draw_maskings
+from .pictures import read_picture, square
+from .precision import autocast_for
 from .tokenizer import encode_texts
 
 _MATRIX = 2**25  # entries of a similarity matrix held at once (128 MB in float32)
@@ -50,7 +52,8 @@ def embed(
     seed: int = 0,
     mixed_precision: str = "no",
 ) -> Features:
-    """Features of all pictures and ALL captions of a data set, on the CPU; nothing hidden by default.
+    """Features of all pictures and ALL captions of a data set, on the CPU; nothing hidden by
+    default.
 
     image_mask, text_mask: (masker name, ratio) to see the model under masks. mixed_precision: as in
     `TrainingConfig`; "auto" is faster, "no" is exact. Several processes share the work, each sample
@@ -122,7 +125,8 @@ def recall_at_k(
     image_groups: Tensor | None = None,
     text_groups: Tensor | None = None,
 ) -> dict[str, dict[int, float]]:
-    """Recall@K in both directions, as fractions: {"image_to_text": {1: ...}, "text_to_image": {...}}.
+    """Recall@K in both directions, as fractions: {"image_to_text": {1: ...}, "text_to_image":
+    {...}}.
 
     image_features (N, D), text_features (M, D), unit length. A candidate is correct where its group
     equals the query's; a query counts if ANY correct candidate is among its K best (Karpathy &
@@ -132,8 +136,8 @@ def recall_at_k(
     if image_groups is None or text_groups is None:
         if len(image_features) != len(text_features):
             raise ValueError(
-                f"{len(image_features)} pictures and {len(text_features)} texts: give image_groups and "
-                "text_groups to say which belong together"
+                f"{len(image_features)} pictures and {len(text_features)} texts: give image_groups "
+                "and text_groups to say which belong together"
             )
         image_groups = text_groups = torch.arange(len(image_features))
     image, text = (image_features, image_groups), (text_features, text_groups)
@@ -145,7 +149,7 @@ def recall_at_k(
 
 @torch.no_grad()
 def pool_loss(model: MultimodalEncoder, features: Features, loss: str = "info_nce") -> float:
-    """The loss over the whole set as ONE pool of negatives (canonical captions), computed in chunks.
+    """The loss over the whole set as ONE pool of negatives (canonical captions), in chunks.
 
     It does not depend on any batch size; chance is ln(N) for "info_nce".
     """
@@ -233,7 +237,7 @@ class Index:
 
     @torch.no_grad()
     def query(self, query) -> Tensor:
-        """Unit-length feature (D,) of a text, a picture file, a PIL image or a uint8 (3, H, W) tensor."""
+        """Unit-length feature (D,) of a text or a picture (see `search`)."""
         if isinstance(query, str) and not query.lower().endswith(
             (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
         ):
@@ -247,8 +251,10 @@ class Index:
         return self.model.encode_image(pixels[None].to(device))[0].cpu()
 
     def search(self, query, k: int = 10) -> list[Hit]:
-        """The k pictures nearest to a text or a picture (file name with a picture's ending, PIL image,
-        or uint8 tensor (3, H, W)), best first."""
+        """The k pictures nearest to a text or a picture, best first.
+
+        A picture is a file name with a picture's ending, a PIL image or a uint8 tensor (3, H, W).
+        """
         if not 1 <= k <= len(self.dataset):
             raise ValueError(
                 f"k={k} must be between 1 and the {len(self.dataset)} pictures of the index"

@@ -1,8 +1,8 @@
 """What a run writes, and reading it back.
 
-runs/<name>/ holds best_model.pth, last/state.pth, config.json, metrics.jsonl and TensorBoard's event
-files. metrics.jsonl has one record a line: "split" is "train" (every `log_every` steps) or "val"
-(every `eval_every` epochs). Walk-through: notebooks/03_training.ipynb.
+runs/<name>/ holds best_model.pth, last/state.pth, config.json, metrics.jsonl and TensorBoard's
+event files. metrics.jsonl has one record a line: "split" is "train" (every `log_every` steps) or
+"val" (every `eval_every` epochs). Walk-through: notebooks/03_training.ipynb.
 """
 
 import json
@@ -52,7 +52,9 @@ def read_records(path: Path) -> list[dict]:
             records.append(json.loads(line))
         except json.JSONDecodeError:
             if number < len(lines) - 1:
-                raise ValueError(f"{path}, line {number + 1} is no JSON; the file is damaged") from None
+                raise ValueError(
+                    f"{path}, line {number + 1} is no JSON; the file is damaged"
+                ) from None
     return records
 
 
@@ -65,8 +67,8 @@ def newest_run(root: Path) -> str:
 class RunWriter:
     """Writes a run's folder: config.json, metrics.jsonl and event files.
 
-    A new run replaces an earlier one of its name; a resumed one (`step` given) drops the records that
-    came after the state it goes on from.
+    A new run replaces an earlier one of its name; a resumed one (`step` given) drops the records
+    that came after the state it goes on from.
     """
 
     def __init__(self, path: Path, config: dict, step: int | None = None):
@@ -95,7 +97,9 @@ class RunWriter:
         for name, value in record.items():
             if name in ("split", "step", "best", "train_loss") or value is None:
                 continue
-            tag = f"loss/{split}" if name == "loss" else f"retrieval/{name}" if "R@" in name else name
+            tag = (
+                f"loss/{split}" if name == "loss" else f"retrieval/{name}" if "R@" in name else name
+            )
             self._events.add_scalar(tag, value, step)
         self._events.flush()
 

@@ -61,11 +61,13 @@ def backward(
     no_sync: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     synchronize: bool = True,
 ) -> Tensor:
-    """Add the gradient of ONE loss over all these micro-batches to every parameter; returns the loss.
+    """Add the gradient of ONE loss over all these micro-batches to every parameter; returns the
+    loss.
 
-    encode: the masked forward pass, masks a pure function of the batch. scale_parameters: logit_scale
-    and logit_bias. kind: "info_nce" or "sigmoid". weight multiplies the gradient. With several
-    micro-batches each runs twice, and memory grows with the micro-batch, not with the batch.
+    encode: the masked forward pass, masks a pure function of the batch. scale_parameters:
+    logit_scale and logit_bias. kind: "info_nce" or "sigmoid". weight multiplies the gradient. With
+    several micro-batches each runs twice, and memory grows with the micro-batch, not with the
+    batch.
     grad_scale: an fp16 scaler's `scale`. no_sync: keeps DDP from summing gradients before the last
     micro-batch. The loss is this process's part of the global mean.
     """
@@ -76,7 +78,10 @@ def backward(
         with torch.set_grad_enabled(not replay):
             outputs.append(encode(batch))
 
-    leaves = [torch.cat([o.image_features for o in outputs]), torch.cat([o.text_features for o in outputs])]
+    leaves = [
+        torch.cat([o.image_features for o in outputs]),
+        torch.cat([o.text_features for o in outputs]),
+    ]
     leaves = [leaf.detach().requires_grad_() for leaf in (*leaves, *scale_parameters)]
     groups = torch.cat([batch.group_ids for batch in micro_batches])
     loss = contrastive_share(*leaves, groups, kind)
@@ -104,7 +109,7 @@ def backward(
 
 
 def naive_backward(encode, micro_batches: list[Batch], *args, no_sync, **options) -> Tensor:
-    """What plain accumulation does, for comparison: each micro-batch sees only its own negatives."""
+    """Plain accumulation, for comparison: each micro-batch sees only its own negatives."""
     rows, last = sum(map(len, micro_batches)), len(micro_batches) - 1
     loss = torch.zeros((), device=micro_batches[0].sample_ids.device)
     for i, batch in enumerate(micro_batches):

@@ -3,7 +3,8 @@
 `train_wordpiece` learns a WordPiece vocabulary from the captions themselves (Schuster & Nakajima
 2012, the algorithm BERT uses), so that a small data set needs no download; any Hugging Face
 tokenizer works in its place. Both are saved inside a checkpoint as plain text.
-Shapes: B batch, L text length. `valid` is True for a REAL token. Walk-through: notebooks/01_data.ipynb.
+Shapes: B batch, L text length. `valid` is True for a REAL token. Walk-through:
+notebooks/01_data.ipynb.
 """
 
 import json
@@ -27,7 +28,15 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int = 4096):
     The same captions give the same vocabulary and the same ids, whatever their order. Raises
     ValueError without texts.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     if not texts:
         raise ValueError("0 captions to train a tokenizer on; give at least one")
@@ -37,12 +46,16 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int = 4096):
 
     def untrained(vocab):
         tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=SPECIAL_TOKENS["unk_token"]))
-        tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
+        tokenizer.normalizer, tokenizer.pre_tokenizer = (
+            normalizer,
+            pre_tokenizers.BertPreTokenizer(),
+        )
         tokenizer.decoder = decoders.WordPiece()
         return tokenizer
 
-    # The trainer numbers inner letters in the order of a hash map, another in each process, and that
-    # order breaks its ties; naming them beforehand makes the result a function of the captions.
+    # The trainer numbers inner letters in the order of a hash map, another in each process, and
+    # that order breaks its ties; naming them beforehand makes the result a function of the
+    # captions.
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=1,
@@ -73,7 +86,8 @@ def _wrap(tokenizer_json: str, special_tokens: dict):
 def encode_texts(tokenizer, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
     """Word pieces of captions: `(input_ids (B, L) int64, valid (B, L) bool)`.
 
-    L is the longest caption's length, at most `max_length`; longer ones are cut, their end token kept.
+    L is the longest caption's length, at most `max_length`; longer ones are cut, their end token
+    kept.
     """
     encoded = tokenizer(
         list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt"
@@ -82,7 +96,7 @@ def encode_texts(tokenizer, texts: Sequence[str], max_length: int) -> tuple[Tens
 
 
 def special_ids(tokenizer) -> Tensor:
-    """Ids that are never hidden ([CLS], [SEP], [PAD], [MASK]), sorted; an unknown word may be hidden."""
+    """Ids that are never hidden ([CLS], [SEP], [PAD], [MASK]), sorted; [UNK] may be hidden."""
     keep = {i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id}
     return torch.tensor(sorted(keep), dtype=torch.int64)
 

@@ -22,18 +22,14 @@ from .checkpoint import (
     write_atomically,
 )
 from .config import TrainingConfig
-from .data import Batch, MultimodalDataset, load_batches, shift_pictures
+from .data import Batch, MultimodalDataset, load_batches
 from .describe import describe
 from .distributed import my_share, sum_over_processes, world
-from .encoder import (
-    MAX_LOGIT_SCALE,
-    EncoderOutput,
-    MultimodalEncoder,
-    autocast_for,
-    pick_precision,
-)
+from .encoder import MAX_LOGIT_SCALE, EncoderOutput, MultimodalEncoder
 from .masking import IMAGE_MASKERS, TEXT_MASKERS, draw_maskings, find_masker, mask_noise
 from .optim import build_optimizers, set_learning_rate
+from .pictures import shift_pictures
+from .precision import autocast_for, pick_precision
 from .retrieval import embed, score
 from .run import Run, RunWriter, newest_run
 from .step import backward, naive_backward
@@ -46,8 +42,8 @@ _MAX_SKIPPED = 20  # steps in a row without a finite gradient before a run stops
 class MaskedMultimodalTrainer:
     """Everything of one run: data, model, optimizers, the step, validation, files.
 
-    model None builds `config.preset` with the training set's tokenizer. val None: "best" is judged on
-    the training loss, and the run says so. resume: go on from last/state.pth of the same run.
+    model None builds `config.preset` with the training set's tokenizer. val None: "best" is judged
+    on the training loss, and the run says so. resume: go on from last/state.pth of the same run.
     """
 
     def __init__(
@@ -98,14 +94,14 @@ class MaskedMultimodalTrainer:
         config, size = self.config, len(self.train)
         if config.batch_size > size:
             raise ValueError(
-                f"batch_size={config.batch_size} is larger than the training set ({size} pictures); "
-                f"take at most {size}"
+                f"batch_size={config.batch_size} is larger than the training set ({size} "
+                f"pictures); take at most {size}"
             )
         find_masker(config.image_mask, IMAGE_MASKERS)
         find_masker(config.text_mask, TEXT_MASKERS)
 
     def _share_tokenizer(self):
-        """All data is encoded as the model reads it; a foreign tokenizer would be silent nonsense."""
+        """All data is encoded as the model reads it; a foreign tokenizer gives silent nonsense."""
         for name, data in (("train", self.train), ("val", self.val)):
             if data is None:
                 continue
@@ -132,8 +128,8 @@ class MaskedMultimodalTrainer:
     def epoch_batches(self, epoch: int) -> list[tuple[Tensor, Tensor]]:
         """This process's (rows, caption noise) of each batch of an epoch.
 
-        Every picture once, in an order that depends on seed and epoch alone; batches of nearly equal
-        size, so that no step sees only a handful of negatives.
+        Every picture once, in an order that depends on seed and epoch alone; batches of nearly
+        equal size, so that no step sees only a handful of negatives.
         """
         ids, seed = self.train.sample_ids, self.config.seed
         order = mask_noise(seed, epoch, ids, 1, "order")[:, 0].argsort(stable=True)
@@ -173,7 +169,7 @@ class MaskedMultimodalTrainer:
             return self.net(batch, *self.maskings(batch, epoch), *modes)
 
     def gradients(self, batch: Batch, epoch: int) -> Tensor:
-        """Add the gradient of a batch to the parameters; returns this process's part of its loss."""
+        """Add the gradient of a batch to the parameters; returns its share of the loss."""
         config = self.config
         accumulate = backward if config.accumulation == "exact" else naive_backward
         return accumulate(
@@ -191,7 +187,9 @@ class MaskedMultimodalTrainer:
         set_learning_rate(self.optimizers, config.lr_fraction(self.step, self.total_steps))
         loss = self.gradients(batch, epoch)
         for optimizer in self.optimizers:
-            self.scaler.unscale_(optimizer)  # before clipping, or the norm is 65,536 times too large
+            self.scaler.unscale_(
+                optimizer
+            )  # before clipping, or the norm is 65,536 times too large
         limit = config.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         if math.isfinite(norm):
@@ -264,7 +262,9 @@ class MaskedMultimodalTrainer:
             head = {"split": split, "step": self.step, "epoch": epoch}
             self.writer.write(head | {"seconds": round(self.seconds, 3)} | record)
 
-    def _record_step(self, epoch, batch: Batch, loss: Tensor, norm: float, steps: int, waited: float):
+    def _record_step(
+        self, epoch, batch: Batch, loss: Tensor, norm: float, steps: int, waited: float
+    ):
         image, _ = self.maskings(batch, epoch)
         loss, passed = float(sum_over_processes(loss)), self._clock()
         record = {
@@ -367,7 +367,7 @@ class MaskedMultimodalTrainer:
         self._say(f"{words}  {self.seconds:6.1f} s{'  best' if better else ''}")
 
     def _progress(self):
-        """A progress bar in a terminal or a notebook, on rank 0; nothing is left of it at the end."""
+        """A progress bar in a terminal or a notebook, on rank 0; nothing of it stays at the end."""
         from tqdm import tqdm
 
         if self.rank or not (sys.stderr.isatty() or "ipykernel" in sys.modules):

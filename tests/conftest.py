@@ -28,7 +28,9 @@ def make_model(tokenizer):
     from transformers import BertConfig, ViTConfig
 
     def make(dropout=0.0, seed=0, **options):
-        tower = dict(hidden_size=22, num_hidden_layers=2, num_attention_heads=2, intermediate_size=31)
+        tower = dict(
+            hidden_size=22, num_hidden_layers=2, num_attention_heads=2, intermediate_size=31
+        )
         drop = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
         torch.manual_seed(seed)
         return MultimodalEncoder(
@@ -49,7 +51,9 @@ def make_data(tokenizer):
 
     def make(count=23, size=15, seed=0, **options):
         generator = torch.Generator().manual_seed(seed)
-        pixels = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+        pixels = torch.randint(
+            0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8
+        )
         options = {"tokenizer": tokenizer} | options
         return MultimodalDataset.from_pixels(pixels, captions(count), **options)
 

@@ -17,7 +17,13 @@ def test_train_then_evaluate_then_search(tmp_path):
     where = ["--output-dir", tmp_path, "--run-name", "quick"]
     done = mmkit("train", "--max-steps", 3, "--batch-size", 32, *where)
     assert done.returncode == 0, done.stderr
-    for words in ("3 steps of 31.9", "compose test: ", "everything seen", "50 % of patches hidden", "CC BY-SA 4.0"):
+    for words in (
+        "3 steps of 31.9",
+        "compose test: ",
+        "everything seen",
+        "50 % of patches hidden",
+        "CC BY-SA 4.0",
+    ):
         assert words in done.stdout, done.stdout
     assert (tmp_path / "quick/searches.png").stat().st_size > 50_000
     checkpoint = tmp_path / "quick/best_model.pth"
@@ -40,4 +46,8 @@ def test_every_field_is_a_flag_and_errors_are_one_line(tmp_path):
     assert wrong.returncode != 0 and "Traceback" not in wrong.stderr
     assert "must be in [0, 1)" in wrong.stderr + wrong.stdout
     gone = mmkit("evaluate", "--checkpoint", tmp_path / "gone.pth")
-    assert gone.returncode == 2 and "no checkpoint at" in gone.stderr and "Traceback" not in gone.stderr
+    assert (
+        gone.returncode == 2
+        and "no checkpoint at" in gone.stderr
+        and "Traceback" not in gone.stderr
+    )

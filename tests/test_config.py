@@ -31,7 +31,7 @@ def test_wrong_values_are_refused_in_words(values, words):
 
 
 def test_warmup_then_cosine():
-    """Up in equal steps, the peak at the end of the warmup, half a cosine down to the final fraction."""
+    """Up in equal steps to the peak, then half a cosine down to the final fraction."""
     config = TrainingConfig(warmup_steps=5, final_lr_fraction=0.1)
     rates = [config.lr_fraction(step, 26) for step in range(26)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -43,7 +43,9 @@ def test_warmup_then_cosine():
 @pytest.mark.parametrize("schedule", ["linear", "constant", lambda progress: 1 - progress**2])
 def test_other_schedules(schedule):
     config = TrainingConfig(warmup_steps=0, schedule=schedule, final_lr_fraction=0.0)
-    expected = {"linear": 0.5, "constant": 1.0}.get(schedule, 0.75) if isinstance(schedule, str) else 0.75
+    expected = (
+        {"linear": 0.5, "constant": 1.0}.get(schedule, 0.75) if isinstance(schedule, str) else 0.75
+    )
     assert config.lr_fraction(10, 21) == pytest.approx(expected)
     assert math.isfinite(config.lr_fraction(0, 1))
 

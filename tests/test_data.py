@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from mmkit import MultimodalDataset
-from mmkit.data import load_batches, read_picture, shift_pictures
+from mmkit.data import load_batches
+from mmkit.pictures import read_picture, shift_pictures
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -53,7 +54,9 @@ def test_files_and_memory_give_the_same_batches(files):
 def test_workers_give_the_same_batches(files):
     data = MultimodalDataset(files, TEXTS, image_size=13)
     keys = [(torch.tensor([0, 5, 3]), torch.rand(3)), (torch.tensor([6, 1]), torch.rand(2))]
-    for here, there in zip(load_batches(data, keys, 0, False), load_batches(data, keys, 2, False), strict=True):
+    for here, there in zip(
+        load_batches(data, keys, 0, False), load_batches(data, keys, 2, False), strict=True
+    ):
         assert torch.equal(here.pixel_values, there.pixel_values)
         assert torch.equal(here.input_ids, there.input_ids)
 

@@ -43,7 +43,8 @@ def test_gathering_keeps_the_gradient_of_keys():
             leaves = [x.clone().requires_grad_() for x in leaves]
             loss = contrastive_share(*leaves, groups[rows], kind)
             grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-            return [loss.detach()[None], *(g.detach().reshape(len(g) if g.ndim else 1, -1) for g in grads)]
+            rows_of = [g.detach().reshape(len(g) if g.ndim else 1, -1) for g in grads]
+            return [loss.detach()[None], *rows_of]
 
         def both():
             rows = slice(0, 3) if world()[0] == 0 else slice(3, 7)

@@ -57,11 +57,13 @@ def test_a_mask_that_hides_nothing_changes_nothing(model):
 
 @pytest.mark.parametrize("mode", ["drop", "replace"])
 def test_hidden_pixels_cannot_be_seen(model, mode):
-    """Changing every hidden pixel leaves the features as they are, to the bit; a visible one does not."""
+    """Changing hidden pixels leaves the features as they are, to the bit; visible ones do not."""
     masking = random_mask(mask_noise(0, 0, torch.arange(3), 9), 0.6)
     one, other = patchify(pictures(seed=1), 5), patchify(pictures(seed=2), 5)
     mixed = torch.where(masking.mask[..., None], other, one)
-    seen = [model.encode_image(unpatchify(x, 5, (3, 3)), masking, mode) for x in (one, mixed, other)]
+    seen = [
+        model.encode_image(unpatchify(x, 5, (3, 3)), masking, mode) for x in (one, mixed, other)
+    ]
     assert torch.equal(seen[0], seen[1])
     assert not torch.allclose(seen[0], seen[2])
 
@@ -107,7 +109,9 @@ def test_padding_cannot_change_features(model, texts):
     input_ids, valid = texts
     padded = torch.cat([input_ids, torch.full((3, 4), 9)], 1)
     longer = torch.cat([valid, torch.zeros(3, 4, dtype=torch.bool)], 1)
-    torch.testing.assert_close(model.encode_text(padded, longer), model.encode_text(input_ids, valid))
+    torch.testing.assert_close(
+        model.encode_text(padded, longer), model.encode_text(input_ids, valid)
+    )
 
 
 def test_features_are_unit_length(model, texts, make_data):
@@ -136,7 +140,8 @@ def test_from_backbones_reads_saved_checkpoints(model, texts, tmp_path):
     (tmp_path / "vit").mkdir()
     model.vit.save_pretrained(tmp_path / "vit")
     (tmp_path / "vit/preprocessor_config.json").write_text(
-        '{"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3], "image_processor_type": "ViTImageProcessor"}'
+        '{"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3],'
+        ' "image_processor_type": "ViTImageProcessor"}'
     )
     model.bert.save_pretrained(tmp_path / "bert")
     model.tokenizer.save_pretrained(tmp_path / "bert")

@@ -22,7 +22,9 @@ def test_a_resident_set_gives_the_same_batches(make_data):
     )
     a, b = here.batch([3, 1, 7]), there.batch([3, 1, 7])
     assert b.pixel_values.is_cuda
-    assert torch.equal(a.pixel_values, b.pixel_values.cpu()) and torch.equal(a.input_ids, b.input_ids.cpu())
+    assert torch.equal(a.pixel_values, b.pixel_values.cpu()) and torch.equal(
+        a.input_ids, b.input_ids.cpu()
+    )
 
 
 def test_features_are_the_same_on_the_gpu(make_model, make_data):
@@ -49,8 +51,8 @@ def test_resume_is_bit_exact_with_deterministic_kernels(make_model, make_data, t
 
     def train(name, resume=False, stop=None):
         config = mm.TrainingConfig(
-            num_epochs=4, batch_size=11, dropout=0.2, deterministic=True, log_every=1, checkpoint_every=2,
-            mixed_precision="bf16", output_dir=str(tmp_path), run_name=name,
+            num_epochs=4, batch_size=11, dropout=0.2, deterministic=True, log_every=1,
+            checkpoint_every=2, mixed_precision="bf16", output_dir=str(tmp_path), run_name=name,
         )  # fmt: skip
         trainer = mm.MaskedMultimodalTrainer(config, data, None, make_model(dropout=0.2), resume)
         if stop is not None:

@@ -14,7 +14,9 @@ B, D = 7, 11
 
 def features(seed=0):
     torch.manual_seed(seed)
-    image, text = (F.normalize(torch.randn(B, D, dtype=torch.float64), dim=1).float() for _ in range(2))
+    image, text = (
+        F.normalize(torch.randn(B, D, dtype=torch.float64), dim=1).float() for _ in range(2)
+    )
     leaves = image, text, torch.tensor(3.7), torch.tensor(-1.3)
     return [leaf.requires_grad_() for leaf in leaves]
 
@@ -80,7 +82,7 @@ def test_a_collapsed_model_pays_the_logarithm_of_its_candidates():
 
 
 def test_a_duplicate_is_not_a_negative():
-    """The same pair twice in a batch: without groups it pushes itself away, with groups it does not."""
+    """The same pair twice in a batch pushes itself away, unless groups say that it is one."""
     image, text, scale, _ = (x.detach() for x in features())
     image[3], text[3] = image[0], text[0]
     text[0].requires_grad_()

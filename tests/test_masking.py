@@ -49,10 +49,15 @@ def test_noise_is_uniform_and_uncorrelated():
 def test_noise_is_the_number_it_was():
     """Frozen values: a change of the hash would silently change every published mask."""
     noise = mask_noise(1, 2, torch.tensor([3, 5]), 3)
-    assert (noise * 2**24).long().tolist() == [[3150303, 6990156, 4812679], [11246803, 13568918, 12627434]]
+    assert (noise * 2**24).long().tolist() == [
+        [3150303, 6990156, 4812679],
+        [11246803, 13568918, 12627434],
+    ]
 
 
-@pytest.mark.parametrize("tokens, ratio, kept", [(100, 0.9, 10), (64, 0.5, 32), (30, 0.9, 3), (7, 0.0, 7)])
+@pytest.mark.parametrize(
+    "tokens, ratio, kept", [(100, 0.9, 10), (64, 0.5, 32), (30, 0.9, 3), (7, 0.0, 7)]
+)
 def test_random_mask_rounds_and_keeps_one(tokens, ratio, kept):
     """MAE truncates: 100 tokens at 0.9 keep 9 there."""
     masking = random_mask(mask_noise(0, 0, torch.arange(5), tokens), ratio)
@@ -70,7 +75,10 @@ def test_random_mask_ids_agree():
     shuffled = torch.cat([m.ids_keep, hidden], 1)
     assert torch.equal(shuffled.gather(1, m.ids_restore), torch.arange(17).expand(5, -1))
     assert not torch.equal(m.mask[0], m.mask[1])  # per sample, not per batch
-    assert noise[~m.mask].max() <= 1 and (noise.masked_fill(m.mask, 0).amax(1) < noise.masked_fill(~m.mask, 1).amin(1)).all()
+    assert (
+        noise[~m.mask].max() <= 1
+        and (noise.masked_fill(m.mask, 0).amax(1) < noise.masked_fill(~m.mask, 1).amin(1)).all()
+    )
 
 
 def test_text_mask_spares_special_tokens_and_padding(tokenizer):

@@ -42,7 +42,9 @@ def test_recall_needs_to_know_what_belongs_together():
     with pytest.raises(ValueError, match="7 pictures and 9 texts"):
         recall_at_k(torch.rand(7, 3), torch.rand(9, 3))
     with pytest.raises(ValueError, match="query 1 has no correct candidate"):
-        recall_at_k(torch.rand(2, 3), torch.rand(2, 3), (1,), torch.tensor([0, 1]), torch.tensor([0, 2]))
+        recall_at_k(
+            torch.rand(2, 3), torch.rand(2, 3), (1,), torch.tensor([0, 1]), torch.tensor([0, 2])
+        )
 
 
 def test_embedding_ignores_batches_and_counts_all_captions(make_model, make_data):
@@ -63,7 +65,9 @@ def test_evaluation_hides_nothing_unless_asked(make_model, make_data):
     assert result == evaluate(model, data) and model.training
     assert evaluate(model, data, image_mask=("random", 0.5)) != result
     features = embed(model, data)
-    whole = info_nce(features.image_features, features.text_features, model.logit_scale.exp(), data.group_ids)
+    whole = info_nce(
+        features.image_features, features.text_features, model.logit_scale.exp(), data.group_ids
+    )
     assert result["loss"] == pytest.approx(whole.item(), rel=1e-5)
 
 

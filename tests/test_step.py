@@ -19,7 +19,13 @@ def encode_with(model, modes=("drop", "replace")):
 
     def encode(batch):
         masks = draw_maskings(
-            batch, 9, model.special_ids, seed=0, epoch=0, image=("random", 0.5), text=("random", 0.4)
+            batch,
+            9,
+            model.special_ids,
+            seed=0,
+            epoch=0,
+            image=("random", 0.5),
+            text=("random", 0.4),
         )
         return model(batch, *masks, *modes)
 

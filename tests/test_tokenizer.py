@@ -2,7 +2,13 @@
 
 import pytest
 
-from mmkit.tokenizer import encode_texts, special_ids, tokenizer_from_state, tokenizer_state, train_wordpiece
+from mmkit.tokenizer import (
+    encode_texts,
+    special_ids,
+    tokenizer_from_state,
+    tokenizer_state,
+    train_wordpiece,
+)
 
 TEXTS = ["a red house", "an old blue boat", "the flag of France"]
 

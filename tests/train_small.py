@@ -1,7 +1,7 @@
 """A small real training for tests that need a process of its own (to kill it, or to have two).
 
-    python -m tests.train_small FOLDER NAME '{"num_epochs": 3}' [--resume] [--kill-at 7]
-        [--kill-in-write 2] [--processes 2]
+python -m tests.train_small FOLDER NAME '{"num_epochs": 3}' [--resume] [--kill-at 7]
+    [--kill-in-write 2] [--processes 2]
 """
 
 import argparse
@@ -91,5 +91,11 @@ if __name__ == "__main__":
     if args.kill_in_write:
         die_in_write(args.kill_in_write)
     mm.launch(
-        run, args.folder, args.name, args.values, args.resume, args.kill_at, num_processes=args.processes
+        run,
+        args.folder,
+        args.name,
+        args.values,
+        args.resume,
+        args.kill_at,
+        num_processes=args.processes,
     )
