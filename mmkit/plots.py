@@ -1,7 +1,7 @@
 """Every picture of the kit, as f(data) -> Figure.
 
-Colours are safe for colour-blind readers (Okabe & Ito 2008). A figure is returned, never shown: in a
-notebook the last expression of a cell displays it, elsewhere `figure.savefig(...)` writes it.
+Colours are safe for colour-blind readers (Okabe & Ito 2008). A figure is returned, never shown: in
+a notebook the last expression of a cell displays it, elsewhere `figure.savefig(...)` writes it.
 Used by every notebook.
 """
 
@@ -147,8 +147,8 @@ def training_curves(
 ):
     """Loss and Recall@K of runs ({name: Run}) beside their yardsticks: ln(negatives) and chance.
 
-    x: "step" or "minutes". chance_negatives: pairs in a training batch; its logarithm is the loss of
-    guessing. Thin: training loss; thick: validation (one pool, so its chance line is another).
+    x: "step" or "minutes". chance_negatives: pairs in a training batch; its logarithm is the loss
+    of guessing. Thin: training loss; thick: validation (one pool, so its chance line is another).
     """
     figure = _figure(9, 3.6)
     left, right = figure.subplots(1, 2)
@@ -167,8 +167,8 @@ def training_curves(
     if chance_negatives:
         chance = math.log(chance_negatives)
         left.axhline(chance, color="0.5", linestyle=":", linewidth=1)
-        left.annotate(f"guessing: ln({chance_negatives}) = {chance:.2f}", (0.99, chance),
-                      xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)  # fmt: skip
+        where = dict(xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        left.annotate(f"guessing: ln({chance_negatives}) = {chance:.2f}", (0.99, chance), **where)
     left.set(
         xlabel=x, ylabel="loss (nats)", title="thin: training, thick: validation", ylim=(0, None)
     )
@@ -237,7 +237,7 @@ def similarity_matrix(
 
 
 def search_results(index: Index, queries: Sequence, k: int = 6, caption: str = ""):
-    """One line per query: the query, then its k best pictures; green frame = this caption is correct.
+    """One line per query: the query, then its k best pictures; green frame = a correct caption.
 
     A query is a text, or a picture (uint8 tensor (3, H, W)).
     """
@@ -258,9 +258,183 @@ def search_results(index: Index, queries: Sequence, k: int = 6, caption: str = "
     return figure
 
 
+def curves(
+    lines: dict[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    reference: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    caption: str = "",
+):
+    """Named lines (x, y), with dots; reference: lines to compare with, dotted and grey."""
+    figure = _figure(6.8, 3.3)
+    ax = figure.subplots()
+    for (name, (x, y)), shade in zip(
+        (reference or {}).items(), ("0.25", "0.55", "0.7"), strict=False
+    ):
+        ax.plot(x, y, ":", color=shade, linewidth=1.6, label=name)
+    for colour, (name, (x, y)) in zip(COLOURS, lines.items(), strict=False):
+        ax.plot(x, y, ".-", color=colour, linewidth=1.8, markersize=7, label=name)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend(fontsize=8)
+    _plain_axes(ax)
+    _take_away(figure, caption)
+    return figure
+
+
+def grouped_bars(values: dict[str, dict[str, float]], label: str, caption: str = ""):
+    """One cluster of bars per outer name, one bar per inner name, each with its number."""
+    figure = _figure(7.2, 3.3)
+    ax = figure.subplots()
+    names = list(next(iter(values.values())))
+    width = 0.8 / len(names)
+    for i, (name, colour) in enumerate(zip(names, COLOURS, strict=False)):
+        x = np.arange(len(values)) + (i - (len(names) - 1) / 2) * width
+        heights = [inner[name] for inner in values.values()]
+        drawn = ax.bar(x, heights, width * 0.92, color=colour, label=name)
+        ax.bar_label(drawn, fmt="%.0f", padding=2, fontsize=8)
+    ax.set_xticks(range(len(values)), list(values))
+    ax.set_ylabel(label)
+    ax.legend(
+        fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(names), frameon=False
+    )
+    _plain_axes(ax)
+    ax.grid(visible=False, axis="x")
+    _take_away(figure, caption)
+    return figure
+
+
+def token_table(pieces: Sequence[Sequence[str]], valid: Tensor, caption: str = ""):
+    """A batch of captions as the table that it is: one row per caption, one column per position.
+
+    pieces: the word pieces of each row, padding included; valid (B, L) True = a real token. Blue:
+    words; grey: the two ends; empty: padding; orange: unknown.
+    """
+    count, length = valid.shape
+    figure = _figure(0.66 * length + 1, 0.34 * count + 0.9)
+    ax = figure.subplots()
+    for y, (line, real) in enumerate(zip(pieces, valid.tolist(), strict=True)):
+        for x, (piece, is_real) in enumerate(zip(line, real, strict=True)):
+            special = ORANGE if piece == "[UNK]" else "0.88"
+            colour = (special if piece.startswith("[") else SKY) if is_real else "white"
+            box = dict(facecolor=colour, edgecolor="0.75", linewidth=0.8, alpha=0.8)
+            ax.add_patch(_rectangle(x + 0.03, y + 0.08, 0.94, 0.84, **box))
+            words = dict(ha="center", va="center", fontsize=7, color="0.1" if is_real else "0.6")
+            ax.text(x + 0.5, y + 0.5, piece, **words)
+    ax.set(
+        xlim=(0, length),
+        ylim=(count, 0),
+        xlabel="position in the caption",
+        ylabel="row of the batch",
+    )
+    ax.set_xticks(np.arange(length) + 0.5, range(length), fontsize=8)
+    ax.set_yticks(np.arange(count) + 0.5, range(count), fontsize=8)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    _take_away(figure, caption)
+    return figure
+
+
+def _rectangle(x: float, y: float, width: float, height: float, **style):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), width, height, **style)
+
+
+def mask_statistics(noise: Tensor, mask: Tensor, caption: str = ""):
+    """Is the noise uniform, and is every patch hidden equally often?
+
+    noise (B, N) in [0, 1), mask (B, N) True = hidden, of many samples. Left: share of the draws in
+    20 bins, and the band that 19 of 20 bins of a perfect die stay in. Right: how often each patch
+    is hidden, on the (square) picture.
+    """
+    figure = _figure(8.2, 3.2)
+    left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
+    bins, count = 20, noise.numel()
+    share = 100 * np.histogram(noise.numpy(), bins, (0, 1))[0] / count
+    band = 2 * 100 * math.sqrt((1 / bins) * (1 - 1 / bins) / count)
+    left.bar(np.arange(bins) / bins, share, 0.9 / bins, align="edge", color=BLUE)
+    left.axhspan(
+        100 / bins - band, 100 / bins + band, color=ORANGE, alpha=0.6, label="expected, ± 2 s.d."
+    )
+    left.set(xlabel="noise", ylabel=f"share of {count:,} draws (%)", ylim=(0, 1.35 * 100 / bins))
+    left.legend(fontsize=8, loc="upper right")
+    _plain_axes(left)
+    side = math.isqrt(mask.shape[1])
+    often = 100 * mask.float().mean(0).reshape(side, side).numpy()
+    middle, spread = 100 * mask.float().mean().item(), 5.0
+    drawn = right.imshow(often, cmap="cividis", vmin=middle - spread, vmax=middle + spread)
+    right.set(xlabel="column of the patch", ylabel="row of the patch")
+    figure.colorbar(drawn, ax=right, label="hidden (% of samples)", shrink=0.9)
+    _take_away(figure, caption)
+    return figure
+
+
+def shuffle_diagram(noise: Sequence[float], masking: Masking, caption: str = ""):
+    """`ids_keep` and `ids_restore` of ONE sample as arrows: in place → [kept | hidden] → in place.
+
+    noise: its N numbers; masking: a `Masking` of one row.
+    """
+    hidden, back = masking.mask[0].tolist(), masking.ids_restore[0].tolist()
+    kept, count = masking.ids_keep.shape[1], len(hidden)
+    shuffled = masking.ids_restore[0].argsort().tolist()
+    figure = _figure(1.05 * count + 1.6, 3.5)
+    ax = figure.subplots()
+    lines = [
+        [f"{i}\nnoise {noise[i]:.2f}" for i in range(count)],
+        [f"patch {i}" for i in shuffled],
+        [f"{i}\nids_restore {back[i]}" for i in range(count)],
+    ]
+    gone = [hidden, [hidden[i] for i in shuffled], hidden]
+    for y, (line, grey) in enumerate(zip(lines, gone, strict=True)):
+        for x, (words, is_hidden) in enumerate(zip(line, grey, strict=True)):
+            box = dict(facecolor="0.82" if is_hidden else SKY, edgecolor="white")
+            ax.add_patch(_rectangle(x + 0.06, 2 * y, 0.88, 0.9, **box))
+            ax.text(x + 0.5, 2 * y + 0.45, words, ha="center", va="center", fontsize=8)
+    style = dict(arrowstyle="-|>", linewidth=1.1)
+    for i in range(count):
+        colour = dict(color="0.6" if hidden[i] else BLUE)
+        for start, end in (((i, 0.9), (back[i], 2)), ((back[i], 2.9), (i, 4))):
+            ends = ((start[0] + 0.5, start[1]), (end[0] + 0.5, end[1]))
+            ax.annotate("", ends[1], ends[0], arrowprops=style | colour)
+    ax.axvline(kept, 0.36, 0.64, color=RED, linewidth=1.6)
+    ax.set(xlim=(-0.05, count + 0.05), ylim=(5, -0.1))
+    ax.set_xticks([])
+    ax.set_yticks([0.45, 2.45, 4.45], ["in the picture", "kept | hidden", "put back"], fontsize=9)
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    _take_away(figure, caption)
+    return figure
+
+
 def save(figure, path: str | Path) -> Path:
     """Write a figure (PNG, 130 dots per inch); returns the path."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path
+
+
+def lines(
+    curves: dict[str, tuple[Sequence[float], Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    level: tuple[str, float] | None = None,
+    caption: str = "",
+    from_zero: bool = True,
+):
+    """Named curves {name: (xs, ys)} on one pair of axes; level: a named dotted yardstick."""
+    figure = _figure(6.5, 3.2)
+    ax = figure.subplots()
+    for colour, (name, (xs, ys)) in zip(COLOURS, curves.items(), strict=False):
+        marker = "." if len(xs) < 30 else None
+        ax.plot(xs, ys, color=colour, linewidth=1.8, marker=marker, label=name)
+    if level:
+        ax.axhline(level[1], color="0.5", linestyle=":", label=level[0])
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    if from_zero:
+        ax.set_ylim(bottom=0)
+    if len(curves) > 1 or level:
+        ax.legend(fontsize=8)
+    _plain_axes(ax)
+    _take_away(figure, caption)
+    return figure

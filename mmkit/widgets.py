@@ -1,8 +1,8 @@
 """Thin controls over plots, for JupyterLab.
 
 A control only sets arguments of a function that also runs without it; pictures are composed with
-tensors and sent as PNG bytes, because drawing a new matplotlib figure on each move of a slider takes
-twice as long. Walk-through: notebooks/02_masking.ipynb.
+tensors and sent as PNG bytes, because drawing a new matplotlib figure on each move of a slider
+takes twice as long. Walk-through: notebooks/02_masking.ipynb.
 """
 
 import io
@@ -17,7 +17,7 @@ from .plots import paint_mask
 
 
 def png(picture: Tensor, side: int) -> bytes:
-    """A picture (3, H, W) uint8 as PNG bytes, enlarged to at least `side` pixels by whole factors."""
+    """A picture (3, H, W) uint8 as PNG bytes, enlarged by whole factors to at least `side` px."""
     from PIL import Image
 
     image = Image.fromarray(np.asarray(picture).transpose(1, 2, 0))
@@ -32,8 +32,8 @@ class MaskExplorer:
     """Sliders over the mask of a picture: which patches would the encoder see?
 
     `MaskExplorer(dataset)` as the last line of a cell shows it. Controls: picture, hidden share in
-    per cent, seed, epoch; arrow keys move them. `explorer.masking` is the current `Masking`: the same
-    that training draws for this sample, seed and epoch.
+    per cent, seed, epoch; arrow keys move them. `explorer.masking` is the current `Masking`: the
+    same that training draws for this sample, seed and epoch.
     """
 
     def __init__(self, dataset: MultimodalDataset, patch_size: int = 8, masker: str = "random"):
@@ -65,8 +65,8 @@ class MaskExplorer:
         hidden = int(self.masking.mask.sum())
         self.image.value = png(paint_mask(pixels, self.masking.mask, self.patch_size)[0], 320)
         self.words.value = (
-            f"<b>{self.dataset.texts[row][0]}</b><br>{num_patches - hidden} of {num_patches} patches "
-            f"are seen; {100 * hidden / num_patches:.1f} % are hidden"
+            f"<b>{self.dataset.texts[row][0]}</b><br>{num_patches - hidden} of {num_patches} "
+            f"patches are seen; {100 * hidden / num_patches:.1f} % are hidden"
         )
 
     def _ipython_display_(self):
@@ -75,6 +75,6 @@ class MaskExplorer:
         display(self.view)
 
     def still(self) -> torch.Tensor:
-        """The picture as it is now, (3, H, W) uint8: what a saved page shows in place of the sliders."""
+        """The picture as it is now, (3, H, W) uint8: for a saved page, which has no sliders."""
         pixels = self.dataset.batch([self.row.value]).pixel_values.cpu()
         return paint_mask(pixels, self.masking.mask, self.patch_size)[0]
