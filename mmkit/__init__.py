@@ -4,10 +4,11 @@ A ViT and a BERT learn one space for pictures and texts while most patches and s
 hidden. Importing this never touches CUDA, nor transformers' model code.
 """
 
-from . import cost, losses, masking, plots, retrieval, widgets
+from . import cost, losses, masking, optim, plots, retrieval, widgets
 from .checkpoint import load
 from .config import TrainingConfig
 from .data import Batch, MultimodalDataset
+from .describe import describe
 from .distributed import launch
 from .encoder import EncoderOutput, MultimodalEncoder
 from .losses import info_nce, sigmoid_loss
@@ -31,6 +32,7 @@ __all__ = [
     "Run",
     "TrainingConfig",
     "cost",
+    "describe",
     "embed",
     "embed_texts",
     "evaluate",
@@ -42,6 +44,7 @@ __all__ = [
     "masking",
     "mean_recall",
     "openmoji",
+    "optim",
     "plots",
     "recall_at_k",
     "retrieval",

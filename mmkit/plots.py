@@ -183,18 +183,39 @@ def training_curves(
     return figure
 
 
-def bars(values: dict[str, float], label: str, chance: float | None = None, caption: str = ""):
-    """Named values as horizontal bars, each with its number; chance as a dotted line."""
+def bars(
+    values: dict[str, float],
+    label: str,
+    chance: float | None = None,
+    caption: str = "",
+    intervals: dict[str, tuple[float, float]] | None = None,
+):
+    """Named values as horizontal bars, each with its number; chance as a dotted line.
+
+    intervals: (low, high) of each name, drawn as a line over its bar and written beside it.
+    """
     figure = _figure(7, 0.42 * len(values) + 0.9)
     ax = figure.subplots()
     names = list(values)[::-1]
-    drawn = ax.barh(names, [values[n] for n in names], color=BLUE, height=0.65)
-    ax.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8)
+    widths = [values[n] for n in names]
+    if intervals:
+        low, high = np.array([intervals[n] for n in names]).T
+        ax.barh(names, widths, color=SKY, height=0.65)
+        ax.errorbar(widths, names, xerr=[widths - low, high - widths], fmt="none", color="0.2",
+                    capsize=3)  # fmt: skip
+        for name, width, a, b in zip(names, widths, low, high, strict=True):
+            words = f"{width:.1f} [{a:.1f}, {b:.1f}]"
+            ax.annotate(words, (b, name), (6, 0), textcoords="offset points", va="center",
+                        fontsize=8)  # fmt: skip
+    else:
+        drawn = ax.barh(names, widths, color=BLUE, height=0.65)
+        ax.bar_label(drawn, fmt="%.1f", padding=3, fontsize=8)
     if chance is not None:
         ax.axvline(chance, color=RED, linestyle=":", label=f"chance {chance:.1f}")
         ax.legend(fontsize=8, loc="lower right")
     ax.set_xlabel(label)
-    ax.margins(x=0.1)
+    ax.margins(x=0.3 if intervals else 0.1)
+    ax.set_xlim(left=0)
     _plain_axes(ax)
     _take_away(figure, caption)
     return figure
@@ -402,6 +423,113 @@ def shuffle_diagram(noise: Sequence[float], masking: Masking, caption: str = "")
     ax.set_yticks([0.45, 2.45, 4.45], ["in the picture", "kept | hidden", "put back"], fontsize=9)
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
+    _take_away(figure, caption)
+    return figure
+
+
+def repeats(
+    x: Sequence[float],
+    values: dict[str, Sequence[Sequence[float]]],
+    xlabel: str,
+    ylabel: str,
+    chance: Sequence[float] | None = None,
+    log_x: bool = False,
+    caption: str = "",
+):
+    """Quantities measured several times at each x: every measurement a dot, a line through the means.
+
+    values: for each name one sequence of measurements per x. chance: the yardstick at each x.
+    """
+    figure = _figure(6.5, 3.4)
+    ax = figure.subplots()
+    for colour, (name, columns) in zip(COLOURS, values.items(), strict=False):
+        means = [float(np.mean(column)) for column in columns]
+        for place, column in zip(x, columns, strict=True):
+            ax.plot([place] * len(column), column, ".", color=colour, alpha=0.3, markeredgewidth=0)
+        ax.plot(x, means, "-o", color=colour, linewidth=1.8, markersize=4, label=name)
+        for place, mean in zip(x, means, strict=True):
+            ax.annotate(f"{mean:.0f}", (place, mean), (5, 5), textcoords="offset points",
+                        fontsize=8, color=colour)  # fmt: skip
+    if chance is not None:
+        ax.plot(x, chance, ":", color=RED, label="chance")
+    if log_x:
+        ax.set_xscale("log")
+        ax.minorticks_off()
+    ax.set_xticks(x, [f"{place:,}" for place in x])
+    ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
+    ax.legend(fontsize=8)
+    _plain_axes(ax)
+    _take_away(figure, caption)
+    return figure
+
+
+def confusion_matrix(counts: Tensor, names: Sequence[str], caption: str = ""):
+    """Counts (true class, predicted class): colour is the share of the row, numbers are pictures."""
+    counts = torch.as_tensor(counts)
+    shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+    figure = _figure(6.6, 5)
+    ax = figure.subplots()
+    drawn = ax.imshow(shares, cmap="cividis", vmin=0, vmax=100)
+    for i, row in enumerate(counts.tolist()):
+        for j, count in enumerate(row):
+            colour = "black" if shares[i, j] > 55 else "white"
+            ax.text(j, i, f"{count:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    ticks = range(len(names))
+    ax.set_xticks(ticks, names, rotation=35, ha="right", fontsize=8)
+    sizes = counts.sum(1).tolist()
+    ax.set_yticks(ticks, [f"{n} ({s:.0f})" for n, s in zip(names, sizes, strict=True)], fontsize=8)
+    ax.set(xlabel="predicted", ylabel="true (pictures)")
+    figure.colorbar(drawn, ax=ax, label="share of the row (%)", shrink=0.8)
+    _take_away(figure, caption)
+    return figure
+
+
+def differences(arrays: dict[str, Tensor], xlabel: str, ylabel: str, caption: str = ""):
+    """|difference| of two computations, each (rows, columns), side by side on one colour scale."""
+    figure = _figure(4.2 * len(arrays) + 0.6, 2.9)
+    axes = figure.subplots(1, len(arrays), squeeze=False)[0]
+    top = max(float(array.abs().max()) for array in arrays.values()) or 1.0
+    for ax, (name, array) in zip(axes, arrays.items(), strict=True):
+        drawn = ax.imshow(array.abs(), cmap="cividis", vmin=0, vmax=top, aspect="auto")
+        ax.set_title(f"{name}\nlargest {float(array.abs().max()):.2g}", fontsize=9)
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+    figure.colorbar(drawn, ax=axes, label="|difference|")
+    _take_away(figure, caption)
+    return figure
+
+
+def same_or_not(
+    reference: tuple[str, Sequence[int], Sequence[float]],
+    others: dict[str, tuple[Sequence[int], Sequence[float]]],
+    ylabel: str = "training loss (nats)",
+    events: dict[str, float] | None = None,
+    caption: str = "",
+):
+    """Curves over steps on top of each other (left), and how far they are from the first (right).
+
+    reference: (name, steps, values); others: name -> (steps, values) at some of the same steps.
+    events: steps to mark with a vertical line, by name.
+    """
+    figure = _figure(9, 3.4)
+    left, right = figure.subplots(1, 2)
+    name, steps, values = reference
+    left.plot(steps, values, color="0.75", linewidth=6, label=name)
+    at = dict(zip(steps, values, strict=True))
+    for colour, (name, (x, y)) in zip((BLUE, RED, PURPLE), others.items(), strict=False):
+        left.plot(x, y, color=colour, linewidth=1.4, label=name)
+        gaps = [value - at[step] for step, value in zip(x, y, strict=True)]
+        right.plot(x, gaps, color=colour, linewidth=1.4,
+                   label=f"{name}: at most {max(map(abs, gaps)):.2g}")  # fmt: skip
+    for ax in (left, right):
+        for event, step in (events or {}).items():
+            ax.axvline(step, color="0.4", linestyle=":", linewidth=1)
+            ax.annotate(event, (step, 0.98), xycoords=("data", "axes fraction"), rotation=90,
+                        ha="right", va="top", fontsize=7, color="0.4")  # fmt: skip
+        ax.set_xlabel("step")
+        ax.legend(fontsize=8)
+        _plain_axes(ax)
+    left.set(ylabel=ylabel)
+    right.set(ylabel="difference (nats)")
     _take_away(figure, caption)
     return figure
 

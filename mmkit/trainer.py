@@ -84,11 +84,8 @@ class MaskedMultimodalTrainer:
         self.best_loss, self.seconds, self._mark = math.inf, 0.0, time.perf_counter()
         self.epoch_loss = torch.zeros((), device=self.device)
         self.path = Path(config.output_dir) / self._run_name(resume)
-        resumed = resume and self._resume(self.path / "last" / "state.pth")
-        settings = config.to_dict() | {"run_name": self.path.name}
-        where = self.step if resumed else None
-        self.writer = RunWriter(self.path, settings, where) if self.rank == 0 else None
-        self.accelerator.wait_for_everyone()
+        self.resumed = resume and self._resume(self.path / "last" / "state.pth")
+        self.writer = None  # a trainer that is only looked at writes nothing
 
     def _check(self):
         config, size = self.config, len(self.train)
@@ -220,6 +217,10 @@ class MaskedMultimodalTrainer:
     def fit(self) -> Run:
         """Train to the end; returns the `Run`."""
         self._say(describe(self))
+        if self.rank == 0:
+            settings = self.config.to_dict() | {"run_name": self.path.name}
+            self.writer = RunWriter(self.path, settings, self.step if self.resumed else None)
+        self.accelerator.wait_for_everyone()
         self._mark = time.perf_counter()
         with self._progress() as bar:
             while self.step < self.total_steps:

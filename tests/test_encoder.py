@@ -114,6 +114,19 @@ def test_padding_cannot_change_features(model, texts):
     )
 
 
+def test_captions_of_any_length_go_together(model, make_data):
+    """In a large batch short captions run apart from long ones; the features do not change."""
+    batch = make_data(71).batch(range(71))
+    together = model.encode_text(batch.input_ids, batch.valid)
+    alone = [model.encode_text(batch.input_ids[i : i + 1], batch.valid[i : i + 1]) for i in range(71)]
+    torch.testing.assert_close(together, torch.cat(alone))
+    masking = random_text_mask(torch.rand(batch.valid.shape), 0.4, batch.valid, batch.valid)
+    dropped = model.encode_text(batch.input_ids, batch.valid, masking, "drop")
+    part = torch.arange(0, 71, 3)
+    apart = model.encode_text(batch.input_ids[part], batch.valid[part], masking[part], "drop")
+    torch.testing.assert_close(dropped[part], apart)
+
+
 def test_features_are_unit_length(model, texts, make_data):
     out = model(make_data(5).batch(range(5)))
     for x in (out.image_features, out.text_features):
