@@ -436,7 +436,7 @@ def repeats(
     log_x: bool = False,
     caption: str = "",
 ):
-    """Quantities measured several times at each x: every measurement a dot, a line through the means.
+    """Quantities measured several times at each x: measurements as dots, a line through the means.
 
     values: for each name one sequence of measurements per x. chance: the yardstick at each x.
     """
@@ -464,7 +464,7 @@ def repeats(
 
 
 def confusion_matrix(counts: Tensor, names: Sequence[str], caption: str = ""):
-    """Counts (true class, predicted class): colour is the share of the row, numbers are pictures."""
+    """Counts (true class, predicted class): colours are shares of the row, numbers pictures."""
     counts = torch.as_tensor(counts)
     shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     figure = _figure(6.6, 5)
