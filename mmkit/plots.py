@@ -44,11 +44,11 @@ def _plain_axes(ax):
     ax.grid(alpha=0.25, linewidth=0.6)
 
 
-def _wrap(words: str, width: int = 22) -> str:
+def _wrap(words: str, width: int = 22, most: int = 3) -> str:
     import textwrap
 
     lines = textwrap.wrap(words, width)
-    return "\n".join(lines[:3] + (["…"] if len(lines) > 3 else []))
+    return "\n".join(lines[:most] + (["…"] if len(lines) > most else []))
 
 
 def _show(ax, picture: Tensor, title: str = "", frame: str | None = None):
@@ -266,7 +266,7 @@ def search_results(index: Index, queries: Sequence, k: int = 6, caption: str = "
     axes = figure.subplots(len(queries), k + 1, squeeze=False, width_ratios=[1.6] + [1] * k)
     for line, query in zip(axes, queries, strict=True):
         if isinstance(query, str):
-            line[0].text(0.98, 0.5, _wrap(f"“{query}”", 20), ha="right", va="center", fontsize=9)
+            line[0].text(0.98, 0.5, _wrap(f"“{query}”", 20, 6), ha="right", va="center", fontsize=9)
             line[0].axis("off")
         else:
             _show(line[0], query, "query")

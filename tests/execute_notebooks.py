@@ -37,7 +37,7 @@ def relative(text):
 
 
 def small_png(encoded):
-    """A base64 PNG with a palette of 256 colours: a third of the bytes, no difference to the eye."""
+    """A base64 PNG with a palette of 256 colours: a third of the bytes, the same to the eye."""
     picture = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     flat = Image.alpha_composite(white, picture).convert("RGB")

@@ -118,7 +118,8 @@ def test_captions_of_any_length_go_together(model, make_data):
     """In a large batch short captions run apart from long ones; the features do not change."""
     batch = make_data(71).batch(range(71))
     together = model.encode_text(batch.input_ids, batch.valid)
-    alone = [model.encode_text(batch.input_ids[i : i + 1], batch.valid[i : i + 1]) for i in range(71)]
+    ones = [batch[i : i + 1] for i in range(71)]
+    alone = [model.encode_text(one.input_ids, one.valid) for one in ones]
     torch.testing.assert_close(together, torch.cat(alone))
     masking = random_text_mask(torch.rand(batch.valid.shape), 0.4, batch.valid, batch.valid)
     dropped = model.encode_text(batch.input_ids, batch.valid, masking, "drop")
