@@ -72,9 +72,10 @@ test: $(READY)  ## all tests, and every notebook in its fast mode
 notebooks: $(READY)  ## run the notebooks in full, top to bottom, and write their outputs
 	$(VENV) -m tests.execute_notebooks $(NB)
 
-lint: $(READY)  ## style of code and notebooks
+lint: $(READY)  ## style and types of code, style of notebooks
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
+	$(VENV) -m mypy
 	$(VENV) -m tests.notebook_hygiene $(NB)
 
 format: $(READY)  ## put code and notebooks into that style

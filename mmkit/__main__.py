@@ -6,6 +6,7 @@ torchrun as it is. Walk-through: README.md.
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -48,7 +49,10 @@ def train(
     model = run.model
     masks = {"image_mask": (config.image_mask, config.image_mask_ratio or 0.5)}
     best, seconds = run.best["epoch"] + 1, run.history[-1]["seconds"]
-    print(f"\n{run.path}: best epoch {best}, {seconds:.0f} s of training")
+    print(
+        f"\n{run.path}: best epoch {best}, {seconds:.0f} s of training, "
+        f"peak memory {_peak_gigabytes():.2f} GB"
+    )
     _print_scores(model, test, f"{split} test", masks)
     index = Index(model, test)
     queries = [*dict.fromkeys(text[0] for text in test.texts)][:: max(1, len(test) // 10)][:10]
@@ -66,6 +70,14 @@ def train(
     )
     print(f"      {_python()} -m tensorboard.main --logdir {config.output_dir}")
     print(f"pictures: {test.attribution}")
+
+
+def _peak_gigabytes() -> float:
+    """Most memory this process ever held."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def _python() -> str:
@@ -153,7 +165,7 @@ def search(
 
 def main() -> None:
     """Run one of the commands; a wrong input is one line of words, not a traceback."""
-    commands = {"train": train, "evaluate": _evaluate, "search": search}
+    commands: dict[str, Callable] = {"train": train, "evaluate": _evaluate, "search": search}
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="mmkit", description=__doc__.splitlines()[0]

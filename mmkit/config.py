@@ -67,6 +67,22 @@ _NOT_NEGATIVE = (
 _FRACTIONS = ("image_mask_ratio", "text_mask_ratio", "dropout")
 
 
+def _refuse_unknown_keys(cls):
+    """Let the dataclass's `__init__` name the nearest known key when it is given another."""
+    original, known = cls.__init__, [f.name for f in dataclasses.fields(cls)]
+
+    @functools.wraps(original)
+    def init(self, *args, **kwargs):
+        for key in kwargs:
+            if key not in known:
+                raise ValueError(f"{cls.__name__} has no field {key!r}; {nearest(key, known)}")
+        original(self, *args, **kwargs)
+
+    cls.__init__ = init
+    return cls
+
+
+@_refuse_unknown_keys
 @dataclass
 class TrainingConfig:
     """The whole recipe of a run; the defaults train the `tiny` preset well on two CPU cores.
@@ -186,21 +202,3 @@ class TrainingConfig:
         if callable(self.schedule):
             values["schedule"] = f"function {getattr(self.schedule, '__qualname__', 'schedule')}"
         return values
-
-
-def _refuse_unknown_keys(cls):
-    """Let the dataclass's `__init__` name the nearest known key when it is given another."""
-    original, known = cls.__init__, [f.name for f in dataclasses.fields(cls)]
-
-    @functools.wraps(original)
-    def init(self, *args, **kwargs):
-        for key in kwargs:
-            if key not in known:
-                raise ValueError(f"{cls.__name__} has no field {key!r}; {nearest(key, known)}")
-        original(self, *args, **kwargs)
-
-    cls.__init__ = init
-    return cls
-
-
-TrainingConfig = _refuse_unknown_keys(TrainingConfig)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,6 +85,11 @@ class MultimodalDataset:
     empty caption, FileNotFoundError for a missing picture, naming file and row.
     """
 
+    name = attribution = ""
+    transform: Any = None  # PIL image -> tensor; pictures that are decoded already have none
+    _paths: Sequence[Path] = ()
+    _pixels: Any  # (N, 3, H, W) uint8: a tensor, or a memory-mapped array; None = decode
+
     def __init__(
         self,
         image_paths: Sequence[str | os.PathLike],
@@ -131,7 +137,6 @@ class MultimodalDataset:
         rows picks the picture of each text (None: all, in order). meta: facts about each picture.
         """
         self = cls.__new__(cls)
-        self._paths, self.transform = None, None
         self.name, self.attribution = name, attribution
         count = len(pixels) if rows is None else len(rows)
         if count != len(texts):
@@ -158,7 +163,6 @@ class MultimodalDataset:
         self.sample_ids = ids.to(torch.int64)
         self.group_ids = _groups([[*k, *c] for k, c in zip(same_picture, self.texts, strict=True)])
         self.meta = meta or [{} for _ in self.texts]
-        self.name, self.attribution = getattr(self, "name", ""), getattr(self, "attribution", "")
         self._pixels, self._rows = None, np.arange(len(self.texts))
         self._tokenizer, self.given_tokenizer = tokenizer, tokenizer is not None
         self.max_length, self._encoded = 77, None  # CLIP's length; a model sets its own
@@ -237,7 +241,7 @@ class MultimodalDataset:
         for start in range(0, len(self), batch_size):
             yield self.batch(range(start, min(start + batch_size, len(self))))
 
-    def subset(self, rows: Sequence[int]) -> "MultimodalDataset":
+    def subset(self, rows: Sequence[int] | np.ndarray) -> "MultimodalDataset":
         """The dataset of these rows: same ids, same groups, same tokenizer, nothing copied."""
         rows = np.asarray(rows, dtype=np.int64)
         if not len(rows):

@@ -9,6 +9,7 @@ notebooks/03_training.ipynb.
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from .masking import Masking
 from .tokenizer import special_ids, tokenizer_from_state, tokenizer_state
 
 # picture side and patch in pixels; width, depth, heads of each tower; text length; common space
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(image=64, patch=8, vit=(192, 6, 3), bert=(192, 4, 3), length=32, embed_dim=192),
     "small": dict(
         image=224, patch=16, vit=(384, 12, 6), bert=(384, 6, 6), length=64, embed_dim=256
@@ -83,7 +84,7 @@ class Projection(nn.Sequential):
         super().__init__(
             nn.LayerNorm(width), nn.Dropout(dropout), nn.Linear(width, embed_dim, bias=False)
         )
-        nn.init.normal_(self[2].weight, std=width**-0.5)
+        nn.init.normal_(self.get_parameter("2.weight"), std=width**-0.5)
 
 
 class MultimodalEncoder(nn.Module):
@@ -94,6 +95,9 @@ class MultimodalEncoder(nn.Module):
     common space. Pooling is the mean over the visible patches / real tokens ("mean") or the first
     token ("cls"). Build one with `preset` or `from_backbones`.
     """
+
+    pixel_stats: Tensor  # (2, 3, 1, 1): mean and deviation of each channel
+    special_ids: Tensor  # ids of tokens that are never hidden
 
     def __init__(
         self,
@@ -173,7 +177,7 @@ class MultimodalEncoder(nn.Module):
                 )
         tokenizer = AutoTokenizer.from_pretrained(text_backbone)
         options = _pixel_statistics(image_backbone) | options
-        model = cls(*configs, tokenizer, embed_dim, **options)
+        model = cls(configs[0], configs[1], tokenizer, embed_dim, **options)
         model.vit = ViTModel.from_pretrained(image_backbone, add_pooling_layer=False)
         model.bert = BertModel.from_pretrained(text_backbone, add_pooling_layer=False)
         return model
@@ -195,7 +199,7 @@ class MultimodalEncoder(nn.Module):
         """uint8 pixels to normalised float32; float pictures pass as they are."""
         if pixel_values.is_floating_point():
             return pixel_values
-        mean, std = self.pixel_stats
+        mean, std = self.pixel_stats.unbind()
         return (pixel_values.float() / 255 - mean) / std
 
     def _patches(self, pixel_values: Tensor, masking: Masking | None, mode: str) -> Tensor:
@@ -262,7 +266,7 @@ class MultimodalEncoder(nn.Module):
             )
         elif masking is not None:
             words, positions = pick_tokens(words, masking.ids_keep), masking.ids_keep
-            valid = masking.keep_valid
+            valid = valid.gather(1, positions) if masking.keep_valid is None else masking.keep_valid
         return self._bert(words, positions, valid), valid
 
     def _bert(self, words: Tensor, positions: Tensor, valid: Tensor) -> Tensor:

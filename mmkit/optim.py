@@ -37,7 +37,8 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
     """
     groups = parameter_groups(model)
     matrices, decayed, plain = (list(groups[k].values()) for k in ("matrices", "decayed", "plain"))
-    decay, optimizers = config.weight_decay, []
+    decay = config.weight_decay
+    optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon" and matrices:
         if not hasattr(torch.optim, "Muon"):
             raise ValueError("optimizer='muon' needs torch 2.9 or newer; take optimizer='adamw'")

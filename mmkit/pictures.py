@@ -29,14 +29,14 @@ def read_picture(path: str | os.PathLike, row: int | None = None):
     try:
         with Image.open(path) as picture:
             picture.load()
-            picture = ImageOps.exif_transpose(picture)
+            upright = ImageOps.exif_transpose(picture)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).replace(str(path), "the file")
         message = (
             f"picture {where} cannot be read ({reason}); replace the file or leave the row out"
         )
         raise ValueError(message) from None
-    return _to_rgb(picture)
+    return _to_rgb(upright)
 
 
 def _to_rgb(picture):

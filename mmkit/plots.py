@@ -241,9 +241,9 @@ def similarity_matrix(
     features: Features, rows: Sequence[int], texts: Sequence[str], caption: str = ""
 ):
     """Cosines between pictures (rows) and their canonical captions (columns)."""
-    rows = torch.as_tensor(rows)
-    captions = features.text_features[features.first_caption[rows]]
-    scores = (features.image_features[rows] @ captions.T).numpy()
+    picked = torch.as_tensor(rows)
+    captions = features.text_features[features.first_caption[picked]]
+    scores = (features.image_features[picked] @ captions.T).numpy()
     side = 0.32 * len(rows) + 2.6
     figure = _figure(side + 1.2, side)
     ax = figure.subplots()

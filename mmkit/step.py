@@ -78,13 +78,11 @@ def backward(
         with torch.set_grad_enabled(not replay):
             outputs.append(encode(batch))
 
-    leaves = [
-        torch.cat([o.image_features for o in outputs]),
-        torch.cat([o.text_features for o in outputs]),
-    ]
-    leaves = [leaf.detach().requires_grad_() for leaf in (*leaves, *scale_parameters)]
+    image = torch.cat([o.image_features for o in outputs])
+    text = torch.cat([o.text_features for o in outputs])
+    leaves = [leaf.detach().requires_grad_() for leaf in (image, text, *scale_parameters)]
     groups = torch.cat([batch.group_ids for batch in micro_batches])
-    loss = contrastive_share(*leaves, groups, kind)
+    loss = contrastive_share(leaves[0], leaves[1], leaves[2], leaves[3], groups, kind)
     factor = weight * world()[1]  # DDP averages over processes; each holds its part of a sum
     image_grad, text_grad, *scale_grads = torch.autograd.grad(
         loss * factor, leaves, allow_unused=True, materialize_grads=True

@@ -85,7 +85,7 @@ class MaskedMultimodalTrainer:
         self.epoch_loss = torch.zeros((), device=self.device)
         self.path = Path(config.output_dir) / self._run_name(resume)
         self.resumed = resume and self._resume(self.path / "last" / "state.pth")
-        self.writer = None  # a trainer that is only looked at writes nothing
+        self.writer: RunWriter | None = None  # a trainer that is only looked at writes nothing
 
     def _check(self):
         config, size = self.config, len(self.train)
@@ -267,9 +267,9 @@ class MaskedMultimodalTrainer:
         self, epoch, batch: Batch, loss: Tensor, norm: float, steps: int, waited: float
     ):
         image, _ = self.maskings(batch, epoch)
-        loss, passed = float(sum_over_processes(loss)), self._clock()
+        total, passed = float(sum_over_processes(loss)), self._clock()
         record = {
-            "loss": loss,
+            "loss": total,
             "learning_rate": self.optimizers[-1].param_groups[0]["lr"],
             "logit_scale": self.model.logit_scale.item(),
             "image_mask_ratio": 0.0 if image is None else image.mask.float().mean().item(),

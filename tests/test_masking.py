@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mmkit.masking import (
     IMAGE_MASKERS,
@@ -109,6 +111,33 @@ def test_text_mask_of_a_caption_does_not_depend_on_its_batch(tokenizer):
         noise = mask_noise(0, 0, torch.arange(len(valid)), valid.shape[1], "text")
         masks.append(random_text_mask(noise, 0.5, valid, words).mask[0])
     assert torch.equal(masks[0], masks[1][: len(masks[0])])
+
+
+@given(tokens=st.integers(1, 300), ratio=st.floats(0, 0.999), samples=st.integers(1, 5))
+def test_random_mask_holds_its_promises(tokens, ratio, samples):
+    """Any grid, any ratio: the exact number hidden, at least one kept, ids that fit together."""
+    noise = mask_noise(0, 0, torch.arange(samples), tokens)
+    masking = random_mask(noise, ratio)
+    kept = max(1, round(tokens * (1 - ratio)))
+    assert masking.ids_keep.shape == (samples, kept)
+    assert (masking.mask.sum(1) == tokens - kept).all()
+    everything = masking.ids_restore.sort(1).values
+    assert torch.equal(everything, torch.arange(tokens).expand(samples, -1))
+    place = masking.ids_restore.gather(1, masking.ids_keep)
+    assert torch.equal(place, torch.arange(kept).expand(samples, -1))
+
+
+@given(lengths=st.lists(st.integers(0, 19), min_size=1, max_size=6), ratio=st.floats(0, 0.999))
+def test_random_text_mask_holds_its_promises(lengths, ratio):
+    """Any lengths, captions without a word included: ends stay, at least one word stays."""
+    real = torch.tensor(lengths)[:, None]
+    place = torch.arange(22)
+    valid, words = place < real + 2, (place >= 1) & (place <= real)
+    noise = mask_noise(0, 0, torch.arange(len(lengths)), 22, "text")
+    masking = random_text_mask(noise, ratio, valid, words)
+    assert not (masking.mask & ~words).any()
+    assert ((words & ~masking.mask).sum(1) >= real[:, 0].clamp(max=1)).all()
+    assert torch.equal(masking.keep_valid.sum(1), (valid & ~masking.mask).sum(1))
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 75])

@@ -1,5 +1,9 @@
 """Recall@K against a slow loop; evaluation with masks off; search finds what was asked for."""
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -36,6 +40,25 @@ def test_a_collapsed_model_scores_nothing():
     assert recall_at_k(same, same)["image_to_text"] == {1: 0.0, 5: 0.0, 10: 1.0}
     perfect = recall_at_k(torch.eye(7), torch.eye(7))
     assert perfect["text_to_image"][1] == 1.0
+
+
+@pytest.mark.slow
+def test_recall_of_many_pairs_fits_in_memory():
+    """20,000 pairs: the whole matrix would be 1.6 GB; the peak stays a fraction of it."""
+    code = """
+        import resource, torch, mmkit as mm
+        torch.manual_seed(0)
+        x = torch.nn.functional.normalize(torch.randn(20_000, 16), dim=1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        result = mm.recall_at_k(x, x)
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert result["image_to_text"][1] == 1.0, result
+        print(grown / 1e6)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300
+    )
+    assert float(done.stdout) < 0.8, done.stderr
 
 
 def test_recall_needs_to_know_what_belongs_together():
