@@ -68,17 +68,18 @@ def picture_grid(
     columns: int = 6,
     frames: Sequence[str | None] | None = None,
     caption: str = "",
+    title_lines: int = 3,
 ):
     """Pictures (3, H, W) uint8 with titles; frames: a colour for each, or None."""
     lines = math.ceil(len(images) / columns)
-    figure = _figure(1.55 * columns, 2.05 * lines)
+    figure = _figure(1.55 * columns, (1.63 + 0.14 * title_lines) * lines)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for ax in axes[len(images) :]:
         ax.axis("off")
     for ax, image, title, frame in zip(
         axes, images, titles, frames or [None] * len(images), strict=False
     ):
-        _show(ax, image, _wrap(title), frame)
+        _show(ax, image, _wrap(title, most=title_lines), frame)
     _take_away(figure, caption)
     return figure
 
@@ -436,7 +437,7 @@ def repeats(
     log_x: bool = False,
     caption: str = "",
 ):
-    """Quantities measured several times at each x: measurements as dots, a line through the means.
+    """Quantities measured several times at each x: each a short bar, a line through the means.
 
     values: for each name one sequence of measurements per x. chance: the yardstick at each x.
     """
@@ -445,7 +446,7 @@ def repeats(
     for colour, (name, columns) in zip(COLOURS, values.items(), strict=False):
         means = [float(np.mean(column)) for column in columns]
         for place, column in zip(x, columns, strict=True):
-            ax.plot([place] * len(column), column, ".", color=colour, alpha=0.3, markeredgewidth=0)
+            ax.plot([place] * len(column), column, "_", color=colour, alpha=0.4, markersize=13)
         ax.plot(x, means, "-o", color=colour, linewidth=1.8, markersize=4, label=name)
         for place, mean in zip(x, means, strict=True):
             ax.annotate(f"{mean:.0f}", (place, mean), (5, 5), textcoords="offset points",
