@@ -60,7 +60,7 @@ def read_checkpoint(path: str | os.PathLike, map_location="cpu") -> dict:
 def load_weights(model: nn.Module, weights: dict, path="the checkpoint") -> None:
     """Load weights of the same architecture; ValueError naming the first difference otherwise."""
     own = model.state_dict()
-    for name in own.keys() | weights.keys():
+    for name in own | weights:  # in the model's order, so that the same fault gives the same words
         if name not in weights or name not in own:
             where = "the model" if name not in own else "the file"
             raise ValueError(f"{path} is of another architecture: {where} has no {name!r}")
