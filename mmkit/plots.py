@@ -280,29 +280,6 @@ def search_results(index: Index, queries: Sequence, k: int = 6, caption: str = "
     return figure
 
 
-def curves(
-    lines: dict[str, tuple[Sequence[float], Sequence[float]]],
-    xlabel: str,
-    ylabel: str,
-    reference: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
-    caption: str = "",
-):
-    """Named lines (x, y), with dots; reference: lines to compare with, dotted and grey."""
-    figure = _figure(6.8, 3.3)
-    ax = figure.subplots()
-    for (name, (x, y)), shade in zip(
-        (reference or {}).items(), ("0.25", "0.55", "0.7"), strict=False
-    ):
-        ax.plot(x, y, ":", color=shade, linewidth=1.6, label=name)
-    for colour, (name, (x, y)) in zip(COLOURS, lines.items(), strict=False):
-        ax.plot(x, y, ".-", color=colour, linewidth=1.8, markersize=7, label=name)
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    ax.legend(fontsize=8)
-    _plain_axes(ax)
-    _take_away(figure, caption)
-    return figure
-
-
 def grouped_bars(values: dict[str, dict[str, float]], label: str, caption: str = ""):
     """One cluster of bars per outer name, one bar per inner name, each with its number."""
     figure = _figure(7.2, 3.3)
@@ -550,10 +527,16 @@ def lines(
     level: tuple[str, float] | None = None,
     caption: str = "",
     from_zero: bool = True,
+    reference: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ):
-    """Named curves {name: (xs, ys)} on one pair of axes; level: a named dotted yardstick."""
+    """Named curves {name: (xs, ys)} on one pair of axes.
+
+    level: a named dotted yardstick. reference: curves to compare with, dotted and grey.
+    """
     figure = _figure(6.5, 3.2)
     ax = figure.subplots()
+    for shade, (name, (xs, ys)) in zip(("0.2", "0.55"), (reference or {}).items(), strict=False):
+        ax.plot(xs, ys, color=shade, linewidth=1.6, linestyle=":", label=name)
     for colour, (name, (xs, ys)) in zip(COLOURS, curves.items(), strict=False):
         marker = "." if len(xs) < 30 else None
         ax.plot(xs, ys, color=colour, linewidth=1.8, marker=marker, label=name)
@@ -562,7 +545,7 @@ def lines(
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if from_zero:
         ax.set_ylim(bottom=0)
-    if len(curves) > 1 or level:
+    if len(curves) > 1 or level or reference:
         ax.legend(fontsize=8)
     _plain_axes(ax)
     _take_away(figure, caption)
