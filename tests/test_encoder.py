@@ -203,3 +203,26 @@ def test_fast_attention_on_a_cpu_gives_the_same_features(model, texts):
     model.to_device("cpu")
     b = model.encode_image(pictures()), model.encode_text(*texts)
     torch.testing.assert_close(a, b)
+
+
+def test_gradients_of_dropped_patches_are_the_same_bits_with_several_threads(tokenizer):
+    """Threads that add up in no fixed order would make a resumed run another run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(2, before))
+    try:
+        torch.manual_seed(0)
+        model = MultimodalEncoder.preset("tiny", tokenizer=tokenizer)
+        pixels = torch.randint(0, 256, (61, 3, 64, 64), dtype=torch.uint8)
+        masking = random_mask(mask_noise(0, 0, torch.arange(61), 64), 0.5)
+        weight = torch.randn(61, 33, 192)  # another gradient for every token
+
+        def gradient():
+            place = model.vit.embeddings.position_embeddings
+            return torch.autograd.grad(
+                (model._patches(pixels, masking, "drop") * weight).sum(), place
+            )
+
+        first = gradient()[0]
+        assert all(torch.equal(first, gradient()[0]) for _ in range(5))
+    finally:
+        torch.set_num_threads(before)
