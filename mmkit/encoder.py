@@ -216,7 +216,7 @@ class MultimodalEncoder(nn.Module):
         place = positions[:, 1:]
         if masking is not None and mode == "drop":  # the hidden ones never reach the projection
             patches = pick_tokens(patches, masking.ids_keep)
-            # Not place[0][ids_keep]: its backward on a CPU adds up in the order threads happen to run.
+            # Not place[0][ids_keep]: on a CPU its backward adds in the order the threads run.
             place = pick_tokens(place.expand(len(patches), -1, -1), masking.ids_keep)
         projection = embeddings.patch_embeddings.projection
         x = F.linear(patches, projection.weight.flatten(1), projection.bias)
