@@ -497,7 +497,7 @@ def same_or_not(
         left.plot(x, y, color=colour, linewidth=1.4, label=name)
         gaps = [value - at[step] for step, value in zip(x, y, strict=True)]
         right.plot(x, gaps, color=colour, linewidth=1.4,
-                   label=f"{name}: at most {max(map(abs, gaps)):.2g}")  # fmt: skip
+                   label=f"{name}: at most {max(map(abs, gaps), default=0):.2g}")  # fmt: skip
     for ax in (left, right):
         for event, step in (events or {}).items():
             ax.axvline(step, color="0.4", linestyle=":", linewidth=1)
