@@ -48,8 +48,8 @@ def read_checkpoint(path: str | os.PathLike, map_location="cpu") -> dict:
     except Exception as error:  # a damaged file raises anything from EOFError to RuntimeError
         raise ValueError(
             f"{path} is refused: it is damaged, or holds more than tensors and plain values "
-            f"({_reason(error)}); nothing in it was run. Use a file that mmkit wrote, or an earlier "
-            "one"
+            f"({_reason(error)}); nothing in it was run. Use a file that mmkit wrote, or an "
+            "earlier one"
         ) from None
     if not isinstance(state, dict):
         raise ValueError(
