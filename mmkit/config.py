@@ -92,7 +92,7 @@ class TrainingConfig:
     """
 
     # -- how long, how much ------------------------------------------------------------------
-    num_epochs: int = 16  # passes over the training set
+    num_epochs: int = 14  # passes over the training set
     batch_size: int = 128  # pictures per optimizer step, over all processes and micro-batches
     learning_rate: float = 2e-3  # AdamW's peak, per step of the default batch
     weight_decay: float = (
