@@ -447,7 +447,7 @@ def confusion_matrix(counts: Tensor, names: Sequence[str], caption: str = ""):
     shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     figure = _figure(6.6, 5)
     ax = figure.subplots()
-    drawn = ax.imshow(shares, cmap="cividis", vmin=0, vmax=100)
+    drawn = ax.imshow(shares.numpy(), cmap="cividis", vmin=0, vmax=100)
     for i, row in enumerate(counts.tolist()):
         for j, count in enumerate(row):
             colour = "black" if shares[i, j] > 55 else "white"
@@ -468,7 +468,7 @@ def differences(arrays: dict[str, Tensor], xlabel: str, ylabel: str, caption: st
     axes = figure.subplots(1, len(arrays), squeeze=False)[0]
     top = max(float(array.abs().max()) for array in arrays.values()) or 1.0
     for ax, (name, array) in zip(axes, arrays.items(), strict=True):
-        drawn = ax.imshow(array.abs(), cmap="cividis", vmin=0, vmax=top, aspect="auto")
+        drawn = ax.imshow(array.abs().numpy(), cmap="cividis", vmin=0, vmax=top, aspect="auto")
         ax.set_title(f"{name}\nlargest {float(array.abs().max()):.2g}", fontsize=9)
         ax.set(xlabel=xlabel, ylabel=ylabel)
     figure.colorbar(drawn, ax=axes, label="|difference|")

@@ -46,7 +46,8 @@ class MaskExplorer:
         self.ratio = w.IntSlider(50, 0, 99, description="hidden (%)", **style)
         self.seed = w.IntSlider(0, 0, 99, description="seed", **style)
         self.epoch = w.IntSlider(0, 0, 99, description="epoch", **style)
-        self.image = w.Image(format="png", width=320, height=320)
+        edge = w.Layout(border="1px solid #ccc")  # white patches end at a white page
+        self.image = w.Image(format="png", width=320, height=320, layout=edge)
         self.image.add_class("mmkit-picture")
         self.words = w.HTML()
         self.controls = (self.row, self.ratio, self.seed, self.epoch)

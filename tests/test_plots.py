@@ -1,0 +1,196 @@
+"""Every plot runs on real pictures and runs, and shows what it was given, with labelled axes."""
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+import mmkit as mm
+from mmkit import plots
+from mmkit.encoder import patchify
+from tests.train_small import DEFAULTS
+
+
+@pytest.fixture(scope="module")
+def emoji():
+    """23 of the built-in pictures."""
+    return mm.openmoji(64)[1].subset(range(23))
+
+
+@pytest.fixture(scope="module")
+def model(emoji):
+    torch.manual_seed(0)
+    return mm.MultimodalEncoder.preset("tiny", tokenizer=emoji.tokenizer)
+
+
+@pytest.fixture
+def run(tmp_path, make_model, make_data):
+    config = mm.TrainingConfig(**DEFAULTS | dict(num_epochs=2, output_dir=str(tmp_path)))
+    return mm.train_model(config, make_data(23), make_data(11, seed=1), make_model())
+
+
+def masked(data, count, ratio=0.5):
+    noise = mm.mask_noise(0, 0, data.sample_ids[:count], 64)
+    return noise, mm.masking.random_mask(noise, ratio)
+
+
+def shown(figure, axes):
+    """The axes of a finished figure that are switched on; it must draw without a complaint."""
+    assert isinstance(figure, Figure)
+    figure.canvas.draw()
+    visible = [ax for ax in figure.axes if ax.axison]
+    assert len(visible) == axes
+    return visible
+
+
+def labels(ax):
+    return ax.get_xlabel(), ax.get_ylabel()
+
+
+def test_pictures_and_their_captions(emoji):
+    axes = shown(plots.pictures(emoji, range(5), columns=3, caption="take-away"), 5)
+    assert axes[2].get_title().replace("\n", " ") == emoji[2]["text"]
+    assert np.array_equal(axes[4].images[0].get_array(), emoji[4]["image"].permute(1, 2, 0))
+    framed = plots.picture_grid([emoji[0]["image"]], ["x"], frames=[plots.RED], title_lines=1)
+    assert shown(framed, 1)[0].spines["top"].get_linewidth() == 2.5
+
+
+def test_a_painted_mask_hides_exactly_the_hidden_patches(emoji):
+    pixels = emoji.batch(range(5)).pixel_values
+    mask = masked(emoji, 5)[1].mask
+    painted, old = (patchify(x, 8) for x in (plots.paint_mask(pixels, mask, 8), pixels))
+    assert (painted[mask] == plots.HIDDEN).all() and torch.equal(painted[~mask], old[~mask])
+
+
+def test_masked_pictures_have_a_row_per_masking(emoji):
+    pixels = emoji.batch(range(5)).pixel_values
+    rows = {"half": masked(emoji, 5)[1], "all": None}
+    axes = shown(plots.masked_pictures(pixels, rows, 8, "take-away"), 10)
+    assert [ax.get_ylabel() for ax in axes[::5]] == ["half", "all"]
+
+
+@pytest.mark.parametrize("mode", ["drop", "replace"])
+def test_masked_captions_strike_out_or_replace(mode):
+    figure = plots.masked_captions(
+        [["[CLS]", "red", "cat"], ["[CLS]", "a"]], [[0, 1, 0], [0, 0]], mode
+    )
+    shown(figure, 0)
+    words = [text.get_text() for text in figure.axes[0].texts]
+    assert words == ["[CLS]", "red" if mode == "drop" else "[mask]", "cat", "[CLS]", "a"]
+    assert len(figure.axes[0].lines) == (mode == "drop")
+
+
+def test_a_token_table_has_a_cell_per_token(emoji):
+    batch = emoji.batch(range(5))
+    pieces = [emoji.tokenizer.convert_ids_to_tokens(ids) for ids in batch.input_ids]
+    (ax,) = shown(plots.token_table(pieces, batch.valid), 1)
+    assert len(ax.patches) == len(ax.texts) == batch.valid.numel()
+    empty = [patch.get_facecolor()[:3] == (1, 1, 1) for patch in ax.patches]
+    assert empty == (~batch.valid).flatten().tolist()
+
+
+def test_mask_statistics_are_those_of_the_mask(emoji):
+    noise, masking = masked(emoji, 23, 0.75)
+    left, right, _ = shown(plots.mask_statistics(noise, masking.mask), 3)
+    assert sum(bar.get_height() for bar in left.patches if bar.get_width() < 0.1) == pytest.approx(
+        100
+    )
+    often = 100 * masking.mask.float().mean(0).reshape(8, 8)
+    np.testing.assert_allclose(right.images[0].get_array(), often)
+
+
+def test_the_shuffle_is_drawn_with_two_arrows_per_patch():
+    noise = torch.tensor([[0.4, 0.9, 0.1, 0.7, 0.3, 0.8, 0.2]])
+    masking = mm.masking.random_mask(noise, 0.5)
+    (ax,) = shown(plots.shuffle_diagram(noise[0].tolist(), masking), 1)
+    words = [text.get_text() for text in ax.texts if text.get_text()]
+    assert words[7:14] == [f"patch {i}" for i in (2, 6, 4, 0, 3, 5, 1)]
+    assert len(ax.texts) == 7 * 5
+
+
+def test_training_curves_have_their_yardstick(run):
+    left, right = shown(plots.training_curves({"a": run}, chance_negatives=11), 2)
+    assert labels(left) == ("step", "loss (nats)") and "R@1" in right.get_ylabel()
+    assert [text.get_text() for text in left.texts] == [f"guessing: ln(11) = {math.log(11):.2f}"]
+    shown(plots.training_curves({"a": run}, x="minutes", k=5), 2)
+
+
+def test_bars_show_their_numbers():
+    (ax,) = shown(plots.bars({"a": 12.34, "b": 5}, "R@1 (%)", chance=1), 1)
+    assert [text.get_text() for text in ax.texts] == ["5.0", "12.3"]
+    given = plots.bars({"a": 12.34, "b": 5}, "R@1 (%)", intervals={"a": (10, 15), "b": (4, 7)})
+    assert [text.get_text() for text in shown(given, 1)[0].texts][-1] == "12.3 [10.0, 15.0]"
+    groups = {"x": {"a": 1, "b": 2}, "y": {"a": 3, "b": 4}, "z": {"a": 5, "b": 6}}
+    (ax,) = shown(plots.grouped_bars(groups, "share (%)"), 1)
+    assert [text.get_text() for text in ax.texts] == list("135246")
+
+
+def test_a_histogram_is_in_per_cent_of_each_set():
+    (ax,) = shown(plots.histogram({"a": [1, 1, 1, 3], "b": [2]}, "words"), 1)
+    assert labels(ax) == ("words", "share of the set (%)")
+    assert max(patch.get_xy()[:, 1].max() for patch in ax.patches) == 100
+
+
+def test_lines_have_a_legend_for_all_of_them():
+    data = {"a": ([1, 2], [3, 4]), "b": ([1, 2], [5, 6])}
+    figure = plots.lines(data, "x", "y", ("level", 2), reference={"old": ([1, 2], [1, 1])})
+    (ax,) = shown(figure, 1)
+    names = {text.get_text() for text in ax.get_legend().get_texts()}
+    assert names == {"a", "b", "level", "old"} and ax.get_ylim()[0] == 0
+
+
+def test_repeats_draw_every_measurement():
+    values = {"masked": [[1, 2, 3], [4, 5]], "seen": [[1], [2]]}
+    (ax,) = shown(plots.repeats([10, 100], values, "pictures", "R@1 (%)", [1, 2], log_x=True), 1)
+    assert sum(line.get_marker() == "_" for line in ax.lines) == 3 + 1
+    assert {"2", "4"} <= {text.get_text() for text in ax.texts}
+
+
+def test_retrieval_pictures(emoji, model):
+    features = mm.embed(model, emoji)
+    matrix, _ = shown(plots.similarity_matrix(features, range(7), "abcdefg"), 2)
+    assert matrix.images[0].get_array().shape == (7, 7) and labels(matrix) == (
+        "caption",
+        "picture of",
+    )
+    index = mm.Index(model, emoji)
+    queries = [emoji[0]["text"], emoji[1]["image"]]
+    shown(plots.search_results(index, queries, k=5), 2 * 5 + 1)
+    counts = torch.tensor([[5, 2], [0, 3]])
+    (ax, _) = shown(plots.confusion_matrix(counts, ["cat", "dog"]), 2)
+    assert [text.get_text() for text in ax.texts] == ["5", "2", "0", "3"]
+
+
+def test_two_computations_are_compared():
+    arrays = {"x": torch.zeros(5, 7), "y": torch.ones(5, 7)}
+    axes = shown(plots.differences(arrays, "column", "row"), 3)
+    assert "largest 1" in axes[1].get_title()
+
+
+def test_the_whole_and_the_resumed_run_are_compared():
+    steps = [1, 2, 3]
+    reference = ("whole", steps, [3.0, 2.0, 1.0])
+    others = {"resumed": (steps, [3.0, 2.0, 1.0]), "other": (steps, [3.0, 2.0, 1.5])}
+    axes = shown(plots.same_or_not(reference, others, events={"killed": 2}), 2)
+    names = [text.get_text() for text in axes[1].get_legend().get_texts()]
+    assert names == ["resumed: at most 0", "other: at most 0.5"]
+
+
+def test_a_figure_is_saved(tmp_path):
+    path = plots.save(plots.bars({"a": 1}, "x"), tmp_path / "new" / "a.png")
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_plot_is_without_a_test():
+    """Each public function of plots.py is named in this file, and pyplot keeps no figure."""
+    import matplotlib.pyplot as plt
+
+    with open(__file__, encoding="utf-8") as file:
+        source = file.read()
+    functions = inspect.getmembers(plots, inspect.isfunction)
+    own = [name for name, f in functions if f.__module__ == plots.__name__ and name[0] != "_"]
+    assert [name for name in own if f"plots.{name}(" not in source] == []
+    assert plt.get_fignums() == []
