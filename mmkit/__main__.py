@@ -16,10 +16,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # figures are written to files here
 import tyro
 
 from . import plots
-from .checkpoint import load
+from .checkpoint import load, read_checkpoint
 from .config import TrainingConfig
 from .data import MultimodalDataset
-from .distributed import world
+from .distributed import leave_group
 from .encoder import PRESETS, MultimodalEncoder
 from .openmoji import openmoji
 from .retrieval import Index, evaluate, mean_recall
@@ -44,7 +44,7 @@ def train(
     size = PRESETS[config.preset]["image"] if config.preset in PRESETS else 64
     training, val, test = openmoji(image_size=size, split=split)
     run = train_model(config, training, val, resume=resume)
-    if world()[0]:
+    if not leave_group():
         return
     model = run.model
     masks = {"image_mask": (config.image_mask, config.image_mask_ratio or 0.5)}
@@ -127,7 +127,12 @@ def _evaluate(
         part: Which part is scored.
         hidden: Fraction of patches hidden in the second line, in (0, 1).
     """
-    model = load(_checkpoint(checkpoint))
+    path = _checkpoint(checkpoint)
+    model = load(path)
+    trained_on = read_checkpoint(path).get("data", {}).get("name", "")
+    if (trained_on == "openmoji-random-train") != (split == "random"):
+        trained_on = trained_on or "other pictures"
+        print(f"beware: trained on {trained_on}, which may hold what is tested here")
     data = openmoji(image_size=model.image_size, split=split)[1 if part == "val" else 2]
     _print_scores(model, data, f"{split} {part}", {"image_mask": ("random", hidden)})
 

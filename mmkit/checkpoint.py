@@ -21,6 +21,8 @@ def write_atomically(state: dict, path: str | os.PathLike) -> None:
     """`torch.save` that leaves either the old file or the whole new one, never a part."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+        stale.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -35,8 +37,8 @@ def write_atomically(state: dict, path: str | os.PathLike) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: str | os.PathLike, map_location="cpu") -> dict:
-    """The content of a checkpoint file; never runs code.
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """The content of a checkpoint file, on the CPU; never runs code.
 
     Raises FileNotFoundError, or ValueError for a file that is damaged or holds anything but tensors
     and plain values.
@@ -44,7 +46,9 @@ def read_checkpoint(path: str | os.PathLike, map_location="cpu") -> dict:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; train first, or check the path")
     try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
     except Exception as error:  # a damaged file raises anything from EOFError to RuntimeError
         raise ValueError(
             f"{path} is refused: it is damaged, or holds more than tensors and plain values "
@@ -83,7 +87,7 @@ def load_weights(model: nn.Module, weights: dict, path="the checkpoint") -> None
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> MultimodalEncoder:
     """The model of a `best_model.pth`, ready to encode: evaluation mode, its tokenizer with it."""
-    state = read_checkpoint(path, device)
+    state = read_checkpoint(path)
     if "architecture" not in state or "model_state_dict" not in state:
         known = ", ".join(sorted(map(str, state))[:6])
         raise ValueError(f"{path} is no mmkit model (it has {known}); give a best_model.pth")

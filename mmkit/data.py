@@ -6,8 +6,10 @@ they are on the device: normalising and augmenting run there, on the whole batch
 Walk-through: notebooks/01_data.ipynb.
 """
 
+import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -41,15 +43,24 @@ class Batch:
         return self._map(lambda x: x[rows])
 
     def to(self, device) -> "Batch":
-        return self._map(lambda x: x.to(device, non_blocking=True))
+        to_gpu = torch.device(device).type == "cuda"  # the other way a copy must be waited for
+        return self._map(lambda x: x.to(device, non_blocking=to_gpu))
 
     def pin_memory(self) -> "Batch":
         return self._map(Tensor.pin_memory)
 
     def split(self, parts: int) -> list["Batch"]:
-        """At most `parts` micro-batches of equal size (the last may be smaller), in order."""
-        size = -(-len(self) // parts)
-        return [self[i : i + size] for i in range(0, len(self), size)]
+        """`parts` micro-batches in order, their sizes differing by at most one, none empty."""
+        rows = torch.arange(len(self)).tensor_split(min(parts, len(self)))
+        return [self[int(part[0]) : int(part[-1]) + 1] for part in rows]
+
+
+def _captions(row: int, text) -> list[str]:
+    """The captions of a row; ValueError for what holds no words (None, or a table's NaN, say)."""
+    captions = [text] if isinstance(text, str) else list(text) if isinstance(text, Iterable) else []
+    if not captions or any(not isinstance(c, str) or not c.strip() for c in captions):
+        raise ValueError(f"the text of row {row} is empty or not a string: {text!r}; give words")
+    return captions
 
 
 def _groups(keys_of: Sequence[Sequence]) -> Tensor:
@@ -99,6 +110,9 @@ class MultimodalDataset:
         image_size: int = 64,
         tokenizer=None,
     ):
+        for row, path in enumerate(image_paths):
+            if not isinstance(path, str | os.PathLike):
+                raise ValueError(f"the picture of row {row} is {path!r}; give the path of a file")
         self._paths = [Path(p) for p in image_paths]
         if len(self._paths) != len(texts):
             raise ValueError(
@@ -116,7 +130,7 @@ class MultimodalDataset:
         paths = [[("path", path)] for path in map(os.path.realpath, self._paths)]
         self._start(texts, tokenizer, same_picture=paths)
         if device is not None:
-            self._pixels = torch.stack([self._decode(row) for row in range(len(self))]).to(device)
+            self._pixels = self._decode_all(range(len(self))).to(device)
 
     @classmethod
     def from_pixels(
@@ -151,14 +165,9 @@ class MultimodalDataset:
 
     def _start(self, texts, tokenizer, sample_ids=None, meta=None, same_picture=()):
         """The part that files and decoded pictures share: captions, ids, groups."""
-        self.texts = [[t] if isinstance(t, str) else list(t) for t in texts]
+        self.texts = [_captions(row, text) for row, text in enumerate(texts)]
         if not self.texts:
             raise ValueError("the dataset is empty; give at least one picture and its text")
-        for row, captions in enumerate(self.texts):
-            if not captions or any(not isinstance(c, str) or not c.strip() for c in captions):
-                raise ValueError(
-                    f"the text of row {row} is empty or not a string: {captions!r}; give words"
-                )
         ids = torch.arange(len(self.texts)) if sample_ids is None else torch.as_tensor(sample_ids)
         self.sample_ids = ids.to(torch.int64)
         self.group_ids = _groups([[*k, *c] for k, c in zip(same_picture, self.texts, strict=True)])
@@ -194,16 +203,39 @@ class MultimodalDataset:
 
     def _decode(self, row: int) -> Tensor:
         path = self._paths[self._rows[row]]
-        return self.transform(read_picture(path, row))
+        picture = self.transform(read_picture(path, row))
+        if not isinstance(picture, Tensor) or picture.ndim != 3 or picture.shape[0] != 3:
+            got = tuple(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__
+            raise ValueError(
+                f"the transform gave {got} for picture {path} (row {row}); it must give a tensor "
+                "(3, H, W) of one size for all pictures"
+            )
+        return picture
+
+    def _decode_all(self, rows: Sequence[int]) -> Tensor:
+        pictures = [self._decode(row) for row in rows]
+        for row, picture in zip(rows, pictures, strict=True):
+            if picture.shape != pictures[0].shape:
+                raise ValueError(
+                    f"the transform gave {tuple(picture.shape)} for picture "
+                    f"{self._paths[self._rows[row]]} (row {row}) and {tuple(pictures[0].shape)} "
+                    "for another; it must give one size for all pictures"
+                )
+        return torch.stack(pictures)
 
     def _take(self, rows: np.ndarray) -> Tensor:
         """Pictures of these rows as one tensor (B, 3, H, W)."""
         if self._pixels is None:
-            return torch.stack([self._decode(row) for row in rows.tolist()])
+            return self._decode_all(rows.tolist())
         picked = self._rows[rows]
         if isinstance(self._pixels, Tensor):
             return self._pixels[torch.from_numpy(picked).to(self._pixels.device)]
         return torch.from_numpy(np.ascontiguousarray(self._pixels[picked]))
+
+    def fingerprint(self) -> str:
+        """16 hex digits that change with any id or caption: is this the set a run was made with?"""
+        text = json.dumps([self.sample_ids.tolist(), self.texts])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def resident(self) -> bool:

@@ -57,7 +57,11 @@ def effective_configuration(trainer) -> dict:
 def describe(trainer) -> str:
     """The effective configuration in words, with the yardsticks of the curves to come."""
     e, config = effective_configuration(trainer), trainer.config
-    candidates = e["negatives"] + 1
+    candidates = round(e["negatives"]) + 1
+
+    def guessing(n: int) -> str:  # the sigmoid loss has no such yardstick
+        return f"; guessing costs ln({n}) = {math.log(n):.2f}" if config.loss == "info_nce" else ""
+
     lines = {
         "run": f"{trainer.path}",
         "model": f"{e['parameters'] / 1e6:.2f} M parameters, {e['optimizer']}",
@@ -67,8 +71,7 @@ def describe(trainer) -> str:
         f"{e['patches_encoded']} of {e['patches']} patches encoded",
         "text mask": f"{100 * e['text_mask_ratio']:.1f} % hidden ({config.text_mask_mode}): "
         f"{e['words_encoded']:.1f} of {e['words']:.1f} tokens encoded",
-        "negatives": f"{e['negatives']:.0f} per pair, so guessing costs ln({candidates:.0f}) = "
-        f"{math.log(candidates):.2f}",
+        "negatives": f"{e['negatives']:.0f} per pair{guessing(candidates)}",
         "cost": f"{e['gflop_per_pair']:.2f} GFLOP per pair and step",
         "machine": f"{e['device']}, {e['precision']}, processes: {e['processes']}, "
         f"threads: {e['threads']}",
@@ -78,7 +81,11 @@ def describe(trainer) -> str:
     else:
         n = len(trainer.val)
         lines["validation"] = (
-            f"{n:,} pictures as one pool: guessing costs ln({n}) = {math.log(n):.2f}, "
-            f"R@1 {100 / n:.1f} %"
+            f"{n:,} pictures as one pool{guessing(n)}; chance of R@1 {100 / n:.1f} %"
+        )
+    if config.warmup_steps > e["steps"] / 2:
+        lines["beware"] = (
+            f"the warmup takes {config.warmup_steps} of {e['steps']} steps, so that the learning "
+            "rate hardly falls; lower warmup_steps, or train longer"
         )
     return "\n".join(f"{name:11} {words}" for name, words in lines.items())

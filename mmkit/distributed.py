@@ -83,6 +83,18 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return x
 
 
+def leave_group() -> bool:
+    """End this process's part in a run of several; True where it is the one that goes on (rank 0).
+
+    What follows is then one process's work: no rank waits for another that has gone home.
+    """
+    rank, processes = world()
+    if processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return rank == 0
+
+
 def _free_port() -> str:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

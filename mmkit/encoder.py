@@ -178,8 +178,10 @@ class MultimodalEncoder(nn.Module):
         tokenizer = AutoTokenizer.from_pretrained(text_backbone)
         options = _pixel_statistics(image_backbone) | options
         model = cls(configs[0], configs[1], tokenizer, embed_dim, **options)
-        model.vit = ViTModel.from_pretrained(image_backbone, add_pooling_layer=False)
-        model.bert = BertModel.from_pretrained(text_backbone, add_pooling_layer=False)
+        # float32 also where the file is half precision: master weights, and one type for all.
+        options = dict(add_pooling_layer=False, dtype=torch.float32)
+        model.vit = ViTModel.from_pretrained(image_backbone, **options)
+        model.bert = BertModel.from_pretrained(text_backbone, **options)
         return model
 
     def to_device(self, device) -> "MultimodalEncoder":

@@ -201,11 +201,11 @@ def openmoji(
         )
 
     train = dataset("train", train_rows, tokenizer)
-    return (
-        train,
-        dataset("val", val_rows, train.tokenizer),
-        dataset("test", test_rows, train.tokenizer),
-    )
+    val = dataset("val", val_rows, train.tokenizer)
+    test = dataset("test", test_rows, train.tokenizer)
+    # Passed on, not asked for: a model with a tokenizer of its own may take the place of it.
+    val.given_tokenizer = test.given_tokenizer = tokenizer is not None
+    return train, val, test
 
 
 def _captions(entry: dict[str, str], language: str) -> list[str]:

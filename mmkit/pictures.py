@@ -19,7 +19,7 @@ def read_picture(path: str | os.PathLike, row: int | None = None):
     EXIF rotation is applied, alpha is laid over white, 16-bit and float grey values are scaled to 8
     bits. Raises FileNotFoundError or ValueError naming file and row.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     where = f"{path}" + (f" (row {row})" if row is not None else "")
     if not Path(path).is_file():
@@ -29,29 +29,31 @@ def read_picture(path: str | os.PathLike, row: int | None = None):
     try:
         with Image.open(path) as picture:
             picture.load()
-            upright = ImageOps.exif_transpose(picture)
+            return as_seen(picture)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).replace(str(path), "the file")
         message = (
             f"picture {where} cannot be read ({reason}); replace the file or leave the row out"
         )
         raise ValueError(message) from None
-    return _to_rgb(upright)
 
 
-def _to_rgb(picture):
-    """Any PIL mode to RGB: wide values scaled (PIL would clip them to white), alpha over white."""
-    from PIL import Image
+def as_seen(picture):
+    """A PIL image as a person sees it: upright, RGB, alpha over white, wide values scaled.
 
+    16-bit grey is divided by its full range, so that pictures of one series stay comparable; 32-bit
+    and float grey, which have no range of their own, are taken for 0-1, 0-255 or 0-65,535 by their
+    largest value. (PIL's own conversion clips all of these to white.)
+    """
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):  # I;16, I;16B, I (32 bits), F
         values = np.asarray(picture).astype(np.float64)
-        top = (
-            1.0
-            if picture.mode == "F" and values.max() <= 1
-            else 65535.0
-            if values.max() > 255
-            else 255.0
-        )
+        ranges = [65535.0] if picture.mode.startswith("I;16") else [1.0, 255.0, 65535.0]
+        if picture.mode == "I":
+            ranges = ranges[1:]
+        top = next((r for r in ranges if values.max() <= r), ranges[-1])
         grey = np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if "A" in picture.getbands() or "transparency" in picture.info:

@@ -17,7 +17,7 @@ from .distributed import gather_rows, my_share
 from .encoder import MultimodalEncoder
 from .losses import info_nce_rows, sigmoid_rows, similarity
 from .masking import draw_maskings
-from .pictures import read_picture, square
+from .pictures import as_seen, read_picture, square
 from .precision import autocast_for
 from .tokenizer import encode_texts
 
@@ -39,6 +39,11 @@ def _chunks(rows: int, columns: int) -> list[slice]:
     """Slices of `rows` so that slice x columns stays within `_MATRIX` entries."""
     size = max(1, _MATRIX // max(1, columns))
     return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
+
+
+def _my_chunks(count: int, size: int) -> list[Tensor]:
+    """This process's rows of `count`, in chunks; none where there are fewer rows than processes."""
+    return [rows for rows in my_share(torch.arange(count))[0].split(size) if len(rows)]
 
 
 @torch.no_grad()
@@ -78,17 +83,16 @@ def embed(
         )
 
     images, texts = [], []
-    for rows in my_share(torch.arange(len(dataset)))[0].split(batch_size):
+    for rows in _my_chunks(len(dataset), batch_size):
         batch = dataset.batch(rows).to(device)
         with autocast:
             images.append(model.encode_image(batch.pixel_values, masks(batch, "image")[0]))
-    for rows in my_share(torch.arange(len(input_ids)))[0].split(batch_size):
+    for rows in _my_chunks(len(input_ids), batch_size):
         longest = int(lengths[rows].max())
         valid = torch.arange(longest) < lengths[rows, None]
         ids, owner = input_ids[rows, :longest], picture[rows]
-        batch = Batch(ids, ids, valid, dataset.sample_ids[owner], owner).to(
-            device
-        )  # no pixels here
+        # No pixels are needed here: the ids stand in for them.
+        batch = Batch(ids, ids, valid, dataset.sample_ids[owner], owner).to(device)
         with autocast:
             texts.append(model.encode_text(batch.input_ids, batch.valid, masks(batch, "text")[1]))
     model.train(training)
@@ -112,7 +116,7 @@ def _recall(queries: Tensor, candidates: Tensor, query_groups: Tensor, groups: T
             )
         best = scores.masked_fill(~correct, float("-inf")).amax(1, keepdim=True)
         # Ties count against us: a model that maps everything to one point scores 0, not 100 %.
-        ahead = ((scores >= best) & ~correct).sum(1)
+        ahead = (~(scores < best) & ~correct).sum(1)  # so written that NaN is a miss, too
         for k in ks:
             hits[k] += int((ahead < k).sum())
     return {k: hit / len(queries) for k, hit in hits.items()}
@@ -133,13 +137,15 @@ def recall_at_k(
     Fei-Fei 2015). Without groups row i belongs to row i, and N must equal M. Ties count as misses.
     Works in chunks: 100,000 pairs never hold more than 128 MB of the matrix at once.
     """
+    if (image_groups is None) != (text_groups is None):
+        raise ValueError("only one of image_groups and text_groups is given; give both or none")
     if image_groups is None or text_groups is None:
         if len(image_features) != len(text_features):
             raise ValueError(
                 f"{len(image_features)} pictures and {len(text_features)} texts: give image_groups "
                 "and text_groups to say which belong together"
             )
-        image_groups = text_groups = torch.arange(len(image_features))
+        image_groups = text_groups = torch.arange(len(image_features), device=image_features.device)
     image, text = (image_features, image_groups), (text_features, text_groups)
     return {
         "image_to_text": _recall(image[0], text[0], image[1], text[1], ks),
@@ -176,10 +182,17 @@ def score(
 
 
 def evaluate(
-    model: MultimodalEncoder, dataset: MultimodalDataset, ks: Sequence[int] = (1, 5, 10), **masks
+    model: MultimodalEncoder,
+    dataset: MultimodalDataset,
+    ks: Sequence[int] = (1, 5, 10),
+    loss: str = "info_nce",
+    **masks,
 ) -> dict:
-    """Loss and Recall@K over a whole data set, masks off unless asked for (see `embed`)."""
-    return score(model, embed(model, dataset, **masks), ks=ks)
+    """Loss ("info_nce" or "sigmoid", one pool) and Recall@K over a whole data set.
+
+    Masks are off unless asked for (see `embed`).
+    """
+    return score(model, embed(model, dataset, **masks), loss, ks)
 
 
 def mean_recall(result: dict, k: int = 1) -> float:
@@ -245,8 +258,8 @@ class Index:
         if isinstance(query, Tensor | np.ndarray):
             pixels = torch.as_tensor(query)
         else:
-            picture = query if hasattr(query, "convert") else read_picture(query)
-            pixels = square(self.model.image_size)(picture.convert("RGB"))
+            picture = as_seen(query) if hasattr(query, "convert") else read_picture(query)
+            pixels = square(self.model.image_size)(picture)
         device = self.model.logit_scale.device
         return self.model.encode_image(pixels[None].to(device))[0].cpu()
 

@@ -81,7 +81,9 @@ class RunWriter:
         path.mkdir(parents=True, exist_ok=True)
         kept = read_records(metrics) if step is not None and metrics.is_file() else []
         kept = [record for record in kept if record["step"] <= step]
-        metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        unfinished = metrics.with_suffix(".tmp")
+        unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        unfinished.replace(metrics)  # a kill in between loses nothing
         (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self._metrics = metrics
         self._events = SummaryWriter(path, purge_step=None if step is None else step + 1)

@@ -89,9 +89,8 @@ def encode_texts(tokenizer, texts: Sequence[str], max_length: int) -> tuple[Tens
     L is the longest caption's length, at most `max_length`; longer ones are cut, their end token
     kept.
     """
-    encoded = tokenizer(
-        list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt"
-    )
+    options = dict(padding=True, padding_side="right", truncation=True, max_length=max_length)
+    encoded = tokenizer(list(texts), return_tensors="pt", **options)
     return encoded["input_ids"].long(), encoded["attention_mask"].bool()
 
 

@@ -7,6 +7,7 @@ Walk-through: notebooks/03_training.ipynb.
 
 import contextlib
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -64,6 +65,8 @@ class MaskedMultimodalTrainer:
         self.rank, self.processes = world()
         self.device = self.accelerator.device
         self.precision = pick_precision(config.mixed_precision, self.device)
+        if config.deterministic:  # what cuBLAS asks for, read when CUDA starts
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
         torch.manual_seed(config.seed)
         if model is None:
@@ -78,6 +81,12 @@ class MaskedMultimodalTrainer:
         torch.manual_seed(config.seed + 1000003 * (self.rank + 1))  # dropout differs between ranks
 
         self.steps_per_epoch = math.ceil(len(train) / config.batch_size)
+        smallest = len(train) // self.steps_per_epoch
+        if smallest < self.processes * config.gradient_accumulation_steps:
+            raise ValueError(
+                f"batches of {smallest} pairs cannot be cut for {self.processes} processes and "
+                f"{config.gradient_accumulation_steps} micro-batches; take a larger batch_size"
+            )
         self.total_steps = config.max_steps or config.num_epochs * self.steps_per_epoch
         self.num_epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self.step = self.skipped = self.skipped_in_a_row = 0
@@ -113,7 +122,11 @@ class MaskedMultimodalTrainer:
         name = self.config.run_name
         if not name and resume:
             name = newest_run(Path(self.config.output_dir))
-        name = name or time.strftime("%Y%m%d-%H%M%S")
+        if not name:
+            name, number = time.strftime("%Y%m%d-%H%M%S"), 1
+            while (Path(self.config.output_dir) / name).exists():
+                number += 1
+                name = f"{time.strftime('%Y%m%d-%H%M%S')}-{number}"
         if self.processes > 1:  # the clocks of two processes differ
             from accelerate.utils import broadcast_object_list
 
@@ -234,7 +247,8 @@ class MaskedMultimodalTrainer:
         config, done = self.config, self.step % self.steps_per_epoch
         keys = self.epoch_batches(epoch)[done:][: self.total_steps - self.step]
         self.net.train()
-        waited, since, before = 0.0, self.step, time.perf_counter()
+        waited, since = 0.0, self.step
+        before = started = time.perf_counter()
         for batch in load_batches(self.train, keys, config.num_workers, self.device.type == "cuda"):
             waited += time.perf_counter() - before
             batch = batch.to(self.device)
@@ -243,20 +257,21 @@ class MaskedMultimodalTrainer:
             self.step += 1
             bar.update(1)
             if self.step % config.log_every == 0 or self.step == self.total_steps:
-                self._record_step(epoch, batch, loss, norm, self.step - since, waited)
-                waited, since = 0.0, self.step
+                passed = time.perf_counter() - started
+                self._record_step(
+                    epoch, batch, loss, norm, (self.step - since) / passed, waited / passed
+                )
+                waited, since, started = 0.0, self.step, time.perf_counter()
             inside = self.step % self.steps_per_epoch != 0
             if inside and config.checkpoint_every and self.step % config.checkpoint_every == 0:
                 self._save_last()
             before = time.perf_counter()
         self._end_epoch(epoch, len(keys) + done)
 
-    def _clock(self) -> float:
-        """Seconds since the last call; `self.seconds` sums them up, over resumes too."""
+    def _clock(self):
+        """Bring `self.seconds` up to now; it goes on where a resumed run was saved."""
         now = time.perf_counter()
-        passed, self._mark = now - self._mark, now
-        self.seconds += passed
-        return max(passed, 1e-9)
+        self.seconds, self._mark = self.seconds + now - self._mark, now
 
     def _write(self, split: str, epoch: int, record: dict):
         if self.writer:
@@ -264,10 +279,11 @@ class MaskedMultimodalTrainer:
             self.writer.write(head | {"seconds": round(self.seconds, 3)} | record)
 
     def _record_step(
-        self, epoch, batch: Batch, loss: Tensor, norm: float, steps: int, waited: float
+        self, epoch, batch: Batch, loss: Tensor, norm: float, pace: float, waiting: float
     ):
         image, _ = self.maskings(batch, epoch)
-        total, passed = float(sum_over_processes(loss)), self._clock()
+        total = float(sum_over_processes(loss))
+        self._clock()
         record = {
             "loss": total,
             "learning_rate": self.optimizers[-1].param_groups[0]["lr"],
@@ -275,8 +291,8 @@ class MaskedMultimodalTrainer:
             "image_mask_ratio": 0.0 if image is None else image.mask.float().mean().item(),
             "grad_norm": norm if math.isfinite(norm) else None,
             "skipped_steps": self.skipped,
-            "samples_per_second": steps * len(self.train) / self.steps_per_epoch / passed,
-            "waiting_for_data": waited / passed,
+            "samples_per_second": pace * len(self.train) / self.steps_per_epoch,
+            "waiting_for_data": waiting,
         }
         self._write("train", epoch, record)
 
@@ -307,7 +323,11 @@ class MaskedMultimodalTrainer:
             "optimizer_state_dict": [optimizer.state_dict() for optimizer in self.optimizers],
             "best_loss": self.best_loss,
             "config": self.config.to_dict(),
+            "data": self._data(),
         }
+
+    def _data(self) -> dict:
+        return {"name": self.train.name, "fingerprint": self.train.fingerprint()}
 
     def _save_best(self, epoch: int):
         if self.rank == 0:
@@ -320,12 +340,13 @@ class MaskedMultimodalTrainer:
             from accelerate.utils import gather_object
 
             states = gather_object(states)
-        # An equal part to each, so that a resumed run sums up the same numbers.
-        self.epoch_loss = sum_over_processes(self.epoch_loss) / self.processes
+        # An equal part to each, here and after a resume, so that both sum up the same numbers.
+        total = sum_over_processes(self.epoch_loss)
+        self.epoch_loss = total / self.processes
         self._clock()
         if self.rank == 0:
-            standing = {k: getattr(self, k) for k in ("step", "skipped", "seconds", "epoch_loss")}
-            extra = {"scaler": self.scaler.state_dict(), "random": states}
+            standing = {k: getattr(self, k) for k in ("step", "skipped", "seconds")}
+            extra = {"scaler": self.scaler.state_dict(), "random": states, "epoch_loss": total}
             write_atomically(self._weights() | standing | extra, self.path / "last" / "state.pth")
 
     def _resume(self, path: Path) -> bool:
@@ -333,7 +354,12 @@ class MaskedMultimodalTrainer:
         if not path.is_file():
             self._say(f"nothing to resume in {self.path}: starting anew")
             return False
-        state = read_checkpoint(path, self.device)
+        state = read_checkpoint(path)
+        if state["data"] != self._data():
+            raise ValueError(
+                f"cannot resume {self.path}: it was trained on other pictures or captions "
+                f"({state['data']['name'] or 'unnamed'}); give the same ones, or another run_name"
+            )
         ours, theirs = self.config.to_dict(), state["config"]
         differing = [k for k in ours if ours[k] != theirs.get(k) and k not in _MAY_DIFFER]
         if differing:
@@ -347,8 +373,9 @@ class MaskedMultimodalTrainer:
         for optimizer, saved in zip(self.optimizers, state["optimizer_state_dict"], strict=True):
             optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])
-        for name in ("step", "skipped", "seconds", "best_loss", "epoch_loss"):
+        for name in ("step", "skipped", "seconds", "best_loss"):
             setattr(self, name, state[name])
+        self.epoch_loss = state["epoch_loss"].to(self.device) / self.processes
         states = state["random"]
         set_random_state(states[self.rank] if self.rank < len(states) else states[0])
         self._say(f"resuming {self.path} at step {self.step} of {self.total_steps}")

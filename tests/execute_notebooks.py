@@ -38,7 +38,10 @@ def relative(text):
 
 def small_png(encoded):
     """A base64 PNG with a palette of 256 colours: a third of the bytes, the same to the eye."""
-    picture = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGBA")
+    picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    if picture.mode == "P":
+        return encoded
+    picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     flat = Image.alpha_composite(white, picture).convert("RGB")
     buffer = io.BytesIO()

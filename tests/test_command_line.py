@@ -1,7 +1,9 @@
 """The command line does the whole job on the built-in pictures."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -32,6 +34,29 @@ def test_train_then_evaluate_then_search(tmp_path):
     grid = tmp_path / "found.png"
     done = mmkit("search", "a red heart", "--checkpoint", checkpoint, "--k", 7, "--out", grid)
     assert len(done.stdout.splitlines()) == 8 and grid.stat().st_size > 10_000, done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_trains_and_rank_0_scores(tmp_path):
+    """Two processes train; the table and the grid are rank 0's alone."""
+    torchrun = Path(sys.executable).with_name("torchrun")
+    words = "--nproc-per-node 2 --master-addr 127.0.0.1 --master-port 0 -m mmkit train"
+    where = [
+        "--max-steps",
+        "1",
+        "--batch-size",
+        "16",
+        "--output-dir",
+        tmp_path,
+        "--run-name",
+        "two",
+    ]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
+    command = [torchrun, *words.split(), *map(str, where)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "processes: 2" in done.stdout and done.stdout.count("compose test: ") == 1
+    assert (tmp_path / "two/searches.png").is_file()
 
 
 def test_every_field_is_a_flag_and_errors_are_one_line(tmp_path):

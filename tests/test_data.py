@@ -133,6 +133,19 @@ def test_grey_pictures_keep_their_shades(tmp_path, top, dtype):
     assert np.abs(seen[0, :, 0].astype(int) - np.linspace(0, 255, 17)).max() <= 1
 
 
+def test_dark_16_bit_pictures_stay_dark(tmp_path):
+    """0.3 % of white is nearly black, whatever the rest of the picture holds."""
+    assert (save(tmp_path / "dark.png", np.full((5, 3), 200, np.uint16)) <= 1).all()
+
+
+def test_micro_batches_are_nearly_equal_and_as_many_as_asked_for(files):
+    batch = MultimodalDataset(files, TEXTS, image_size=13).batch(range(7))
+    for parts, sizes in ((1, [7]), (2, [4, 3]), (5, [2, 2, 1, 1, 1]), (9, [1] * 7)):
+        pieces = batch.split(parts)
+        assert [len(piece) for piece in pieces] == sizes
+        assert torch.cat([piece.sample_ids for piece in pieces]).tolist() == list(range(7))
+
+
 def test_float_pictures_are_scaled(tmp_path):
     ramp = np.linspace(0, 1, 17, dtype=np.float32)[None].repeat(5, 0)
     seen = save(tmp_path / "ramp.tiff", ramp)
@@ -156,6 +169,18 @@ def test_bad_input_is_refused_in_words(files, tmp_path):
         MultimodalDataset([files[0], tmp_path / "gone.png"], ["a", "b"])
     with pytest.raises(ValueError, match="text of row 1 is empty"):
         MultimodalDataset(files[:2], ["a", "  "])
+    for nothing in (None, float("nan"), [], [None]):  # what tables give for an empty cell
+        with pytest.raises(ValueError, match="text of row 1 is empty or not a string"):
+            MultimodalDataset(files[:2], ["a", nothing])
+    with pytest.raises(ValueError, match="picture of row 0 is nan; give the path"):
+        MultimodalDataset([float("nan"), files[0]], ["a", "b"])
+    odd = MultimodalDataset(
+        files, TEXTS, transform=lambda picture: torch.zeros(3, 5, picture.width)
+    )
+    with pytest.raises(ValueError, match=r"gave \(3, 5, 21\) for picture .*1.png \(row 1\)"):
+        odd.batch([0, 1])
+    with pytest.raises(ValueError, match=r"transform gave Image for picture .*0.png \(row 0\)"):
+        MultimodalDataset(files, TEXTS, transform=lambda picture: picture).batch([0])
     with pytest.raises(ValueError, match="dataset is empty"):
         MultimodalDataset([], [])
     for name, content in (("zero.jpg", b""), ("page.jpg", b"<html></html>")):

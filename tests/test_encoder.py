@@ -138,13 +138,18 @@ def test_features_are_unit_length(model, texts, make_data):
 
 
 def test_presets_have_the_tabled_sizes(tokenizer):
-    with torch.device("meta"):
-        for name, width, depth in (("tiny", 192, 6), ("small", 384, 12), ("base", 768, 12)):
-            try:
-                model = MultimodalEncoder.preset(name, tokenizer=tokenizer)
-            except NotImplementedError:
-                pytest.skip("this transformers cannot build on the meta device")
-            assert (model.vit.config.hidden_size, len(model.vit.layers)) == (width, depth)
+    """Picture, patch, width, depth and heads of both towers, length, common space: as designed."""
+    tiny = (64, 8, (192, 6, 3), (192, 4, 3), 32, 192)
+    small = (224, 16, (384, 12, 6), (384, 6, 6), 64, 256)
+    base = (224, 16, (768, 12, 12), (768, 12, 12), 77, 512)
+    for name, expected in (("tiny", tiny), ("small", small), ("base", base)):
+        model = MultimodalEncoder.preset(name, tokenizer=tokenizer)
+        towers = [
+            (c.hidden_size, c.num_hidden_layers, c.num_attention_heads)
+            for c in (model.vit.config, model.bert.config)
+        ]
+        sizes = (model.image_size, model.patch_size, *towers, model.max_length, model.embed_dim)
+        assert sizes == expected
     with pytest.raises(ValueError, match="did you mean 'small'"):
         MultimodalEncoder.preset("smal", tokenizer=tokenizer)
 
@@ -167,6 +172,10 @@ def test_from_backbones_reads_saved_checkpoints(model, texts, tmp_path):
     assert other.encode_image(pixels).shape == (2, 7)
     white = other.normalize(torch.full((1, 3, 15, 15), 255, dtype=torch.uint8))[0, :, 0, 0]
     torch.testing.assert_close(white, torch.tensor([3.0, 2.0, 4 / 3]))
+    model.half().vit.save_pretrained(tmp_path / "vit")
+    half = MultimodalEncoder.from_backbones(vit, bert)
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    half.encode_image(pixels)
     with pytest.raises(ValueError, match="is a 'bert' checkpoint; give a 'vit' one"):
         MultimodalEncoder.from_backbones(bert, bert)
 

@@ -1,16 +1,28 @@
 """Committed notebooks are clean, and the check and the cleaning that see to it do work."""
 
+import base64
+import io
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from PIL import Image
 
 from tests.execute_notebooks import KERNEL, ROOT, WIDGET_NOTE, clean
 from tests.notebook_hygiene import WIDGET_VIEW, problems, problems_of_file
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
-PICTURE = new_output("display_data", {"image/png": "iVBORw0KGgo=", "text/plain": "<Figure>"})
+
+
+def png():
+    """A small picture of many colours, as a figure is sent to a page (base64)."""
+    buffer = io.BytesIO()
+    Image.effect_noise((23, 17), 90).convert("RGB").save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+PICTURE = new_output("display_data", {"image/png": png(), "text/plain": "<Figure>"})
 
 
 def notebook_with(*outputs, source="1"):
@@ -71,7 +83,8 @@ def test_cleaning_leaves_nothing_to_complain_about():
     clean(notebook)
     assert problems(notebook, "01_data.ipynb") == []
     picture, text, widget = notebook.cells[0].outputs
-    assert picture.data == PICTURE.data
+    shown = Image.open(io.BytesIO(base64.b64decode(picture.data["image/png"])))
+    assert shown.mode == "P" and shown.size == (23, 17)
     assert text.text == "runs/x\nloss 0.1\n"
     assert widget.data == {"text/plain": WIDGET_NOTE}
     assert not notebook.cells[0].metadata

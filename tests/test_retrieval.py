@@ -38,6 +38,8 @@ def test_a_collapsed_model_scores_nothing():
     """Ties are misses: everything in one point is not a perfect model."""
     same = torch.ones(7, 3)
     assert recall_at_k(same, same)["image_to_text"] == {1: 0.0, 5: 0.0, 10: 1.0}
+    broken = torch.full((7, 3), float("nan"))
+    assert recall_at_k(broken, broken, (1, 5))["text_to_image"] == {1: 0.0, 5: 0.0}
     perfect = recall_at_k(torch.eye(7), torch.eye(7))
     assert perfect["text_to_image"][1] == 1.0
 
@@ -64,6 +66,8 @@ def test_recall_of_many_pairs_fits_in_memory():
 def test_recall_needs_to_know_what_belongs_together():
     with pytest.raises(ValueError, match="7 pictures and 9 texts"):
         recall_at_k(torch.rand(7, 3), torch.rand(9, 3))
+    with pytest.raises(ValueError, match="only one of image_groups and text_groups"):
+        recall_at_k(torch.rand(7, 3), torch.rand(7, 3), image_groups=torch.arange(7))
     with pytest.raises(ValueError, match="query 1 has no correct candidate"):
         recall_at_k(
             torch.rand(2, 3), torch.rand(2, 3), (1,), torch.tensor([0, 1]), torch.tensor([0, 2])

@@ -45,6 +45,15 @@ def test_long_captions_are_cut_and_end_with_their_end_token():
     assert input_ids[0, -1] == tokenizer.sep_token_id
 
 
+def test_a_tokenizer_that_pads_on_the_left_is_told_not_to():
+    """Batches cut padding on the right; on the left the words themselves would be cut away."""
+    tokenizer = train_wordpiece(TEXTS)
+    right = encode_texts(tokenizer, TEXTS, 32)
+    tokenizer.padding_side = "left"
+    left = encode_texts(tokenizer, TEXTS, 32)
+    assert left[0].tolist() == right[0].tolist() and left[1].tolist() == right[1].tolist()
+
+
 def test_saved_as_text_and_read_back():
     tokenizer = train_wordpiece(TEXTS)
     other = tokenizer_from_state(tokenizer_state(tokenizer))

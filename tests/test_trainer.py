@@ -95,6 +95,31 @@ def test_the_best_model_comes_back_whole(config, make_model, make_data):
     assert torch.equal(a.text_features, b.text_features)
 
 
+def test_two_unnamed_runs_are_two_folders(config, make_model, make_data):
+    paths = [
+        mm.train_model(config(run_name="", max_steps=1), make_data(53), None, make_model()).path
+        for _ in range(2)
+    ]
+    assert paths[0] != paths[1] and all((path / "best_model.pth").is_file() for path in paths)
+
+
+def test_pictures_are_moved_while_training_only(config, make_model, make_data):
+    """augment="shift" changes what the encoder gets, by the pure noise of the epoch."""
+    data, pixels = make_data(53), []
+    trainer = mm.MaskedMultimodalTrainer(config(augment="shift"), data, None, make_model())
+    trainer.model.register_forward_pre_hook(lambda _, args: pixels.append(args[0].pixel_values))
+    batch = trainer.first_batch()
+    for epoch in (0, 0, 1):
+        trainer.encode(batch, epoch)
+    assert torch.equal(pixels[0], pixels[1]) and not torch.equal(pixels[0], pixels[2])
+    assert not torch.equal(pixels[0], batch.pixel_values)
+
+
+def test_a_short_run_is_told_that_its_warmup_is_long(config, make_model, make_data, capsys):
+    mm.train_model(config(warmup_steps=9), make_data(53), None, make_model())
+    assert "the warmup takes 9 of 10 steps" in capsys.readouterr().out
+
+
 def test_without_validation_the_training_loss_judges(config, make_model, make_data, capsys):
     run = mm.train_model(config(), make_data(53), None, make_model())
     assert "judged on the training loss" in capsys.readouterr().out
@@ -231,6 +256,10 @@ def test_bf16_learns_as_float32_does(config, make_model, make_data):
 def test_bad_starts_are_refused_in_words(config, make_model, make_data):
     with pytest.raises(ValueError, match=r"batch_size=99 is larger than the training set \(53"):
         mm.train_model(config(batch_size=99), make_data(53), None, make_model())
+    with pytest.raises(
+        ValueError, match="batches of 10 pairs cannot be cut for 1 processes and 11"
+    ):
+        mm.train_model(config(gradient_accumulation_steps=11), make_data(53), None, make_model())
     with pytest.raises(ValueError, match="masker 'blok' is not known"):
         mm.train_model(config(image_mask="blok"), make_data(53), None, make_model())
     with pytest.raises(ValueError, match="16 x 16 pixels, the encoder takes 15 x 15"):
@@ -248,6 +277,8 @@ def test_a_new_run_replaces_and_a_resumed_one_asks_for_the_same_settings(
     assert "replacing the earlier run" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"configuration differs .*learning_rate: 0\.005 -> 0\.1"):
         mm.train_model(config(learning_rate=0.1), data, None, make_model(), resume=True)
+    with pytest.raises(ValueError, match="it was trained on other pictures or captions"):
+        mm.train_model(config(), make_data(54), None, make_model(), resume=True)
     mm.train_model(config(run_name="other"), data, None, make_model(), resume=True)
     assert "nothing to resume" in capsys.readouterr().out
     finished = mm.train_model(config(), data, None, make_model(), resume=True)
