@@ -40,7 +40,7 @@ def test_train_then_evaluate_then_search(tmp_path):
 def test_torchrun_trains_and_rank_0_scores(tmp_path):
     """Two processes train; the table and the grid are rank 0's alone."""
     torchrun = Path(sys.executable).with_name("torchrun")
-    words = "--nproc-per-node 2 --master-addr 127.0.0.1 --master-port 0 -m mmkit train"
+    words = "--standalone --nproc-per-node 2 -m mmkit train"
     where = [
         "--max-steps",
         "1",
