@@ -49,7 +49,9 @@ _CHOICES = {
     "optimizer": ("muon", "adamw"),
     "loss": ("info_nce", "sigmoid"),
     "image_mask_mode": ("drop", "replace"),
-    "text_mask_mode": ("drop", "replace"),
+    "text_mask_mode": ("drop", "replace", "80/10/10"),
+    "image_mask_schedule": ("constant", "linear", "cosine", "uniform"),
+    "text_mask_schedule": ("constant", "linear", "cosine", "uniform"),
     "mixed_precision": ("auto", "bf16", "fp16", "no"),
     "accumulation": ("exact", "naive"),
     "augment": ("none", "shift"),
@@ -65,6 +67,7 @@ _NOT_NEGATIVE = (
     "learning_rate weight_decay warmup_steps max_grad_norm unmasked_epochs checkpoint_every".split()
 )
 _FRACTIONS = ("image_mask_ratio", "text_mask_ratio", "dropout")
+_FRACTIONS_OR_NONE = ("image_mask_final_ratio", "text_mask_final_ratio")
 
 
 def _refuse_unknown_keys(cls):
@@ -123,9 +126,16 @@ class TrainingConfig:
     image_mask_mode: str = (
         "drop"  # "drop" (never encoded: that is the speed) | "replace" (mask token)
     )
+    image_mask_schedule: str = "constant"  # of the ratio over the epochs: "constant" | "linear" |
+    # "cosine" (from the ratio to the final one) | "uniform" (drawn between them per sample, epoch)
+    image_mask_final_ratio: float | None = None  # [0, 1); None with "constant"
+    painted_mask: list[list[int]] | None = None  # rows of patches, 1 = hidden; with "painted" only
+    ema_momentum: float = 0.996  # of the running mean that "attentive" looks with, per step
     text_mask: str = "random"  # a name in mmkit.masking.TEXT_MASKERS
     text_mask_ratio: float = 0.0  # fraction of REAL word pieces hidden, [0, 1)
-    text_mask_mode: str = "replace"  # "replace" (mask token) | "drop"
+    text_mask_mode: str = "replace"  # "replace" (mask token) | "drop" | "80/10/10" (BERT's)
+    text_mask_schedule: str = "constant"  # as image_mask_schedule
+    text_mask_final_ratio: float | None = None  # as image_mask_final_ratio
     unmasked_epochs: int = 0  # the last so many epochs see everything (FLIP's unmasked tuning)
     augment: str = "none"  # "none" | "shift" (moved by up to 1/16 of the side; never flipped)
 
@@ -158,6 +168,14 @@ class TrainingConfig:
         for name in _FRACTIONS:
             rule = "in [0, 1): 0 hides nothing, 0.5 half; it is a fraction, not per cent"
             self._check(name, 0 <= getattr(self, name) < 1, rule)
+        for name in _FRACTIONS_OR_NONE:
+            value = getattr(self, name)
+            self._check(name, value is None or 0 <= value < 1, "None or in [0, 1)")
+            needed = getattr(self, name.replace("final_ratio", "schedule")) != "constant"
+            rule = "given with a schedule, and only then: a fraction in [0, 1)"
+            self._check(name, (value is not None) == needed, rule)
+        self._check("ema_momentum", 0 <= self.ema_momentum < 1, "in [0, 1)")
+        self._check_mask()
         self._check("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "in [0, 1]")
         self._check("temperature", self.temperature >= 0.01, "at least 0.01 (the scale's clamp)")
         self._check(
@@ -167,6 +185,18 @@ class TrainingConfig:
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} leaves empty "
                 f"micro-batches of batch_size={self.batch_size}; take at most {self.batch_size}"
+            )
+
+    def _check_mask(self):
+        if self.painted_mask is not None:  # an array becomes plain values, for JSON
+            self.painted_mask = [[int(bool(hidden)) for hidden in row] for row in self.painted_mask]
+        rule = "given with image_mask='painted', and only then: rows of patches, 1 = hidden"
+        given = self.painted_mask is not None
+        self._check("painted_mask", given == (self.image_mask == "painted"), rule)
+        if self.image_mask == "layers" and self.augment != "none":
+            raise ValueError(
+                f"augment={self.augment!r} moves the picture away from its layers; with "
+                "image_mask='layers' use augment='none'"
             )
 
     def _check(self, name: str, holds: bool, rule: str, kind: type | None = None):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .pictures import read_picture, square
-from .tokenizer import encode_texts, train_wordpiece
+from .tokenizer import encode_texts, special_ids, train_wordpiece
 
 
 @dataclass
@@ -97,6 +97,7 @@ class MultimodalDataset:
     """
 
     name = attribution = ""
+    layers: Any = None  # DrawingLayers: what each pixel is part of; only built-in pictures know it
     transform: Any = None  # PIL image -> tensor; pictures that are decoded already have none
     _paths: Sequence[Path] = ()
     _pixels: Any  # (N, 3, H, W) uint8: a tensor, or a memory-mapped array; None = decode
@@ -198,6 +199,17 @@ class MultimodalDataset:
             counts = torch.tensor([len(c) for c in self.texts])
             self._encoded = (input_ids, valid.sum(1), counts.cumsum(0) - counts, counts)
         return self._encoded
+
+    def piece_frequency(self) -> Tensor:
+        """(V,) share of each word piece among all words of the captions (no ends, no padding).
+
+        What the text masker "frequency" goes by.
+        """
+        input_ids, lengths, _, _ = self.encoded_captions()
+        inside = torch.arange(input_ids.shape[1]) < lengths[:, None]
+        words = inside & ~torch.isin(input_ids, special_ids(self.tokenizer))
+        counts = torch.bincount(input_ids[words], minlength=len(self.tokenizer))
+        return counts / counts.sum().clamp(min=1)
 
     # -- pictures ----------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import math
 import torch
 
 from .cost import step_flops
-from .masking import maskable_words
+from .text_maskers import maskable_words
 
 
 def effective_configuration(trainer) -> dict:
@@ -24,7 +24,7 @@ def effective_configuration(trainer) -> dict:
     patches = encoded_patches = model.num_patches
     words = encoded_words = batch.valid.sum(1).float().mean().item()
     if image is not None and config.image_mask_mode == "drop":
-        encoded_patches = image.ids_keep.shape[1]
+        encoded_patches = (~image.mask).sum(1).float().mean().item()
     if text is not None and config.text_mask_mode == "drop":
         encoded_words = text.keep_valid.sum(1).float().mean().item()
     maskable = maskable_words(batch.input_ids, batch.valid, model.special_ids).sum().item()
@@ -67,9 +67,10 @@ def describe(trainer) -> str:
         "model": f"{e['parameters'] / 1e6:.2f} M parameters, {e['optimizer']}",
         "data": f"{e['pictures']:,} pictures, {e['captions']:,} captions; "
         f"{e['steps']:,} steps of {e['pairs_per_step']:.1f} pairs",
-        "image mask": f"{100 * e['image_mask_ratio']:.1f} % hidden ({config.image_mask_mode}): "
-        f"{e['patches_encoded']} of {e['patches']} patches encoded",
-        "text mask": f"{100 * e['text_mask_ratio']:.1f} % hidden ({config.text_mask_mode}): "
+        "image mask": f"{config.image_mask}, {100 * e['image_mask_ratio']:.1f} % hidden "
+        f"({config.image_mask_mode}): {e['patches_encoded']:.4g} of {e['patches']} patches encoded",
+        "text mask": f"{config.text_mask}, {100 * e['text_mask_ratio']:.1f} % hidden "
+        f"({config.text_mask_mode}): "
         f"{e['words_encoded']:.1f} of {e['words']:.1f} tokens encoded",
         "negatives": f"{e['negatives']:.0f} per pair{guessing(candidates)}",
         "cost": f"{e['gflop_per_pair']:.2f} GFLOP per pair and step",

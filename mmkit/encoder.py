@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import class_attention
 from .config import nearest
 from .data import Batch
-from .masking import Masking
-from .tokenizer import special_ids, tokenizer_from_state, tokenizer_state
+from .masks import Masking
+from .patches import patchify, pick_tokens
+from .tokenizer import continues_word, special_ids, tokenizer_from_state, tokenizer_state
 
 # picture side and patch in pixels; width, depth, heads of each tower; text length; common space
 PRESETS: dict[str, dict[str, Any]] = {
@@ -47,36 +49,6 @@ class EncoderOutput:
     logit_bias: Tensor  # scalar, used by the sigmoid loss
 
 
-def patchify(pixels: Tensor, patch_size: int) -> Tensor:
-    """(B, 3, H, W) -> (B, N, 3 * patch_size**2), rows of patches first, channels first in a patch.
-
-    That order is the one of a flattened convolution kernel. Raises ValueError where H or W is not a
-    multiple of patch_size.
-    """
-    _, _, height, width = pixels.shape
-    for name, side in (("height", height), ("width", width)):
-        if side % patch_size:
-            raise ValueError(
-                f"image {name} {side} is not a multiple of patch_size {patch_size}; "
-                f"try {side - side % patch_size or patch_size}"
-            )
-    p = patch_size
-    x = pixels.unflatten(2, (height // p, p)).unflatten(4, (width // p, p))  # (B, 3, h, p, w, p)
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
-    """The inverse of `patchify`: (B, N, 3 * patch_size**2) -> (B, 3, H, W); grid: rows, columns."""
-    p = patch_size
-    x = patches.unflatten(1, grid).unflatten(3, (-1, p, p))  # (B, h, w, 3, p, p)
-    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-
-
-def pick_tokens(x: Tensor, ids: Tensor) -> Tensor:
-    """Rows `ids` (B, K) of x (B, N, D): (B, K, D)."""
-    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
-
-
 class Projection(nn.Sequential):
     """Layer norm, dropout and a linear map (no bias) into the common space."""
 
@@ -98,6 +70,8 @@ class MultimodalEncoder(nn.Module):
 
     pixel_stats: Tensor  # (2, 3, 1, 1): mean and deviation of each channel
     special_ids: Tensor  # ids of tokens that are never hidden
+    word_ids: Tensor  # ids of all others
+    continues_word: Tensor  # (V,) bool, True = a piece that goes on with the word before it
 
     def __init__(
         self,
@@ -130,7 +104,11 @@ class MultimodalEncoder(nn.Module):
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # SigLIP's start; only its loss uses it
         stats = torch.tensor([image_mean, image_std], dtype=torch.float32)
         self.register_buffer("pixel_stats", stats.reshape(2, 3, 1, 1))
-        self.register_buffer("special_ids", special_ids(tokenizer), persistent=False)
+        special = special_ids(tokenizer)
+        words = torch.arange(len(tokenizer))
+        self.register_buffer("special_ids", special, persistent=False)
+        self.register_buffer("word_ids", words[~torch.isin(words, special)], persistent=False)
+        self.register_buffer("continues_word", continues_word(tokenizer), persistent=False)
 
     @classmethod
     def preset(
@@ -216,8 +194,11 @@ class MultimodalEncoder(nn.Module):
         positions = embeddings.position_embeddings  # (1, 1 + N, D)
         patches = patchify(self.normalize(pixel_values), self.patch_size)  # (B, N, 3 * p * p)
         place = positions[:, 1:]
+        _check_mode(mode, ("drop", "replace"))
         if masking is not None and mode == "drop":  # the hidden ones never reach the projection
             patches = pick_tokens(patches, masking.ids_keep)
+            if masking.keep_valid is not None:  # nor does the filler, which stands on hidden ones
+                patches = patches.masked_fill(~masking.keep_valid[..., None], 0)
             # Not place[0][ids_keep]: on a CPU its backward adds in the order the threads run.
             place = pick_tokens(place.expand(len(patches), -1, -1), masking.ids_keep)
         projection = embeddings.patch_embeddings.projection
@@ -230,11 +211,29 @@ class MultimodalEncoder(nn.Module):
     def image_tokens(
         self, pixel_values: Tensor, masking: Masking | None = None, mode: str = "drop"
     ):
-        """Class token and encoded patches after the last norm: (B, 1 + K, width)."""
+        """Class token and encoded patches after the last norm: (B, 1 + K, width).
+
+        Where K differs between pictures, states of the filler (keep_valid False) mean nothing.
+        """
         x = self._patches(pixel_values, masking, mode)
+        attention_mask = None
+        if (real := _kept(masking, mode)) is not None:
+            real = F.pad(real, (1, 0), value=True)[:, None, None, :]  # (B, 1, 1, 1 + K)
+            attention_mask = real
+            if self.vit.config._attn_implementation == "eager":  # which adds its mask
+                attention_mask = torch.zeros_like(real, dtype=x.dtype).masked_fill(~real, -math.inf)
         for block in self.vit.layers:
-            x = block(x)
+            x = block(x, attention_mask)
         return self.vit.layernorm(x)
+
+    def class_attention(self, pixel_values: Tensor, half: bool = False) -> Tensor:
+        """(B, N): how much the class token attends to each patch, mean over layers and heads.
+
+        No gradient; nothing is hidden. Rows add up to at most 1 (the rest goes to the class token
+        itself). half: look at the picture at half its resolution, a quarter of the cost; 2 x 2
+        patches then share a value.
+        """
+        return class_attention(self.vit, self.normalize(pixel_values), half)
 
     def encode_image(
         self, pixel_values: Tensor, masking: Masking | None = None, mode: str = "drop"
@@ -243,10 +242,14 @@ class MultimodalEncoder(nn.Module):
 
         masking hides patches: mode "drop" leaves them out, "replace" puts the mask token.
         """
-        return self._image_features(self.image_tokens(pixel_values, masking, mode))
+        tokens = self.image_tokens(pixel_values, masking, mode)
+        return self._image_features(tokens, _kept(masking, mode))
 
-    def _image_features(self, tokens: Tensor) -> Tensor:
-        pooled = tokens[:, 0] if self.pooling == "cls" else tokens[:, 1:].mean(1)
+    def _image_features(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        if self.pooling == "cls":
+            pooled = tokens[:, 0]
+        else:
+            pooled = tokens[:, 1:].mean(1) if real is None else _mean(tokens[:, 1:], real)
         return F.normalize(self.image_projection(pooled).float(), dim=-1)
 
     # -- texts -------------------------------------------------------------------------------
@@ -263,14 +266,21 @@ class MultimodalEncoder(nn.Module):
             )
         words = self.bert.embeddings.word_embeddings(input_ids)  # (B, L, D)
         positions = torch.arange(length, device=words.device).expand(len(words), -1)
-        if masking is not None and mode == "replace":
-            words = torch.where(
-                masking.mask[..., None], self.text_mask_token.to(words.dtype), words
-            )
+        _check_mode(mode, ("drop", "replace", "80/10/10"))
+        if masking is not None and mode != "drop":
+            words = self._replaced(words, masking)
         elif masking is not None:
             words, positions = pick_tokens(words, masking.ids_keep), masking.ids_keep
             valid = valid.gather(1, positions) if masking.keep_valid is None else masking.keep_valid
         return self._bert(words, positions, valid), valid
+
+    def _replaced(self, words: Tensor, masking: Masking) -> Tensor:
+        """Embedded words (B, L, D), hidden ones replaced by the mask token or what was drawn."""
+        instead = self.text_mask_token.to(words.dtype)
+        if masking.substitute is not None:  # 80/10/10: -1 is the mask token
+            drawn = self.bert.embeddings.word_embeddings(masking.substitute.clamp(min=0))
+            instead = torch.where((masking.substitute < 0)[..., None], instead, drawn)
+        return torch.where(masking.mask[..., None], instead, words)
 
     def _bert(self, words: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
         """BERT's states (B, K, width) of embedded words.
@@ -300,9 +310,7 @@ class MultimodalEncoder(nn.Module):
         return self._text_features(*self.text_tokens(input_ids, valid, masking, mode))
 
     def _text_features(self, tokens: Tensor, valid: Tensor) -> Tensor:
-        weight = valid[..., None].to(tokens.dtype)
-        mean = (tokens * weight).sum(1) / weight.sum(1)
-        pooled = tokens[:, 0] if self.pooling == "cls" else mean
+        pooled = tokens[:, 0] if self.pooling == "cls" else _mean(tokens, valid)
         return F.normalize(self.text_projection(pooled).float(), dim=-1)
 
     # -- both --------------------------------------------------------------------------------
@@ -319,7 +327,7 @@ class MultimodalEncoder(nn.Module):
         image_tokens = self.image_tokens(batch.pixel_values, image_masking, image_mode)
         text_tokens, kept = self.text_tokens(batch.input_ids, batch.valid, text_masking, text_mode)
         return EncoderOutput(
-            self._image_features(image_tokens),
+            self._image_features(image_tokens, _kept(image_masking, image_mode)),
             self._text_features(text_tokens, kept),
             image_tokens,
             text_tokens,
@@ -346,6 +354,22 @@ class MultimodalEncoder(nn.Module):
         spec = dict(spec)
         vit, bert = ViTConfig(**spec.pop("vit")), BertConfig(**spec.pop("bert"))
         return cls(vit, bert, tokenizer_from_state(spec.pop("tokenizer")), **spec)
+
+
+def _kept(masking: Masking | None, mode: str) -> Tensor | None:
+    """(B, K) bool, which of the kept tokens are no filler; None where there is none."""
+    return masking.keep_valid if masking is not None and mode == "drop" else None
+
+
+def _mean(tokens: Tensor, real: Tensor) -> Tensor:
+    """Mean (B, D) of the real ones among tokens (B, K, D)."""
+    weight = real[..., None].to(tokens.dtype)
+    return (tokens * weight).sum(1) / weight.sum(1)
+
+
+def _check_mode(mode: str, known: tuple[str, ...]):
+    if mode not in known:
+        raise ValueError(f"mode={mode!r} is not known; {nearest(mode, known)}")
 
 
 def _tower(width: int, depth: int, heads: int) -> dict:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .data import MultimodalDataset
-from .encoder import patchify, unpatchify
-from .masking import Masking
+from .masks import Masking
+from .patches import patchify, unpatchify
 from .retrieval import Features, Index
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY = (

@@ -7,6 +7,7 @@ Walk-through: notebooks/04_retrieval.ipynb.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,41 +53,37 @@ def embed(
     dataset: MultimodalDataset,
     *,
     batch_size: int = 256,
-    image_mask: tuple[str, float] = ("random", 0.0),
+    image_mask: tuple[str, Any] = ("random", 0.0),
     text_mask: tuple[str, float] = ("random", 0.0),
+    image_mode: str = "drop",
+    text_mode: str = "drop",
     seed: int = 0,
     mixed_precision: str = "no",
 ) -> Features:
     """Features of all pictures and ALL captions of a data set, on the CPU; nothing hidden by
     default.
 
-    image_mask, text_mask: (masker name, ratio) to see the model under masks. mixed_precision: as in
-    `TrainingConfig`; "auto" is faster, "no" is exact. Several processes share the work, each sample
-    counted once.
+    image_mask, text_mask: (masker name, ratio) to see the model under masks; ("painted", array)
+    takes an array (h, w), or one per picture (N, h, w), true = hidden. image_mode, text_mode: what
+    is done with the hidden, as in `TrainingConfig`. mixed_precision: as there; "auto" is faster,
+    "no" is exact. Several processes share the work, each sample counted once.
     """
     device, training = model.logit_scale.device, model.training
     autocast = autocast_for(mixed_precision, device)
     dataset.use_tokenizer(model.tokenizer, model.max_length)
     input_ids, lengths, first, counts = dataset.encoded_captions()
     picture = torch.repeat_interleave(torch.arange(len(dataset)), counts)  # picture of each caption
+    frequency = dataset.piece_frequency() if text_mask[0] == "frequency" else None
+    drawing: dict[str, Any] = dict(seed=seed, epoch=0, layers=dataset.layers, frequency=frequency)
     model.eval()
-
-    def masks(batch, which):
-        ratios = {"image": image_mask, "text": text_mask}
-        return draw_maskings(
-            batch,
-            model.num_patches,
-            model.special_ids,
-            seed=seed,
-            epoch=0,
-            **{which: ratios[which]},
-        )
 
     images, texts = [], []
     for rows in _my_chunks(len(dataset), batch_size):
         batch = dataset.batch(rows).to(device)
         with autocast:
-            images.append(model.encode_image(batch.pixel_values, masks(batch, "image")[0]))
+            hidden = _of_rows(image_mask, rows, len(dataset))
+            masking, _ = draw_maskings(batch, model, image=hidden, **drawing)
+            images.append(model.encode_image(batch.pixel_values, masking, image_mode))
     for rows in _my_chunks(len(input_ids), batch_size):
         longest = int(lengths[rows].max())
         valid = torch.arange(longest) < lengths[rows, None]
@@ -94,13 +91,25 @@ def embed(
         # No pixels are needed here: the ids stand in for them.
         batch = Batch(ids, ids, valid, dataset.sample_ids[owner], owner).to(device)
         with autocast:
-            texts.append(model.encode_text(batch.input_ids, batch.valid, masks(batch, "text")[1]))
+            _, masking = draw_maskings(batch, model, text=text_mask, text_mode=text_mode, **drawing)
+            texts.append(model.encode_text(batch.input_ids, batch.valid, masking, text_mode))
     model.train(training)
     empty = torch.zeros(0, model.embed_dim, device=device)
     image_features = gather_rows(torch.cat([*images, empty])).cpu()
     text_features = gather_rows(torch.cat([*texts, empty])).cpu()
     groups = dataset.group_ids
     return Features(image_features, text_features, groups, groups[picture], first)
+
+
+def _of_rows(image_mask: tuple[str, Any], rows: Tensor, count: int) -> tuple[str, Any]:
+    """The mask of these rows, where one was painted for each of `count` pictures."""
+    name, value = image_mask
+    shape = np.shape(value)
+    if len(shape) != 3:
+        return image_mask
+    if shape[0] != count:
+        raise ValueError(f"{shape[0]} painted masks for {count} pictures; give one per picture")
+    return name, torch.as_tensor(value)[rows]
 
 
 def _recall(queries: Tensor, candidates: Tensor, query_groups: Tensor, groups: Tensor, ks) -> dict:

@@ -100,6 +100,19 @@ def special_ids(tokenizer) -> Tensor:
     return torch.tensor(sorted(keep), dtype=torch.int64)
 
 
+def continues_word(tokenizer) -> Tensor:
+    """(V,) bool: does this piece go on with the word of the piece before it?
+
+    WordPiece marks such pieces with "##"; SentencePiece and byte-level BPE mark those that begin a
+    word instead ("\u2581", "\u0120").
+    """
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    begin = ("\u2581", "\u0120")
+    if any(piece.startswith(begin) for piece in pieces):
+        return torch.tensor([not piece.startswith(begin) for piece in pieces])
+    return torch.tensor([piece.startswith("##") for piece in pieces])
+
+
 def tokenizer_state(tokenizer) -> dict:
     """A fast tokenizer as plain text, for a checkpoint.
 

@@ -6,6 +6,7 @@ Walk-through: notebooks/03_training.ipynb.
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .attention import RunningMean, class_attention
 from .checkpoint import (
     load_weights,
     random_state,
@@ -27,7 +29,15 @@ from .data import Batch, MultimodalDataset, load_batches
 from .describe import describe
 from .distributed import my_share, sum_over_processes, world
 from .encoder import MAX_LOGIT_SCALE, EncoderOutput, MultimodalEncoder
-from .masking import IMAGE_MASKERS, TEXT_MASKERS, draw_maskings, find_masker, mask_noise
+from .masking import (
+    ATTENTION_MASKERS,
+    IMAGE_MASKERS,
+    TEXT_MASKERS,
+    draw_maskings,
+    find_masker,
+    mask_noise,
+    mask_ratios,
+)
 from .optim import build_optimizers, set_learning_rate
 from .pictures import shift_pictures
 from .precision import autocast_for, pick_precision
@@ -75,6 +85,10 @@ class MaskedMultimodalTrainer:
         self.model = model.to_device(self.device)
         self._share_tokenizer()
         self.optimizers = build_optimizers(self.model, config)
+        looks = config.image_mask in ATTENTION_MASKERS and config.image_mask_ratio > 0
+        self.ema = RunningMean(self.model.vit, config.ema_momentum) if looks else None
+        counts = config.text_mask == "frequency"
+        self.frequency = train.piece_frequency() if counts else None
         self.net = self.accelerator.prepare_model(self.model)  # DDP where there are several
         fp16 = self.precision == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
@@ -92,6 +106,7 @@ class MaskedMultimodalTrainer:
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.best_loss, self.seconds, self._mark = math.inf, 0.0, time.perf_counter()
         self.epoch_loss = torch.zeros((), device=self.device)
+        self.drawn: list = []  # the (image, text) maskings of the step's micro-batches
         self.path = Path(config.output_dir) / self._run_name(resume)
         self.resumed = resume and self._resume(self.path / "last" / "state.pth")
         self.writer: RunWriter | None = None  # a trainer that is only looked at writes nothing
@@ -105,6 +120,12 @@ class MaskedMultimodalTrainer:
             )
         find_masker(config.image_mask, IMAGE_MASKERS)
         find_masker(config.text_mask, TEXT_MASKERS)
+        if config.image_mask == "layers" and self.train.layers is None:
+            raise ValueError(
+                "image_mask='layers' needs drawings that know their layers, and these pictures do "
+                "not; use the built-in ones (mm.openmoji), or another of "
+                f"{', '.join(name for name in IMAGE_MASKERS if name != 'layers')}"
+            )
 
     def _share_tokenizer(self):
         """All data is encoded as the model reads it; a foreign tokenizer gives silent nonsense."""
@@ -152,39 +173,71 @@ class MaskedMultimodalTrainer:
         return self.train.batch(*self.epoch_batches(0)[0]).to(self.device)
 
     def maskings(self, batch: Batch, epoch: int):
-        """(image, text) `Masking` of a batch in an epoch; None where nothing is hidden."""
-        config = self.config
-        seen = epoch >= self.num_epochs - config.unmasked_epochs
+        """(image, text) `Masking` of a batch in an epoch; None where nothing is hidden.
+
+        batch: as it comes from the data set. "attentive" also depends on the running mean.
+        """
+        return self._draw(self._augmented(batch, epoch), epoch)
+
+    def _draw(self, batch: Batch, epoch: int):
+        config, ids = self.config, batch.sample_ids
+        if epoch >= self.num_epochs - config.unmasked_epochs:
+            return None, None
+        progress = epoch / max(1, self.num_epochs - config.unmasked_epochs - 1)
+
+        def ratio(kind: str):
+            names = ("schedule", "ratio", "final_ratio")
+            schedule, start, final = (getattr(config, f"{kind}_mask_{name}") for name in names)
+            return mask_ratios(
+                schedule, start, final, progress, ids, seed=config.seed, epoch=epoch, stream=kind
+            )
+
+        image = config.painted_mask if config.image_mask == "painted" else ratio("image")
         return draw_maskings(
             batch,
-            self.model.num_patches,
-            self.model.special_ids,
+            self.model,
             seed=config.seed,
             epoch=epoch,
-            image=(config.image_mask, 0.0 if seen else config.image_mask_ratio),
-            text=(config.text_mask, 0.0 if seen else config.text_mask_ratio),
+            image=(config.image_mask, image),
+            text=(config.text_mask, ratio("text")),
+            text_mode=config.text_mask_mode,
+            attend=None if self.ema is None else lambda: self._attention(batch),
+            layers=self.train.layers,
+            frequency=self.frequency,
         )
+
+    def _attention(self, batch: Batch) -> Tensor:
+        """What the running mean's class token attends to, at half the resolution."""
+        assert self.ema is not None
+        with autocast_for(self.config.mixed_precision, self.device):
+            pixels = self.model.normalize(batch.pixel_values)
+            return class_attention(self.ema.vit, pixels, half=True)
+
+    def _augmented(self, batch: Batch, epoch: int) -> Batch:
+        if self.config.augment == "none":
+            return batch
+        noise = mask_noise(self.config.seed, epoch, batch.sample_ids, 2, "shift")
+        return dataclasses.replace(batch, pixel_values=shift_pictures(batch.pixel_values, noise))
 
     # -- the step ----------------------------------------------------------------------------
 
-    def encode(self, batch: Batch, epoch: int) -> EncoderOutput:
+    def encode(self, batch: Batch, maskings) -> EncoderOutput:
         """The masked forward pass of a micro-batch, in this run's precision."""
-        config, pixels = self.config, batch.pixel_values
-        if config.augment == "shift":
-            noise = mask_noise(config.seed, epoch, batch.sample_ids, 2, "shift")
-            pixels = shift_pictures(pixels, noise)
-        batch = Batch(pixels, batch.input_ids, batch.valid, batch.sample_ids, batch.group_ids)
-        modes = (config.image_mask_mode, config.text_mask_mode)
-        with autocast_for(config.mixed_precision, self.device):
-            return self.net(batch, *self.maskings(batch, epoch), *modes)
+        modes = (self.config.image_mask_mode, self.config.text_mask_mode)
+        with autocast_for(self.config.mixed_precision, self.device):
+            return self.net(batch, *maskings, *modes)
 
     def gradients(self, batch: Batch, epoch: int) -> Tensor:
         """Add the gradient of a batch to the parameters; returns its share of the loss."""
         config = self.config
         accumulate = backward if config.accumulation == "exact" else naive_backward
+        micro_batches = self._augmented(batch, epoch).split(config.gradient_accumulation_steps)
+        # Drawn once: the replay of a micro-batch must hide the same, and attention costs a look.
+        drawn = {id(micro): self._draw(micro, epoch) for micro in micro_batches}
+        self.drawn = list(drawn.values())
         return accumulate(
-            lambda micro: self.encode(micro, epoch),
-            batch.split(config.gradient_accumulation_steps),
+            lambda micro: self.encode(micro, drawn[id(micro)]),
+            micro_batches,
             (self.model.logit_scale, self.model.logit_bias),
             config.loss,
             grad_scale=self.scaler.scale,
@@ -209,6 +262,8 @@ class MaskedMultimodalTrainer:
         self._count_skipped(norm)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(self.model.vit)
         with torch.no_grad():  # in the parameter, after the step, so that its gradient stays alive
             self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         return loss, norm
@@ -281,14 +336,14 @@ class MaskedMultimodalTrainer:
     def _record_step(
         self, epoch, batch: Batch, loss: Tensor, norm: float, pace: float, waiting: float
     ):
-        image, _ = self.maskings(batch, epoch)
+        images = [image.mask.float().mean(1) for image, _ in self.drawn if image is not None]
         total = float(sum_over_processes(loss))
         self._clock()
         record = {
             "loss": total,
             "learning_rate": self.optimizers[-1].param_groups[0]["lr"],
             "logit_scale": self.model.logit_scale.item(),
-            "image_mask_ratio": 0.0 if image is None else image.mask.float().mean().item(),
+            "image_mask_ratio": torch.cat(images).mean().item() if images else 0.0,
             "grad_norm": norm if math.isfinite(norm) else None,
             "skipped_steps": self.skipped,
             "samples_per_second": pace * len(self.train) / self.steps_per_epoch,
@@ -346,7 +401,12 @@ class MaskedMultimodalTrainer:
         self._clock()
         if self.rank == 0:
             standing = {k: getattr(self, k) for k in ("step", "skipped", "seconds")}
-            extra = {"scaler": self.scaler.state_dict(), "random": states, "epoch_loss": total}
+            extra = {
+                "scaler": self.scaler.state_dict(),
+                "ema": self.ema.state_dict() if self.ema else None,
+                "random": states,
+                "epoch_loss": total,
+            }
             write_atomically(self._weights() | standing | extra, self.path / "last" / "state.pth")
 
     def _resume(self, path: Path) -> bool:
@@ -373,6 +433,8 @@ class MaskedMultimodalTrainer:
         for optimizer, saved in zip(self.optimizers, state["optimizer_state_dict"], strict=True):
             optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"])
         for name in ("step", "skipped", "seconds", "best_loss"):
             setattr(self, name, state[name])
         self.epoch_loss = state["epoch_loss"].to(self.device) / self.processes

@@ -1,0 +1,82 @@
+"""What a ViT looks at, and a slowly moving copy of it to look with.
+
+Shapes: B batch, N = h x w patches, D width. Walk-through: notebooks/02_masking.ipynb.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def class_attention(vit: nn.Module, pixels: Tensor, half: bool = False) -> Tensor:
+    """(B, N) float32: attention of the class token to each patch, mean over layers and heads.
+
+    vit: a transformers ViTModel; pixels (B, 3, H, W) normalised. half: at half the resolution (a
+    quarter of the patches, position embeddings averaged), each value standing for 2 x 2 patches.
+    After Yang et al. 2023 (A-CLIP, arXiv:2212.08653), section 3.2.
+    """
+    patch = vit.config.patch_size
+    grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
+    small = tuple((side + 1) // 2 for side in grid) if half else grid
+    embeddings = vit.embeddings
+    place = embeddings.position_embeddings  # (1, 1 + N, D)
+    if small != grid:
+        pixels = F.adaptive_avg_pool2d(pixels, (small[0] * patch, small[1] * patch))
+        plane = place[:, 1:].transpose(1, 2).unflatten(2, grid)  # (1, D, h, w)
+        plane = F.adaptive_avg_pool2d(plane, small).flatten(2).transpose(1, 2)
+        place = torch.cat([place[:, :1], plane], 1)
+    x = embeddings.patch_embeddings.projection(pixels).flatten(2).transpose(1, 2)
+    x = torch.cat([embeddings.cls_token.expand(len(x), -1, -1), x], 1) + place
+    total = torch.zeros(len(x), x.shape[1] - 1, device=x.device)
+    for block in vit.layers:
+        total += _class_row(block, x)
+        if block is not vit.layers[-1]:  # its output is not needed
+            x = block(x)
+    mean = (total / len(vit.layers)).unflatten(1, small)
+    if small == grid:
+        return mean.flatten(1)
+    rows, columns = (torch.arange(side, device=x.device) // 2 for side in grid)
+    return (mean[:, rows][:, :, columns] / 4).flatten(1)
+
+
+def _class_row(block: nn.Module, x: Tensor) -> Tensor:
+    """(B, N): the class token's row of a block's attention, mean over its heads."""
+    attention = block.attention
+    x = block.layernorm_before(x)
+    heads = (-1, attention.head_dim)
+    query = attention.q_proj(x[:, :1]).unflatten(2, heads).transpose(1, 2)  # (B, heads, 1, d)
+    key = attention.k_proj(x).unflatten(2, heads).transpose(1, 2)  # (B, heads, 1 + N, d)
+    row = (query @ key.transpose(2, 3) * attention.scaling).float().softmax(-1)
+    return row[:, :, 0, 1:].mean(1)
+
+
+class RunningMean:
+    """A copy of a ViT whose weights are the running mean (EMA) of the original's.
+
+    momentum: of the mean, per step; it starts lower, (1 + step) / (10 + step), so that a short run
+    does not end with the weights it began with. A-CLIP goes from 0.996 to 1 over training instead.
+    """
+
+    def __init__(self, vit: nn.Module, momentum: float):
+        self.vit = copy.deepcopy(vit).requires_grad_(False).eval()
+        self.momentum, self.steps = momentum, 0
+
+    @torch.no_grad()
+    def update(self, vit: nn.Module):
+        """Move towards the weights of `vit` by one step."""
+        momentum = min(self.momentum, (1 + self.steps) / (10 + self.steps))
+        mine, theirs = list(self.vit.parameters()), [p.detach() for p in vit.parameters()]
+        torch._foreach_lerp_(mine, theirs, 1 - momentum)
+        self.steps += 1
+
+    def state_dict(self) -> dict:
+        """What `load_state_dict` needs: tensors and a number."""
+        return {"weights": self.vit.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: dict):
+        """Go on from a saved state."""
+        self.vit.load_state_dict(state["weights"])
+        self.steps = state["steps"]

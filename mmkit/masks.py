@@ -1,0 +1,152 @@
+"""What a mask is, and the noise it is made of.
+
+Convention everywhere: `mask` is True where a token is HIDDEN (MAE's 1 = remove). Padding is another
+tensor, `valid`, True = a REAL token; PyTorch's own attention masks disagree about polarity.
+Masking is a pure function: seed, epoch and sample id give the noise, the noise gives the mask, so
+that a mask is never stored and can always be replayed. Shapes: B batch, N tokens, K kept.
+After He et al. 2022 (arXiv:2111.06377), section 3. Walk-through: notebooks/02_masking.ipynb.
+"""
+
+import zlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Masking:
+    """Which tokens are hidden, and how to pick and put back the others."""
+
+    mask: Tensor  # (B, N) bool, True = hidden
+    ids_keep: Tensor  # (B, K) int64, positions of the visible tokens
+    ids_restore: Tensor  # (B, N) int64, where each position stands in [kept | hidden]
+    keep_valid: Tensor | None = None  # (B, K) bool, False = filler, where K differs between samples
+    # (B, N) int64, for 80/10/10: the id put in a hidden word's place, -1 = the mask token
+    substitute: Tensor | None = None
+
+    def __getitem__(self, rows) -> "Masking":
+        parts = (self.mask, self.ids_keep, self.ids_restore, self.keep_valid, self.substitute)
+        return Masking(*(None if part is None else part[rows] for part in parts))  # type: ignore
+
+
+# -- noise -----------------------------------------------------------------------------------
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # splitmix64's constants, as signed 64-bit integers
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2**64
+_MIX_2 = 0x94D049BB133111EB - 2**64
+_BITS = 24  # of a draw: exact in float32
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: int64 `>>` copies the sign bit in."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """splitmix64's finaliser (Steele et al. 2014): integer products wrap alike on CPU and GPU."""
+    x = x + _GOLDEN
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def _uniform(state: Tensor, count: int) -> Tensor:
+    """(B, count) float32 in [0, 1) from states (B, 1)."""
+    place = torch.arange(count, dtype=torch.int64, device=state.device)
+    bits = _mix(_mix(state + place * _GOLDEN))
+    return _shift_right(bits, 64 - _BITS).float() / 2**_BITS
+
+
+def mask_noise(
+    seed: int, epoch: int, sample_ids: Tensor, num_tokens: int, stream: str = "image"
+) -> Tensor:
+    """Noise (B, num_tokens) float32, uniform in [0, 1), a pure function of its arguments.
+
+    sample_ids (B,) int64. The same bits on every device and for any batch order, batch size, worker
+    count and world size; another `stream` is another, independent noise.
+    """
+    key = torch.tensor([zlib.crc32(stream.encode()), seed, epoch], dtype=torch.int64, device="cpu")
+    state = _mix(key[:1])
+    for part in (key[1:2], key[2:3]):
+        state = _mix(state ^ part)
+    return _uniform(_mix(state.to(sample_ids.device) ^ sample_ids)[:, None], num_tokens)
+
+
+def more_noise(noise: Tensor, count: int) -> Tensor:
+    """(B, count) further draws, a function of the noise (B, N) alone.
+
+    For maskers that need another number of draws than there are tokens (a block's size and place).
+    """
+    state = torch.zeros_like(noise[:, :1], dtype=torch.int64)
+    for column in _as_integers(noise[:, :3]).split(1, dim=1):  # three draws: 72 bits
+        state = _mix(state ^ column)
+    return _uniform(state, count)
+
+
+def _as_integers(noise: Tensor) -> Tensor:
+    """Noise as whole numbers in [0, 2**24)."""
+    return (noise * 2**_BITS).long()
+
+
+# -- from an order to a mask -----------------------------------------------------------------
+
+
+def check_ratio(mask_ratio: float | Tensor):
+    """ValueError unless every ratio is a fraction in [0, 1)."""
+    ratios = torch.as_tensor(mask_ratio, dtype=torch.float64, device="cpu")
+    if not bool(((ratios >= 0) & (ratios < 1)).all()):
+        worst = float(ratios.flatten()[((ratios < 0) | ~(ratios < 1)).flatten()][0])
+        raise ValueError(
+            f"mask_ratio={worst:g} must be in [0, 1): 0 hides nothing, 0.75 three quarters "
+            "(a fraction, not per cent)"
+        )
+
+
+def count_kept(num_tokens: int, mask_ratio: float | Tensor) -> int | Tensor:
+    """How many of `num_tokens` stay, at least one: rounded, not truncated; (B,) for ratios (B,)."""
+    check_ratio(mask_ratio)
+    if isinstance(mask_ratio, Tensor):
+        return (num_tokens * (1 - mask_ratio.double())).round().long().clamp(min=1)
+    return max(1, round(num_tokens * (1 - mask_ratio)))
+
+
+def hide_largest(score: Tensor, mask_ratio: float | Tensor) -> Masking:
+    """Hide the tokens with the largest score (B, N), the same exact number in each sample.
+
+    K = max(1, round(N * (1 - mask_ratio))) stay; MAE truncates instead of rounding, so that 100
+    tokens at 0.9 keep 9 there and 10 here. ids_keep is in the order of the scores (MAE's
+    convention). mask_ratio (B,) gives each sample a ratio of its own; rows are then filled up to
+    the longest, and keep_valid marks the filler. Raises ValueError outside [0, 1).
+    """
+    kept = count_kept(score.shape[1], mask_ratio)
+    ids_shuffle = score.argsort(dim=1, stable=True)
+    ids_restore = ids_shuffle.argsort(dim=1, stable=True)
+    if not isinstance(kept, Tensor):
+        return Masking(ids_restore >= kept, ids_shuffle[:, :kept], ids_restore)
+    kept = kept.to(score.device)
+    return _padded(ids_restore >= kept[:, None], ids_shuffle, ids_restore, kept)
+
+
+def keep_visible(mask: Tensor, valid: Tensor) -> Masking:
+    """A `Masking` from any mask (B, N): visible real tokens in order, filled up to the longest."""
+    visible = valid & ~mask
+    ids_shuffle = (~visible).long().argsort(dim=1, stable=True)
+    ids_restore = ids_shuffle.argsort(dim=1, stable=True)
+    return _padded(mask, ids_shuffle, ids_restore, visible.sum(1))
+
+
+def _padded(mask: Tensor, ids_shuffle: Tensor, ids_restore: Tensor, num_kept: Tensor) -> Masking:
+    longest = max(1, int(num_kept.max()))
+    keep_valid = torch.arange(longest, device=mask.device) < num_kept[:, None]
+    return Masking(mask, ids_shuffle[:, :longest], ids_restore, keep_valid)
+
+
+def then_noise(score: Tensor, noise: Tensor) -> Tensor:
+    """A whole number (B, N) that orders as (score, noise) do: ties of the score fall to the noise.
+
+    score (B, N) >= 0, float32 or whole numbers below 2**24. The bits of a float32 that is not
+    negative order as the number does.
+    """
+    bits = score.float().contiguous().view(torch.int32).long()
+    return (bits << _BITS) | _as_integers(noise)

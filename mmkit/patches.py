@@ -1,0 +1,36 @@
+"""Cut pictures into patches, pick some of them, put pictures together again.
+
+Shapes: B batch, N patches, K kept, D width. Walk-through: notebooks/02_masking.ipynb.
+"""
+
+from torch import Tensor
+
+
+def patchify(pixels: Tensor, patch_size: int) -> Tensor:
+    """(B, 3, H, W) -> (B, N, 3 * patch_size**2), rows of patches first, channels first in a patch.
+
+    That order is the one of a flattened convolution kernel. Raises ValueError where H or W is not a
+    multiple of patch_size.
+    """
+    _, _, height, width = pixels.shape
+    for name, side in (("height", height), ("width", width)):
+        if side % patch_size:
+            raise ValueError(
+                f"image {name} {side} is not a multiple of patch_size {patch_size}; "
+                f"try {side - side % patch_size or patch_size}"
+            )
+    p = patch_size
+    x = pixels.unflatten(2, (height // p, p)).unflatten(4, (width // p, p))  # (B, 3, h, p, w, p)
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`: (B, N, 3 * patch_size**2) -> (B, 3, H, W); grid: rows, columns."""
+    p = patch_size
+    x = patches.unflatten(1, grid).unflatten(3, (-1, p, p))  # (B, h, w, 3, p, p)
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def pick_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """Rows `ids` (B, K) of x (B, N, D): (B, K, D)."""
+    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
