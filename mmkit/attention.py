@@ -4,14 +4,15 @@ Shapes: B batch, N = h x w patches, D width. Walk-through: notebooks/02_masking.
 """
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @torch.no_grad()
-def class_attention(vit: nn.Module, pixels: Tensor, half: bool = False) -> Tensor:
+def class_attention(vit: Any, pixels: Tensor, half: bool = False) -> Tensor:
     """(B, N) float32: attention of the class token to each patch, mean over layers and heads.
 
     vit: a transformers ViTModel; pixels (B, 3, H, W) normalised. half: at half the resolution (a
@@ -42,7 +43,7 @@ def class_attention(vit: nn.Module, pixels: Tensor, half: bool = False) -> Tenso
     return (mean[:, rows][:, :, columns] / 4).flatten(1)
 
 
-def _class_row(block: nn.Module, x: Tensor) -> Tensor:
+def _class_row(block: Any, x: Tensor) -> Tensor:
     """(B, N): the class token's row of a block's attention, mean over its heads."""
     attention = block.attention
     x = block.layernorm_before(x)
@@ -60,15 +61,15 @@ class RunningMean:
     does not end with the weights it began with. A-CLIP goes from 0.996 to 1 over training instead.
     """
 
-    def __init__(self, vit: nn.Module, momentum: float):
+    def __init__(self, vit: Any, momentum: float):
         self.vit = copy.deepcopy(vit).requires_grad_(False).eval()
         self.momentum, self.steps = momentum, 0
 
     @torch.no_grad()
-    def update(self, vit: nn.Module):
+    def update(self, vit: Any):
         """Move towards the weights of `vit` by one step."""
         momentum = min(self.momentum, (1 + self.steps) / (10 + self.steps))
-        mine, theirs = list(self.vit.parameters()), [p.detach() for p in vit.parameters()]
+        mine, theirs = ([p.detach() for p in x.parameters()] for x in (self.vit, vit))
         torch._foreach_lerp_(mine, theirs, 1 - momentum)
         self.steps += 1
 
