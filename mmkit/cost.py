@@ -4,7 +4,14 @@ A multiply-add counts as two operations. Shapes: N tokens, D width, I width of t
 Walk-through: notebooks/02_masking.ipynb.
 """
 
+import statistics
+import time
+from collections.abc import Sequence
+
+from .data import Batch
 from .encoder import MultimodalEncoder
+from .losses import info_nce
+from .masking import draw_maskings
 
 
 def tower_flops(config, num_tokens: float) -> float:
@@ -31,3 +38,47 @@ def step_flops(
 ) -> float:
     """Training FLOPs of one pair: forward once, backward twice that; `replay` adds a forward."""
     return (4 if replay else 3) * sample_flops(model, num_patches, num_words)
+
+
+def measure_ratios(
+    model: MultimodalEncoder,
+    batch: Batch,
+    ratios: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 0.9),
+    masker: str = "random",
+    rounds: int = 5,
+) -> list[dict]:
+    """Tokens, predicted operations and measured milliseconds of a step at each hidden share.
+
+    A step here is forward and backward of one batch (patches dropped, words seen), no optimizer.
+    The ratios take turns, so that a busy moment does not hit one of them alone; the first round
+    warms up and is not counted. Returns for each ratio {"ratio", "tokens" per pair, "gflop" per
+    pair, "milliseconds" (median), "quartiles"}.
+    """
+    maskings = [
+        draw_maskings(batch, model, seed=0, epoch=0, image=(masker, ratio))[0] for ratio in ratios
+    ]
+    times: list[list[float]] = [[] for _ in ratios]
+    for _ in range(rounds + 1):
+        for masking, took in zip(maskings, times, strict=True):
+            start = time.perf_counter()
+            out = model(batch, masking)
+            loss = info_nce(out.image_features, out.text_features, out.logit_scale.exp())
+            loss.backward()
+            loss.item()  # waits for a GPU
+            took.append(1000 * (time.perf_counter() - start))
+            model.zero_grad(set_to_none=True)
+    costs = []
+    words = batch.valid.sum(1).float().mean().item()
+    for ratio, masking, took in zip(ratios, maskings, times, strict=True):
+        patches = model.num_patches if masking is None else masking.ids_keep.shape[1]
+        ordered = sorted(took[1:])
+        costs.append(
+            {
+                "ratio": ratio,
+                "tokens": 1 + patches + words,
+                "gflop": step_flops(model, patches, words, replay=False) / 1e9,
+                "milliseconds": statistics.median(ordered),
+                "quartiles": (ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]),
+            }
+        )
+    return costs

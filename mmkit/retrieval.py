@@ -20,6 +20,7 @@ from .losses import info_nce_rows, sigmoid_rows, similarity
 from .masking import draw_maskings
 from .pictures import as_seen, read_picture, square
 from .precision import autocast_for
+from .text_maskers import maskable_words
 from .tokenizer import encode_texts
 
 _MATRIX = 2**25  # entries of a similarity matrix held at once (128 MB in float32)
@@ -233,6 +234,28 @@ def zero_shot(
     classes = torch.nn.functional.normalize(torch.stack(means), dim=-1)
     scores = similarity(features.image_features, classes)
     return scores.argmax(1), scores
+
+
+@torch.no_grad()
+def patch_word_similarity(
+    model: MultimodalEncoder, picture: Tensor, text: str
+) -> tuple[list[str], Tensor]:
+    """Which patch speaks to which word: (word pieces, cosines (W, N)).
+
+    picture (3, H, W). The states of single patches and single words (no [CLS], no [SEP]) go
+    through the projections that were trained on their mean, so that a map shows a tendency and
+    explains no score.
+    """
+    device = model.logit_scale.device
+    input_ids, valid = (
+        x.to(device) for x in encode_texts(model.tokenizer, [text], model.max_length)
+    )
+    patches = model.image_projection(model.image_tokens(picture[None].to(device))[0, 1:]).float()
+    words = model.text_projection(model.text_tokens(input_ids, valid)[0][0]).float()
+    inside = maskable_words(input_ids, valid, model.special_ids)[0]
+    normal = torch.nn.functional.normalize
+    cosines = normal(words[inside], dim=-1) @ normal(patches, dim=-1).T
+    return model.tokenizer.convert_ids_to_tokens(input_ids[0, inside]), cosines.cpu()
 
 
 @dataclass
