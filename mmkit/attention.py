@@ -12,12 +12,14 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def class_attention(vit: Any, pixels: Tensor, half: bool = False) -> Tensor:
+def class_attention(vit: Any, pixels: Tensor, half: bool = False, of: str = "cls") -> Tensor:
     """(B, N) float32: attention of the class token to each patch, mean over layers and heads.
 
     vit: a transformers ViTModel; pixels (B, 3, H, W) normalised. half: at half the resolution (a
     quarter of the patches, position embeddings averaged), each value standing for 2 x 2 patches.
-    After Yang et al. 2023 (A-CLIP, arXiv:2212.08653), section 3.2.
+    of: "cls", or "mean" for a model that pools by the mean of its patches: nothing trains its class
+    token to look anywhere, so there it is the mean over the patches' own rows.
+    After Yang et al. 2023 (A-CLIP, arXiv:2212.08653), section 3.2; their models pool by class token.
     """
     patch = vit.config.patch_size
     grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
@@ -33,7 +35,7 @@ def class_attention(vit: Any, pixels: Tensor, half: bool = False) -> Tensor:
     x = torch.cat([embeddings.cls_token.expand(len(x), -1, -1), x], 1) + place
     total = torch.zeros(len(x), x.shape[1] - 1, device=x.device)
     for block in vit.layers:
-        total += _class_row(block, x)
+        total += _attention_to_patches(block, x, of)
         if block is not vit.layers[-1]:  # its output is not needed
             x = block(x)
     mean = (total / len(vit.layers)).unflatten(1, small)
@@ -43,15 +45,16 @@ def class_attention(vit: Any, pixels: Tensor, half: bool = False) -> Tensor:
     return (mean[:, rows][:, :, columns] / 4).flatten(1)
 
 
-def _class_row(block: Any, x: Tensor) -> Tensor:
-    """(B, N): the class token's row of a block's attention, mean over its heads."""
+def _attention_to_patches(block: Any, x: Tensor, of: str) -> Tensor:
+    """(B, N): what a block's class token (or the mean patch) attends to, mean over its heads."""
     attention = block.attention
     x = block.layernorm_before(x)
     heads = (-1, attention.head_dim)
-    query = attention.q_proj(x[:, :1]).unflatten(2, heads).transpose(1, 2)  # (B, heads, 1, d)
+    asking = x[:, :1] if of == "cls" else x[:, 1:]
+    query = attention.q_proj(asking).unflatten(2, heads).transpose(1, 2)  # (B, heads, 1 or N, d)
     key = attention.k_proj(x).unflatten(2, heads).transpose(1, 2)  # (B, heads, 1 + N, d)
-    row = (query @ key.transpose(2, 3) * attention.scaling).float().softmax(-1)
-    return row[:, :, 0, 1:].mean(1)
+    rows = (query @ key.transpose(2, 3) * attention.scaling).float().softmax(-1)
+    return rows[..., 1:].mean((1, 2))
 
 
 class RunningMean:

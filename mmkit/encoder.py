@@ -112,7 +112,13 @@ class MultimodalEncoder(nn.Module):
 
     @classmethod
     def preset(
-        cls, name: str = "tiny", *, tokenizer, dropout: float = 0.0, temperature: float = 0.07
+        cls,
+        name: str = "tiny",
+        *,
+        tokenizer,
+        dropout: float = 0.0,
+        temperature: float = 0.07,
+        pooling: str = "mean",
     ):
         """A new encoder of a tabled size: "tiny" (a laptop CPU), "small", "base" (ViT-B/16, BERT).
 
@@ -132,7 +138,7 @@ class MultimodalEncoder(nn.Module):
         bert = BertConfig(
             max_position_embeddings=size["length"], **vocab, **_tower(*size["bert"]), **drop
         )
-        return cls(vit, bert, tokenizer, size["embed_dim"], dropout, temperature)
+        return cls(vit, bert, tokenizer, size["embed_dim"], dropout, temperature, pooling)
 
     @classmethod
     def from_backbones(
@@ -229,11 +235,12 @@ class MultimodalEncoder(nn.Module):
     def class_attention(self, pixel_values: Tensor, half: bool = False) -> Tensor:
         """(B, N): how much the class token attends to each patch, mean over layers and heads.
 
-        No gradient; nothing is hidden. Rows add up to at most 1 (the rest goes to the class token
-        itself). half: look at the picture at half its resolution, a quarter of the cost; 2 x 2
-        patches then share a value.
+        With pooling "mean" the patches' mean takes the class token's place here, too (see
+        attention.py). No gradient; nothing is hidden. Rows add up to at most 1 (the rest goes to
+        the class token itself). half: look at the picture at half its resolution, a quarter of the
+        cost; 2 x 2 patches then share a value.
         """
-        return class_attention(self.vit, self.normalize(pixel_values), half)
+        return class_attention(self.vit, self.normalize(pixel_values), half, of=self.pooling)
 
     def encode_image(
         self, pixel_values: Tensor, masking: Masking | None = None, mode: str = "drop"

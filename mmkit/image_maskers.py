@@ -180,8 +180,9 @@ def attentive_mask(
 
     Yang et al. 2023 (A-CLIP, arXiv:2212.08653): the model is the running mean (EMA) of the one in
     training, attention is averaged over layers and heads, and 2 x 2 patches go together. Here the
-    trainer keeps that EMA, patches go together only where it looks at a smaller picture, and noise
-    decides ties.
+    trainer keeps that EMA, patches go together only where it looks at a smaller picture, noise
+    decides ties, and where features are the mean of the patches, what these attend to counts: an
+    untrained class token looks at the background.
     """
     attention = _checked(scene, "attentive", "attend").attend()
     return hide_largest(-then_noise(attention, noise), mask_ratio)

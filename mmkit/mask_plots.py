@@ -126,39 +126,44 @@ def what_the_model_sees(
     length = int(batch.valid[row].sum())
     ids = list(range(num_patches)) if image_masking is None else _kept(image_masking, row)
     words = list(range(length)) if text_masking is None else _kept(text_masking, row)
-    figure = new_figure(9.5, 3.9)
-    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.7])
+    figure = new_figure(9.5, 3.3)
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.5])
     show_picture(left, pixels[0], "the picture")
     hidden = torch.ones(1, num_patches, dtype=torch.bool)
     hidden[0, ids] = False
     show_picture(middle, paint_mask(pixels, hidden, patch)[0], "what is left of it")
-    columns = 8
-    lines = -(-len(ids) // columns)
-    squares = patchify(pixels, patch)[0].unflatten(1, (3, patch, patch)).permute(0, 2, 3, 1)
-    for place, number in enumerate(ids):
-        x, y = place % columns, place // columns
-        right.imshow(squares[number].numpy(), extent=(x + 0.05, x + 0.95, y + 0.75, y + 0.05))
-        where = f"{number // wide},{number % wide}"
-        right.text(x + 0.5, y + 0.86, where, fontsize=5, ha="center", va="center", color="0.35")
-    pieces = model.tokenizer.convert_ids_to_tokens(batch.input_ids[row, :length])
-    edge, down = 0.0, lines + 0.75
-    for number in words:
-        width = 0.13 * len(pieces[number]) + 0.3
-        if edge + width > columns:
-            edge, down = 0.0, down + 0.85
-        colour = "0.9" if pieces[number].startswith("[") else SKY
-        box = dict(boxstyle="round,pad=0.2", facecolor=colour, edgecolor="none", alpha=0.8)
-        text = f"{pieces[number]}"
-        right.text(edge, down, text, fontsize=7, family="monospace", va="center", bbox=box)
-        right.text(edge, down + 0.42, str(number), fontsize=5, va="center", color="0.35")
-        edge += width + 0.12
-    right.set(xlim=(0, columns), ylim=(down + 0.7, 0), aspect="equal")
-    right.axis("off")
-    right.set_title(
-        f"the sequence: class token + {len(ids)} of {num_patches} patches (row,column),\n"
-        f"{len(words)} of {length} text tokens (position)", fontsize=8)  # fmt: skip
+    squares = patchify(pixels, patch)[0, ids].unflatten(1, (3, patch, patch)).permute(0, 2, 3, 1)
+    places = [f"{number // wide},{number % wide}" for number in ids]
+    pieces = model.tokenizer.convert_ids_to_tokens(batch.input_ids[row, words])
+    _draw_sequence(right, squares, places, pieces, words)
+    title = f"class token + {len(ids)} of {num_patches} patches (row,column),\n"
+    right.set_title(f"{title}{len(words)} of {length} text tokens (position)", fontsize=8)
     take_away(figure, caption)
     return figure
+
+
+def _draw_sequence(ax, squares: Tensor, places: list[str], pieces: list[str], numbers: list[int]):
+    """Patches (K, P, P, 3) in rows of 8, each over its place, then word pieces over theirs."""
+    columns = 8
+    small = dict(fontsize=5, va="center", color="0.35")
+    for i, (square, place) in enumerate(zip(squares, places, strict=True)):
+        x, y = i % columns, i // columns
+        ax.imshow(square.numpy(), extent=(x + 0.14, x + 0.86, y + 0.77, y + 0.05))
+        frame = dict(facecolor="none", edgecolor="0.75", linewidth=0.6)
+        ax.add_patch(rectangle(x + 0.14, y + 0.05, 0.72, 0.72, **frame))
+        ax.text(x + 0.5, y + 0.88, place, ha="center", **small)
+    x, y = 0.14, -(-len(squares) // columns) + 0.6
+    for piece, number in zip(pieces, numbers, strict=True):
+        width = 0.15 * len(piece) + 0.3
+        if x + width > columns:
+            x, y = 0.14, y + 0.8
+        colour = "0.9" if piece.startswith("[") else SKY
+        box = dict(boxstyle="round,pad=0.2", facecolor=colour, edgecolor="none", alpha=0.8)
+        ax.text(x, y, piece, fontsize=7, family="monospace", va="center", bbox=box)
+        ax.text(x, y + 0.42, str(number), **small)
+        x += width + 0.12
+    ax.set(xlim=(0, columns), ylim=(y + 0.7, 0), aspect="equal")
+    ax.axis("off")
 
 
 def _kept(masking: Masking, row: int) -> list[int]:

@@ -148,5 +148,5 @@ def then_noise(score: Tensor, noise: Tensor) -> Tensor:
     score (B, N) >= 0, float32 or whole numbers below 2**24. The bits of a float32 that is not
     negative order as the number does.
     """
-    bits = score.float().contiguous().view(torch.int32).long()
+    bits = score.float().abs().contiguous().view(torch.int32).long()  # abs: -0.0 is 0, too
     return (bits << _BITS) | _as_integers(noise)

@@ -80,8 +80,12 @@ class MaskedMultimodalTrainer:
         torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
         torch.manual_seed(config.seed)
         if model is None:
-            options = dict(dropout=config.dropout, temperature=config.temperature)
-            model = MultimodalEncoder.preset(config.preset, tokenizer=train.tokenizer, **options)
+            model = MultimodalEncoder.preset(
+                config.preset,
+                tokenizer=train.tokenizer,
+                dropout=config.dropout,
+                temperature=config.temperature,
+            )
         self.model = model.to_device(self.device)
         self._share_tokenizer()
         self.optimizers = build_optimizers(self.model, config)
@@ -211,7 +215,7 @@ class MaskedMultimodalTrainer:
         assert self.ema is not None
         with autocast_for(self.config.mixed_precision, self.device):
             pixels = self.model.normalize(batch.pixel_values)
-            return class_attention(self.ema.vit, pixels, half=True)
+            return class_attention(self.ema.vit, pixels, half=True, of=self.model.pooling)
 
     def _augmented(self, batch: Batch, epoch: int) -> Batch:
         if self.config.augment == "none":
