@@ -162,7 +162,8 @@ def cluster_mask(noise: Tensor, mask_ratio: float | Tensor, scene: Scene | None 
     num_anchors = max(1, round(_ANCHORS * noise.shape[1]))
     ids = noise.topk(num_anchors, dim=1).indices
     anchors = colours.gather(1, ids[..., None].expand(-1, -1, colours.shape[2]))
-    nearest = torch.cdist(colours, anchors).amin(2)  # (B, N)
+    exact = "donot_use_mm_for_euclid_dist"  # by products near colours are off by shades
+    nearest = torch.cdist(colours, anchors, compute_mode=exact).amin(2)  # (B, N)
     # Rounded: equal colours are equally near however a device adds up.
     return hide_largest(-then_noise((16 * nearest).round(), noise), mask_ratio)
 
