@@ -19,7 +19,7 @@ def class_attention(vit: Any, pixels: Tensor, half: bool = False, of: str = "cls
     quarter of the patches, position embeddings averaged), each value standing for 2 x 2 patches.
     of: "cls", or "mean" for a model that pools by the mean of its patches: nothing trains its class
     token to look anywhere, so there it is the mean over the patches' own rows.
-    After Yang et al. 2023 (A-CLIP, arXiv:2212.08653), section 3.2; their models pool by class token.
+    After Yang et al. 2023 (A-CLIP, arXiv:2212.08653), whose features are the class token.
     """
     patch = vit.config.patch_size
     grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)

@@ -152,17 +152,17 @@ def _draw_sequence(ax, squares: Tensor, places: list[str], pieces: list[str], nu
         frame = dict(facecolor="none", edgecolor="0.75", linewidth=0.6)
         ax.add_patch(rectangle(x + 0.14, y + 0.05, 0.72, 0.72, **frame))
         ax.text(x + 0.5, y + 0.88, place, ha="center", **small)
-    x, y = 0.14, -(-len(squares) // columns) + 0.6
+    right, down = 0.14, -(-len(squares) // columns) + 0.6
     for piece, number in zip(pieces, numbers, strict=True):
         width = 0.15 * len(piece) + 0.3
-        if x + width > columns:
-            x, y = 0.14, y + 0.8
+        if right + width > columns:
+            right, down = 0.14, down + 0.8
         colour = "0.9" if piece.startswith("[") else SKY
         box = dict(boxstyle="round,pad=0.2", facecolor=colour, edgecolor="none", alpha=0.8)
-        ax.text(x, y, piece, fontsize=7, family="monospace", va="center", bbox=box)
-        ax.text(x, y + 0.42, str(number), **small)
-        x += width + 0.12
-    ax.set(xlim=(0, columns), ylim=(y + 0.7, 0), aspect="equal")
+        ax.text(right, down, piece, fontsize=7, family="monospace", va="center", bbox=box)
+        ax.text(right, down + 0.42, str(number), **small)
+        right += width + 0.12
+    ax.set(xlim=(0, columns), ylim=(down + 0.7, 0), aspect="equal")
     ax.axis("off")
 
 

@@ -343,25 +343,36 @@ def lines(
     caption: str = "",
     from_zero: bool = True,
     reference: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    intervals: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
 ):
     """Named curves {name: (xs, ys)} on one pair of axes.
 
-    level: a named dotted yardstick. reference: curves to compare with, dotted and grey.
+    level: a named dotted yardstick. reference: curves to compare with, dotted and grey. intervals:
+    (low, high) of the curves of these names, drawn as bars.
     """
-    figure = new_figure(6.5, 3.2)
+    many = len(curves) > 6
+    figure = new_figure(8 if many else 6.5, 4 if many else 3.2)
     ax = figure.subplots()
     for shade, (name, (xs, ys)) in zip(("0.2", "0.55"), (reference or {}).items(), strict=False):
         ax.plot(xs, ys, color=shade, linewidth=1.6, linestyle=":", label=name)
-    for colour, (name, (xs, ys)) in zip(COLOURS, curves.items(), strict=False):
-        marker = "." if len(xs) < 30 else None
-        ax.plot(xs, ys, color=colour, linewidth=1.8, marker=marker, label=name)
+    for i, (name, (xs, ys)) in enumerate(curves.items()):
+        style = dict(color=COLOURS[i % len(COLOURS)], linestyle=("-", "--")[i // len(COLOURS)])
+        style |= dict(linewidth=1.8, marker="." if len(xs) < 30 else None, label=name)
+        if intervals and name in intervals:  # side by side, so that the bars can be told apart
+            step = 0.006 * (max(xs) - min(xs)) * (i - len(curves) / 2)
+            low, high = (np.asarray(edge) for edge in intervals[name])
+            spread = np.array([np.asarray(ys) - low, high - np.asarray(ys)])
+            ax.errorbar(np.asarray(xs) + step, ys, spread, capsize=2, **style)
+        else:
+            ax.plot(xs, ys, **style)
     if level:
         ax.axhline(level[1], color="0.5", linestyle=":", label=level[0])
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if from_zero:
         ax.set_ylim(bottom=0)
     if len(curves) > 1 or level or reference:
-        ax.legend(fontsize=8)
+        beside = dict(loc="center left", bbox_to_anchor=(1, 0.5)) if many else {}
+        ax.legend(fontsize=8, **beside)
     plain_axes(ax)
     take_away(figure, caption)
     return figure

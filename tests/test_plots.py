@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 import mmkit as mm
 from mmkit import plots
-from mmkit.encoder import patchify
+from mmkit.patches import patchify
 from tests.train_small import DEFAULTS
 
 
@@ -81,6 +81,92 @@ def test_masked_captions_strike_out_or_replace(mode):
     words = [text.get_text() for text in figure.axes[0].texts]
     assert words == ["[CLS]", "red" if mode == "drop" else "[mask]", "cat", "[CLS]", "a"]
     assert len(figure.axes[0].lines) == (mode == "drop")
+
+
+def test_a_caption_under_several_maskers_has_a_named_row_each(emoji):
+    """Hidden pieces are struck out; under 80/10/10 the drawn word stands there, in green."""
+    ids = torch.tensor(emoji.tokenizer("red cat dog")["input_ids"])
+    n = len(ids)
+    mask = torch.zeros(1, n, dtype=torch.bool)
+    mask[0, 1:3] = True
+    masking = mm.masking.keep_visible(mask, torch.ones(1, n, dtype=torch.bool))
+    maskings = {"nothing": None, "two": masking}
+    figure = plots.masked_caption(emoji.tokenizer, ids, maskings, "drop", "take-away")
+    shown(figure, 0)
+    assert len(figure.axes[0].lines) == 2
+    assert [t.get_text() for t in figure.axes[0].texts][:: n + 1] == ["nothing", "two"]
+    masking.substitute = torch.full((1, n), -1)
+    masking.substitute[0, 2] = ids[3]
+    figure = plots.masked_caption(emoji.tokenizer, ids, {"two": masking}, "replace")
+    shown(figure, 0)
+    first, second = figure.axes[0].texts[2:4]
+    pieces = emoji.tokenizer.convert_ids_to_tokens(ids)
+    assert [first.get_text(), second.get_text()] == ["[mask]", pieces[3]]
+    assert first.get_bbox_patch().get_facecolor() != second.get_bbox_patch().get_facecolor()
+
+
+def test_the_gallery_shows_every_masker_at_every_ratio(emoji, model):
+    """Rows are maskers, groups of columns are ratios; each picture is hidden as drawn."""
+    batch = emoji.batch(range(2))
+    every = len(mm.masking.IMAGE_MASKERS) - 1  # painted needs an array
+    figure = plots.masking_gallery(batch, model, layers=emoji.layers, caption="take-away")
+    figure.canvas.draw()
+    assert len(figure.axes) == every * 2 * 2
+    figure = plots.masking_gallery(batch, model, ["grid", "block"], [0.25, 0.5, 0.75], epoch=3)
+    assert len(figure.axes) == 2 * 3 * 2
+    masking, _ = mm.masking.draw_maskings(batch, model, seed=0, epoch=3, image=("block", 0.75))
+    expected = plots.paint_mask(batch.pixel_values, masking.mask, 8)[1]
+    assert np.array_equal(figure.axes[-1].images[0].get_array(), expected.permute(1, 2, 0))
+
+
+def test_the_sequence_is_what_is_kept_in_its_order(emoji, model):
+    batch = emoji.batch(range(3))
+    image, text = mm.masking.draw_maskings(
+        batch, model, seed=0, epoch=0, image=("random", 0.8), text=("random", 0.5)
+    )
+    figure = plots.what_the_model_sees(batch, model, image, text, row=1, caption="take-away")
+    *_, ax = shown(figure, 2), figure.axes[2]
+    ids = image.ids_keep[1].tolist()
+    words = [t.get_text() for t in ax.texts]
+    assert words[:13] == [f"{i // 8},{i % 8}" for i in ids] and len(ax.images) == 13
+    kept = text.ids_keep[1][text.keep_valid[1]].tolist()
+    assert words[14::2] == [str(i) for i in kept]
+    patches = patchify(batch.pixel_values[1:2], 8)[0, ids[5]].reshape(3, 8, 8)
+    assert np.array_equal(ax.images[5].get_array(), patches.permute(1, 2, 0))
+    everything = plots.what_the_model_sees(batch, model)
+    assert len(everything.axes[2].images) == 64
+
+
+def test_cost_over_the_ratio(emoji, model):
+    """Tokens and operations are counted, times measured: less for a larger share."""
+    costs = mm.cost.measure_ratios(model, emoji.batch(range(5)), (0, 0.5, 0.9), rounds=2)
+    assert [round(c["tokens"] - costs[-1]["tokens"]) for c in costs] == [64 - 6, 32 - 6, 0]
+    assert costs[0]["gflop"] > costs[1]["gflop"] > costs[2]["gflop"] > 0
+    assert all(c["quartiles"][0] <= c["milliseconds"] <= c["quartiles"][1] for c in costs)
+    assert all(p.grad is None for p in model.parameters())
+    axes = shown(plots.ratio_vs_cost(costs, "take-away"), 3)
+    assert [labels(ax)[0] for ax in axes] == ["hidden patches (%)"] * 3
+    assert (
+        axes[2].texts[2].get_text() == f"÷{costs[0]['milliseconds'] / costs[2]['milliseconds']:.1f}"
+    )
+
+
+def test_attention_and_words_on_the_picture(emoji, model):
+    """One map per row and per word, each patch's value on its pixels."""
+    pixels = emoji.batch(range(3)).pixel_values
+    attention = model.class_attention(pixels)
+    figure = plots.attention_maps(pixels, {"full": attention, "again": attention}, 8, "take-away")
+    axes = shown(figure, 3 * 3 + 2)
+    heat = axes[3 + 1].images[1].get_array()
+    np.testing.assert_allclose(heat[::8, ::8].ravel(), 64 * attention[1], rtol=1e-5)
+    pieces, cosines = mm.retrieval.patch_word_similarity(model, pixels[0], "red cat")
+    assert cosines.shape == (len(pieces), 64) and cosines.abs().max() <= 1 + 1e-5
+    assert "[CLS]" not in pieces
+    figure = plots.patch_word_map(pixels[0], pieces, cosines, 8, "take-away")
+    shown_axes = [ax for ax in figure.axes if ax.axison]
+    assert [ax.get_title() for ax in shown_axes[1 : 1 + len(pieces)]] == pieces
+    heat = shown_axes[1].images[1].get_array()
+    np.testing.assert_allclose(heat[::8, ::8].ravel(), cosines[0], rtol=1e-5)
 
 
 def test_a_token_table_has_a_cell_per_token(emoji):
@@ -191,6 +277,8 @@ def test_no_plot_is_without_a_test():
     with open(__file__, encoding="utf-8") as file:
         source = file.read()
     functions = inspect.getmembers(plots, inspect.isfunction)
-    own = [name for name, f in functions if f.__module__ == plots.__name__ and name[0] != "_"]
+    own = [
+        n for n, f in functions if n[0] != "_" and f.__module__.endswith(("plots", "mask_plots"))
+    ]
     assert [name for name in own if f"plots.{name}(" not in source] == []
     assert plt.get_fignums() == []

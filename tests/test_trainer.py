@@ -110,7 +110,7 @@ def test_pictures_are_moved_while_training_only(config, make_model, make_data):
     trainer.model.register_forward_pre_hook(lambda _, args: pixels.append(args[0].pixel_values))
     batch = trainer.first_batch()
     for epoch in (0, 0, 1):
-        trainer.encode(batch, epoch)
+        trainer.gradients(batch, epoch)
     assert torch.equal(pixels[0], pixels[1]) and not torch.equal(pixels[0], pixels[2])
     assert not torch.equal(pixels[0], batch.pixel_values)
 
@@ -319,6 +319,7 @@ def same_weights(folder, one, other, file="last/state.pth"):
 def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
     """SIGKILL between steps (mid-epoch) and inside a checkpoint write: the same bits at the end."""
     values = dict(dropout=0.2, gradient_accumulation_steps=2, checkpoint_every=2)
+    values |= dict(image_mask="attentive", text_mask_mode="80/10/10")  # a running mean, too
     whole = train_small(tmp_path, "whole", **values)
     assert whole.returncode == 0, whole.stderr
     for name, flags in (("step", ["--kill-at", "8"]), ("write", ["--kill-in-write", "4"])):

@@ -1,7 +1,7 @@
 """A small real training for tests that need a process of its own (to kill it, or to have two).
 
 python -m tests.train_small FOLDER NAME '{"num_epochs": 3}' [--resume] [--kill-at 7]
-    [--kill-in-write 2] [--processes 2]
+    [--kill-in-write 2] [--processes 2] [--record]
 """
 
 import argparse
@@ -44,9 +44,23 @@ def model(tokenizer, dropout: float) -> mm.MultimodalEncoder:
 
 
 class Dying(mm.MaskedMultimodalTrainer):
-    """Killed with SIGKILL, as a machine would be, before step `kill_at`."""
+    """Killed with SIGKILL, as a machine would be, before step `kill_at`.
 
-    kill_at = -1
+    record: append what was hidden from each sample to masks-RANK.jsonl.
+    """
+
+    kill_at, record = -1, False
+
+    def gradients(self, batch, epoch):
+        loss = super().gradients(batch, epoch)
+        if self.record:
+            with open(self.path / f"masks-{self.rank}.jsonl", "a") as file:
+                parts = batch.split(self.config.gradient_accumulation_steps)
+                for part, drawn in zip(parts, self.drawn, strict=True):
+                    for row, sample in enumerate(part.sample_ids.tolist()):
+                        hidden = [m.mask[row].nonzero()[:, 0].tolist() for m in drawn]
+                        print(json.dumps([epoch, sample, *hidden]), file=file)
+        return loss
 
     def train_step(self, batch, epoch):
         if self.step == self.kill_at:
@@ -69,11 +83,11 @@ def die_in_write(number: int):
     checkpoint.torch.save = half
 
 
-def run(folder: str, name: str, values: dict, resume: bool, kill_at: int) -> None:
+def run(folder: str, name: str, values: dict, resume: bool, kill_at: int, record: bool) -> None:
     config = mm.TrainingConfig(**DEFAULTS | dict(output_dir=folder, run_name=name) | values)
     train = data(53)
     trainer = Dying(config, train, data(17, seed=1), model(train.tokenizer, config.dropout), resume)
-    trainer.kill_at = kill_at
+    trainer.kill_at, trainer.record = kill_at, record
     trainer.fit()
 
 
@@ -86,6 +100,7 @@ if __name__ == "__main__":
     parser.add_argument("--kill-at", type=int, default=-1)
     parser.add_argument("--kill-in-write", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--record", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.kill_in_write:
@@ -97,5 +112,6 @@ if __name__ == "__main__":
         args.values,
         args.resume,
         args.kill_at,
+        args.record,
         num_processes=args.processes,
     )
