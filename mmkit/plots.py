@@ -356,7 +356,9 @@ def lines(
     for shade, (name, (xs, ys)) in zip(("0.2", "0.55"), (reference or {}).items(), strict=False):
         ax.plot(xs, ys, color=shade, linewidth=1.6, linestyle=":", label=name)
     for i, (name, (xs, ys)) in enumerate(curves.items()):
-        style = dict(color=COLOURS[i % len(COLOURS)], linestyle=("-", "--")[i // len(COLOURS)])
+        style: dict = dict(
+            color=COLOURS[i % len(COLOURS)], linestyle=("-", "--")[i // len(COLOURS)]
+        )
         style |= dict(linewidth=1.8, marker="." if len(xs) < 30 else None, label=name)
         if intervals and name in intervals:  # side by side, so that the bars can be told apart
             step = 0.006 * (max(xs) - min(xs)) * (i - len(curves) / 2)
