@@ -112,6 +112,10 @@ def mask_ratios(
     schedule: a name in RATIO_SCHEDULES; "constant" ignores `final`, "uniform" draws between the
     two for each sample and epoch. progress: share of the epochs that is over, in [0, 1].
     """
+    if schedule not in RATIO_SCHEDULES:
+        raise ValueError(
+            f"schedule {schedule!r} is not known; {nearest(schedule, RATIO_SCHEDULES)}"
+        )
     noise = mask_noise(seed, epoch, sample_ids, 1, f"{stream} ratio")[:, 0]
     return RATIO_SCHEDULES[schedule](start, final, progress, noise)
 
@@ -149,22 +153,21 @@ def draw_maskings(
     frequency: the dataset's, for the maskers of that name.
     """
     image_masking = text_masking = None
-    ids = batch.sample_ids
-    painted = image[1] if image[0] == "painted" else None
-    if painted is not None or _any(image[1]):
-        masker = find_masker(image[0], IMAGE_MASKERS)
+    ids, by_hand = batch.sample_ids, image[0] == "painted"
+    masker, text_masker = find_masker(image[0], IMAGE_MASKERS), find_masker(text[0], TEXT_MASKERS)
+    if by_hand or _any(image[1]):
         grid = (batch.pixel_values.shape[2] // model.patch_size,
                 batch.pixel_values.shape[3] // model.patch_size)  # fmt: skip
-        scene = Scene(grid, batch.pixel_values, painted=painted)
+        scene = Scene(grid, batch.pixel_values, painted=image[1] if by_hand else None)
         scene.attend = attend or (lambda: model.class_attention(batch.pixel_values))
         scene.regions = layers and (lambda: layers.regions(ids, grid))
         noise = mask_noise(seed, epoch, ids, grid[0] * grid[1], "image")
-        image_masking = masker(noise, 0.0 if painted is not None else image[1], scene)
+        image_masking = masker(noise, 0.0 if by_hand else image[1], scene)
     if _any(text[1]):
-        masker, caption = find_masker(text[0], TEXT_MASKERS), caption_of(batch, model, frequency)
+        caption = caption_of(batch, model, frequency)
         caption.least_hidden = int(text_mode == "80/10/10")
         noise = mask_noise(seed, epoch, ids, batch.input_ids.shape[1], "text")
-        text_masking = masker(noise, text[1], caption)
+        text_masking = text_masker(noise, text[1], caption)
         if text_mode == "80/10/10":
             text_masking.substitute = _substitutes(batch, model.word_ids, seed, epoch)
     return image_masking, text_masking

@@ -43,9 +43,8 @@ def num_hidden(mask_ratio: float | Tensor, caption: Caption) -> Tensor:
         row = int((~caption.valid.any(1)).nonzero()[0])
         raise ValueError(f"caption {row} is all padding: no real token; give it a text")
     count = caption.maskable.sum(1)
-    if isinstance(mask_ratio, Tensor):
-        mask_ratio = mask_ratio.to(count.device)
-    hidden = (count * mask_ratio).round().long().clamp(min=caption.least_hidden)
+    ratio = torch.as_tensor(mask_ratio, dtype=torch.float64, device=count.device)
+    hidden = (count * ratio).round().long().clamp(min=caption.least_hidden)
     return torch.minimum(hidden, (count - 1).clamp(min=0))
 
 

@@ -1,151 +1,298 @@
-"""Masks are a pure function, hide what they say, and never what they must not."""
+"""Maskers by name, ratios by schedule, and the masks of a batch as a pure function."""
 
-import numpy as np
+import dataclasses
+import math
+import re
+
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
+from mmkit.config import TrainingConfig
 from mmkit.masking import (
+    ATTENTION_MASKERS,
     IMAGE_MASKERS,
+    RATIO_SCHEDULES,
+    TEXT_MASKERS,
+    caption_of,
+    draw_maskings,
     find_masker,
     mask_noise,
-    maskable_words,
-    random_mask,
-    random_text_mask,
+    mask_ratios,
 )
-from mmkit.tokenizer import encode_texts, special_ids
+
+PAINTED = [[0, 1, 0], [0, 1, 1], [0, 0, 0]]
 
 
-def test_noise_depends_on_nothing_but_its_arguments():
-    """A sample's noise is the same alone, in any batch, in any order."""
-    ids = torch.tensor([3, 11, 7, 2**40 + 5])
-    noise = mask_noise(5, 2, ids, 13)
-    for row, sample in enumerate(ids):
-        assert torch.equal(mask_noise(5, 2, sample[None], 13)[0], noise[row])
-    assert torch.equal(mask_noise(5, 2, ids.flip(0), 13), noise.flip(0))
-    assert torch.equal(mask_noise(5, 2, ids, 7), noise[:, :7])
+class Layers:
+    """Stands for a data set's DrawingLayers: four made regions of each picture."""
+
+    def regions(self, sample_ids, grid):
+        noise = mask_noise(0, 0, sample_ids, 4 * grid[0] * grid[1], "regions")
+        return noise.unflatten(1, (4, -1)) < 0.4
 
 
-def test_noise_differs_in_every_argument():
-    ids = torch.arange(11)
-    noise = mask_noise(0, 0, ids, 13)
-    others = [mask_noise(1, 0, ids, 13), mask_noise(0, 1, ids, 13), mask_noise(0, 0, ids + 11, 13)]
-    others.append(mask_noise(0, 0, ids, 13, stream="text"))
-    for other in others:
-        assert (other == noise).float().mean() < 0.01
-    assert len(noise.unique()) == noise.numel()
-
-
-def test_noise_is_uniform_and_uncorrelated():
-    """Chi-square over 100 bins and the correlation of neighbours, on a million draws."""
-    noise = mask_noise(0, 0, torch.arange(1000), 1000).numpy()
-    assert noise.min() >= 0 and noise.max() < 1
-    counts = np.histogram(noise, 100, (0, 1))[0]
-    chi_square = ((counts - 1e4) ** 2 / 1e4).sum()
-    assert 60 < chi_square < 150  # 99 degrees of freedom: mean 99, standard deviation 14
-    for a, b in ((noise[:, 1:], noise[:, :-1]), (noise[1:], noise[:-1])):
-        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 0.005
-
-
-def test_noise_is_the_number_it_was():
-    """Frozen values: a change of the hash would silently change every published mask."""
-    noise = mask_noise(1, 2, torch.tensor([3, 5]), 3)
-    assert (noise * 2**24).long().tolist() == [
-        [3150303, 6990156, 4812679],
-        [11246803, 13568918, 12627434],
-    ]
-
-
-@pytest.mark.parametrize(
-    "tokens, ratio, kept", [(100, 0.9, 10), (64, 0.5, 32), (30, 0.9, 3), (7, 0.0, 7)]
-)
-def test_random_mask_rounds_and_keeps_one(tokens, ratio, kept):
-    """MAE truncates: 100 tokens at 0.9 keep 9 there."""
-    masking = random_mask(mask_noise(0, 0, torch.arange(5), tokens), ratio)
-    assert masking.ids_keep.shape == (5, kept)
-    assert (masking.mask.sum(1) == tokens - kept).all()
-    assert random_mask(torch.rand(2, 7), 0.99).ids_keep.shape == (2, 1)
-
-
-def test_random_mask_ids_agree():
-    """Kept tokens are the visible ones, and ids_restore puts [kept | hidden] back in place."""
-    noise = mask_noise(3, 1, torch.arange(5), 17)
-    m = random_mask(noise, 0.6)
-    assert (~m.mask.gather(1, m.ids_keep)).all()
-    hidden = m.ids_restore.argsort(1)[:, m.ids_keep.shape[1] :]
-    shuffled = torch.cat([m.ids_keep, hidden], 1)
-    assert torch.equal(shuffled.gather(1, m.ids_restore), torch.arange(17).expand(5, -1))
-    assert not torch.equal(m.mask[0], m.mask[1])  # per sample, not per batch
-    assert (
-        noise[~m.mask].max() <= 1
-        and (noise.masked_fill(m.mask, 0).amax(1) < noise.masked_fill(~m.mask, 1).amin(1)).all()
+def draw(batch, model, image="random", text="random", ratio=0.5, epoch=0, **options):
+    """Both maskings of a batch by these maskers, with all that any of them needs."""
+    frequency = mask_noise(0, 0, torch.arange(1), len(model.tokenizer), "frequency")[0]
+    options = dict(seed=3, layers=Layers(), frequency=frequency) | options
+    image_ratio = PAINTED if image == "painted" else ratio
+    return draw_maskings(
+        batch, model, epoch=epoch, image=(image, image_ratio), text=(text, ratio), **options
     )
 
 
-def test_text_mask_spares_special_tokens_and_padding(tokenizer):
-    """Ratio over real words, rounded; at least one stays; [CLS], [SEP], [PAD] always."""
-    texts = ["red", "red cat", "old red cat and dog", "small blue boat and big green tree"]
-    input_ids, valid = encode_texts(tokenizer, texts, 32)
-    words = maskable_words(input_ids, valid, special_ids(tokenizer))
-    noise = mask_noise(0, 0, torch.arange(4), input_ids.shape[1], "text")
-    for ratio in (0.0, 0.15, 0.5, 0.9, 0.99):
-        m = random_text_mask(noise, ratio, valid, words)
-        assert not (m.mask & ~words).any()
-        count = words.sum(1)
-        expected = torch.minimum((count * ratio).round().long(), count - 1)
-        assert torch.equal(m.mask.sum(1), expected)
-        assert torch.equal(m.keep_valid.sum(1), valid.sum(1) - expected)
-        for row in range(4):  # the kept ids are the visible real tokens, in reading order
-            kept = m.ids_keep[row][m.keep_valid[row]]
-            assert torch.equal(kept, (valid[row] & ~m.mask[row]).nonzero()[:, 0])
+def same(a, b):
+    """Every part of two maskings is equal, to the bit."""
+    for field in dataclasses.fields(a):
+        one, other = getattr(a, field.name), getattr(b, field.name)
+        assert one is other is None or torch.equal(one, other), field.name
 
 
-def test_text_mask_of_a_caption_does_not_depend_on_its_batch(tokenizer):
-    """A longer neighbour pads the caption; its hidden words stay the same."""
-    alone = encode_texts(tokenizer, ["old red cat and dog"], 32)
-    both = encode_texts(tokenizer, ["old red cat and dog", "a " * 12], 32)
-    masks = []
-    for input_ids, valid in (alone, both):
-        words = maskable_words(input_ids, valid, special_ids(tokenizer))
-        noise = mask_noise(0, 0, torch.arange(len(valid)), valid.shape[1], "text")
-        masks.append(random_text_mask(noise, 0.5, valid, words).mask[0])
-    assert torch.equal(masks[0], masks[1][: len(masks[0])])
+# -- names -----------------------------------------------------------------------------------
 
 
-@given(tokens=st.integers(1, 300), ratio=st.floats(0, 0.999), samples=st.integers(1, 5))
-def test_random_mask_holds_its_promises(tokens, ratio, samples):
-    """Any grid, any ratio: the exact number hidden, at least one kept, ids that fit together."""
-    noise = mask_noise(0, 0, torch.arange(samples), tokens)
-    masking = random_mask(noise, ratio)
-    kept = max(1, round(tokens * (1 - ratio)))
-    assert masking.ids_keep.shape == (samples, kept)
-    assert (masking.mask.sum(1) == tokens - kept).all()
-    everything = masking.ids_restore.sort(1).values
-    assert torch.equal(everything, torch.arange(tokens).expand(samples, -1))
-    place = masking.ids_restore.gather(1, masking.ids_keep)
-    assert torch.equal(place, torch.arange(kept).expand(samples, -1))
+def test_every_masker_has_its_name_and_says_whom_it_follows():
+    """The names of the papers; each docstring cites its paper or says that there is none."""
+    image = "random block inverse_block grid gaussian cluster attentive inattentive layers painted"
+    assert list(IMAGE_MASKERS) == image.split()
+    assert list(TEXT_MASKERS) == ["random", "block", "truncate", "whole_word", "frequency"]
+    assert set(ATTENTION_MASKERS) <= set(IMAGE_MASKERS)
+    own = {"layers", "painted", "inattentive", "truncate"}
+    for name, masker in {**TEXT_MASKERS, **IMAGE_MASKERS}.items():
+        assert name in own or re.search(r"\b20[12]\d\b", masker.__doc__), name
+    assert "of no paper" in IMAGE_MASKERS["layers"].__doc__
 
 
-@given(lengths=st.lists(st.integers(0, 19), min_size=1, max_size=6), ratio=st.floats(0, 0.999))
-def test_random_text_mask_holds_its_promises(lengths, ratio):
-    """Any lengths, captions without a word included: ends stay, at least one word stays."""
-    real = torch.tensor(lengths)[:, None]
-    place = torch.arange(22)
-    valid, words = place < real + 2, (place >= 1) & (place <= real)
-    noise = mask_noise(0, 0, torch.arange(len(lengths)), 22, "text")
-    masking = random_text_mask(noise, ratio, valid, words)
-    assert not (masking.mask & ~words).any()
-    assert ((words & ~masking.mask).sum(1) >= real[:, 0].clamp(max=1)).all()
-    assert torch.equal(masking.keep_valid.sum(1), (valid & ~masking.mask).sum(1))
+@pytest.mark.parametrize(
+    "maskers, name, nearest",
+    [
+        (IMAGE_MASKERS, "randon", "random"),
+        (IMAGE_MASKERS, "inverse-block", "inverse_block"),
+        (TEXT_MASKERS, "whole_words", "whole_word"),
+        (TEXT_MASKERS, "gaussian", None),
+    ],
+)
+def test_an_unknown_masker_is_told_the_known_ones(maskers, name, nearest):
+    with pytest.raises(ValueError) as error:
+        find_masker(name, maskers)
+    assert f"masker {name!r} is not known" in str(error.value)
+    assert f"known: {', '.join(sorted(maskers))}" in str(error.value)
+    assert nearest is None or f"did you mean {nearest!r}?" in str(error.value)
+    for known, masker in maskers.items():
+        assert find_masker(known, maskers) is masker
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.0, 75])
-def test_ratio_outside_its_range_is_refused(ratio):
-    with pytest.raises(ValueError, match=r"must be in \[0, 1\)"):
-        random_mask(torch.rand(2, 7), ratio)
+# -- how much when ---------------------------------------------------------------------------
 
 
-def test_unknown_masker_names_the_nearest():
-    with pytest.raises(ValueError, match="did you mean 'random'"):
-        find_masker("randon", IMAGE_MASKERS)
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", [0.2, 0.2, 0.2, 0.2]),
+        ("linear", [0.2, 0.35, 0.5, 0.8]),
+        ("cosine", [0.2, 0.2 + 0.6 * (1 - math.cos(math.pi / 4)) / 2, 0.5, 0.8]),
+    ],
+)
+def test_a_ratio_goes_from_start_to_final(schedule, expected):
+    """At the start, a quarter, the middle and the end; up or down."""
+    for start, final, sign in ((0.2, 0.8, 1), (0.8, 0.2, -1)):
+        ratios = [
+            mask_ratios(schedule, start, final, progress, torch.arange(5), seed=0, epoch=0)
+            for progress in (0.0, 0.25, 0.5, 1.0)
+        ]
+        assert ratios == pytest.approx([start + sign * (ratio - 0.2) for ratio in expected])
+
+
+def test_uniform_ratios_are_drawn_for_each_sample():
+    """Between the two, all over; a pure function of seed, epoch, sample and stream."""
+    ids = torch.arange(1009)
+
+    def ratios(ids=ids, seed=0, epoch=0, stream="image", start=0.3, final=0.9):
+        return mask_ratios("uniform", start, final, 0.0, ids, seed=seed, epoch=epoch, stream=stream)
+
+    first = ratios()
+    assert first.shape == (1009,) and 0.3 <= first.min() < 0.31 and 0.89 < first.max() < 0.9
+    counts = torch.histc(first, 6, 0.3, 0.9)
+    assert (counts - 1009 / 6).abs().max() < 5 * (1009 * 5 / 36) ** 0.5
+    assert torch.equal(ratios(ids.flip(0)), first.flip(0)) and ratios(ids[7:8]) == first[7]
+    for other in (ratios(epoch=1), ratios(seed=1), ratios(stream="text")):
+        assert (other == first).sum() < 7
+        assert torch.corrcoef(torch.stack([other, first]))[0, 1].abs() < 0.15
+    torch.testing.assert_close(ratios(start=0.9, final=0.3), 1.2 - first)
+    # not the noise that the mask itself is made of
+    own = mask_noise(0, 0, ids, 1)[:, 0]
+    assert torch.corrcoef(torch.stack([own, first.float()]))[0, 1].abs() < 0.15
+
+
+def test_schedules_are_those_of_the_config():
+    """A name that the one accepts the other knows; an unknown one is told the nearest."""
+    for name in RATIO_SCHEDULES:
+        final = None if name == "constant" else 0.7
+        TrainingConfig(image_mask_schedule=name, image_mask_final_ratio=final)
+    with pytest.raises(ValueError, match="known: " + ", ".join(sorted(RATIO_SCHEDULES))):
+        TrainingConfig(image_mask_schedule="other")
+    with pytest.raises(ValueError, match="schedule 'cosin' is not known; did you mean 'cosine'"):
+        mask_ratios("cosin", 0.2, 0.8, 0.5, torch.arange(3), seed=0, epoch=0)
+
+
+# -- the masks of a batch --------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model().eval()
+
+
+@pytest.fixture
+def data(make_data):
+    return make_data(29)
+
+
+@pytest.mark.parametrize("image", IMAGE_MASKERS)
+def test_a_pictures_mask_does_not_depend_on_its_batch(model, data, image):
+    """In another order or cut into micro-batches, the same patches of each; so a mask replays."""
+    batch = data.batch(range(29))
+    whole = draw(batch, model, image)[0]
+    order = torch.randperm(29, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(draw(batch[order], model, image)[0].mask, whole.mask[order])
+    parts = [draw(part, model, image)[0].mask for part in batch.split(3)]
+    assert torch.equal(torch.cat(parts), whole.mask)
+    same(draw(batch, model, image)[0], whole)
+    assert whole.mask.any(1).all() and not whole.mask.all(1).any()
+    if image not in (*ATTENTION_MASKERS, "painted"):
+        assert (draw(batch, model, image, epoch=1)[0].mask != whole.mask).any()
+        assert (draw(batch, model, image, seed=4)[0].mask != whole.mask).any()
+
+
+@pytest.mark.parametrize("mode", ["drop", "80/10/10"])
+@pytest.mark.parametrize("text", TEXT_MASKERS)
+def test_a_captions_mask_does_not_depend_on_its_batch(model, data, text, mode):
+    """What takes the place of a hidden word included."""
+    batch = data.batch(range(29))
+    whole = draw(batch, model, text=text, text_mode=mode)[1]
+    order = torch.randperm(29, generator=torch.Generator().manual_seed(0))
+    again = draw(batch[order], model, text=text, text_mode=mode)[1]
+    assert torch.equal(again.mask, whole.mask[order])
+    if mode == "80/10/10":
+        assert torch.equal(again.substitute, whole.substitute[order])
+        one = draw(data.batch([5]), model, text=text, text_mode=mode)[1]
+        length = one.mask.shape[1]
+        assert torch.equal(one.substitute[0], whole.substitute[5, :length])
+        assert torch.equal(one.mask[0], whole.mask[5, :length])
+    else:
+        assert whole.substitute is None
+    same(draw(batch, model, text=text, text_mode=mode)[1], whole)
+    if text != "truncate":
+        assert (draw(batch, model, text=text, text_mode=mode, epoch=1)[1].mask != whole.mask).any()
+
+
+def test_a_maskers_batch_is_its_masker(model, data):
+    """draw_maskings adds nothing to what the functions do with the noise and the scene."""
+    batch = data.batch(range(7))
+    noise = mask_noise(3, 2, batch.sample_ids, 9, "image")
+    attention = model.class_attention(batch.pixel_values)
+    image, text = draw(batch, model, "attentive", "whole_word", epoch=2)
+    keep = attention.topk(4, dim=1).indices
+    assert torch.equal(image.ids_keep.sort(1).values, keep.sort(1).values)
+    given = draw(batch, model, "attentive", epoch=2, attend=lambda: -attention + 1)[0]
+    assert torch.equal(given.ids_keep.sort(1).values, (-attention).topk(4).indices.sort(1).values)
+    same(draw(batch, model, epoch=2)[0], IMAGE_MASKERS["random"](noise, 0.5))
+    noise = mask_noise(3, 2, batch.sample_ids, batch.input_ids.shape[1], "text")
+    same(text, TEXT_MASKERS["whole_word"](noise, 0.5, caption_of(batch, model)))
+    painted = draw(batch, model, "painted")[0]
+    assert torch.equal(painted.mask, (torch.tensor(PAINTED) > 0).flatten().expand(7, -1))
+
+
+def test_nothing_is_drawn_at_ratio_zero(model, data):
+    """None, for which nothing is computed; one ratio among zeros is enough to draw."""
+    batch = data.batch(range(5))
+    assert draw_maskings(batch, model, seed=0, epoch=0) == (None, None)
+    assert draw(batch, model, "attentive", "frequency", ratio=torch.zeros(5)) == (None, None)
+    some = torch.tensor([0.0, 0.5, 0.0, 0.9, 0.0], dtype=torch.float64)
+    image, text = draw(batch, model, ratio=some)
+    assert image.mask.sum(1).tolist() == [0, 9 - round(4.5), 0, 8, 0]
+    assert (text.mask.any(1) <= (some > 0)).all() and text.mask.any()
+
+
+def test_a_caption_is_described_to_the_maskers(model, data):
+    """Ends and padding are no words, "##" goes on with one, frequencies follow the ids."""
+    tokenizer = model.tokenizer
+    data = type(data).from_pixels(
+        torch.zeros(2, 3, 15, 15, dtype=torch.uint8), ["old boats", "cat"], tokenizer=tokenizer
+    )
+    batch = data.batch([0, 1])
+    pieces = [tokenizer.convert_ids_to_tokens(row.tolist()) for row in batch.input_ids]
+    assert pieces[0] == ["[CLS]", "old", "boat", "##s", "[SEP]"]
+    frequency = torch.arange(len(tokenizer)) / 100
+    caption = caption_of(batch, model, frequency)
+    assert caption.maskable.tolist() == [
+        [False, True, True, True, False],
+        [False, True, False, False, False],
+    ]
+    assert caption.word_start[0, 1:4].tolist() == [True, True, False]
+    assert torch.equal(caption.frequency, frequency[batch.input_ids])
+    assert caption_of(batch, model).frequency is None
+
+
+# -- 80/10/10 --------------------------------------------------------------------------------
+
+
+def test_hidden_words_become_80_10_10(model, make_data):
+    """The mask token, a random word, the word itself: shares within 4 standard deviations."""
+    batch = make_data(2003).batch(range(2003))
+    masking = draw(batch, model, text_mode="80/10/10")[1]
+    instead, own = masking.substitute[masking.mask], batch.input_ids[masking.mask]
+    count, words = len(instead), len(model.word_ids)
+    assert count > 2500
+    kept = 0.1 + 0.1 / words  # a random word is now and then the word itself
+    for share, seen in ((0.8, instead == -1), (kept, instead == own)):
+        spread = math.sqrt(share * (1 - share) / count)
+        assert abs(seen.double().mean() - share) < 4 * spread
+    assert not torch.isin(instead, model.special_ids).any()
+    drawn = instead[(instead != -1) & (instead != own)]
+    assert torch.isin(drawn, model.word_ids).all()
+    assert len(drawn.unique()) > 0.6 * min(words, len(drawn) / 2)  # from all of the vocabulary
+
+
+@pytest.mark.parametrize("text", TEXT_MASKERS)
+def test_where_words_are_predicted_one_is_hidden(model, data, text):
+    """However small the ratio, unless it is the only one; never in the other modes."""
+    batch = data.batch(range(29))
+    words = caption_of(batch, model).maskable.sum(1)
+    masking = draw(batch, model, text=text, ratio=0.01, text_mode="80/10/10")[1]
+    assert words.min() == 2 and (masking.mask.sum(1) >= 1).all()
+    if text != "whole_word":
+        assert (masking.mask.sum(1) == 1).all()
+    for mode in ("drop", "replace"):
+        assert not draw(batch, model, text=text, ratio=0.01, text_mode=mode)[1].mask.any()
+    one = type(data).from_pixels(
+        torch.zeros(1, 3, 15, 15, dtype=torch.uint8), ["cat"], tokenizer=model.tokenizer
+    )
+    lone = draw(one.batch([0]), model, text=text, ratio=0.9, text_mode="80/10/10")[1]
+    assert not lone.mask.any()
+
+
+# -- bad input -------------------------------------------------------------------------------
+
+
+def test_bad_input_is_refused_in_words(model, data):
+    """Unknown names (hidden or not), ratios, what a data set does not have, painted masks."""
+    batch = data.batch(range(3))
+
+    def refuses(words, image=("random", 0.0), text=("random", 0.0)):
+        with pytest.raises(ValueError, match=words):
+            draw_maskings(batch, model, seed=0, epoch=0, image=image, text=text)
+
+    for ratio in (0.5, 0.0):
+        refuses("masker 'cluser' is not known; did you mean 'cluster'", image=("cluser", ratio))
+        refuses("masker 'trunkate' is not known; did you mean 'truncate'", text=("trunkate", ratio))
+    for ratio in (-0.5, 1.0, 75, torch.tensor([0.5, 0.5, 1.5])):
+        refuses(r"mask_ratio=.* must be in \[0, 1\)", image=("random", ratio))
+        refuses(r"mask_ratio=.* must be in \[0, 1\)", text=("random", ratio))
+    refuses("'layers' needs regions: give the built-in pictures", image=("layers", 0.5))
+    refuses("'frequency' needs .*piece_frequency", text=("frequency", 0.5))
+    refuses(r"is \(2, 3\), the pictures are 3 x 3 patches", image=("painted", [[0, 1, 0]] * 2))
+    refuses("hides all 9 patches of picture 0", image=("painted", [[1, 1, 1]] * 3))
+    refuses("'painted' needs painted: give an array", image=("painted", None))
+    batch.valid[1] = False
+    refuses("caption 1 is all padding", text=("random", 0.5))
