@@ -356,10 +356,9 @@ def lines(
     for shade, (name, (xs, ys)) in zip(("0.2", "0.55"), (reference or {}).items(), strict=False):
         ax.plot(xs, ys, color=shade, linewidth=1.6, linestyle=":", label=name)
     for i, (name, (xs, ys)) in enumerate(curves.items()):
-        style: dict = dict(
-            color=COLOURS[i % len(COLOURS)], linestyle=("-", "--")[i // len(COLOURS)]
-        )
-        style |= dict(linewidth=1.8, marker="." if len(xs) < 30 else None, label=name)
+        colour = (*COLOURS, "black", "0.55")[i % 8]  # the last two are dashed as well
+        style: dict = dict(color=colour, linestyle="-" if i % 8 < 6 else "--", label=name)
+        style |= dict(linewidth=1.8, marker="." if len(xs) < 30 else None)
         if intervals and name in intervals:  # side by side, so that the bars can be told apart
             step = 0.006 * (max(xs) - min(xs)) * (i - len(curves) / 2)
             low, high = (np.asarray(edge) for edge in intervals[name])
@@ -373,7 +372,7 @@ def lines(
     if from_zero:
         ax.set_ylim(bottom=0)
     if len(curves) > 1 or level or reference:
-        beside = dict(loc="center left", bbox_to_anchor=(1, 0.5)) if many else {}
+        beside = dict(loc="center left", bbox_to_anchor=(1, 0.5), handlelength=3) if many else {}
         ax.legend(fontsize=8, **beside)
     plain_axes(ax)
     take_away(figure, caption)

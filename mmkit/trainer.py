@@ -6,7 +6,6 @@ Walk-through: notebooks/03_training.ipynb.
 """
 
 import contextlib
-import dataclasses
 import math
 import os
 import sys
@@ -16,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .attention import RunningMean, class_attention
 from .checkpoint import (
     load_weights,
     random_state,
@@ -29,17 +27,9 @@ from .data import Batch, MultimodalDataset, load_batches
 from .describe import describe
 from .distributed import my_share, sum_over_processes, world
 from .encoder import MAX_LOGIT_SCALE, EncoderOutput, MultimodalEncoder
-from .masking import (
-    ATTENTION_MASKERS,
-    IMAGE_MASKERS,
-    TEXT_MASKERS,
-    draw_maskings,
-    find_masker,
-    mask_noise,
-    mask_ratios,
-)
+from .mask_plan import MaskPlan, check_maskers
+from .masking import mask_noise
 from .optim import build_optimizers, set_learning_rate
-from .pictures import shift_pictures
 from .precision import autocast_for, pick_precision
 from .retrieval import embed, score
 from .run import Run, RunWriter, newest_run
@@ -89,10 +79,6 @@ class MaskedMultimodalTrainer:
         self.model = model.to_device(self.device)
         self._share_tokenizer()
         self.optimizers = build_optimizers(self.model, config)
-        looks = config.image_mask in ATTENTION_MASKERS and config.image_mask_ratio > 0
-        self.ema = RunningMean(self.model.vit, config.ema_momentum) if looks else None
-        counts = config.text_mask == "frequency"
-        self.frequency = train.piece_frequency() if counts else None
         self.net = self.accelerator.prepare_model(self.model)  # DDP where there are several
         fp16 = self.precision == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
@@ -110,6 +96,7 @@ class MaskedMultimodalTrainer:
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.best_loss, self.seconds, self._mark = math.inf, 0.0, time.perf_counter()
         self.epoch_loss = torch.zeros((), device=self.device)
+        self.plan = MaskPlan(config, self.model, train, self.num_epochs)
         self.drawn: list = []  # the (image, text) maskings of the step's micro-batches
         self.path = Path(config.output_dir) / self._run_name(resume)
         self.resumed = resume and self._resume(self.path / "last" / "state.pth")
@@ -122,14 +109,7 @@ class MaskedMultimodalTrainer:
                 f"batch_size={config.batch_size} is larger than the training set ({size} "
                 f"pictures); take at most {size}"
             )
-        find_masker(config.image_mask, IMAGE_MASKERS)
-        find_masker(config.text_mask, TEXT_MASKERS)
-        if config.image_mask == "layers" and self.train.layers is None:
-            raise ValueError(
-                "image_mask='layers' needs drawings that know their layers, and these pictures do "
-                "not; use the built-in ones (mm.openmoji), or another of "
-                f"{', '.join(name for name in IMAGE_MASKERS if name != 'layers')}"
-            )
+        check_maskers(config, self.train)
 
     def _share_tokenizer(self):
         """All data is encoded as the model reads it; a foreign tokenizer gives silent nonsense."""
@@ -181,47 +161,7 @@ class MaskedMultimodalTrainer:
 
         batch: as it comes from the data set. "attentive" also depends on the running mean.
         """
-        return self._draw(self._augmented(batch, epoch), epoch)
-
-    def _draw(self, batch: Batch, epoch: int):
-        config, ids = self.config, batch.sample_ids
-        if epoch >= self.num_epochs - config.unmasked_epochs:
-            return None, None
-        progress = epoch / max(1, self.num_epochs - config.unmasked_epochs - 1)
-
-        def ratio(kind: str):
-            names = ("schedule", "ratio", "final_ratio")
-            schedule, start, final = (getattr(config, f"{kind}_mask_{name}") for name in names)
-            return mask_ratios(
-                schedule, start, final, progress, ids, seed=config.seed, epoch=epoch, stream=kind
-            )
-
-        image = config.painted_mask if config.image_mask == "painted" else ratio("image")
-        return draw_maskings(
-            batch,
-            self.model,
-            seed=config.seed,
-            epoch=epoch,
-            image=(config.image_mask, image),
-            text=(config.text_mask, ratio("text")),
-            text_mode=config.text_mask_mode,
-            attend=None if self.ema is None else lambda: self._attention(batch),
-            layers=self.train.layers,
-            frequency=self.frequency,
-        )
-
-    def _attention(self, batch: Batch) -> Tensor:
-        """What the running mean's class token attends to, at half the resolution."""
-        assert self.ema is not None
-        with autocast_for(self.config.mixed_precision, self.device):
-            pixels = self.model.normalize(batch.pixel_values)
-            return class_attention(self.ema.vit, pixels, half=True, of=self.model.pooling)
-
-    def _augmented(self, batch: Batch, epoch: int) -> Batch:
-        if self.config.augment == "none":
-            return batch
-        noise = mask_noise(self.config.seed, epoch, batch.sample_ids, 2, "shift")
-        return dataclasses.replace(batch, pixel_values=shift_pictures(batch.pixel_values, noise))
+        return self.plan.draw(self.plan.augmented(batch, epoch), epoch)
 
     # -- the step ----------------------------------------------------------------------------
 
@@ -235,9 +175,9 @@ class MaskedMultimodalTrainer:
         """Add the gradient of a batch to the parameters; returns its share of the loss."""
         config = self.config
         accumulate = backward if config.accumulation == "exact" else naive_backward
-        micro_batches = self._augmented(batch, epoch).split(config.gradient_accumulation_steps)
+        micro_batches = self.plan.augmented(batch, epoch).split(config.gradient_accumulation_steps)
         # Drawn once: the replay of a micro-batch must hide the same, and attention costs a look.
-        drawn = {id(micro): self._draw(micro, epoch) for micro in micro_batches}
+        drawn = {id(micro): self.plan.draw(micro, epoch) for micro in micro_batches}
         self.drawn = list(drawn.values())
         return accumulate(
             lambda micro: self.encode(micro, drawn[id(micro)]),
@@ -266,8 +206,7 @@ class MaskedMultimodalTrainer:
         self._count_skipped(norm)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        if self.ema:
-            self.ema.update(self.model.vit)
+        self.plan.after_step()
         with torch.no_grad():  # in the parameter, after the step, so that its gradient stays alive
             self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         return loss, norm
@@ -407,7 +346,7 @@ class MaskedMultimodalTrainer:
             standing = {k: getattr(self, k) for k in ("step", "skipped", "seconds")}
             extra = {
                 "scaler": self.scaler.state_dict(),
-                "ema": self.ema.state_dict() if self.ema else None,
+                "ema": self.plan.state_dict(),
                 "random": states,
                 "epoch_loss": total,
             }
@@ -437,8 +376,7 @@ class MaskedMultimodalTrainer:
         for optimizer, saved in zip(self.optimizers, state["optimizer_state_dict"], strict=True):
             optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])
-        if self.ema:
-            self.ema.load_state_dict(state["ema"])
+        self.plan.load_state_dict(state["ema"])
         for name in ("step", "skipped", "seconds", "best_loss"):
             setattr(self, name, state[name])
         self.epoch_loss = state["epoch_loss"].to(self.device) / self.processes

@@ -5,6 +5,8 @@ import torch
 
 import mmkit as mm
 from mmkit import mask_noise
+from mmkit.masking import IMAGE_MASKERS, TEXT_MASKERS
+from mmkit.patches import patchify, unpatchify
 
 pytestmark = pytest.mark.gpu
 
@@ -71,3 +73,38 @@ def test_resume_is_bit_exact_with_deterministic_kernels(make_model, make_data, t
         train("killed", stop=9)
     resumed = train("killed", resume=True)
     assert [r["loss"] for r in resumed.history] == [r["loss"] for r in whole.history]
+
+
+@pytest.mark.parametrize("name", sorted(IMAGE_MASKERS))
+def test_image_masks_are_the_same_on_the_gpu(name):
+    """Integer orders to the bit; sums (colours, attention) in all but near-ties."""
+    val = mm.openmoji(64)[1]
+    torch.manual_seed(0)
+    model = mm.MultimodalEncoder.preset("tiny", tokenizer=val.tokenizer).eval()
+    batch = val.batch(range(100))
+    image = (name, torch.eye(8) if name == "painted" else 0.6)
+    masks = []
+    for device in ("cpu", "cuda"):
+        there = batch.to(device)
+        masking, _ = mm.masking.draw_maskings(
+            there, model.to_device(device), seed=3, epoch=5, image=image, layers=val.layers
+        )
+        masks.append(masking.mask.cpu())
+        features = model.encode_image(there.pixel_values, masking)
+        noise = torch.randint_like(there.pixel_values, 256)
+        covered = patchify(there.pixel_values, 8)
+        covered = torch.where(masking.mask[..., None], patchify(noise, 8), covered)
+        assert torch.equal(features, model.encode_image(unpatchify(covered, 8, (8, 8)), masking))
+    differing = (masks[0] != masks[1]).float().mean()
+    assert differing <= (0.01 if name in ("cluster", "attentive", "inattentive") else 0)
+
+
+@pytest.mark.parametrize("name", sorted(TEXT_MASKERS))
+def test_text_masks_are_the_same_on_the_gpu(make_model, make_data, name):
+    model, data = make_model(), make_data(53)
+    frequency, batch = data.piece_frequency(), data.batch(range(53))
+    options = dict(text=(name, 0.5), text_mode="80/10/10", frequency=frequency, seed=3, epoch=5)
+    _, here = mm.masking.draw_maskings(batch, model, **options)
+    _, there = mm.masking.draw_maskings(batch.to("cuda"), model.to_device("cuda"), **options)
+    assert torch.equal(here.mask, there.mask.cpu())
+    assert torch.equal(here.substitute, there.substitute.cpu())

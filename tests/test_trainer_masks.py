@@ -88,7 +88,7 @@ def test_a_uniform_ratio_is_one_of_its_own_for_each_sample(make_trainer):
 def test_the_running_mean_is_what_attentive_looks_with(make_trainer, make_model):
     """Not the model in training: its slowly moving copy, at half the resolution."""
     trainer = make_trainer(image_mask="attentive", learning_rate=0.05, num_epochs=3)
-    assert make_trainer().ema is None
+    assert make_trainer().plan.ema is None
     batch = trainer.first_batch()
     for _ in range(3):
         trainer.train_step(batch, 0)
@@ -96,7 +96,7 @@ def test_the_running_mean_is_what_attentive_looks_with(make_trainer, make_model)
     with torch.no_grad():
         mean, now = (
             class_attention(vit, pixels, half=True, of="mean")
-            for vit in (trainer.ema.vit, trainer.model.vit)
+            for vit in (trainer.plan.ema.vit, trainer.model.vit)
         )
     masking = trainer.maskings(batch, 0)[0]
     assert not torch.allclose(mean, now)
@@ -108,8 +108,8 @@ def test_masks_are_drawn_once_per_step(make_trainer, monkeypatch):
     """The replay of a micro-batch hides what the first pass hid, without a second look."""
     trainer = make_trainer(image_mask="attentive", gradient_accumulation_steps=3)
     calls = []
-    attention = trainer._attention
-    monkeypatch.setattr(trainer, "_attention", lambda b: calls.append(len(b)) or attention(b))
+    attention = trainer.plan.attention
+    monkeypatch.setattr(trainer.plan, "attention", lambda b: calls.append(len(b)) or attention(b))
     trainer.train_step(trainer.first_batch(), 0)
     assert calls == [4, 4, 3]
 

@@ -138,7 +138,7 @@ def text_calls(model, batch: mm.Batch, frequency: Tensor) -> Calls:
 
 def attention_calls(trainer: mm.MaskedMultimodalTrainer, batch: mm.Batch) -> Calls:
     """What the attentive maskers do in the trainer, and what the full resolution would cost."""
-    model, ema, batches = trainer.model, trainer.ema, itertools.cycle(batch.split(STEPS))
+    model, ema, batches = trainer.model, trainer.plan.ema, itertools.cycle(batch.split(STEPS))
     side = f"{model.image_size} px"
 
     def look(half):
@@ -148,7 +148,7 @@ def attention_calls(trainer: mm.MaskedMultimodalTrainer, batch: mm.Batch) -> Cal
 
     def draw(name, label):
         part = next(batches)
-        by, attend = (name, ratio_of(label, part.sample_ids)), lambda: trainer._attention(part)
+        by, attend = (name, ratio_of(label, part.sample_ids)), lambda: trainer.plan.attention(part)
         return draw_maskings(part, model, seed=0, epoch=0, image=by, attend=attend)
 
     calls: Calls = {

@@ -1,0 +1,122 @@
+"""What a run hides, and when: masks as a function of configuration, epoch and sample.
+
+All but the attentive maskers could be replayed from the configuration alone; these look through a
+running mean of the model, which therefore belongs to a run's state. `mask` True = HIDDEN.
+Walk-through: notebooks/02_masking.ipynb.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from .attention import RunningMean, class_attention
+from .config import TrainingConfig
+from .data import Batch, MultimodalDataset
+from .encoder import MultimodalEncoder
+from .masking import (
+    ATTENTION_MASKERS,
+    IMAGE_MASKERS,
+    TEXT_MASKERS,
+    Masking,
+    draw_maskings,
+    find_masker,
+    mask_noise,
+    mask_ratios,
+)
+from .pictures import shift_pictures
+from .precision import autocast_for
+
+
+def check_maskers(config: TrainingConfig, train: MultimodalDataset):
+    """ValueError for a masker that is not known, or that these pictures cannot serve."""
+    find_masker(config.image_mask, IMAGE_MASKERS)
+    find_masker(config.text_mask, TEXT_MASKERS)
+    if config.image_mask == "layers" and train.layers is None:
+        raise ValueError(
+            "image_mask='layers' needs drawings that know their layers, and these pictures do not; "
+            "use the built-in ones (mm.openmoji), or another of "
+            f"{', '.join(name for name in IMAGE_MASKERS if name != 'layers')}"
+        )
+
+
+class MaskPlan:
+    """The masks and the augmentation of a training run.
+
+    ema: the running mean that "attentive" and "inattentive" look with; None for other maskers.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        model: MultimodalEncoder,
+        train: MultimodalDataset,
+        num_epochs: int,
+    ):
+        self.config, self.model, self.layers = config, model, train.layers
+        self.masked_epochs = num_epochs - config.unmasked_epochs
+        looks = config.image_mask in ATTENTION_MASKERS and config.image_mask_ratio > 0
+        self.ema = RunningMean(model.vit, config.ema_momentum) if looks else None
+        counts = config.text_mask == "frequency"
+        self.frequency = train.piece_frequency() if counts else None
+
+    def augmented(self, batch: Batch, epoch: int) -> Batch:
+        """The batch as the encoder gets it in that epoch, before masking."""
+        if self.config.augment == "none":
+            return batch
+        noise = mask_noise(self.config.seed, epoch, batch.sample_ids, 2, "shift")
+        return dataclasses.replace(batch, pixel_values=shift_pictures(batch.pixel_values, noise))
+
+    def _ratio(self, kind: str, batch: Batch, epoch: int) -> float | Tensor:
+        config = self.config
+        return mask_ratios(
+            getattr(config, f"{kind}_mask_schedule"),
+            getattr(config, f"{kind}_mask_ratio"),
+            getattr(config, f"{kind}_mask_final_ratio"),
+            epoch / max(1, self.masked_epochs - 1),
+            batch.sample_ids,
+            seed=config.seed,
+            epoch=epoch,
+            stream=kind,
+        )
+
+    def draw(self, batch: Batch, epoch: int) -> tuple[Masking | None, Masking | None]:
+        """(image, text) `Masking` of an augmented batch; None where nothing is hidden."""
+        if epoch >= self.masked_epochs:
+            return None, None
+        config, image = self.config, self._ratio("image", batch, epoch)
+        painted = config.image_mask == "painted"
+        return draw_maskings(
+            batch,
+            self.model,
+            seed=config.seed,
+            epoch=epoch,
+            image=(config.image_mask, config.painted_mask if painted else image),
+            text=(config.text_mask, self._ratio("text", batch, epoch)),
+            text_mode=config.text_mask_mode,
+            attend=None if self.ema is None else lambda: self.attention(batch),
+            layers=self.layers,
+            frequency=self.frequency,
+        )
+
+    def attention(self, batch: Batch) -> Tensor:
+        """(B, N): what the running mean attends to, at half the resolution (see attention.py)."""
+        assert self.ema is not None
+        with autocast_for(self.config.mixed_precision, batch.pixel_values.device):
+            pixels = self.model.normalize(batch.pixel_values)
+            return class_attention(self.ema.vit, pixels, half=True, of=self.model.pooling)
+
+    @torch.no_grad()
+    def after_step(self):
+        """Let the running mean follow the model."""
+        if self.ema is not None:
+            self.ema.update(self.model.vit)
+
+    def state_dict(self) -> dict | None:
+        """The running mean, for a checkpoint; None where there is none."""
+        return None if self.ema is None else self.ema.state_dict()
+
+    def load_state_dict(self, state: dict | None):
+        """Go on from a saved state."""
+        if self.ema is not None and state is not None:
+            self.ema.load_state_dict(state)
