@@ -1,8 +1,11 @@
 """A wrong value never starts a run; the learning rate follows its schedule."""
 
+import json
 import math
 
+import numpy as np
 import pytest
+import torch
 
 from mmkit import TrainingConfig
 
@@ -23,6 +26,28 @@ from mmkit import TrainingConfig
         (dict(temperature=0.001), "at least 0.01"),
         (dict(mixed_precision="bf17"), "known: auto, bf16, fp16, no"),
         (dict(max_steps=0), "None or at least 1"),
+        (dict(text_mask_mode="80-10-10"), "did you mean '80/10/10'"),
+        (dict(image_mask_mode="80/10/10"), "known: drop, replace"),
+        (dict(image_mask_schedule="cosin"), "did you mean 'cosine'"),
+        (dict(text_mask_schedule="step"), "known: constant, cosine, linear, uniform"),
+        (dict(image_mask_schedule="linear"), "image_mask_final_ratio=None must be given with a s"),
+        (dict(text_mask_schedule="uniform"), "text_mask_final_ratio=None must be given with a s"),
+        (dict(image_mask_final_ratio=0.9), "image_mask_final_ratio=0.9 must be given with a sch"),
+        (dict(text_mask_final_ratio=0.9), "text_mask_final_ratio=0.9 must be given with a sched"),
+        (
+            dict(image_mask_schedule="linear", image_mask_final_ratio=1.0),
+            r"image_mask_final_ratio=1.0 must be None or in \[0, 1\)",
+        ),
+        (
+            dict(text_mask_schedule="cosine", text_mask_final_ratio=-0.5),
+            r"text_mask_final_ratio=-0.5 must be None or in \[0, 1\)",
+        ),
+        (dict(ema_momentum=1.0), r"ema_momentum=1.0 must be in \[0, 1\)"),
+        (dict(ema_momentum=-0.1), r"ema_momentum=-0.1 must be in \[0, 1\)"),
+        (dict(image_mask="painted"), "painted_mask=None must be given with image_mask='painted'"),
+        (dict(painted_mask=[[0, 1]]), "must be given with image_mask='painted', and only then"),
+        (dict(image_mask="layers", augment="shift"), "augment='shift' moves .* use augment='none'"),
+        (dict(emma_momentum=0.9), "did you mean 'ema_momentum'"),
     ],
 )
 def test_wrong_values_are_refused_in_words(values, words):
@@ -50,8 +75,43 @@ def test_other_schedules(schedule):
     assert math.isfinite(config.lr_fraction(0, 1))
 
 
-def test_to_dict_is_plain():
-    import json
+def test_what_is_hidden_by_default():
+    """Random half of the patches dropped, all the time; words seen; hidden ones by a token."""
+    config = TrainingConfig()
+    image = (config.image_mask, config.image_mask_ratio, config.image_mask_mode)
+    text = (config.text_mask, config.text_mask_ratio, config.text_mask_mode)
+    assert image == ("random", 0.5, "drop") and text == ("random", 0.0, "replace")
+    assert config.image_mask_schedule == config.text_mask_schedule == "constant"
+    assert config.image_mask_final_ratio is config.text_mask_final_ratio is None
+    assert config.painted_mask is None and config.ema_momentum == 0.996
 
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "uniform"])
+def test_a_schedule_takes_a_final_ratio(schedule):
+    """0 is a ratio like others, not a missing one."""
+    options = dict(image_mask_schedule=schedule, text_mask_schedule=schedule)
+    config = TrainingConfig(image_mask_final_ratio=0, text_mask_final_ratio=0.9, **options)
+    assert (config.image_mask_final_ratio, config.text_mask_final_ratio) == (0, 0.9)
+    assert TrainingConfig(text_mask_mode="80/10/10").text_mask_mode == "80/10/10"
+
+
+@pytest.mark.parametrize(
+    "painted",
+    [
+        [[0, 1, 0], [1, 1, 0]],
+        np.array([[0, 255, 0], [7, 1, 0]], dtype=np.uint8),
+        torch.tensor([[False, True, False], [True, True, False]]),
+        ((0.0, 0.5, 0.0), (1.0, 1.0, 0.0)),
+    ],
+)
+def test_a_painted_mask_becomes_plain_values(painted):
+    """Whatever stands for true: rows of 0 and 1, which a file takes and gives back."""
+    config = TrainingConfig(image_mask="painted", painted_mask=painted)
+    assert config.painted_mask == [[0, 1, 0], [1, 1, 0]]
+    again = TrainingConfig(**json.loads(json.dumps(config.to_dict())))
+    assert again == config
+
+
+def test_to_dict_is_plain():
     config = TrainingConfig(schedule=math.sin)
     assert json.loads(json.dumps(config.to_dict()))["schedule"] == "function sin"

@@ -1,5 +1,7 @@
 """Pictures arrive as a person would see them; batches are the same from files and from memory."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -160,6 +162,28 @@ def test_shift_moves_pictures_by_their_own_noise():
     assert torch.equal(moved[1, :, :-2], pixels[1, :, 2:])
     assert torch.equal(moved[2, :, :, 2:], pixels[2, :, :, :-2])
     assert torch.equal(moved[2, :, :, 0], pixels[2, :, :, 0])
+
+
+def test_frequency_of_pieces_is_counted_over_all_captions(files):
+    """Against a loop over captions: no ends, no padding, every caption of a picture once."""
+    data = MultimodalDataset(files, TEXTS, image_size=13)
+    captions = [c for text in TEXTS for c in ([text] if isinstance(text, str) else text)]
+    counts = Counter()
+    for caption in captions:
+        counts.update(data.tokenizer(caption, add_special_tokens=False)["input_ids"])
+    expected = torch.zeros(len(data.tokenizer))
+    for piece, count in counts.items():
+        expected[piece] = count / sum(counts.values())
+    frequency = data.piece_frequency()
+    torch.testing.assert_close(frequency, expected)
+    assert frequency.sum().item() == pytest.approx(1)
+    assert frequency[data.tokenizer.convert_tokens_to_ids("and")] == pytest.approx(2 / 15)
+    part = data.subset([3, 4])  # its own captions, the same ids
+    assert part.piece_frequency()[data.tokenizer.convert_tokens_to_ids("and")] == pytest.approx(
+        2 / 7
+    )
+    data.use_tokenizer(data.tokenizer, 3)  # cut captions: what is cut is not counted
+    assert (data.piece_frequency() > 0).sum() < (expected > 0).sum()
 
 
 def test_bad_input_is_refused_in_words(files, tmp_path):

@@ -5,10 +5,18 @@ import math
 import pytest
 import torch
 
-from mmkit import MultimodalEncoder, mask_noise
-from mmkit.encoder import patchify, unpatchify
-from mmkit.masking import maskable_words, random_mask, random_text_mask
+from mmkit import Masking, MultimodalEncoder, mask_noise
+from mmkit.masking import (
+    IMAGE_MASKERS,
+    TEXT_MASKERS,
+    Caption,
+    caption_of,
+    random_mask,
+    random_text_mask,
+)
+from mmkit.patches import patchify, unpatchify
 from mmkit.tokenizer import encode_texts
+from tests.test_masking import draw
 
 
 @pytest.fixture
@@ -24,6 +32,14 @@ def texts(tokenizer):
 def pictures(count=3, size=15, seed=0):
     torch.manual_seed(seed)
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+
+
+def hide_some(model, texts, ratio):
+    """A random text `Masking`."""
+    input_ids, valid = texts
+    words = valid & ~torch.isin(input_ids, model.special_ids)
+    noise = mask_noise(0, 0, torch.arange(len(input_ids)), input_ids.shape[1], "text")
+    return random_text_mask(noise, ratio, Caption(valid, words))
 
 
 def test_patchify_and_back():
@@ -55,54 +71,215 @@ def test_a_mask_that_hides_nothing_changes_nothing(model):
         torch.testing.assert_close(close, model.encode_image(pictures()))
 
 
-@pytest.mark.parametrize("mode", ["drop", "replace"])
-def test_hidden_pixels_cannot_be_seen(model, mode):
-    """Changing hidden pixels leaves the features as they are, to the bit; visible ones do not."""
-    masking = random_mask(mask_noise(0, 0, torch.arange(3), 9), 0.6)
-    one, other = patchify(pictures(seed=1), 5), patchify(pictures(seed=2), 5)
-    mixed = torch.where(masking.mask[..., None], other, one)
-    seen = [
-        model.encode_image(unpatchify(x, 5, (3, 3)), masking, mode) for x in (one, mixed, other)
-    ]
-    assert torch.equal(seen[0], seen[1])
-    assert not torch.allclose(seen[0], seen[2])
+# -- hidden means hidden ---------------------------------------------------------------------
+
+IMAGE_MODES = ("drop", "replace")
+TEXT_MODES = ("drop", "replace", "80/10/10")
+# One ratio for all, and one per sample, so that dropping needs filler.
+RATIOS = (0.5, torch.linspace(0.05, 0.9, 7, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("mode", ["drop", "replace"])
-def test_hidden_words_cannot_be_seen(model, texts, mode):
+@pytest.fixture
+def batch(make_data):
+    return make_data(7).batch(range(7))
+
+
+@pytest.fixture
+def every_model(make_model):
+    """Each attention implementation with each pooling."""
+
+    def models():
+        for pooling in ("mean", "cls"):
+            model = make_model(pooling=pooling).eval()
+            for kind in ("eager", "sdpa"):
+                model.vit.set_attn_implementation(kind)
+                model.bert.set_attn_implementation(kind)
+                yield model
+
+    return models
+
+
+def repaint(pixels, where):
+    """Other random pixels in the patches `where` (B, 9)."""
+    return unpatchify(
+        torch.where(
+            where[..., None], patchify(pictures(len(where), seed=7), 5), patchify(pixels, 5)
+        ),
+        5,
+        (3, 3),
+    )
+
+
+def reword(model, input_ids, where):
+    """Other words at the places `where` (B, L)."""
+    words = model.word_ids
+    return torch.where(where, words[(input_ids + 3) % len(words)], input_ids)
+
+
+def one_visible(allowed):
+    """(B, L) bool: the first of the allowed places of each row."""
+    return allowed & (allowed.cumsum(1) == 1)
+
+
+@pytest.mark.parametrize("mode", IMAGE_MODES)
+@pytest.mark.parametrize("name", IMAGE_MASKERS)
+def test_hidden_pixels_cannot_be_seen(every_model, batch, name, mode):
+    """Other pixels in all hidden patches, filler's too: the same features to the bit.
+
+    Other pixels in a single visible patch: other features of each picture.
+    """
+    pixels = batch.pixel_values
+    painted = mask_noise(0, 0, batch.sample_ids, 9, "painted").unflatten(1, (3, 3)) < 0.5
+    for model in every_model():
+        for ratio in RATIOS:
+            masking = draw(batch, model, name, ratio=ratio, painted=painted)[0]
+            assert masking.mask.any()
+            seen = model.encode_image(pixels, masking, mode)
+            others = repaint(pixels, masking.mask)
+            assert torch.equal(seen, model.encode_image(others, masking, mode))
+            visible = repaint(pixels, one_visible(~masking.mask))
+            assert (seen != model.encode_image(visible, masking, mode)).any(1).all()
+
+
+@pytest.mark.parametrize("mode", TEXT_MODES)
+@pytest.mark.parametrize("name", TEXT_MASKERS)
+def test_hidden_words_cannot_be_seen(every_model, batch, name, mode):
+    """Other words in all hidden places: the same features to the bit; in a visible one: others.
+
+    With 80/10/10 a tenth of the hidden words stays as it is; with the `Masking` held fixed, what
+    is seen there is the word that was there when it was drawn.
+    """
+    ids, valid = batch.input_ids, batch.valid
+    for model in every_model():
+        words = caption_of(batch, model).maskable
+        for ratio in RATIOS:
+            masking = draw(batch, model, text=name, ratio=ratio, text_mode=mode)[1]
+            assert masking.mask.any() and (mode == "80/10/10") == (masking.substitute is not None)
+            seen = model.encode_text(ids, valid, masking, mode)
+            others = reword(model, ids, masking.mask)
+            assert ((others != ids) == masking.mask).all()
+            assert torch.equal(seen, model.encode_text(others, valid, masking, mode))
+            visible = reword(model, ids, one_visible(words & ~masking.mask))
+            assert (seen != model.encode_text(visible, valid, masking, mode)).any(1).all()
+
+
+def test_hidden_words_cannot_be_seen_in_a_large_batch(make_model, make_data):
+    """Where short captions run apart from long ones, too; how they are sorted is no leak."""
+    model, batch = make_model().eval(), make_data(71).batch(range(71))
+    for mode in TEXT_MODES:
+        masking = draw(batch, model, text_mode=mode)[1]
+        others = reword(model, batch.input_ids, masking.mask)
+        a, b = (
+            model.encode_text(ids, batch.valid, masking, mode) for ids in (batch.input_ids, others)
+        )
+        assert torch.equal(a, b)
+
+
+def test_a_forward_pass_sees_what_is_visible_alone(every_model, batch):
+    """Both at once, as in training: features as from each encoder, nothing hidden in them."""
+    for model in every_model():
+        for modes in zip(IMAGE_MODES, TEXT_MODES, strict=False):
+            maskings = draw(batch, model, "block", "whole_word", RATIOS[1])
+            out = model(batch, *maskings, *modes)
+            image = model.encode_image(batch.pixel_values, maskings[0], modes[0])
+            text = model.encode_text(batch.input_ids, batch.valid, maskings[1], modes[1])
+            assert torch.equal(out.image_features, image) and torch.equal(out.text_features, text)
+            others = batch[:]
+            others.pixel_values = repaint(batch.pixel_values, maskings[0].mask)
+            others.input_ids = reword(model, batch.input_ids, maskings[1].mask)
+            again = model(others, *maskings, *modes)
+            assert torch.equal(out.image_features, again.image_features)
+            assert torch.equal(out.text_features, again.text_features)
+
+
+def test_filler_is_as_if_it_were_not_there(every_model, batch):
+    """Rows of different length together, and each alone without filler: the same features."""
+    for model in every_model():
+        image, text = draw(batch, model, "inverse_block", "block", RATIOS[1])
+        assert not image.keep_valid.all() and not text.keep_valid.all()
+        ids, valid = batch.input_ids, batch.valid
+        pictures_together = model.encode_image(batch.pixel_values, image)
+        texts_together = model.encode_text(ids, valid, text)
+        for row in range(7):
+            rows = slice(row, row + 1)
+
+            def alone(masking, rows=rows):
+                kept = masking.ids_keep[rows][masking.keep_valid[rows]][None]
+                return Masking(masking.mask[rows], kept, masking.ids_restore[rows])
+
+            close = dict(rtol=1e-5, atol=1e-6)
+            features = model.encode_image(batch.pixel_values[rows], alone(image))
+            torch.testing.assert_close(pictures_together[rows], features, **close)
+            features = model.encode_text(ids[rows], valid[rows], alone(text))
+            torch.testing.assert_close(texts_together[rows], features, **close)
+
+
+def shuffled(masking, first=0):
+    """The same kept tokens and filler in another order, each row its own, from place `first` on."""
+    order = mask_noise(1, 0, torch.arange(7), masking.ids_keep.shape[1])
+    order[:, :first] = -1
+    order = order.argsort(1)
+    kept, real = masking.ids_keep.gather(1, order), masking.keep_valid.gather(1, order)
+    return Masking(masking.mask, kept, masking.ids_restore, real)
+
+
+def test_positions_travel_with_what_is_kept(every_model, batch):
+    """Permuted kept tokens give the same features; contents that change places do not."""
+    ids, valid = batch.input_ids, batch.valid
+    for model in every_model():
+        image, text = draw(batch, model, "random", "random", torch.linspace(0.1, 0.6, 7))
+        assert not torch.equal(shuffled(image).ids_keep, image.ids_keep)
+        seen = model.encode_image(batch.pixel_values, image)
+        again = model.encode_image(batch.pixel_values, shuffled(image))
+        torch.testing.assert_close(seen, again, rtol=1e-5, atol=1e-6)
+        patches, rows = patchify(batch.pixel_values, 5), torch.arange(7)
+        a, b = image.ids_keep[:, 0], image.ids_keep[:, 1]  # two kept patches
+        patches[rows, a], patches[rows, b] = patches[rows, b], patches[rows, a]
+        swapped = model.encode_image(unpatchify(patches, 5, (3, 3)), image)
+        assert ((swapped - seen).abs().amax(1) > 1e-4).all()
+
+        seen = model.encode_text(ids, valid, text)
+        again = model.encode_text(ids, valid, shuffled(text, first=1))  # [CLS] stays the first
+        torch.testing.assert_close(seen, again, rtol=1e-5, atol=1e-6)
+
+
+def test_a_dropped_word_leaves_a_gap(model, texts):
+    """The words after it keep their positions: against transformers with position_ids."""
     input_ids, valid = texts
-    words = maskable_words(input_ids, valid, model.special_ids)
-    masking = random_text_mask(torch.rand(input_ids.shape), 0.5, valid, words)
-    assert masking.mask.any()
-    other = torch.where(masking.mask, (input_ids + 3) % len(model.tokenizer), input_ids)
-    a, b = (model.encode_text(ids, valid, masking, mode) for ids in (input_ids, other))
-    assert torch.equal(a, b)
-    assert not torch.allclose(a, model.encode_text(input_ids, valid))
-
-
-def test_order_of_kept_patches_does_not_matter(model):
-    """Positions travel with the patches: shuffling the kept ones gives the same features."""
-    masking = random_mask(torch.rand(3, 9), 0.3)
-    shuffled = random_mask(torch.rand(3, 9), 0.3)
-    shuffled.mask, order = masking.mask, torch.randperm(6)
-    shuffled.ids_keep = masking.ids_keep[:, order]
-    a, b = (model.encode_image(pictures(), m) for m in (masking, shuffled))
-    torch.testing.assert_close(a, b)
-    shuffled.ids_keep = masking.ids_keep.sort(1).values.roll(1, 0)  # another sample's patches
-    assert not torch.allclose(a, model.encode_image(pictures(), shuffled))
-
-
-def test_dropping_and_keeping_positions_of_words(model, texts):
-    """A dropped word leaves a gap: the words after it keep their positions."""
-    input_ids, valid = texts
-    words = maskable_words(input_ids, valid, model.special_ids)
-    masking = random_text_mask(torch.rand(input_ids.shape), 0.4, valid, words)
+    masking = hide_some(model, texts, 0.4)
     row = 2
     keep = masking.ids_keep[row][masking.keep_valid[row]]
+    assert keep.max() + 1 > len(keep)
     embeds = model.bert.embeddings.word_embeddings(input_ids[row, keep])[None]
     expected = model.bert(inputs_embeds=embeds, position_ids=keep[None]).last_hidden_state[0]
     tokens, kept = model.text_tokens(input_ids, valid, masking, "drop")
     torch.testing.assert_close(tokens[row][kept[row]], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_dropped_patches_equal_a_tower_that_never_had_them(model):
+    """Against transformers' own blocks, fed the kept patches' embeddings alone."""
+    pixels, masking = pictures(), random_mask(mask_noise(0, 0, torch.arange(3), 9), 0.6)
+    embedded = model.vit.embeddings(model.normalize(pixels))  # (3, 10, D), with positions
+    kept = torch.cat([torch.zeros(3, 1, dtype=torch.int64), 1 + masking.ids_keep], 1)
+    x = embedded[torch.arange(3)[:, None], kept]
+    for block in model.vit.layers:
+        x = block(x)
+    torch.testing.assert_close(model.image_tokens(pixels, masking), model.vit.layernorm(x))
+
+
+def test_mask_tokens_learn_where_they_are_seen(make_model, batch):
+    """With "replace" and "80/10/10" they get a gradient; with "drop" they get none."""
+    for text_mode, learns in (("replace", True), ("80/10/10", True), ("drop", False)):
+        model = make_model()
+        maskings = draw(batch, model, text_mode=text_mode)
+        out = model(batch, *maskings, "drop" if text_mode == "drop" else "replace", text_mode)
+        (out.image_features + out.text_features)[:, 0].sum().backward()
+        for token in (model.image_mask_token, model.text_mask_token):
+            assert (token.grad is not None and token.grad.abs().min() > 0) == learns
+        assert model.vit.embeddings.patch_embeddings.projection.weight.grad.any()
+
+
+# -- sizes, checkpoints, errors ----------------------------------------------------------------
 
 
 def test_padding_cannot_change_features(model, texts):
@@ -121,7 +298,7 @@ def test_captions_of_any_length_go_together(model, make_data):
     ones = [batch[i : i + 1] for i in range(71)]
     alone = [model.encode_text(one.input_ids, one.valid) for one in ones]
     torch.testing.assert_close(together, torch.cat(alone))
-    masking = random_text_mask(torch.rand(batch.valid.shape), 0.4, batch.valid, batch.valid)
+    masking = hide_some(model, (batch.input_ids, batch.valid), 0.4)
     dropped = model.encode_text(batch.input_ids, batch.valid, masking, "drop")
     part = torch.arange(0, 71, 3)
     apart = model.encode_text(batch.input_ids[part], batch.valid[part], masking[part], "drop")

@@ -31,11 +31,13 @@ class Layers:
         return noise.unflatten(1, (4, -1)) < 0.4
 
 
-def draw(batch, model, image="random", text="random", ratio=0.5, epoch=0, **options):
+def draw(
+    batch, model, image="random", text="random", ratio=0.5, epoch=0, painted=PAINTED, **options
+):
     """Both maskings of a batch by these maskers, with all that any of them needs."""
     frequency = mask_noise(0, 0, torch.arange(1), len(model.tokenizer), "frequency")[0]
     options = dict(seed=3, layers=Layers(), frequency=frequency) | options
-    image_ratio = PAINTED if image == "painted" else ratio
+    image_ratio = painted if image == "painted" else ratio
     return draw_maskings(
         batch, model, epoch=epoch, image=(image, image_ratio), text=(text, ratio), **options
     )

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mmkit import info_nce, sigmoid_loss
-from mmkit.masking import draw_maskings
+from mmkit.masking import draw_maskings, mask_ratios
 from mmkit.step import backward, naive_backward
 
 
@@ -14,18 +14,19 @@ def kind(request):
     return request.param
 
 
-def encode_with(model, modes=("drop", "replace")):
+def encode_with(model, modes=("drop", "replace"), schedule="constant"):
     """A masked forward pass, its masks a pure function of the batch, as the trainer's."""
 
     def encode(batch):
+        ratio = mask_ratios(schedule, 0.4, 0.7, 0.0, batch.sample_ids, seed=0, epoch=0)
         masks = draw_maskings(
             batch,
-            9,
-            model.special_ids,
+            model,
             seed=0,
             epoch=0,
-            image=("random", 0.5),
-            text=("random", 0.4),
+            image=("random", ratio),
+            text=("random", ratio),
+            text_mode=modes[1],
         )
         return model(batch, *masks, *modes)
 
@@ -67,6 +68,21 @@ def test_accumulated_gradient_is_the_gradient_of_the_big_batch(make_model, make_
     ours = gradients(model)
     assert relative_error(ours, reference) < 1e-5
     torch.testing.assert_close(ours["logit_scale"], reference["logit_scale"])
+
+
+@pytest.mark.parametrize("modes", [("drop", "drop"), ("replace", "80/10/10")])
+def test_micro_batches_of_other_widths_give_the_same_gradient(make_model, make_data, kind, modes):
+    """With a ratio per sample each micro-batch is filled up to a longest row of its own."""
+    model, batch = make_model().train(), make_data(23).batch(range(23))
+    encode, scale = encode_with(model, modes, "uniform"), (model.logit_scale, model.logit_bias)
+    if modes[0] == "drop":
+        widths = [encode(part).image_tokens.shape[1] for part in batch.split(5)]
+        assert len(set(widths)) > 1
+    backward(encode, [batch], scale, kind)
+    reference = gradients(model)
+    model.zero_grad()
+    backward(encode, batch.split(5), scale, kind)
+    assert relative_error(gradients(model), reference) < 1e-5
 
 
 def test_dropout_is_replayed(make_model, make_data, kind):

@@ -3,6 +3,7 @@
 import pytest
 
 from mmkit.tokenizer import (
+    continues_word,
     encode_texts,
     special_ids,
     tokenizer_from_state,
@@ -61,6 +62,47 @@ def test_saved_as_text_and_read_back():
     assert tokenizer(words)["input_ids"] == other(words)["input_ids"]
     assert special_ids(tokenizer).tolist() == special_ids(other).tolist()
     assert tokenizer.unk_token_id not in special_ids(tokenizer)
+
+
+def words_of(tokenizer, text):
+    """The pieces of a text, those of one word together."""
+    goes_on, words = continues_word(tokenizer), []
+    for i in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        if not goes_on[i]:
+            words.append([])
+        words[-1] += tokenizer.convert_ids_to_tokens([i])
+    return words
+
+
+def test_pieces_of_one_word_are_known_as_such():
+    """Gluing what goes on with a word to it gives the words of the text, marks removed."""
+    tokenizer = train_wordpiece(TEXTS)
+    text = "an old redboat of francehouses"
+    pieces = words_of(tokenizer, text)
+    assert max(map(len, pieces)) > 2
+    assert ["".join(word).replace("##", "") for word in pieces] == text.split()
+    assert continues_word(tokenizer).shape == (len(tokenizer),)
+    assert not continues_word(tokenizer)[special_ids(tokenizer)].any()
+
+
+@pytest.mark.parametrize("mark", ["\u2581", "\u0120"])
+def test_tokenizers_that_mark_where_words_begin(mark):
+    """SentencePiece's and byte-level BPE's marks: the other way round, the same words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = (
+        pre_tokenizers.Metaspace()
+        if mark == "\u2581"
+        else pre_tokenizers.ByteLevel(add_prefix_space=True)
+    )
+    raw.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    text = "an old redboat of francehouses"
+    pieces = words_of(tokenizer, text)
+    assert max(map(len, pieces)) > 2
+    assert ["".join(word) for word in pieces] == [mark + word for word in text.split()]
 
 
 def test_bad_input_is_refused_in_words():
