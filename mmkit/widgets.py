@@ -1,81 +1,337 @@
-"""Thin controls over plots, for JupyterLab.
+"""The masking lab: controls over masks, a picture to paint on, and what a model makes of it.
 
-A control only sets arguments of a function that also runs without it; pictures are composed with
-tensors and sent as PNG bytes, because drawing a new matplotlib figure on each move of a slider
-takes twice as long. Walk-through: notebooks/02_masking.ipynb.
+Nothing is computed here that a function does not compute elsewhere: masks are those of
+`masking.draw_maskings`, the same that training draws. `mask` is True where a token is HIDDEN.
+Python sends a picture's bytes when the picture changes and a mask's bytes when the mask does; the
+browser draws (mask_canvas.js), because a new figure for each move of a slider takes three times as
+long. Walk-through: notebooks/02_masking.ipynb.
 """
 
+import base64
+import contextlib
 import io
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .data import MultimodalDataset
-from .masking import IMAGE_MASKERS, find_masker, mask_noise
+from .data import Batch, MultimodalDataset
+from .encoder import MultimodalEncoder
+from .lab_parts import (
+    Reader,
+    at_rest,
+    caption_html,
+    caption_pieces,
+    checked_patch,
+    count_tokens,
+    counts_html,
+    png,
+    pool_rows,
+    rank_of,
+    ranking_html,
+    relative_cost,
+    seen_in_words,
+    still_figure,
+)
+from .losses import similarity
+from .masking import ATTENTION_MASKERS, IMAGE_MASKERS, TEXT_MASKERS, draw_maskings
 from .plots import paint_mask
 
-
-def png(picture: Tensor, side: int) -> bytes:
-    """A picture (3, H, W) uint8 as PNG bytes, enlarged by whole factors to at least `side` px."""
-    from PIL import Image
-
-    image = Image.fromarray(np.asarray(picture).transpose(1, 2, 0))
-    factor = max(1, -(-side // image.width))
-    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
+POOL = 24  # captions that the picture is compared with
 
 
-class MaskExplorer:
-    """Sliders over the mask of a picture: which patches would the encoder see?
+class MaskLab:
+    """Masks of a picture and of its caption, to look at, to change and to paint.
 
-    `MaskExplorer(dataset)` as the last line of a cell shows it. Controls: picture, hidden share in
-    per cent, seed, epoch; arrow keys move them. `explorer.masking` is the current `Masking`: the
-    same that training draws for this sample, seed and epoch.
+    `MaskLab(dataset)` as the last line of a cell shows it. Controls, all for the keyboard too:
+    `row`, `seed`, `epoch`; `image_masker`, `image_percent`, `image_mode` for the patches;
+    `text_masker`, `text_percent`, `text_mode` for the words. `masking` and `text_masking` are the
+    `Masking`s shown, of one row, None where nothing is to be hidden: bit for bit those that
+    training draws for this sample, seed, epoch and share. (But "attentive" looks with this model at
+    full resolution, training with its running mean at half.)
+
+    Painting on the picture, or `paint(array)`, makes `painted`, (h, w) bool, the mask; a move of
+    the masker, its share, seed or epoch goes back to a computed one. With a model: `cosines` of the
+    masked picture with the masked captions of `rows`, and `rank`, the right one's place.
+    patch_size: None takes the model's; without one 8 up to 96 pixels, else 16. Raises ValueError
+    where it does not divide the picture.
     """
 
-    def __init__(self, dataset: MultimodalDataset, patch_size: int = 8, masker: str = "random"):
+    def __init__(
+        self,
+        dataset: MultimodalDataset,
+        model: MultimodalEncoder | None = None,
+        patch_size: int | None = None,
+    ):
         import ipywidgets as w
 
-        self.dataset, self.patch_size = dataset, patch_size
-        self.masker = find_masker(masker, IMAGE_MASKERS)
-        style = dict(style={"description_width": "9em"}, layout=w.Layout(width="26em"))
-        self.row = w.IntSlider(0, 0, len(dataset) - 1, description="picture", **style)
-        self.ratio = w.IntSlider(50, 0, 99, description="hidden (%)", **style)
-        self.seed = w.IntSlider(0, 0, 99, description="seed", **style)
-        self.epoch = w.IntSlider(0, 0, 99, description="epoch", **style)
-        edge = w.Layout(border="1px solid #ccc")  # white patches end at a white page
-        self.image = w.Image(format="png", width=320, height=320, layout=edge)
-        self.image.add_class("mmkit-picture")
-        self.words = w.HTML()
-        self.controls = (self.row, self.ratio, self.seed, self.epoch)
+        from .mask_canvas import MaskCanvas
+
+        self.dataset, self.model = dataset, model
+        self.patch_size = checked_patch(dataset, model, patch_size)
+        height, width = dataset[0]["image"].shape[1:]
+        self.grid = (height // self.patch_size, width // self.patch_size)
+        self.painted: np.ndarray | None = None
+        self._computed, self._warning, self._quiet = "random", "", False
+        self._cache: dict[str, tuple] = {}
+
+        style: dict = dict(style={"description_width": "128px"}, layout=w.Layout(width="324px"))
+
+        def slider(words, value, most):
+            return w.IntSlider(value, 0, most, description=words, tooltip=words, **style)
+
+        def choice(words, options):
+            return w.Dropdown(options=options, description=words, tooltip=words, **style)
+
+        missing = ["layers"] if dataset.layers is None else []
+        missing += [] if model else ATTENTION_MASKERS
+        modes = [("left out (drop)", "drop"), ("mask token (replace)", "replace")]
+        self.row = slider("picture (row)", 0, len(dataset) - 1)
+        self.seed = w.BoundedIntText(0, 0, 2**31 - 1, description="seed", tooltip="seed", **style)
+        self.epoch = slider("epoch", 0, 99)
+        self.image_masker = choice("image masker", [n for n in IMAGE_MASKERS if n not in missing])
+        self.image_percent = slider("patches hidden (%)", 50, 99)
+        self.image_mode = choice("hidden patches are", modes)
+        self.text_masker = choice("text masker", list(TEXT_MASKERS))
+        self.text_percent = slider("words hidden (%)", 25, 99)
+        self.text_mode = choice("hidden words are", [*modes, ("80/10/10 (as BERT)", "80/10/10")])
+        columns = (
+            (self.row, self.seed, self.epoch),
+            (self.image_masker, self.image_percent, self.image_mode),
+            (self.text_masker, self.text_percent, self.text_mode),
+        )
+        self.controls = tuple(control for column in columns for control in column)
+        self.canvas = MaskCanvas(rows=self.grid[0], columns=self.grid[1])
+        self.words = w.HTML(layout=w.Layout(width="232px" if model else "600px"))
+        self.ranking = w.HTML(layout=w.Layout(width="424px", display=None if model else "none"))
+        self._update()
         for control in self.controls:
-            control.observe(self._update, "value")
-        self.view = w.HBox([self.image, w.VBox([*self.controls, self.words])])
+            control.observe(self._moved, "value")
+        self.canvas.observe(self._painted_by_hand, "mask")
+        line = w.Layout(flex_flow="row wrap", grid_gap="4px 16px")
+        top = w.HBox([w.VBox(column) for column in columns], layout=line)
+        below = w.HBox([self.canvas, self.words, self.ranking], layout=line)
+        self.view = w.VBox([top, below], layout=w.Layout(grid_gap="10px"))
+        self.view.add_class("mmkit-lab")
+
+    # -- what moves --------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _quietly(self):
+        """What is set in here is not taken for a reader's move."""
+        before, self._quiet = self._quiet, True
+        try:
+            yield
+        finally:
+            self._quiet = before
+
+    def _moved(self, change):
+        if self._quiet:
+            return
+        self._warning, masker = "", self.image_masker
+        if masker.value != "painted":
+            self._computed = masker.value
+        elif change["owner"] in (self.image_percent, self.seed, self.epoch):
+            self._choose(self._computed)
+        elif self.painted is None:  # "painted" was chosen: begin with what is shown
+            self.painted = self._hidden().copy()
         self._update()
 
-    def _update(self, change=None):
-        row = self.row.value
-        pixels = self.dataset.batch([row]).pixel_values.cpu()
-        num_patches = (pixels.shape[2] // self.patch_size) * (pixels.shape[3] // self.patch_size)
-        sample = self.dataset.sample_ids[row : row + 1]
-        noise = mask_noise(self.seed.value, self.epoch.value, sample, num_patches, "image")
-        self.masking = self.masker(noise, self.ratio.value / 100)
-        hidden = int(self.masking.mask.sum())
-        self.image.value = png(paint_mask(pixels, self.masking.mask, self.patch_size)[0], 320)
-        self.words.value = (
-            f"<b>{self.dataset.texts[row][0]}</b><br>{num_patches - hidden} of {num_patches} "
-            f"patches are seen; {100 * hidden / num_patches:.1f} % are hidden"
+    def _choose(self, masker: str):
+        with self._quietly():
+            self.image_masker.value = masker
+
+    def _painted_by_hand(self, change):
+        if not self._quiet:
+            self.paint(np.frombuffer(change["new"], dtype=np.uint8).reshape(self.grid))
+
+    def paint(self, hidden):
+        """Hide these patches, an array (h, w), true = hidden, as if painted with the mouse.
+
+        Where all are to be hidden, one of those visible before stays. Raises ValueError for an
+        array of another shape.
+        """
+        hidden = np.array(hidden, dtype=bool)
+        if hidden.shape != self.grid:
+            raise ValueError(
+                f"the painted mask is {hidden.shape}, the picture is {self.grid[0]} x "
+                f"{self.grid[1]} patches; give an array of {self.grid}"
+            )
+        self._warning = ""
+        if hidden.all():
+            row, column = np.argwhere(~self._hidden())[-1]
+            hidden[row, column] = False
+            self._warning = (
+                "One patch must stay, or nothing is left to encode: the one in row "
+                f"{row + 1}, column {column + 1} does."
+            )
+        self.painted = hidden
+        self._choose("painted")
+        self._update()
+
+    def _update(self):
+        text = (self.text_masker.value, self.text_percent.value / 100)
+        image = (self.image_masker.value, self.image_percent.value / 100)
+        if image[0] == "painted":
+            image = ("painted", self.painted)
+        self.batch = self._batch([self.row.value])
+        self.masking, self.text_masking = self._draw(self.batch, image, text)
+        with self._quietly(), self.canvas.hold_sync():  # only what has changed, in one message
+            self.canvas.picture = self._cached("png", self.row.value, lambda: png(self.picture()))
+            self.canvas.mask = self._hidden().tobytes()
+            self.canvas.mode = self.image_mode.value
+        self.words.value = self._words_html()
+        if self.model is not None:
+            self._compare(self.model, text)
+            self.ranking.value = self._ranking_html()
+
+    # -- what is computed --------------------------------------------------------------------
+
+    def _cached(self, name: str, key, compute):
+        """The last value of that name, if key and weights are those that it was computed with."""
+        weights = sum(p._version for p in self.model.parameters()) if self.model else 0
+        if self._cache.get(name, (None,))[0] != (key, weights):
+            self._cache[name] = ((key, weights), compute())
+        return self._cache[name][1]
+
+    @property
+    def _reader(self) -> Any:
+        """The model, or what is known of pictures and captions without one."""
+        tokenizer = self.dataset.tokenizer
+        return self.model or self._cached(
+            "reader", tokenizer, lambda: Reader.of(tokenizer, self.patch_size)
         )
 
+    def _batch(self, rows: list[int]) -> Batch:
+        if self.model is None:
+            return self.dataset.batch(rows).to("cpu")
+        self.dataset.use_tokenizer(self.model.tokenizer, self.model.max_length)
+        return self.dataset.batch(rows).to(self.model.logit_scale.device)
+
+    def _draw(self, batch: Batch, image: tuple[str, Any], text: tuple[str, float]):
+        return draw_maskings(
+            batch,
+            self._reader,
+            seed=self.seed.value,
+            epoch=self.epoch.value,
+            image=image,
+            text=text,
+            text_mode=self.text_mode.value,
+            attend=lambda: self._cached("attention", self.row.value, lambda: self._attend(batch)),
+            layers=self.dataset.layers,
+            frequency=self.dataset.piece_frequency() if text[0] == "frequency" else None,
+        )
+
+    def _attend(self, batch: Batch) -> Tensor:
+        with at_rest(self._reader):
+            attention = self._reader.class_attention(batch.pixel_values)
+        return attention.clone()  # an ordinary tensor again: its masks may train a model
+
+    def _compare(self, model: MultimodalEncoder, text: tuple[str, float]):
+        """The masked picture with the masked captions of `rows`."""
+        self.rows = pool_rows(self.row.value, len(self.dataset), POOL)
+        key = (self.rows, text, self.text_mode.value, self.seed.value, self.epoch.value)
+        captions = self._cached("captions", key, lambda: self._encode_captions(model, text))
+        with at_rest(model):
+            mode = self.image_mode.value
+            picture = model.encode_image(self.batch.pixel_values, self.masking, mode)
+            self.cosines = similarity(picture, captions)[0].cpu()
+        groups = self.dataset.group_ids
+        self.right = groups[self.rows] == groups[self.row.value]
+        self.rank = rank_of(self.cosines, self.right)
+
+    def _encode_captions(self, model: MultimodalEncoder, text: tuple[str, float]) -> Tensor:
+        batch = self._batch(self.rows)
+        _, masking = self._draw(batch, ("random", 0.0), text)
+        with at_rest(model):
+            mode = self.text_mode.value
+            return model.encode_text(batch.input_ids, batch.valid, masking, mode)
+
+    def pieces(self) -> list[tuple[str, str]]:
+        """The caption's word pieces as they are shown, each with its kind (lab_parts.KINDS)."""
+        ids = self.batch.input_ids[0, self.batch.valid[0]].tolist()
+        special, mode = self._reader.special_ids.tolist(), self.text_mode.value
+        return caption_pieces(self.dataset.tokenizer, ids, special, self.text_masking, mode)
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """(visible, all) patches and word pieces; (encoded, all) patches and text tokens."""
+        return count_tokens(self.pieces(), self._hidden(), self.image_mode.value)
+
+    def cost(self) -> float:
+        """What encoding the pair costs, as a share of the cost with nothing hidden.
+
+        In operations (`mm.cost.sample_flops`), without a model in tokens.
+        """
+        return relative_cost(self.counts(), self.model)[0]
+
+    # -- what is shown -----------------------------------------------------------------------
+
+    def _hidden(self) -> np.ndarray:
+        """(h, w) bool, the hidden patches of `masking`."""
+        if self.masking is None:
+            return np.zeros(self.grid, dtype=bool)
+        return self.masking.mask[0].cpu().numpy().reshape(self.grid)
+
+    def picture(self) -> Tensor:
+        """The whole picture, (3, H, W) uint8; a normalised one is stretched to its own range."""
+        pixels = self.batch.pixel_values[0].cpu()
+        if pixels.is_floating_point():
+            low, high = pixels.aminmax()
+            pixels = (255 * (pixels - low) / (high - low).clamp(min=1e-6)).to(torch.uint8)
+        return pixels
+
+    def still(self) -> Tensor:
+        """The masked picture as it is now, (3, H, W) uint8, hidden patches grey."""
+        mask = torch.from_numpy(self._hidden()).reshape(1, -1)
+        return paint_mask(self.picture()[None], mask, self.patch_size)[0]
+
+    def _words_html(self) -> str:
+        counts = self.counts()
+        html = caption_html(self.dataset.texts[self.row.value][0], self.pieces())
+        html += counts_html(counts, relative_cost(counts, self.model)[1])
+        return html + (self._warning and f'<p class="warning" role="alert">{self._warning}</p>')
+
+    def _ranking_html(self) -> str:
+        texts = [self.dataset.texts[row][0] for row in self.rows]
+        return (
+            f"<p><b>The right caption (✓) has rank {self.rank} of {len(self.rows)}</b> by cosine"
+            f"</p>{ranking_html(texts, self.cosines, self.right)}<small>Captions, masked as on the "
+            f"left, of row {self.row.value} and of rows spread evenly over the dataset.</small>"
+        )
+
+    def figure(self):
+        """A still Figure: the picture, what is left of it, and the caption."""
+        counts = self.counts()
+        patches, words = seen_in_words(counts)
+        titles = f"row {self.row.value}", f"{self.image_masker.value}: {patches} seen"
+        words += f" seen\ncost: {relative_cost(counts, self.model)[1]}"
+        if self.model is not None:
+            words += f"\nthe right caption has rank {self.rank} of {len(self.rows)}"
+        return still_figure(self.picture(), self.still(), titles, self.pieces(), words)
+
+    def __repr__(self) -> str:
+        seen = " and ".join(seen_in_words(self.counts()))
+        return f"MaskLab(row {self.row.value}: {seen} seen)"
+
+    def _repr_mimebundle_(self, **kwargs) -> dict[str, Any]:
+        """The live view, and a still for a page that has no kernel."""
+        buffer = io.BytesIO()
+        self.figure().savefig(buffer, dpi=110)
+        still = base64.b64encode(buffer.getvalue()).decode()
+        live = self.view._repr_mimebundle_(**kwargs)
+        return live | {"image/png": still, "text/plain": repr(self)}
+
     def _ipython_display_(self):
+        """The still and the live view as two outputs; where the second is alive it hides the first.
+
+        Of one output with both, JupyterLab shows in a trusted notebook without its kernel nothing
+        but "model not found".
+        """
         from IPython.display import display
 
-        display(self.view)
-
-    def still(self) -> torch.Tensor:
-        """The picture as it is now, (3, H, W) uint8: for a saved page, which has no sliders."""
-        pixels = self.dataset.batch([self.row.value]).pixel_values.cpu()
-        return paint_mask(pixels, self.masking.mask, self.patch_size)[0]
+        live = self._repr_mimebundle_()
+        still = live.pop("image/png")
+        self.canvas.still = still[-60:]  # by which the canvas knows it
+        display({"image/png": still, "text/plain": repr(self)}, raw=True)
+        display(live, raw=True)
