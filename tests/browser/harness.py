@@ -143,13 +143,20 @@ def start_browser():
         browser.close()
 
 
-def open_notebook(browser, lab, path, *, mode="lab", width=1280, height=1400):
+def open_notebook(
+    browser, lab, path, *, mode="lab", width=1280, height=1400, copy=True, on_console=None
+):
     """Copy a notebook into the lab and open it; returns the page when its kernel is ready.
 
-    mode "lab" is the whole interface, "doc" the notebook alone. Sizes are in CSS pixels.
+    mode "lab" is the whole interface, "doc" the notebook alone. Sizes are in CSS pixels. copy False
+    opens what is in the lab's folder under that name. on_console is called with each message of the
+    browser's console.
     """
-    shutil.copy(path, lab.folder)
+    if copy:
+        shutil.copy(path, lab.folder)
     page = browser.new_page(viewport={"width": width, "height": height})
+    if on_console:
+        page.on("console", on_console)
     page.goto(f"{lab.url}/{mode}/tree/{Path(path).name}?reset&token={lab.token}")
     page.evaluate(READY)
     return page

@@ -65,11 +65,16 @@ def test_a_cell_that_raises_fails_the_run(lab, browser, tmp_path):
         run_notebook_in_browser(browser, lab, path)
 
 
-@pytest.mark.parametrize("name", ["02_masking.ipynb"])
-def test_notebook_with_a_slider(lab, browser, name):
-    if not (NOTEBOOKS / name).exists():
-        pytest.skip(f"no notebook {name}")
-    page = run_notebook_in_browser(browser, lab, NOTEBOOKS / name)
-    before, after = move_slider(page)
-    assert before != after
+WITH_A_LAB = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if "MaskLab(" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", WITH_A_LAB, ids=lambda path: path.stem)
+def test_notebook_with_a_masking_lab(lab, browser, path):
+    page = run_notebook_in_browser(browser, lab, path)
+    canvas = page.locator(".mmkit-canvas canvas").first
+    hidden = canvas.get_attribute("data-hidden")
+    page.get_by_role("slider", name="patches hidden (%)").first.press("PageUp")
+    page.wait_for_function(
+        "old => document.querySelector('.mmkit-canvas canvas').dataset.hidden !== old", arg=hidden
+    )
     page.close()
