@@ -141,6 +141,16 @@ def test_hidden_pixels_cannot_be_seen(every_model, batch, name, mode):
             assert (seen != model.encode_image(visible, masking, mode)).any(1).all()
 
 
+def test_dropped_pixels_are_never_computed_with(every_model, batch):
+    """Not even times 0, which would show: NaN in the hidden patches, filler's too."""
+    for model in every_model():
+        masking = draw(batch, model, ratio=RATIOS[1])[0]
+        pixels = model.normalize(batch.pixel_values)
+        patches = patchify(pixels, 5).masked_fill(masking.mask[..., None], float("nan"))
+        features = model.encode_image(unpatchify(patches, 5, (3, 3)), masking)
+        assert torch.equal(features, model.encode_image(pixels, masking))
+
+
 @pytest.mark.parametrize("mode", TEXT_MODES)
 @pytest.mark.parametrize("name", TEXT_MASKERS)
 def test_hidden_words_cannot_be_seen(every_model, batch, name, mode):

@@ -112,6 +112,10 @@ def test_more_noise_is_a_function_of_a_row():
     assert torch.equal(more_noise(noise.flip(0), 11), more.flip(0))
     assert torch.equal(more_noise(noise[3:4], 5), more[3:4, :5])
     assert len(more.unique()) == more.numel()
+    for column in range(3):  # one draw of 24 bits alone would repeat among many samples
+        other = noise.clone()
+        other[:, column] = noise[:, 3]
+        assert (more_noise(other, 11) != more).all()
     for tokens in (1, 2):  # grids of fewer patches than three
         few = more_noise(noise[:, :tokens], 11)
         assert len(few.unique()) == few.numel()
