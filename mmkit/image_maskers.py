@@ -16,7 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .masks import Masking, count_kept, hide_largest, keep_visible, more_noise, then_noise
+from .masks import (
+    Masking,
+    as_integers,
+    count_kept,
+    hide_largest,
+    keep_visible,
+    more_noise,
+    then_noise,
+)
 
 
 @dataclass
@@ -51,7 +59,7 @@ def random_mask(noise: Tensor, mask_ratio: float | Tensor, scene: Scene | None =
     He et al. 2022 (MAE, arXiv:2111.06377), Li et al. 2023 (FLIP, arXiv:2212.00794), whose code
     truncates the number of kept patches; here it is rounded (see `hide_largest`).
     """
-    return hide_largest(noise, mask_ratio)
+    return hide_largest(as_integers(noise), mask_ratio)
 
 
 _BLOCKS = 12  # rectangles tried; what they leave open is filled by single patches

@@ -79,14 +79,14 @@ def more_noise(noise: Tensor, count: int) -> Tensor:
     For maskers that need another number of draws than there are tokens (a block's size and place).
     """
     state = torch.zeros_like(noise[:, :1], dtype=torch.int64)
-    for column in _as_integers(noise[:, :3]).split(1, dim=1):  # three draws: 72 bits
+    for column in as_integers(noise[:, :3]).long().split(1, dim=1):  # three draws: 72 bits
         state = _mix(state ^ column)
     return _uniform(state, count)
 
 
-def _as_integers(noise: Tensor) -> Tensor:
-    """Noise as whole numbers in [0, 2**24)."""
-    return (noise * 2**_BITS).long()
+def as_integers(noise: Tensor) -> Tensor:
+    """Noise as whole numbers in [0, 2**24): the same order, int32, which sorts twice as fast."""
+    return (noise * 2**_BITS).int()
 
 
 # -- from an order to a mask -----------------------------------------------------------------
@@ -111,6 +111,12 @@ def count_kept(num_tokens: int, mask_ratio: float | Tensor) -> int | Tensor:
     return max(1, round(num_tokens * (1 - mask_ratio)))
 
 
+def _inverse(order: Tensor) -> Tensor:
+    """Where each number stands in a permutation (B, N): twice as fast as sorting again."""
+    place = torch.arange(order.shape[1], device=order.device)
+    return torch.empty_like(order).scatter_(1, order, place.expand_as(order))
+
+
 def hide_largest(score: Tensor, mask_ratio: float | Tensor) -> Masking:
     """Hide the tokens with the largest score (B, N), the same exact number in each sample.
 
@@ -121,7 +127,7 @@ def hide_largest(score: Tensor, mask_ratio: float | Tensor) -> Masking:
     """
     kept = count_kept(score.shape[1], mask_ratio)
     ids_shuffle = score.argsort(dim=1, stable=True)
-    ids_restore = ids_shuffle.argsort(dim=1, stable=True)
+    ids_restore = _inverse(ids_shuffle)
     if not isinstance(kept, Tensor):
         return Masking(ids_restore >= kept, ids_shuffle[:, :kept], ids_restore)
     kept = kept.to(score.device)
@@ -132,7 +138,7 @@ def keep_visible(mask: Tensor, valid: Tensor) -> Masking:
     """A `Masking` from any mask (B, N): visible real tokens in order, filled up to the longest."""
     visible = valid & ~mask
     ids_shuffle = (~visible).long().argsort(dim=1, stable=True)
-    ids_restore = ids_shuffle.argsort(dim=1, stable=True)
+    ids_restore = _inverse(ids_shuffle)
     return _padded(mask, ids_shuffle, ids_restore, visible.sum(1))
 
 
@@ -149,4 +155,4 @@ def then_noise(score: Tensor, noise: Tensor) -> Tensor:
     negative order as the number does.
     """
     bits = score.float().abs().contiguous().view(torch.int32).long()  # abs: -0.0 is 0, too
-    return (bits << _BITS) | _as_integers(noise)
+    return (bits << _BITS) | as_integers(noise)
