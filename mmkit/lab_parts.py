@@ -203,7 +203,7 @@ def still_figure(
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.9])
     show_picture(left, picture, titles[0])
     show_picture(middle, masked, titles[1])
-    x, y = 0, 0
+    x, y = 0.0, 0
     for word, kind in pieces:
         if x and x + len(word) > wide:
             x, y = 0, y + 1

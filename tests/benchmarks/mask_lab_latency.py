@@ -1,0 +1,149 @@
+"""How long the masking lab takes from a key press to the picture, in a real JupyterLab and browser.
+
+    python -m tests.benchmarks.mask_lab_latency      # under a minute on two CPU cores
+
+Two labs: pictures of 224 px (14 x 14 patches) without a model; and pictures of 64 px (8 x 8), drawn
+at 336, with an untrained tiny encoder, of which no number here depends on the weights. In each, 30
+key presses on the slider "patches hidden" that change the mask, and 30 moves of the mouse that
+paint one more patch. The clock is the page's own (performance.now), from the event's arrival. A key
+goes to Python and back before the canvas is redrawn; a stroke is drawn at once, so there the other
+columns matter: the words beside the picture and the ranking, which come from Python. "painted" is
+after the browser's next frame. Writes results/mask_lab_latency.json.
+"""
+
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+from tests.benchmarks.draw_masks import machine
+from tests.browser.harness import run_notebook_in_browser, start_browser, start_lab
+from tests.browser.test_notebooks_in_browser import notebook_of
+
+COUNT, WARM_UP = 30, 5
+RESULTS = Path(__file__).parent / "results"
+
+LARGE = """
+import mmkit as mm
+from mmkit.emoji_names import caption
+from mmkit.openmoji import named_drawings, render
+stems = named_drawings()[:48]
+pixels = render(stems, 224, "cache")
+data = mm.MultimodalDataset.from_pixels(pixels, [caption(stem) for stem in stems])
+mm.widgets.MaskLab(data)
+"""
+TINY = """
+import mmkit as mm
+data, _, _ = mm.openmoji(image_size=64)
+model = mm.MultimodalEncoder.preset("tiny", tokenizer=data.tokenizer).to_device("cpu")
+mm.widgets.MaskLab(data, model)
+"""
+LABS = {"224 px, no model": (LARGE, 14), "64 px, tiny model": (TINY, 8)}
+
+# `window.times`: milliseconds since the last key press or move of the mouse, by what changed
+CLOCK = """() => {
+  let start = 0;
+  window.times = {};
+  const note = (name) => { window.times[name] = performance.now() - start; };
+  const watch = (element, name, options) =>
+    new MutationObserver(() => note(name)).observe(element, options);
+  for (const kind of ['keydown', 'pointermove'])
+    window.addEventListener(kind, () => { start = performance.now(); window.times = {}; }, true);
+  const canvas = document.querySelector('.mmkit-canvas canvas');
+  new MutationObserver(() => {
+    note('redrawn');
+    requestAnimationFrame(() => setTimeout(() => note('painted'), 0));
+  }).observe(canvas, {attributeFilter: ['data-drawn']});
+  const [words, ranking] = document.querySelectorAll('.mmkit-lab .widget-html-content');
+  watch(words, 'words', {childList: true, subtree: true});
+  watch(ranking, 'ranking', {childList: true, subtree: true});
+}"""
+
+
+def kept(patches: int, percent: int) -> int:
+    return max(1, round(patches * (1 - percent / 100)))
+
+
+def wait(page, names) -> dict[str, float]:
+    """The times of one event, when all these names have changed."""
+    page.wait_for_function("names => names.every(n => n in window.times)", arg=list(names))
+    page.wait_for_timeout(60)  # milliseconds: nothing of this event is left to come
+    return page.evaluate("window.times")
+
+
+def time_keys(page, patches: int, names) -> list[dict[str, float]]:
+    slider = page.get_by_role("slider", name="patches hidden (%)")
+    slider.press("Home")
+    page.wait_for_timeout(1000)
+    times, percent = [], 0
+    while len(times) < WARM_UP + COUNT:
+        slider.press("ArrowRight")
+        percent += 1
+        if kept(patches, percent) != kept(patches, percent - 1):  # else there is nothing to draw
+            times.append(wait(page, names))
+        page.wait_for_timeout(60)
+    return times[WARM_UP:]
+
+
+def time_strokes(page, side: int, names) -> list[dict[str, float]]:
+    page.get_by_role("slider", name="patches hidden (%)").press("Home")
+    page.wait_for_timeout(1000)
+    box = page.locator(".mmkit-canvas canvas").bounding_box()
+    times = []
+    for number in range(WARM_UP + COUNT + 1):
+        row, column = divmod(number, side)
+        column = side - 1 - column if row % 2 else column  # as an ox ploughs
+        x = box["x"] + (column + 0.5) * box["width"] / side
+        y = box["y"] + (row + 0.5) * box["height"] / side
+        page.mouse.move(x, y)
+        if number:
+            times.append(wait(page, names))
+        else:
+            page.mouse.down()
+            page.wait_for_timeout(300)
+    page.mouse.up()
+    return times[WARM_UP:]
+
+
+def summary(times: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Median, 90th percentile and largest, in milliseconds, of each thing that changed."""
+    found = {}
+    for name in times[0]:
+        values = sorted(event[name] for event in times)
+        tenths = statistics.quantiles(values, n=10, method="inclusive")
+        named = dict(median=statistics.median(values), p90=tenths[-1], largest=values[-1])
+        found[name] = {key: round(value, 1) for key, value in named.items()}
+    return found
+
+
+def main():
+    results = {"machine": machine(), "events": COUNT, "milliseconds": {}}
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        start_lab(folder) as lab,
+        start_browser() as browser,
+    ):
+        results["machine"]["browser"] = f"chromium {browser.version}"
+        for number, (name, (cell, side)) in enumerate(LABS.items()):
+            path = notebook_of(Path(folder) / f"lab{number}.ipynb", cell)
+            page = run_notebook_in_browser(browser, lab, path, mode="doc", width=1200)
+            page.locator(".mmkit-canvas canvas[data-drawn]").scroll_into_view_if_needed()
+            page.evaluate(CLOCK)
+            names = ["painted", "words", *(["ranking"] if "tiny" in name else [])]
+            for kind, times in (
+                ("key", time_keys(page, side**2, names)),
+                ("stroke", time_strokes(page, side, names)),
+            ):
+                found = results["milliseconds"][f"{name}: {kind}"] = summary(times)
+                for what, values in found.items():
+                    numbers = ", ".join(f"{key} {value:5.1f} ms" for key, value in values.items())
+                    print(f"{name:18} {kind:7} {what:8} {numbers}")
+            page.close()
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / "mask_lab_latency.json"
+    file.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written: {file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file}")
+
+
+if __name__ == "__main__":
+    main()
