@@ -85,6 +85,19 @@ def _refuse_unknown_keys(cls):
     return cls
 
 
+def _rows_of_patches(painted) -> list[list[int]]:
+    """A painted mask as rows of 0 and 1; ValueError unless its rows are of one length."""
+    try:
+        rows = [[int(bool(hidden)) for hidden in row] for row in painted]
+    except (TypeError, ValueError, RuntimeError):
+        rows = []
+    if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
+        raise ValueError(
+            f"painted_mask={painted!r} must be rows of equal length, 1 = hidden"
+        )
+    return rows
+
+
 @_refuse_unknown_keys
 @dataclass
 class TrainingConfig:
@@ -189,7 +202,7 @@ class TrainingConfig:
 
     def _check_mask(self):
         if self.painted_mask is not None:  # an array becomes plain values, for JSON
-            self.painted_mask = [[int(bool(hidden)) for hidden in row] for row in self.painted_mask]
+            self.painted_mask = _rows_of_patches(self.painted_mask)
         rule = "given with image_mask='painted', and only then: rows of patches, 1 = hidden"
         given = self.painted_mask is not None
         self._check("painted_mask", given == (self.image_mask == "painted"), rule)

@@ -144,7 +144,7 @@ def gaussian_mask(noise: Tensor, mask_ratio: float | Tensor, scene: Scene | None
     coordinates from -1 to 1, is taken from each patch's noise before the largest are hidden.
     """
     height, width = _checked(scene, "gaussian", "grid").grid
-    y, x = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
+    y, x = (torch.linspace(-1, 1, n) if n > 1 else torch.zeros(1) for n in (height, width))
     far = (y[:, None] ** 2 + x**2).flatten()  # on the CPU, so that every device has the same bits
     density = torch.exp(-far / (2 * 0.2)) / (2 * math.pi * 0.2)
     return hide_largest(noise - density.to(noise.device), mask_ratio)

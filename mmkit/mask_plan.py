@@ -55,7 +55,8 @@ class MaskPlan:
     ):
         self.config, self.model, self.layers = config, model, train.layers
         self.masked_epochs = num_epochs - config.unmasked_epochs
-        looks = config.image_mask in ATTENTION_MASKERS and config.image_mask_ratio > 0
+        highest = max(config.image_mask_ratio, config.image_mask_final_ratio or 0)
+        looks = config.image_mask in ATTENTION_MASKERS and highest > 0
         self.ema = RunningMean(model.vit, config.ema_momentum) if looks else None
         counts = config.text_mask == "frequency"
         self.frequency = train.piece_frequency() if counts else None

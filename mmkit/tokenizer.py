@@ -103,14 +103,15 @@ def special_ids(tokenizer) -> Tensor:
 def continues_word(tokenizer) -> Tensor:
     """(V,) bool: does this piece go on with the word of the piece before it?
 
-    WordPiece marks such pieces with "##"; SentencePiece and byte-level BPE mark those that begin a
+    WordPiece marks such pieces ("##"); SentencePiece and byte-level BPE mark those that begin a
     word instead ("\u2581", "\u0120").
     """
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    begin = ("\u2581", "\u0120")
-    if any(piece.startswith(begin) for piece in pieces):
-        return torch.tensor([not piece.startswith(begin) for piece in pieces])
-    return torch.tensor([piece.startswith("##") for piece in pieces])
+    model = tokenizer.backend_tokenizer.model
+    if type(model).__name__ == "WordPiece":
+        prefix = model.continuing_subword_prefix
+        return torch.tensor([piece.startswith(prefix) for piece in pieces])
+    return torch.tensor([not piece.startswith(("\u2581", "\u0120")) for piece in pieces])
 
 
 def tokenizer_state(tokenizer) -> dict:

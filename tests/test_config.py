@@ -45,6 +45,8 @@ from mmkit import TrainingConfig
         (dict(ema_momentum=1.0), r"ema_momentum=1.0 must be in \[0, 1\)"),
         (dict(ema_momentum=-0.1), r"ema_momentum=-0.1 must be in \[0, 1\)"),
         (dict(image_mask="painted"), "painted_mask=None must be given with image_mask='painted'"),
+        (dict(image_mask="painted", painted_mask=[0, 1]), "must be rows of equal length"),
+        (dict(image_mask="painted", painted_mask=[[0, 1], [0]]), "must be rows of equal length"),
         (dict(painted_mask=[[0, 1]]), "must be given with image_mask='painted', and only then"),
         (dict(image_mask="layers", augment="shift"), "augment='shift' moves .* use augment='none'"),
         (dict(emma_momentum=0.9), "did you mean 'ema_momentum'"),

@@ -83,6 +83,8 @@ def test_pieces_of_one_word_are_known_as_such():
     assert ["".join(word).replace("##", "") for word in pieces] == text.split()
     assert continues_word(tokenizer).shape == (len(tokenizer),)
     assert not continues_word(tokenizer)[special_ids(tokenizer)].any()
+    mixed = train_wordpiece([*TEXTS, "\u2581 and \u0120 are words here"])  # other kinds' marks
+    assert ["".join(w).replace("##", "") for w in words_of(mixed, text)] == text.split()
 
 
 @pytest.mark.parametrize("mark", ["\u2581", "\u0120"])

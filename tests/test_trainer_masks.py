@@ -89,6 +89,8 @@ def test_the_running_mean_is_what_attentive_looks_with(make_trainer, make_model)
     """Not the model in training: its slowly moving copy, at half the resolution."""
     trainer = make_trainer(image_mask="attentive", learning_rate=0.05, num_epochs=3)
     assert make_trainer().plan.ema is None
+    rising = dict(image_mask_schedule="linear", image_mask_final_ratio=0.5)
+    assert make_trainer(image_mask="attentive", image_mask_ratio=0.0, **rising).plan.ema
     batch = trainer.first_batch()
     for _ in range(3):
         trainer.train_step(batch, 0)
