@@ -161,7 +161,7 @@ def caption_html(text: str, pieces: Sequence[Piece]) -> str:
         for word, kind in pieces
     )
     other = any(kind == "other" for _, kind in pieces)
-    note = "<small>green: what 80/10/10 put in place of a word, or left</small>" if other else ""
+    note = "<small>green, of 80/10/10: another word, or the word itself</small>" if other else ""
     return f"<p>“{escape(text)}”</p><p>{boxes}{note}</p>"
 
 

@@ -103,8 +103,8 @@ class MaskLab:
         )
         self.controls = tuple(control for column in columns for control in column)
         self.canvas = MaskCanvas(rows=self.grid[0], columns=self.grid[1])
-        self.words = w.HTML(layout=w.Layout(width="232px" if model else "600px"))
-        self.ranking = w.HTML(layout=w.Layout(width="424px", display=None if model else "none"))
+        self.words = w.HTML(layout=w.Layout(width="228px" if model else "600px"))
+        self.ranking = w.HTML(layout=w.Layout(width="418px", display=None if model else "none"))
         self._update()
         for control in self.controls:
             control.observe(self._moved, "value")
@@ -225,8 +225,7 @@ class MaskLab:
 
     def _attend(self, batch: Batch) -> Tensor:
         with at_rest(self._reader):
-            attention = self._reader.class_attention(batch.pixel_values)
-        return attention.clone()  # an ordinary tensor again: its masks may train a model
+            return self._reader.class_attention(batch.pixel_values)
 
     def _compare(self, model: MultimodalEncoder, text: tuple[str, float]):
         """The masked picture with the masked captions of `rows`."""

@@ -229,6 +229,22 @@ def test_captions_are_encoded_once_and_the_model_is_left_as_it_was(lab, monkeypa
     assert lab.model.training and all(part.training for part in lab.model.modules())
 
 
+TEXT_CONTROLS = dict(seed=3, epoch=2, text_masker="block", text_percent=80, text_mode="replace")
+
+
+@pytest.mark.parametrize("name, value", [("row", 9), *TEXT_CONTROLS.items()])
+def test_captions_are_encoded_anew_for_each_text_control(make_data, make_model, name, value):
+    lab = MaskLab(make_data(53), make_model())
+    lab.image_percent.value = 0
+    before = lab.cosines
+    getattr(lab, name).value = value
+    after = lab.cosines
+    assert not torch.equal(after, before)
+    lab._cache.clear()
+    lab._update()
+    assert torch.equal(lab.cosines, after)
+
+
 def test_it_sees_that_the_model_was_trained(lab):
     before = lab.cosines
     with torch.no_grad():
