@@ -47,7 +47,8 @@ def train(
     if not leave_group():
         return
     model = run.model
-    masks = {"image_mask": (config.image_mask, config.image_mask_ratio or 0.5)}
+    ratio = config.painted_mask or config.image_mask_ratio or 0.5
+    masks = {"image_mask": (config.image_mask, ratio)}
     best, seconds = run.best["epoch"] + 1, run.history[-1]["seconds"]
     print(
         f"\n{run.path}: best epoch {best}, {seconds:.0f} s of training, "
@@ -91,7 +92,11 @@ def _print_scores(model: MultimodalEncoder, data: MultimodalDataset, name: str, 
     print(f"\n{name}: {len(data)} pictures, {sum(map(len, data.texts))} captions (per cent)")
     print(f"{'':24}image to text         text to image         mean")
     print(f"{'':24}R@1    R@5    R@10   R@1    R@5    R@10   R@1")
-    hidden = f"{100 * masks['image_mask'][1]:.0f} % of patches hidden"
+    masker, ratio = masks["image_mask"]
+    hidden = f"{masker} mask"
+    if masker not in ("painted", "layers"):  # which go by no ratio
+        share = f"{100 * ratio:.0f} %"
+        hidden = f"{share} of patches hidden" if masker == "random" else f"{masker}, {share} hidden"
     for label, options in (("everything seen", {}), (hidden, masks)):
         result = evaluate(model, data, **options)
         ways = [result[way][k] for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]

@@ -36,11 +36,13 @@ def class_attention(vit: Any, pixels: Tensor, half: bool = False, of: str = "cls
     total = torch.zeros(len(x), x.shape[1] - 1, device=x.device)
     training = vit.training
     vit.eval()  # with dropout, a mask that goes by attention would be another one each time
-    for block in vit.layers:
-        total += _attention_to_patches(block, x, of)
-        if block is not vit.layers[-1]:  # its output is not needed
-            x = block(x)
-    vit.train(training)
+    try:
+        for block in vit.layers:
+            total += _attention_to_patches(block, x, of)
+            if block is not vit.layers[-1]:  # its output is not needed
+                x = block(x)
+    finally:
+        vit.train(training)
     mean = (total / len(vit.layers)).unflatten(1, small)
     if small == grid:
         return mean.flatten(1)

@@ -8,6 +8,7 @@ and of gradient accumulation steps. Walk-through: notebooks/03_training.ipynb.
 import dataclasses
 import difflib
 import functools
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -88,13 +89,12 @@ def _refuse_unknown_keys(cls):
 def _rows_of_patches(painted) -> list[list[int]]:
     """A painted mask as rows of 0 and 1; ValueError unless its rows are of one length."""
     try:
+        painted = json.loads(painted) if isinstance(painted, str) else painted
         rows = [[int(bool(hidden)) for hidden in row] for row in painted]
     except (TypeError, ValueError, RuntimeError):
         rows = []
     if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
-        raise ValueError(
-            f"painted_mask={painted!r} must be rows of equal length, 1 = hidden"
-        )
+        raise ValueError(f"painted_mask={painted!r} must be rows of equal length, 1 = hidden")
     return rows
 
 
@@ -142,7 +142,9 @@ class TrainingConfig:
     image_mask_schedule: str = "constant"  # of the ratio over the epochs: "constant" | "linear" |
     # "cosine" (from the ratio to the final one) | "uniform" (drawn between them per sample, epoch)
     image_mask_final_ratio: float | None = None  # [0, 1); None with "constant"
-    painted_mask: list[list[int]] | None = None  # rows of patches, 1 = hidden; with "painted" only
+    painted_mask: str | list[list[int]] | None = (
+        None  # rows of patches, 1 = hidden (or as JSON); with "painted" only
+    )
     ema_momentum: float = 0.996  # of the running mean that "attentive" looks with, per step
     text_mask: str = "random"  # a name in mmkit.masking.TEXT_MASKERS
     text_mask_ratio: float = 0.0  # fraction of REAL word pieces hidden, [0, 1)
@@ -206,6 +208,11 @@ class TrainingConfig:
         rule = "given with image_mask='painted', and only then: rows of patches, 1 = hidden"
         given = self.painted_mask is not None
         self._check("painted_mask", given == (self.image_mask == "painted"), rule)
+        if self.image_mask in ("painted", "layers") and self.image_mask_schedule != "constant":
+            raise ValueError(
+                f"image_mask_schedule={self.image_mask_schedule!r} has nothing to change: "
+                f"{self.image_mask!r} goes by no ratio; use 'constant'"
+            )
         if self.image_mask == "layers" and self.augment != "none":
             raise ValueError(
                 f"augment={self.augment!r} moves the picture away from its layers; with "

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from .cost import step_flops
+from .cost import step_flops, tower_flops
 from .text_maskers import maskable_words
 
 
@@ -24,7 +24,7 @@ def effective_configuration(trainer) -> dict:
     patches = encoded_patches = model.num_patches
     words = encoded_words = batch.valid.sum(1).float().mean().item()
     if image is not None and config.image_mask_mode == "drop":
-        encoded_patches = (~image.mask).sum(1).float().mean().item()
+        encoded_patches = image.ids_keep.shape[1]  # with the filler, where ratios differ
     if text is not None and config.text_mask_mode == "drop":
         encoded_words = text.keep_valid.sum(1).float().mean().item()
     maskable = maskable_words(batch.input_ids, batch.valid, model.special_ids).sum().item()
@@ -32,6 +32,7 @@ def effective_configuration(trainer) -> dict:
     pairs = len(trainer.train) / trainer.steps_per_epoch
     micro = len(batch.split(config.gradient_accumulation_steps)[0]) * trainer.processes
     replay = exact and config.gradient_accumulation_steps > 1
+    look = 0.0 if trainer.plan.ema is None else tower_flops(model.vit.config, patches / 4 + 1)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "optimizer": " + ".join(type(o).__name__ for o in trainer.optimizers),
@@ -46,7 +47,7 @@ def effective_configuration(trainer) -> dict:
         "words_encoded": encoded_words,
         "text_mask_ratio": 0.0 if text is None else text.mask.sum().item() / max(1, maskable),
         "negatives": (pairs if exact else micro) - 1,
-        "gflop_per_pair": step_flops(model, encoded_patches, encoded_words, replay) / 1e9,
+        "gflop_per_pair": (step_flops(model, encoded_patches, encoded_words, replay) + look) / 1e9,
         "precision": str(trainer.precision or torch.float32).removeprefix("torch."),
         "device": str(trainer.device),
         "processes": trainer.processes,
@@ -68,9 +69,10 @@ def describe(trainer) -> str:
         "data": f"{e['pictures']:,} pictures, {e['captions']:,} captions; "
         f"{e['steps']:,} steps of {e['pairs_per_step']:.1f} pairs",
         "image mask": f"{config.image_mask}, {100 * e['image_mask_ratio']:.1f} % hidden "
-        f"({config.image_mask_mode}): {e['patches_encoded']:.4g} of {e['patches']} patches encoded",
+        f"({config.image_mask_mode}{_schedule(config, 'image')}): {e['patches_encoded']} of "
+        f"{e['patches']} patches encoded",
         "text mask": f"{config.text_mask}, {100 * e['text_mask_ratio']:.1f} % hidden "
-        f"({config.text_mask_mode}): "
+        f"({config.text_mask_mode}{_schedule(config, 'text')}): "
         f"{e['words_encoded']:.1f} of {e['words']:.1f} tokens encoded",
         "negatives": f"{e['negatives']:.0f} per pair{guessing(candidates)}",
         "cost": f"{e['gflop_per_pair']:.2f} GFLOP per pair and step",
@@ -90,3 +92,14 @@ def describe(trainer) -> str:
             "rate hardly falls; lower warmup_steps, or train longer"
         )
     return "\n".join(f"{name:11} {words}" for name, words in lines.items())
+
+
+def _schedule(config, kind: str) -> str:
+    """What becomes of a ratio after the first epoch, in words."""
+    schedule = getattr(config, f"{kind}_mask_schedule")
+    if schedule == "constant":
+        return ""
+    start, final = (100 * getattr(config, f"{kind}_mask_{x}") for x in ("ratio", "final_ratio"))
+    if schedule == "uniform":
+        return f", {start:.0f} to {final:.0f} % at random; filled up to the longest"
+    return f", now; {schedule} to {final:.0f} %"

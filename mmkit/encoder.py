@@ -371,7 +371,7 @@ def _kept(masking: Masking | None, mode: str) -> Tensor | None:
 def _mean(tokens: Tensor, real: Tensor) -> Tensor:
     """Mean (B, D) of the real ones among tokens (B, K, D)."""
     weight = real[..., None].to(tokens.dtype)
-    return (tokens * weight).sum(1) / weight.sum(1)
+    return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def _check_mode(mode: str, known: tuple[str, ...]):

@@ -73,7 +73,7 @@ def block_mask(noise: Tensor, mask_ratio: float | Tensor, scene: Scene | None = 
     number asked for; here the last rectangle is cut off by rows, so that the number is exact.
     """
     (height, width), num_tokens = _checked(scene, "block", "grid").grid, noise.shape[1]
-    wanted = num_tokens - torch.as_tensor(count_kept(num_tokens, mask_ratio)).to(noise.device)
+    wanted = num_tokens - torch.as_tensor(count_kept(noise, mask_ratio)).to(noise.device)
     wanted = wanted.expand(len(noise))[:, None]
     draws = more_noise(noise, 4 * _BLOCKS).unflatten(1, (_BLOCKS, 4, 1))  # (B, _BLOCKS, 4, 1)
     place = torch.arange(num_tokens, device=noise.device)

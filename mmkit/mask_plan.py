@@ -119,5 +119,8 @@ class MaskPlan:
 
     def load_state_dict(self, state: dict | None):
         """Go on from a saved state."""
-        if self.ema is not None and state is not None:
-            self.ema.load_state_dict(state)
+        if self.ema is None:
+            return
+        if state is None:
+            raise ValueError("the checkpoint has no running mean to resume from; start a new run")
+        self.ema.load_state_dict(state)

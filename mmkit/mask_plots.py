@@ -217,7 +217,7 @@ def attention_maps(
 ):
     """What a class token attends to: pictures (B, 3, H, W) above maps {name: (B, N)}, a row each.
 
-    attention: `model.class_attention(pixels)`. The scale of each picture is its own, 0 to its
+    attention: `model.class_attention(pixels)`. Each row of maps has one scale, from 0 to its
     largest value, in multiples of even attention (1/N).
     """
     count = len(pixels)

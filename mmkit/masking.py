@@ -152,6 +152,9 @@ def draw_maskings(
     "80/10/10" at least one word is hidden, and what takes its place is drawn, too. layers,
     frequency: the dataset's, for the maskers of that name.
     """
+    if text_mode not in ("drop", "replace", "80/10/10"):
+        known = nearest(text_mode, ("drop", "replace", "80/10/10"))
+        raise ValueError(f"text_mode={text_mode!r} is not known; {known}")
     image_masking = text_masking = None
     ids, by_hand = batch.sample_ids, image[0] == "painted"
     masker, text_masker = find_masker(image[0], IMAGE_MASKERS), find_masker(text[0], TEXT_MASKERS)

@@ -92,8 +92,13 @@ def as_integers(noise: Tensor) -> Tensor:
 # -- from an order to a mask -----------------------------------------------------------------
 
 
-def check_ratio(mask_ratio: float | Tensor):
-    """ValueError unless every ratio is a fraction in [0, 1)."""
+def check_ratio(mask_ratio: float | Tensor, count: int):
+    """ValueError unless there is one ratio, or one for each of `count` samples, all in [0, 1)."""
+    if isinstance(mask_ratio, Tensor) and mask_ratio.shape not in ((), (count,)):
+        raise ValueError(
+            f"mask_ratio has shape {tuple(mask_ratio.shape)}; give one number, or one for each of "
+            f"the {count} samples"
+        )
     ratios = torch.as_tensor(mask_ratio, dtype=torch.float64, device="cpu")
     if not bool(((ratios >= 0) & (ratios < 1)).all()):
         worst = float(ratios.flatten()[((ratios < 0) | ~(ratios < 1)).flatten()][0])
@@ -103,12 +108,13 @@ def check_ratio(mask_ratio: float | Tensor):
         )
 
 
-def count_kept(num_tokens: int, mask_ratio: float | Tensor) -> int | Tensor:
-    """How many of `num_tokens` stay, at least one: rounded, not truncated; (B,) for ratios (B,)."""
-    check_ratio(mask_ratio)
-    if isinstance(mask_ratio, Tensor):
+def count_kept(score: Tensor, mask_ratio: float | Tensor) -> int | Tensor:
+    """How many tokens of score (B, N) stay, at least one; (B,) for ratios (B,)."""
+    check_ratio(mask_ratio, len(score))
+    num_tokens = score.shape[1]
+    if isinstance(mask_ratio, Tensor) and mask_ratio.ndim:
         return (num_tokens * (1 - mask_ratio.double())).round().long().clamp(min=1)
-    return max(1, round(num_tokens * (1 - mask_ratio)))
+    return max(1, round(num_tokens * (1 - float(mask_ratio))))
 
 
 def _inverse(order: Tensor) -> Tensor:
@@ -125,7 +131,7 @@ def hide_largest(score: Tensor, mask_ratio: float | Tensor) -> Masking:
     convention). mask_ratio (B,) gives each sample a ratio of its own; rows are then filled up to
     the longest, and keep_valid marks the filler. Raises ValueError outside [0, 1).
     """
-    kept = count_kept(score.shape[1], mask_ratio)
+    kept = count_kept(score, mask_ratio)
     ids_shuffle = score.argsort(dim=1, stable=True)
     ids_restore = _inverse(ids_shuffle)
     if not isinstance(kept, Tensor):

@@ -246,12 +246,14 @@ def patch_word_similarity(
     through the projections that were trained on their mean, so that a map shows a tendency and
     explains no score.
     """
-    device = model.logit_scale.device
+    device, training = model.logit_scale.device, model.training
+    model.eval()
     input_ids, valid = (
         x.to(device) for x in encode_texts(model.tokenizer, [text], model.max_length)
     )
     patches = model.image_projection(model.image_tokens(picture[None].to(device))[0, 1:]).float()
     words = model.text_projection(model.text_tokens(input_ids, valid)[0][0]).float()
+    model.train(training)
     inside = maskable_words(input_ids, valid, model.special_ids)[0]
     normal = torch.nn.functional.normalize
     cosines = normal(words[inside], dim=-1) @ normal(patches, dim=-1).T

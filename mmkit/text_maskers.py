@@ -38,7 +38,7 @@ def num_hidden(mask_ratio: float | Tensor, caption: Caption) -> Tensor:
 
     Raises ValueError for a ratio outside [0, 1) and for a caption without a single real token.
     """
-    check_ratio(mask_ratio)
+    check_ratio(mask_ratio, len(caption.valid))
     if not bool(caption.valid.any(1).all()):
         row = int((~caption.valid.any(1)).nonzero()[0])
         raise ValueError(f"caption {row} is all padding: no real token; give it a text")
@@ -79,7 +79,10 @@ def block_text_mask(noise: Tensor, mask_ratio: float | Tensor, caption: Caption)
 
 
 def truncate_mask(noise: Tensor, mask_ratio: float | Tensor, caption: Caption) -> Masking:
-    """Keep the first pieces, hide the end (CLIPA's "truncation"). Not random at all."""
+    """Keep the first pieces, hide the end. Not random at all.
+
+    CLIPA's "truncation" (arXiv:2305.07017), to a fixed length there, by the ratio here.
+    """
     place = torch.arange(noise.shape[1], device=noise.device, dtype=noise.dtype)
     return _hide_largest(place.expand_as(noise), mask_ratio, caption)
 
@@ -122,10 +125,10 @@ def _nothing_fits(length: Tensor, budget: Tensor) -> Tensor:
 def frequency_mask(noise: Tensor, mask_ratio: float | Tensor, caption: Caption) -> Masking:
     """Hide frequent words more often than rare ones.
 
-    Liang & Larson 2025 (CLIPF): a word of relative frequency f has the drop probability
-    p = max(0, 1 - sqrt(t / f)), and those with the largest U - p are kept (U uniform). Here f is
-    counted over word pieces, t = 1e-3 suits small sets of captions (f of "a" is near 0.1), and
-    the number kept follows from the ratio instead of a fixed length.
+    Liang & Larson 2024 (CLIPF, arXiv:2412.16148): a word of relative frequency f has the drop
+    probability p = max(0, 1 - sqrt(t / f)), and those with the largest U - p are kept (U uniform).
+    Here f is counted over word pieces, t = 1e-3 suits small sets of captions (f of "a" is near
+    0.1), and the number kept follows from the ratio instead of a fixed length.
     """
     if caption.frequency is None:
         raise ValueError(

@@ -34,6 +34,7 @@ from .precision import autocast_for, pick_precision
 from .retrieval import embed, score
 from .run import Run, RunWriter, newest_run
 from .step import backward, naive_backward
+from .text_maskers import maskable_words
 
 # on resume
 _MAY_DIFFER = {"output_dir", "run_name", "num_workers", "log_every", "checkpoint_every"}
@@ -280,6 +281,8 @@ class MaskedMultimodalTrainer:
         self, epoch, batch: Batch, loss: Tensor, norm: float, pace: float, waiting: float
     ):
         images = [image.mask.float().mean(1) for image, _ in self.drawn if image is not None]
+        words = maskable_words(batch.input_ids, batch.valid, self.model.special_ids).sum()
+        hidden_words = sum(float(text.mask.sum()) for _, text in self.drawn if text is not None)
         total = float(sum_over_processes(loss))
         self._clock()
         record = {
@@ -287,6 +290,7 @@ class MaskedMultimodalTrainer:
             "learning_rate": self.optimizers[-1].param_groups[0]["lr"],
             "logit_scale": self.model.logit_scale.item(),
             "image_mask_ratio": torch.cat(images).mean().item() if images else 0.0,
+            "text_mask_ratio": hidden_words / max(1, int(words)),
             "grad_norm": norm if math.isfinite(norm) else None,
             "skipped_steps": self.skipped,
             "samples_per_second": pace * len(self.train) / self.steps_per_epoch,
@@ -364,7 +368,8 @@ class MaskedMultimodalTrainer:
                 f"({state['data']['name'] or 'unnamed'}); give the same ones, or another run_name"
             )
         ours, theirs = self.config.to_dict(), state["config"]
-        differing = [k for k in ours if ours[k] != theirs.get(k) and k not in _MAY_DIFFER]
+        theirs = TrainingConfig().to_dict() | theirs  # a field it does not have yet did not matter
+        differing = [k for k in ours if ours[k] != theirs[k] and k not in _MAY_DIFFER]
         if differing:
             words = ", ".join(f"{k}: {theirs.get(k)!r} -> {ours[k]!r}" for k in differing)
             raise ValueError(
@@ -376,7 +381,7 @@ class MaskedMultimodalTrainer:
         for optimizer, saved in zip(self.optimizers, state["optimizer_state_dict"], strict=True):
             optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])
-        self.plan.load_state_dict(state["ema"])
+        self.plan.load_state_dict(state.get("ema"))
         for name in ("step", "skipped", "seconds", "best_loss"):
             setattr(self, name, state[name])
         self.epoch_loss = state["epoch_loss"].to(self.device) / self.processes

@@ -49,7 +49,8 @@ class MaskLab:
     `text_masker`, `text_percent`, `text_mode` for the words. `masking` and `text_masking` are the
     `Masking`s shown, of one row, None where nothing is to be hidden: bit for bit those that
     training draws for this sample, seed, epoch and share. (But "attentive" looks with this model at
-    full resolution, training with its running mean at half.)
+    full resolution, training with its running mean at half; and of a picture with several captions
+    this shows the first, where training draws one.)
 
     Painting on the picture, or `paint(array)`, makes `painted`, (h, w) bool, the mask; a move of
     the masker, its share, seed or epoch goes back to a computed one. With a model: `cosines` of the

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 
 def mmkit(*words):
@@ -34,6 +35,25 @@ def test_train_then_evaluate_then_search(tmp_path):
     grid = tmp_path / "found.png"
     done = mmkit("search", "a red heart", "--checkpoint", checkpoint, "--k", 7, "--out", grid)
     assert len(done.stdout.splitlines()) == 8 and grid.stat().st_size > 10_000, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "masker, said",
+    [
+        ("painted", "painted mask  "),
+        ("layers", "layers mask  "),
+        ("attentive", "attentive, 75 % hid"),
+    ],
+)
+def test_any_masker_trains_and_scores(tmp_path, masker, said):
+    """Those that go by no ratio, too; a painted array is a flag in JSON."""
+    painted = ["--painted-mask", str(torch.eye(8).int().tolist())] if masker == "painted" else []
+    where = ["--output-dir", tmp_path, "--run-name", masker, "--image-mask-ratio", 0.75]
+    done = mmkit(
+        "train", "--max-steps", 2, "--batch-size", 32, "--image-mask", masker, *painted, *where
+    )
+    assert done.returncode == 0 and said in done.stdout, done.stderr
 
 
 @pytest.mark.slow

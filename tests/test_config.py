@@ -47,6 +47,11 @@ from mmkit import TrainingConfig
         (dict(image_mask="painted"), "painted_mask=None must be given with image_mask='painted'"),
         (dict(image_mask="painted", painted_mask=[0, 1]), "must be rows of equal length"),
         (dict(image_mask="painted", painted_mask=[[0, 1], [0]]), "must be rows of equal length"),
+        (dict(image_mask="painted", painted_mask="0101"), "must be rows of equal length"),
+        (
+            dict(image_mask="layers", image_mask_schedule="linear", image_mask_final_ratio=0.5),
+            "'layers' goes by no ratio; use 'constant'",
+        ),
         (dict(painted_mask=[[0, 1]]), "must be given with image_mask='painted', and only then"),
         (dict(image_mask="layers", augment="shift"), "augment='shift' moves .* use augment='none'"),
         (dict(emma_momentum=0.9), "did you mean 'ema_momentum'"),

@@ -246,13 +246,22 @@ def test_then_noise_orders_by_score_and_then_by_noise(scores, scale):
     assert then_noise(whole, noise)[0].argsort().tolist() == expected
 
 
+def test_ratios_of_another_number_of_samples_are_refused():
+    """One number (a tensor, too), or one per sample."""
+    score = torch.rand(3, 7)
+    assert torch.equal(hide_largest(score, torch.tensor(0.5)).mask, hide_largest(score, 0.5).mask)
+    for wrong in (torch.rand(2), torch.rand(3, 1)):
+        with pytest.raises(ValueError, match=r"mask_ratio has shape .*each of the 3 samples"):
+            hide_largest(score, wrong)
+
+
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 75, float("nan")])
 def test_a_ratio_outside_its_range_is_refused(ratio):
     """One for all or one among several: value, rule and remedy are named."""
     words = rf"mask_ratio={ratio:g} must be in \[0, 1\).*not per cent"
     with pytest.raises(ValueError, match=words):
-        check_ratio(ratio)
+        check_ratio(ratio, 3)
     with pytest.raises(ValueError, match=words):
-        count_kept(7, torch.tensor([0.5, ratio, 0.3]))
+        count_kept(torch.rand(3, 7), torch.tensor([0.5, ratio, 0.3]))
     with pytest.raises(ValueError, match=words):
         hide_largest(torch.rand(2, 7), ratio)

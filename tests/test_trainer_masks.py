@@ -1,5 +1,6 @@
 """Every masker trains; what was hidden is the same on two processes and after a kill."""
 
+import dataclasses
 import json
 import signal
 
@@ -8,6 +9,7 @@ import torch
 
 import mmkit as mm
 from mmkit.attention import class_attention
+from mmkit.describe import describe, effective_configuration
 from mmkit.masking import IMAGE_MASKERS, TEXT_MASKERS
 from tests.test_trainer import QUICK, same_weights, train_small
 
@@ -114,6 +116,38 @@ def test_masks_are_drawn_once_per_step(make_trainer, monkeypatch):
     monkeypatch.setattr(trainer.plan, "attention", lambda b: calls.append(len(b)) or attention(b))
     trainer.train_step(trainer.first_batch(), 0)
     assert calls == [4, 4, 3]
+
+
+def test_a_run_says_how_its_ratio_changes_and_what_it_pays_for(make_trainer):
+    """The longest row is encoded; a schedule is named; the running mean's look is counted."""
+    rising = dict(image_mask_ratio=0.2, image_mask_final_ratio=0.8)
+    trainer = make_trainer(image_mask_schedule="uniform", **rising)
+    longest = trainer.maskings(trainer.first_batch(), 0)[0].ids_keep.shape[1]
+    assert effective_configuration(trainer)["patches_encoded"] == longest
+    assert "20 to 80 % at random; filled up to the longest" in describe(trainer)
+    assert "now; linear to 80 %" in describe(make_trainer(image_mask_schedule="linear", **rising))
+    plain, looking = (
+        effective_configuration(make_trainer(image_mask=name))["gflop_per_pair"]
+        for name in ("random", "attentive")
+    )
+    assert plain < looking < 2 * plain
+
+
+def test_a_run_from_before_these_fields_can_be_resumed(make_trainer, tmp_path):
+    """A field that the file does not know is its default; a missing running mean is named."""
+    trainer = make_trainer(run_name="old", num_epochs=1)
+    trainer.fit()
+    path = tmp_path / "old/last/state.pth"
+    state = mm.checkpoint.read_checkpoint(path)
+    del state["ema"], state["config"]["image_mask_schedule"], state["config"]["ema_momentum"]
+    mm.checkpoint.write_atomically(state, path)
+    config, data, model = trainer.config, trainer.train, trainer.model
+    assert mm.MaskedMultimodalTrainer(config, data, None, model, resume=True).step == 5
+    state["config"]["image_mask"] = "attentive"
+    mm.checkpoint.write_atomically(state, path)
+    config = dataclasses.replace(config, image_mask="attentive")
+    with pytest.raises(ValueError, match="no running mean to resume from"):
+        mm.MaskedMultimodalTrainer(config, data, None, model, resume=True)
 
 
 def test_wrong_masks_are_refused_before_training(make_trainer, make_data, tmp_path):
