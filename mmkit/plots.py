@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from .data import MultimodalDataset
-from .figures import (
+from .figures import (  # noqa: F401  (the colours are for readers of mm.plots, too)
     BLUE,
     COLOURS,
     GREEN,
+    ORANGE,
     PURPLE,
     RED,
     SKY,

@@ -265,6 +265,12 @@ def test_the_whole_and_the_resumed_run_are_compared():
     assert names == ["resumed: at most 0", "other: at most 0.5"]
 
 
+def test_the_colours_are_there_for_readers():
+    """Notebooks frame pictures in them."""
+    names = "BLUE ORANGE GREEN RED PURPLE SKY".split()
+    assert {getattr(plots, name) for name in names} == set(plots.COLOURS)
+
+
 def test_a_figure_is_saved(tmp_path):
     path = plots.save(plots.bars({"a": 1}, "x"), tmp_path / "new" / "a.png")
     assert path.read_bytes().startswith(b"\x89PNG")
