@@ -3,12 +3,25 @@
 Shapes: B batch, N = h x w patches, D width. Walk-through: notebooks/02_masking.ipynb.
 """
 
+import contextlib
 import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+@contextlib.contextmanager
+def at_rest(model):
+    """Evaluation mode without gradients; the training flag is put back."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
 
 
 @torch.no_grad()
@@ -34,15 +47,11 @@ def class_attention(vit: Any, pixels: Tensor, half: bool = False, of: str = "cls
     x = embeddings.patch_embeddings.projection(pixels).flatten(2).transpose(1, 2)
     x = torch.cat([embeddings.cls_token.expand(len(x), -1, -1), x], 1) + place
     total = torch.zeros(len(x), x.shape[1] - 1, device=x.device)
-    training = vit.training
-    vit.eval()  # with dropout, a mask that goes by attention would be another one each time
-    try:
+    with at_rest(vit):  # with dropout, a mask that goes by attention would be another each time
         for block in vit.layers:
             total += _attention_to_patches(block, x, of)
             if block is not vit.layers[-1]:  # its output is not needed
                 x = block(x)
-    finally:
-        vit.train(training)
     mean = (total / len(vit.layers)).unflatten(1, small)
     if small == grid:
         return mean.flatten(1)

@@ -46,13 +46,23 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": constant,
 }
 
+# name -> f(start, final, progress in [0, 1], noise (B,)) -> the ratio, or one per sample
+RATIO_SCHEDULES: dict[str, Callable[..., Any]] = {
+    "constant": lambda start, final, progress, noise: start,
+    "linear": lambda start, final, progress, noise: start + (final - start) * progress,
+    "cosine": lambda start, final, progress, noise: (
+        start + (final - start) * (1 - math.cos(math.pi * progress)) / 2
+    ),
+    "uniform": lambda start, final, progress, noise: start + (final - start) * noise.double(),
+}
+
 _CHOICES = {
     "optimizer": ("muon", "adamw"),
     "loss": ("info_nce", "sigmoid"),
     "image_mask_mode": ("drop", "replace"),
     "text_mask_mode": ("drop", "replace", "80/10/10"),
-    "image_mask_schedule": ("constant", "linear", "cosine", "uniform"),
-    "text_mask_schedule": ("constant", "linear", "cosine", "uniform"),
+    "image_mask_schedule": tuple(RATIO_SCHEDULES),
+    "text_mask_schedule": tuple(RATIO_SCHEDULES),
     "mixed_precision": ("auto", "bf16", "fp16", "no"),
     "accumulation": ("exact", "naive"),
     "augment": ("none", "shift"),

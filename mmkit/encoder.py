@@ -20,7 +20,13 @@ from .config import nearest
 from .data import Batch
 from .masks import Masking
 from .patches import patchify, pick_tokens
-from .tokenizer import continues_word, special_ids, tokenizer_from_state, tokenizer_state
+from .tokenizer import (
+    continues_word,
+    special_ids,
+    tokenizer_from_state,
+    tokenizer_state,
+    word_ids,
+)
 
 # picture side and patch in pixels; width, depth, heads of each tower; text length; common space
 PRESETS: dict[str, dict[str, Any]] = {
@@ -104,10 +110,8 @@ class MultimodalEncoder(nn.Module):
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # SigLIP's start; only its loss uses it
         stats = torch.tensor([image_mean, image_std], dtype=torch.float32)
         self.register_buffer("pixel_stats", stats.reshape(2, 3, 1, 1))
-        special = special_ids(tokenizer)
-        words = torch.arange(len(tokenizer))
-        self.register_buffer("special_ids", special, persistent=False)
-        self.register_buffer("word_ids", words[~torch.isin(words, special)], persistent=False)
+        self.register_buffer("special_ids", special_ids(tokenizer), persistent=False)
+        self.register_buffer("word_ids", word_ids(tokenizer), persistent=False)
         self.register_buffer("continues_word", continues_word(tokenizer), persistent=False)
 
     @classmethod

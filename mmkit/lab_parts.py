@@ -5,14 +5,12 @@ have the colours of plots.masked_captions. `mask` is True where a token is HIDDE
 in widgets.py. Walk-through: notebooks/02_masking.ipynb.
 """
 
-import contextlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .cost import sample_flops
@@ -20,7 +18,7 @@ from .data import MultimodalDataset
 from .encoder import MultimodalEncoder
 from .figures import GREEN, ORANGE, RED, SKY, new_figure, show_picture
 from .masks import Masking
-from .tokenizer import continues_word, special_ids
+from .tokenizer import continues_word, special_ids, word_ids
 
 # word pieces: visible, [CLS] and [SEP], struck out, the mask token, and what 80/10/10 drew
 KINDS = {"seen": SKY, "end": "#e8e8e8", "dropped": "#f9e0b0", "mask": ORANGE, "other": GREEN}
@@ -42,21 +40,8 @@ class Reader:
 
     @classmethod
     def of(cls, tokenizer, patch_size: int) -> "Reader":
-        special, all_ids = special_ids(tokenizer), torch.arange(len(tokenizer))
-        words = all_ids[~torch.isin(all_ids, special)]
-        return cls(patch_size, special, words, continues_word(tokenizer))
-
-
-@contextlib.contextmanager
-def at_rest(model: MultimodalEncoder):
-    """Evaluation mode without gradients; the training flag is put back."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        model.train(training)
+        parts = (special_ids(tokenizer), word_ids(tokenizer), continues_word(tokenizer))
+        return cls(patch_size, *parts)
 
 
 def checked_patch(dataset: MultimodalDataset, model, patch_size: int | None) -> int:

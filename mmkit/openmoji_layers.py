@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .openmoji_drawings import (
-    _cache_folder,
+    cache_folder,
     cached_array,
     checked_size,
     drawing_path,
@@ -67,6 +67,7 @@ def relabel(svg: str) -> tuple[str, list[tuple[str, str]]]:
     labels: dict[tuple[str, str], int] = {}
 
     def paint(element, layer: str, inherited: dict[str, str]) -> None:
+        """Give an element and all in it the colours of their labels."""
         layer = _LAYER_OF.get(element.get("id"), layer)
         paints = {name: element.get(name, above) for name, above in inherited.items()}
         for name in _OPACITIES:
@@ -175,7 +176,7 @@ class DrawingLayers:
         self.image_size, self.cache_dir = checked_size(image_size), cache_dir
 
     def _row(self, sample_id: int):
-        rows = _rows(self.image_size, _cache_folder(self.cache_dir))
+        rows = _rows(self.image_size, cache_folder(self.cache_dir))
         _check_ids([sample_id], len(rows))
         return rows[sample_id]
 
@@ -191,7 +192,7 @@ class DrawingLayers:
                 f"grid={grid} does not divide image_size={self.image_size}; choose rows and "
                 "columns that do: image_size // patch_size"
             )
-        table, start = _touched(self.image_size, _cache_folder(self.cache_dir), (rows, columns))
+        table, start = _touched(self.image_size, cache_folder(self.cache_dir), (rows, columns))
         ids = sample_ids.cpu()
         _check_ids(ids.tolist(), len(start) - 1)
         first, count = start[ids], start[ids + 1] - start[ids]

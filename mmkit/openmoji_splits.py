@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from .emoji_names import TONES, base_name, gender, group, skeleton, tones, wording
-from .openmoji import TABLE, named_drawings, render, stable_hash
+from .openmoji import named_drawings, render, stable_hash
+from .openmoji_drawings import TABLE
 
 FIELDS = ("codepoints", "same_as", "family", "gender", "tone", "split")
 NEAR_IDENTICAL = 0.5  # mean absolute difference out of 255, judged at 32 px

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .attention import at_rest
 from .data import Batch, MultimodalDataset
 from .distributed import gather_rows, my_share
 from .encoder import MultimodalEncoder
@@ -48,7 +49,6 @@ def _my_chunks(count: int, size: int) -> list[Tensor]:
     return [rows for rows in my_share(torch.arange(count))[0].split(size) if len(rows)]
 
 
-@torch.no_grad()
 def embed(
     model: MultimodalEncoder,
     dataset: MultimodalDataset,
@@ -69,19 +69,18 @@ def embed(
     is done with the hidden, as in `TrainingConfig`. mixed_precision: as there; "auto" is faster,
     "no" is exact. Several processes share the work, each sample counted once.
     """
-    device, training = model.logit_scale.device, model.training
+    device = model.logit_scale.device
     autocast = autocast_for(mixed_precision, device)
     dataset.use_tokenizer(model.tokenizer, model.max_length)
     input_ids, lengths, first, counts = dataset.encoded_captions()
     picture = torch.repeat_interleave(torch.arange(len(dataset)), counts)  # picture of each caption
     frequency = dataset.piece_frequency() if text_mask[0] == "frequency" else None
     drawing: dict[str, Any] = dict(seed=seed, epoch=0, layers=dataset.layers, frequency=frequency)
-    model.eval()
 
     images, texts = [], []
     for rows in _my_chunks(len(dataset), batch_size):
         batch = dataset.batch(rows).to(device)
-        with autocast:
+        with at_rest(model), autocast:
             hidden = _of_rows(image_mask, rows, len(dataset))
             masking, _ = draw_maskings(batch, model, image=hidden, **drawing)
             images.append(model.encode_image(batch.pixel_values, masking, image_mode))
@@ -91,10 +90,9 @@ def embed(
         ids, owner = input_ids[rows, :longest], picture[rows]
         # No pixels are needed here: the ids stand in for them.
         batch = Batch(ids, ids, valid, dataset.sample_ids[owner], owner).to(device)
-        with autocast:
+        with at_rest(model), autocast:
             _, masking = draw_maskings(batch, model, text=text_mask, text_mode=text_mode, **drawing)
             texts.append(model.encode_text(batch.input_ids, batch.valid, masking, text_mode))
-    model.train(training)
     empty = torch.zeros(0, model.embed_dim, device=device)
     image_features = gather_rows(torch.cat([*images, empty])).cpu()
     text_features = gather_rows(torch.cat([*texts, empty])).cpu()
@@ -236,7 +234,6 @@ def zero_shot(
     return scores.argmax(1), scores
 
 
-@torch.no_grad()
 def patch_word_similarity(
     model: MultimodalEncoder, picture: Tensor, text: str
 ) -> tuple[list[str], Tensor]:
@@ -246,14 +243,15 @@ def patch_word_similarity(
     through the projections that were trained on their mean, so that a map shows a tendency and
     explains no score.
     """
-    device, training = model.logit_scale.device, model.training
-    model.eval()
+    device = model.logit_scale.device
     input_ids, valid = (
         x.to(device) for x in encode_texts(model.tokenizer, [text], model.max_length)
     )
-    patches = model.image_projection(model.image_tokens(picture[None].to(device))[0, 1:]).float()
-    words = model.text_projection(model.text_tokens(input_ids, valid)[0][0]).float()
-    model.train(training)
+    with at_rest(model):
+        patches = model.image_projection(
+            model.image_tokens(picture[None].to(device))[0, 1:]
+        ).float()
+        words = model.text_projection(model.text_tokens(input_ids, valid)[0][0]).float()
     inside = maskable_words(input_ids, valid, model.special_ids)[0]
     normal = torch.nn.functional.normalize
     cosines = normal(words[inside], dim=-1) @ normal(patches, dim=-1).T

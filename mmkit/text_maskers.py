@@ -101,9 +101,8 @@ def whole_word_mask(noise: Tensor, mask_ratio: float | Tensor, caption: Caption)
     first = words & (caption.word_start | (words.cumsum(1) == 1))
     number = (first.cumsum(1) - 1).clamp(min=0)  # (B, L): the how-manieth word a piece is of
     most = max(1, int(first.sum(1).max()))
-    start = words & first
     draw = noise.new_full((len(noise), most), -1.0)
-    draw = draw.scatter_reduce(1, number, noise.masked_fill(~start, -1.0), "amax")
+    draw = draw.scatter_reduce(1, number, noise.masked_fill(~first, -1.0), "amax")
     length = torch.zeros_like(draw, dtype=torch.int64).scatter_add(1, number, words.long())
     budget, hide = num_hidden(mask_ratio, caption), torch.zeros_like(draw, dtype=torch.bool)
     at_least_one = torch.minimum(budget, torch.as_tensor(caption.least_hidden))

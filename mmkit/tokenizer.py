@@ -100,6 +100,12 @@ def special_ids(tokenizer) -> Tensor:
     return torch.tensor(sorted(keep), dtype=torch.int64)
 
 
+def word_ids(tokenizer) -> Tensor:
+    """Ids of all pieces that are not `special_ids`, sorted."""
+    ids = torch.arange(len(tokenizer))
+    return ids[~torch.isin(ids, special_ids(tokenizer))]
+
+
 def continues_word(tokenizer) -> Tensor:
     """(V,) bool: does this piece go on with the word of the piece before it?
 

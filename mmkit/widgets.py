@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .attention import at_rest
 from .data import Batch, MultimodalDataset
 from .encoder import MultimodalEncoder
 from .lab_parts import (
     Reader,
-    at_rest,
     caption_html,
     caption_pieces,
     checked_patch,

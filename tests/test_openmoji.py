@@ -211,10 +211,10 @@ def test_two_processes_may_render_at_once(tmp_path):
 def test_the_cache_folder_can_be_chosen(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.delenv("MMKIT_CACHE", raising=False)
-    assert module._cache_folder(None) == tmp_path / "xdg" / "mmkit"
+    assert module.cache_folder(None) == tmp_path / "xdg" / "mmkit"
     monkeypatch.setenv("MMKIT_CACHE", str(tmp_path / "mine"))
-    assert module._cache_folder(None) == tmp_path / "mine"
-    assert module._cache_folder(tmp_path / "given") == tmp_path / "given"
+    assert module.cache_folder(None) == tmp_path / "mine"
+    assert module.cache_folder(tmp_path / "given") == tmp_path / "given"
 
 
 @pytest.mark.parametrize("size", [7, 0, -64, 64.0, "64", True, None])
