@@ -56,8 +56,9 @@ RATIO_SCHEDULES: dict[str, Callable[..., Any]] = {
     "uniform": lambda start, final, progress, noise: start + (final - start) * noise.double(),
 }
 
+OPTIMIZERS = ("muon", "adamw")
+
 _CHOICES = {
-    "optimizer": ("muon", "adamw"),
     "loss": ("info_nce", "sigmoid"),
     "image_mask_mode": ("drop", "replace"),
     "text_mask_mode": ("drop", "replace", "80/10/10"),
@@ -65,6 +66,7 @@ _CHOICES = {
     "text_mask_schedule": tuple(RATIO_SCHEDULES),
     "mixed_precision": ("auto", "bf16", "fp16", "no"),
     "accumulation": ("exact", "naive"),
+    "exchange": ("gather", "neighbours"),
     "augment": ("none", "shift"),
 }
 _AT_LEAST_ONE = (
@@ -73,11 +75,14 @@ _AT_LEAST_ONE = (
     "gradient_accumulation_steps",
     "eval_every",
     "log_every",
+    "keep_last",
+    "max_skipped_steps",
 )
 _NOT_NEGATIVE = (
-    "learning_rate weight_decay warmup_steps max_grad_norm unmasked_epochs checkpoint_every".split()
-)
-_FRACTIONS = ("image_mask_ratio", "text_mask_ratio", "dropout")
+    "learning_rate weight_decay warmup_steps max_grad_norm unmasked_epochs frozen_image_epochs "
+    "frozen_text_epochs checkpoint_every"
+).split()
+_FRACTIONS = ("image_mask_ratio", "text_mask_ratio", "dropout", "ema_decay")
 _FRACTIONS_OR_NONE = ("image_mask_final_ratio", "text_mask_final_ratio")
 
 
@@ -132,16 +137,24 @@ class TrainingConfig:
     )
 
     # -- optimizer ---------------------------------------------------------------------------
-    optimizer: str = "muon"  # "muon" (hidden matrices by Muon, the rest AdamW) | "adamw"
+    optimizer: str = "muon"  # "muon" (hidden matrices by Muon, the rest AdamW) | "adamw", or
+    # f(parameter groups with "params", "lr", "weight_decay") -> torch.optim.Optimizer
     matrix_learning_rate: float | None = None  # Muon's peak; None = 3 x learning_rate
     schedule: str = "cosine"  # "cosine" | "linear" | "constant", or f(progress in [0, 1]) -> [0, 1]
     final_lr_fraction: float = 0.02  # of the peak, at the last step
+    layer_decay: float = 1.0  # learning rate of each layer as a fraction of the next one's, (0, 1]
+    frozen_image_epochs: int = 0  # the first so many epochs leave the ViT as it is (LiT: all)
+    frozen_text_epochs: int = 0  # the same for the BERT; projections and temperature always learn
+    ema_decay: float = 0.0  # of a running mean of all weights, which is then what is validated and
+    # kept as the best model; 0 = none, 0.99 to 0.9999 by length of the run
 
     # -- model and loss ----------------------------------------------------------------------
     preset: str = "tiny"  # encoder built when no model is given: "tiny" | "small" | "base"
     dropout: float = 0.0  # of both towers and the projections, in a model built from the preset
     temperature: float = 0.07  # at the start (CLIP's 1/14.3); learned from there
     loss: str = "info_nce"  # "info_nce" (softmax over the batch) | "sigmoid" (each pair by itself)
+    exchange: str = "gather"  # several processes see each other's texts: all at once, or (sigmoid
+    # only) "neighbours", passed round in a ring, so that one block of logits is held at a time
 
     # -- what is hidden ----------------------------------------------------------------------
     image_mask: str = "random"  # a name in mmkit.masking.IMAGE_MASKERS
@@ -166,6 +179,11 @@ class TrainingConfig:
 
     # -- machine -----------------------------------------------------------------------------
     mixed_precision: str = "auto"  # "auto" picks by hardware | "bf16" | "fp16" (scaled) | "no"
+    max_skipped_steps: int = 20  # stop after so many steps in a row without a finite gradient
+    gradient_checkpointing: bool = (
+        False  # keep only each layer's input: less memory, a third slower
+    )
+    compile: bool = False  # torch.compile each transformer layer (needs a C++ compiler on a CPU)
     accumulation: str = "exact"  # "exact" (whole-batch gradient) | "naive" (loses negatives)
     deterministic: bool = False  # deterministic kernels; on a GPU needed for bit-exact resume
     seed: int = 0  # weights, order, masks, dropout: everything drawn comes from it
@@ -175,6 +193,7 @@ class TrainingConfig:
     eval_every: int = 1  # epochs between validations (the last epoch is always validated)
     log_every: int = 10  # steps between two records of the training loss
     checkpoint_every: int = 0  # steps between two writes of last/; 0 = at the end of each epoch
+    keep_last: int = 1  # how many of them are kept: last/state.pth, before it last/state-STEP.pth
     output_dir: str = "runs"  # runs/<run_name>/ holds everything a run writes
     run_name: str = ""  # "" = date and time
 
@@ -183,6 +202,9 @@ class TrainingConfig:
             value = getattr(self, name)
             if value not in known:
                 raise ValueError(f"{name}={value!r} is not a choice; {nearest(value, known)}")
+        if not callable(self.optimizer) and self.optimizer not in OPTIMIZERS:
+            hint = nearest(self.optimizer, OPTIMIZERS)
+            raise ValueError(f"optimizer={self.optimizer!r} is not a choice; {hint}; or a function")
         if not callable(self.schedule) and self.schedule not in SCHEDULES:
             hint = nearest(self.schedule, SCHEDULES)
             raise ValueError(f"schedule={self.schedule!r} is not known; {hint}; or give a function")
@@ -200,6 +222,12 @@ class TrainingConfig:
             rule = "given with a schedule, and only then: a fraction in [0, 1)"
             self._check(name, (value is not None) == needed, rule)
         self._check("ema_momentum", 0 <= self.ema_momentum < 1, "in [0, 1)")
+        self._check("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]; 1 = the same for all")
+        if self.exchange != "gather" and self.loss != "sigmoid":
+            raise ValueError(
+                f"exchange={self.exchange!r} needs loss='sigmoid': a softmax needs all candidates "
+                "of a row at once; take exchange='gather'"
+            )
         self._check_mask()
         self._check("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "in [0, 1]")
         self._check("temperature", self.temperature >= 0.01, "at least 0.01 (the scale's clamp)")
@@ -257,8 +285,9 @@ class TrainingConfig:
         return self.final_lr_fraction + (1 - self.final_lr_fraction) * shape(min(1.0, progress))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only, for JSON and checkpoints; a schedule function becomes its name."""
+        """Plain values only, for JSON and checkpoints; a function becomes its name."""
         values = dataclasses.asdict(self)
-        if callable(self.schedule):
-            values["schedule"] = f"function {getattr(self.schedule, '__qualname__', 'schedule')}"
+        for name in ("schedule", "optimizer"):
+            if callable(values[name]):
+                values[name] = f"function {getattr(values[name], '__qualname__', name)}"
         return values

@@ -72,6 +72,26 @@ def info_nce(
     return total / len(image_features)
 
 
+def sigmoid_block(
+    image_features: Tensor,
+    text_features: Tensor,
+    scale: Tensor,
+    logit_bias: Tensor,
+    own: Tensor | None = None,
+    left_out: Tensor | None = None,
+) -> Tensor:
+    """Summed sigmoid loss of R pictures against C texts: each pair judged by itself.
+
+    own (R, C) bool: the true pairs; None: there are none. left_out (R, C) bool: pairs that are not
+    counted, true ones excepted.
+    """
+    logits = scale.float() * similarity(image_features, text_features) + logit_bias.float()
+    loss = -F.logsigmoid(-logits if own is None else torch.where(own, logits, -logits))
+    if left_out is not None:
+        loss = loss.masked_fill(left_out if own is None else left_out & ~own, 0.0)
+    return loss.sum()
+
+
 def sigmoid_rows(
     image_features: Tensor,
     all_text_features: Tensor,
@@ -81,14 +101,11 @@ def sigmoid_rows(
     groups: Tensor | None = None,
 ) -> Tensor:
     """Summed sigmoid loss of R pictures against C texts; see `sigmoid_loss` and `info_nce_rows`."""
-    logits = scale.float() * similarity(image_features, all_text_features) + logit_bias.float()
-    rows = torch.arange(len(image_features), device=logits.device)
-    own = torch.zeros_like(logits, dtype=torch.bool)
-    own[rows, rows + offset] = True
-    loss = -F.logsigmoid(torch.where(own, logits, -logits))
-    if groups is not None:
-        loss = loss.masked_fill(_positives(groups[rows + offset], groups) & ~own, 0.0)
-    return loss.sum()
+    rows = torch.arange(len(image_features), device=image_features.device) + offset
+    columns = torch.arange(len(all_text_features), device=rows.device)
+    same = None if groups is None else _positives(groups[rows], groups)
+    own = rows[:, None] == columns[None, :]
+    return sigmoid_block(image_features, all_text_features, scale, logit_bias, own, same)
 
 
 def sigmoid_loss(

@@ -6,36 +6,92 @@ micro-batch again, its masks and dropout replayed. Walk-through: notebooks/03_tr
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .data import Batch
-from .distributed import gather_rows, row_counts, world
+from .distributed import around_the_ring, gather_rows, row_counts, world
 from .encoder import EncoderOutput
-from .losses import info_nce_rows, sigmoid_rows
+from .losses import info_nce_rows, sigmoid_block, sigmoid_rows
+
+_LOGITS = 2**22  # entries of a similarity matrix held at once (16 MB in float32)
+
+
+def _in_chunks(loss_of: Callable[..., Tensor], rows: int, columns: int) -> Tensor:
+    """Sum of loss_of(slice) over slices of `rows`, each at most `_LOGITS` logits.
+
+    Where there are several, the backward pass computes a slice's logits again instead of keeping
+    them.
+    """
+    size = max(1, _LOGITS // max(1, columns))
+    if size >= rows:
+        return loss_of(slice(0, rows))
+    parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    options: dict[str, Any] = dict(use_reentrant=False, preserve_rng_state=False)
+    return torch.stack([checkpoint(loss_of, part, **options) for part in parts]).sum()
 
 
 def contrastive_share(
-    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, groups: Tensor, kind: str
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    groups: Tensor,
+    kind: str,
+    exchange: str = "gather",
 ) -> Tensor:
     """This process's rows against the candidates of all processes: its part of the global mean.
 
     image, text (R, D), groups (R,); the parts of all processes add up to `info_nce` (or
-    `sigmoid_loss`) of the joined batch. Memory for logits is (R, C), never (C, C).
+    `sigmoid_loss`) of the joined batch. Memory for logits is at most (R, C), never (C, C), and
+    from 4 million on a slice of that. exchange: "gather", or "neighbours" (sigmoid only).
     """
     rank, _ = world()
     counts = row_counts(len(image), image.device)
-    offset, total = sum(counts[:rank]), sum(counts)
-    groups, all_text = gather_rows(groups, counts), gather_rows(text, counts)
-    scale = logit_scale.exp()
+    offset, total, scale = sum(counts[:rank]), sum(counts), logit_scale.exp()
+    all_groups = gather_rows(groups, counts)
+    if kind == "sigmoid" and exchange == "neighbours":
+        return _ring_of_texts(image, text, scale, logit_bias, all_groups, counts) / total
+    all_text = gather_rows(text, counts)
     if kind == "sigmoid":
-        rows = sigmoid_rows(image, all_text, scale, logit_bias, offset, groups)
+
+        def rows_loss(part: slice) -> Tensor:
+            start = offset + part.start
+            return sigmoid_rows(image[part], all_text, scale, logit_bias, start, all_groups)
     else:
         all_image = gather_rows(image, counts)
-        rows = info_nce_rows(image, text, all_image, all_text, scale, offset, groups)
-    return rows / total
+
+        def rows_loss(part: slice) -> Tensor:
+            candidates = (all_image, all_text, scale, offset + part.start, all_groups)
+            return info_nce_rows(image[part], text[part], *candidates)
+
+    return _in_chunks(rows_loss, len(image), total) / total
+
+
+def _ring_of_texts(
+    image: Tensor, text: Tensor, scale: Tensor, logit_bias: Tensor, groups: Tensor, counts
+) -> Tensor:
+    """Summed sigmoid loss of our pictures against each process's texts in turn."""
+    groups_of = groups.split(counts)
+    mine = groups_of[world()[0]]
+
+    def block(theirs: Tensor, owner: int, part: slice) -> Tensor:
+        own = None
+        if owner == world()[0]:
+            own = torch.eye(len(mine), dtype=torch.bool, device=mine.device)[part]
+        same = mine[part, None] == groups_of[owner][None, :]
+        return sigmoid_block(image[part], theirs, scale, logit_bias, own, same)
+
+    total = image.new_zeros(())
+    for owner, theirs in around_the_ring(text, counts):
+        loss_of = functools.partial(block, theirs, owner)
+        total = total + _in_chunks(loss_of, len(image), len(theirs))
+    return total
 
 
 def _generators(device: torch.device) -> list[Tensor]:
@@ -56,6 +112,7 @@ def backward(
     scale_parameters: tuple[nn.Parameter, nn.Parameter],
     kind: str,
     *,
+    exchange: str = "gather",
     weight: float = 1.0,
     grad_scale: Callable[[Tensor], Tensor] = lambda x: x,
     no_sync: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
@@ -66,44 +123,59 @@ def backward(
 
     encode: the masked forward pass, masks a pure function of the batch. scale_parameters:
     logit_scale and logit_bias. kind: "info_nce" or "sigmoid". weight multiplies the gradient. With
-    several micro-batches each runs twice, and memory grows with the micro-batch, not with the
-    batch.
+    several micro-batches all but the last run twice, and memory grows with the micro-batch, not
+    with the batch. exchange: see `contrastive_share`.
     grad_scale: an fp16 scaler's `scale`. no_sync: keeps DDP from summing gradients before the last
     micro-batch. The loss is this process's part of the global mean.
     """
-    replay, device = len(micro_batches) > 1, micro_batches[0].sample_ids.device
-    outputs, generators = [], []
-    for batch in micro_batches:
-        generators.append(_generators(device))
-        with torch.set_grad_enabled(not replay):
-            outputs.append(encode(batch))
+    device = micro_batches[0].sample_ids.device
+    *others, last = micro_batches
+    states, features = [], []
+    for batch in others:
+        states.append(_generators(device))
+        with torch.no_grad():
+            features.append(_features(encode(batch)))
+    # The last one's graph is kept: a second pass would only repeat it.
+    with no_sync() if others or not synchronize else contextlib.nullcontext():
+        kept = encode(last)
+    afterwards = _generators(device)
+    features.append(_features(kept))
 
-    image = torch.cat([o.image_features for o in outputs])
-    text = torch.cat([o.text_features for o in outputs])
+    image, text = (torch.cat(parts) for parts in zip(*features, strict=True))
     leaves = [leaf.detach().requires_grad_() for leaf in (image, text, *scale_parameters)]
     groups = torch.cat([batch.group_ids for batch in micro_batches])
-    loss = contrastive_share(leaves[0], leaves[1], leaves[2], leaves[3], groups, kind)
+    loss = contrastive_share(leaves[0], leaves[1], leaves[2], leaves[3], groups, kind, exchange)
     factor = weight * world()[1]  # DDP averages over processes; each holds its part of a sum
     image_grad, text_grad, *scale_grads = torch.autograd.grad(
         loss * factor, leaves, allow_unused=True, materialize_grads=True
     )
     sizes = [len(batch) for batch in micro_batches]
-    pieces = zip(micro_batches, image_grad.split(sizes), text_grad.split(sizes), strict=True)
+    *pieces, last_piece = zip(image_grad.split(sizes), text_grad.split(sizes), strict=True)
 
-    for i, (batch, image_piece, text_piece) in enumerate(pieces):
-        final = i == len(micro_batches) - 1
+    def pull(out: EncoderOutput, piece: tuple[Tensor, Tensor], final: bool):
+        """Send the loss's gradient at the features of a micro-batch on into the parameters."""
+        surrogate = (out.image_features * piece[0]).sum() + (out.text_features * piece[1]).sum()
+        # logit_scale has ONE gradient per step; once per micro-batch would multiply it.
+        once = [g if final else torch.zeros_like(g) for g in scale_grads]
+        surrogate = surrogate + out.logit_scale * once[0] + out.logit_bias * once[1]
+        grad_scale(surrogate).backward()
+
+    with no_sync() if others or not synchronize else contextlib.nullcontext():
+        pull(kept, last_piece, final=not others)
+    del kept
+    for i, (batch, piece) in enumerate(zip(others, pieces, strict=True)):
+        final = i == len(others) - 1
         with contextlib.nullcontext() if final and synchronize else no_sync():
-            if replay:
-                _set_generators(generators[i], device)
-                outputs[i] = encode(batch)
-            out = outputs[i]
-            surrogate = (out.image_features * image_piece).sum()
-            surrogate = surrogate + (out.text_features * text_piece).sum()
-            # logit_scale has ONE gradient per step; once per micro-batch would multiply it.
-            once = [g if final else torch.zeros_like(g) for g in scale_grads]
-            surrogate = surrogate + out.logit_scale * once[0] + out.logit_bias * once[1]
-            grad_scale(surrogate).backward()
+            _set_generators(states[i], device)
+            pull(encode(batch), piece, final)
+    if others:
+        _set_generators(afterwards, device)
     return loss.detach()
+
+
+def _features(out: EncoderOutput) -> tuple[Tensor, Tensor]:
+    """What the loss needs of an output; its token states would grow with the batch."""
+    return out.image_features.detach(), out.text_features.detach()
 
 
 def naive_backward(encode, micro_batches: list[Batch], *args, no_sync, **options) -> Tensor:
