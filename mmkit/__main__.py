@@ -33,6 +33,7 @@ def train(
     config: Annotated[TrainingConfig, tyro.conf.arg(name="")],
     split: Split = "compose",
     resume: bool = False,
+    fork: str = "",
 ) -> None:
     """Train on the built-in pictures, score the test split, draw ten searches.
 
@@ -40,10 +41,11 @@ def train(
         config: The whole recipe.
         split: How the built-in pictures are divided ("random" leaks, for teaching).
         resume: Go on from the last checkpoint of the run (run_name; without one, the newest run).
+        fork: Folder of a run to start from where that one stands; everything but batch_size may differ.
     """
     size = PRESETS[config.preset]["image"] if config.preset in PRESETS else 64
     training, val, test = openmoji(image_size=size, split=split)
-    run = train_model(config, training, val, resume=resume)
+    run = train_model(config, training, val, resume=fork or resume)
     if not leave_group():
         return
     model = run.model

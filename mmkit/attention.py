@@ -1,10 +1,9 @@
-"""What a ViT looks at, and a slowly moving copy of it to look with.
+"""What a ViT looks at.
 
 Shapes: B batch, N = h x w patches, D width. Walk-through: notebooks/02_masking.ipynb.
 """
 
 import contextlib
-import copy
 from typing import Any
 
 import torch
@@ -69,32 +68,3 @@ def _attention_to_patches(block: Any, x: Tensor, of: str) -> Tensor:
     key = attention.k_proj(x).unflatten(2, heads).transpose(1, 2)  # (B, heads, 1 + N, d)
     rows = (query @ key.transpose(2, 3) * attention.scaling).float().softmax(-1)
     return rows[..., 1:].mean((1, 2))
-
-
-class RunningMean:
-    """A copy of a ViT whose weights are the running mean (EMA) of the original's.
-
-    momentum: of the mean, per step; it starts lower, (1 + step) / (10 + step), so that a short run
-    does not end with the weights it began with. A-CLIP goes from 0.996 to 1 over training instead.
-    """
-
-    def __init__(self, vit: Any, momentum: float):
-        self.vit = copy.deepcopy(vit).requires_grad_(False).eval()
-        self.momentum, self.steps = momentum, 0
-
-    @torch.no_grad()
-    def update(self, vit: Any):
-        """Move towards the weights of `vit` by one step."""
-        momentum = min(self.momentum, (1 + self.steps) / (10 + self.steps))
-        mine, theirs = ([p.detach() for p in x.parameters()] for x in (self.vit, vit))
-        torch._foreach_lerp_(mine, theirs, 1 - momentum)
-        self.steps += 1
-
-    def state_dict(self) -> dict:
-        """What `load_state_dict` needs: tensors and a number."""
-        return {"weights": self.vit.state_dict(), "steps": self.steps}
-
-    def load_state_dict(self, state: dict):
-        """Go on from a saved state."""
-        self.vit.load_state_dict(state["weights"])
-        self.steps = state["steps"]

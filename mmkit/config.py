@@ -223,6 +223,10 @@ class TrainingConfig:
             self._check(name, (value is not None) == needed, rule)
         self._check("ema_momentum", 0 <= self.ema_momentum < 1, "in [0, 1)")
         self._check("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]; 1 = the same for all")
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError(
+                "compile=True with gradient_checkpointing=True compiles every layer anew; take one"
+            )
         if self.exchange != "gather" and self.loss != "sigmoid":
             raise ValueError(
                 f"exchange={self.exchange!r} needs loss='sigmoid': a softmax needs all candidates "

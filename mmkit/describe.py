@@ -86,12 +86,31 @@ def describe(trainer) -> str:
         lines["validation"] = (
             f"{n:,} pictures as one pool{guessing(n)}; chance of R@1 {100 / n:.1f} %"
         )
+    if tools := _tools(config):
+        lines["tools"] = "; ".join(tools)
     if config.warmup_steps > e["steps"] / 2:
         lines["beware"] = (
             f"the warmup takes {config.warmup_steps} of {e['steps']} steps, so that the learning "
             "rate hardly falls; lower warmup_steps, or train longer"
         )
     return "\n".join(f"{name:11} {words}" for name, words in lines.items())
+
+
+def _tools(config) -> list[str]:
+    """What else was asked of this run, in words."""
+    tools = []
+    for kind, tower in (("image", "ViT"), ("text", "BERT")):
+        if epochs := getattr(config, f"frozen_{kind}_epochs"):
+            tools.append(f"{tower} frozen for {min(epochs, config.num_epochs)} epochs")
+    if config.layer_decay < 1:
+        tools.append(f"each layer learns at {config.layer_decay:g} of the rate of the one above")
+    if config.ema_decay:
+        tools.append(f"a running mean of the weights (decay {config.ema_decay:g}) is validated")
+    if config.gradient_checkpointing:
+        tools.append("activations computed again in the backward pass")
+    if config.compile:
+        tools.append("layers compiled (the first steps are slow)")
+    return tools
 
 
 def _schedule(config, kind: str) -> str:

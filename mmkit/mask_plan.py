@@ -10,7 +10,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from .attention import RunningMean, class_attention
+from .attention import class_attention
 from .config import TrainingConfig
 from .data import Batch, MultimodalDataset
 from .encoder import MultimodalEncoder
@@ -26,6 +26,7 @@ from .masking import (
 )
 from .pictures import shift_pictures
 from .precision import autocast_for
+from .running_mean import RunningMean
 
 
 def check_maskers(config: TrainingConfig, train: MultimodalDataset):
@@ -105,7 +106,7 @@ class MaskPlan:
         assert self.ema is not None
         with autocast_for(self.config.mixed_precision, batch.pixel_values.device):
             pixels = self.model.normalize(batch.pixel_values)
-            return class_attention(self.ema.vit, pixels, half=True, of=self.model.pooling)
+            return class_attention(self.ema.module, pixels, half=True, of=self.model.pooling)
 
     @torch.no_grad()
     def after_step(self):

@@ -1,9 +1,12 @@
-"""Which parameter is updated by which rule.
+"""Which parameter is updated by which rule, how fast, and from when on.
 
 Muon (Jordan et al. 2024; torch.optim.Muon) orthogonalises the update of the hidden matrices of both
 towers; everything else goes to AdamW. Never decayed: biases, norms, position embeddings, class and
 mask tokens, logit_scale and logit_bias. Walk-through: notebooks/03_training.ipynb.
 """
+
+import re
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +14,7 @@ from torch import nn
 from .config import TrainingConfig
 
 _NEVER_DECAYED = ("position_embeddings", "cls_token", "mask_token", "logit_", "token_type")
+_LAYER = re.compile(r"(vit|bert)\..*\blayers?\.(\d+)\.")  # of a tower, and its number
 
 
 def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -29,31 +33,75 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
     return groups
 
 
-def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all, or Muon on the hidden matrices and AdamW on the rest.
+def layer_multiplier(model: Any, name: str, layer_decay: float) -> float:
+    """The learning rate of a parameter as a fraction of the full one.
 
-    Each group carries its peak learning rate as `peak_lr`. Raises ValueError where torch has no
-    Muon.
+    layer_decay to the power of the layers above it: embeddings and mask token of a tower of depth L
+    have L + 1 of them, its first layer L, its last norm and the projections none (Clark et al.
+    2020, ELECTRA, arXiv:2003.10555; BEiT).
     """
-    groups = parameter_groups(model)
-    matrices, decayed, plain = (list(groups[k].values()) for k in ("matrices", "decayed", "plain"))
-    decay = config.weight_decay
+    if layer := _LAYER.search(name):
+        above = getattr(model, layer[1]).config.num_hidden_layers - int(layer[2])
+    elif "embeddings" in name or "mask_token" in name:
+        tower = "vit" if name.startswith(("vit", "image")) else "bert"
+        above = getattr(model, tower).config.num_hidden_layers + 1
+    else:
+        above = 0
+    return layer_decay**above
+
+
+def _split_by_rate(model, parameters: dict[str, nn.Parameter], layer_decay, peak, decay) -> list:
+    """Groups of an optimizer, one per learning rate, the parameters' order kept."""
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        rate = peak * layer_multiplier(model, name, layer_decay)
+        by_rate.setdefault(rate, []).append(parameter)
+    return [
+        {"params": params, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+        for rate, params in by_rate.items()
+    ]
+
+
+def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all, Muon on the hidden matrices and AdamW on the rest, or the caller's own.
+
+    A function is given a list of parameter groups ("params", "lr", "weight_decay") and returns one
+    optimizer over them. Each group carries its peak learning rate as `peak_lr`. Raises ValueError
+    where torch has no Muon, or where the function returns anything but an optimizer.
+    """
+    roles = parameter_groups(model)
+    muon = config.optimizer == "muon" and roles["matrices"]
+
+    def groups(role: str, peak: float, decay: float) -> list[dict]:
+        return _split_by_rate(model, roles[role], config.layer_decay, peak, decay)
+
+    if not muon:
+        roles["decayed"] = roles["matrices"] | roles["decayed"]
+    rest = groups("decayed", config.learning_rate, config.weight_decay)
+    rest += groups("plain", config.learning_rate, 0.0)
+    if callable(config.optimizer):
+        return [_own_optimizer(config.optimizer, rest)]
     optimizers: list[torch.optim.Optimizer] = []
-    if config.optimizer == "muon" and matrices:
+    if muon:
         if not hasattr(torch.optim, "Muon"):
             raise ValueError("optimizer='muon' needs torch 2.9 or newer; take optimizer='adamw'")
-        muon = torch.optim.Muon(matrices, lr=config.matrix_lr, weight_decay=decay, momentum=0.95)
-        muon.param_groups[0]["peak_lr"] = config.matrix_lr
-        optimizers.append(muon)
-    else:
-        decayed = matrices + decayed
-    rest = [
-        {"params": decayed, "weight_decay": decay, "peak_lr": config.learning_rate},
-        {"params": plain, "weight_decay": 0.0, "peak_lr": config.learning_rate},
-    ]
-    rest = [group for group in rest if group["params"]]
+        matrices = groups("matrices", config.matrix_lr, config.weight_decay)
+        optimizers.append(torch.optim.Muon(matrices, lr=config.matrix_lr, momentum=0.95))
     optimizers.append(torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6))
     return optimizers
+
+
+def _own_optimizer(build, groups: list[dict]) -> torch.optim.Optimizer:
+    optimizer = build(groups)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(
+            f"the optimizer function returned a {type(optimizer).__name__}; it must return a "
+            "torch.optim.Optimizer over the groups it is given, "
+            "such as lambda groups: torch.optim.SGD(groups)"
+        )
+    for group in optimizer.param_groups:
+        group.setdefault("peak_lr", group["lr"])
+    return optimizer
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], fraction: float) -> None:
@@ -64,3 +112,18 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], fraction: float) 
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = fraction * group["peak_lr"]
+
+
+def set_frozen(model: Any, kind: str, frozen: bool) -> None:
+    """Leave a tower as it is, or let it learn (Zhai et al. 2022, LiT, arXiv:2111.07991).
+
+    kind: "image" or "text". A frozen tower gets no gradient, no weight decay and no dropout, and
+    its activations are not kept. Projections, logit_scale and logit_bias always learn. Call it
+    after `model.train()`.
+    """
+    tower = model.vit if kind == "image" else model.bert
+    token = getattr(model, f"{kind}_mask_token")
+    for parameter in (*tower.parameters(), token):
+        parameter.requires_grad_(not frozen)
+    if frozen:
+        tower.eval()

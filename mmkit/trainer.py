@@ -8,20 +8,17 @@ Walk-through: notebooks/03_training.ipynb.
 import contextlib
 import math
 import os
+import shutil
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint import (
-    load_weights,
-    random_state,
-    read_checkpoint,
-    set_random_state,
-    write_atomically,
-)
+from . import run_state
 from .config import TrainingConfig
 from .data import Batch, MultimodalDataset, load_batches
 from .describe import describe
@@ -29,23 +26,25 @@ from .distributed import my_share, sum_over_processes, world
 from .encoder import MAX_LOGIT_SCALE, EncoderOutput, MultimodalEncoder
 from .mask_plan import MaskPlan, check_maskers
 from .masking import mask_noise
-from .optim import build_optimizers, set_learning_rate
+from .optim import build_optimizers, set_frozen, set_learning_rate
 from .precision import autocast_for, pick_precision
 from .retrieval import embed, score
 from .run import Run, RunWriter, newest_run
+from .running_mean import RunningMean
 from .step import backward, naive_backward
 from .text_maskers import maskable_words
 
-# on resume
-_MAY_DIFFER = {"output_dir", "run_name", "num_workers", "log_every", "checkpoint_every"}
-_MAX_SKIPPED = 20  # steps in a row without a finite gradient before a run stops
+Callback = Callable[["MaskedMultimodalTrainer", dict], None]
 
 
 class MaskedMultimodalTrainer:
     """Everything of one run: data, model, optimizers, the step, validation, files.
 
     model None builds `config.preset` with the training set's tokenizer. val None: "best" is judged
-    on the training loss, and the run says so. resume: go on from last/state.pth of the same run.
+    on the training loss, and the run says so. resume: True goes on from last/state.pth of the same
+    run; the folder of another run (or a state.pth) starts this one from where that one stands.
+    callbacks: functions f(trainer, record), called in every process after each record of
+    metrics.jsonl; `trainer.stop()` in one of them ends the run.
     """
 
     def __init__(
@@ -54,11 +53,13 @@ class MaskedMultimodalTrainer:
         train: MultimodalDataset,
         val: MultimodalDataset | None = None,
         model: MultimodalEncoder | None = None,
-        resume: bool = False,
+        resume: bool | str | os.PathLike = False,
+        callbacks: Sequence[Callback] = (),
     ):
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         self.config, self.train, self.val = config, train, val
+        self.callbacks, self.stopping = list(callbacks), False
         self._check()
         ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
         # Without a GPU every rank must be told so, or it trains an independent copy of its own.
@@ -79,6 +80,8 @@ class MaskedMultimodalTrainer:
             )
         self.model = model.to_device(self.device)
         self._share_tokenizer()
+        self.ema = RunningMean(self.model, config.ema_decay) if config.ema_decay else None
+        self._prepare_layers()
         self.optimizers = build_optimizers(self.model, config)
         self.net = self.accelerator.prepare_model(self.model)  # DDP where there are several
         fp16 = self.precision == torch.float16
@@ -96,11 +99,11 @@ class MaskedMultimodalTrainer:
         self.num_epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.best_loss, self.seconds, self._mark = math.inf, 0.0, time.perf_counter()
-        self.epoch_loss = torch.zeros((), device=self.device)
+        self.epoch_loss, self.epoch_steps = torch.zeros((), device=self.device), 0
         self.plan = MaskPlan(config, self.model, train, self.num_epochs)
         self.drawn: list = []  # the (image, text) maskings of the step's micro-batches
-        self.path = Path(config.output_dir) / self._run_name(resume)
-        self.resumed = resume and self._resume(self.path / "last" / "state.pth")
+        self.path = Path(config.output_dir) / self._run_name(resume is True)
+        self.resumed = self._go_on(resume)
         self.writer: RunWriter | None = None  # a trainer that is only looked at writes nothing
 
     def _check(self):
@@ -111,6 +114,44 @@ class MaskedMultimodalTrainer:
                 f"pictures); take at most {size}"
             )
         check_maskers(config, self.train)
+        if not config.run_name and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+            raise ValueError(
+                "run_name='' is the time of the start, which workers that torchrun restarts cannot "
+                "know; give a run_name, or no --max-restarts"
+            )
+
+    def _prepare_layers(self):
+        """What was asked of the transformer layers: to keep less, to be compiled."""
+        towers = (self.model.vit, self.model.bert)
+        if self.config.gradient_checkpointing:
+            for tower in towers:
+                tower.config.use_cache = False  # else transformers says so
+                # The older name, about which newer versions of transformers warn.
+                older = tower.gradient_checkpointing_enable
+                enable = getattr(tower, "activation_checkpointing_enable", older)
+                enable({"use_reentrant": False})
+        if self.config.compile:
+            compilers = (os.environ.get("CXX", "c++"), "g++", "clang++")
+            if self.device.type == "cpu" and not any(map(shutil.which, compilers)):
+                raise RuntimeError(
+                    "compile=True needs a C++ compiler on a CPU and there is none; install g++, or "
+                    "train with compile=False"
+                )
+            for block in (*self.model.vit.layers, *self.model.bert.encoder.layer):
+                block.compile()
+
+    def _go_on(self, resume: bool | str | os.PathLike) -> bool:
+        """Resume this run or fork another, as asked; True where there was something to go on from.
+
+        Workers that torchrun has restarted resume, whatever the command says: it is the same one.
+        """
+        own = self.path / "last" / "state.pth"
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        if resume is True or (restarted and (resume is False or own.is_file())):
+            return run_state.resume(self, own)
+        if resume is not False:
+            run_state.fork(self, Path(resume))
+        return False
 
     def _share_tokenizer(self):
         """All data is encoded as the model reads it; a foreign tokenizer gives silent nonsense."""
@@ -185,6 +226,7 @@ class MaskedMultimodalTrainer:
             micro_batches,
             (self.model.logit_scale, self.model.logit_bias),
             config.loss,
+            exchange=config.exchange,
             grad_scale=self.scaler.scale,
             no_sync=lambda: self.accelerator.no_sync(self.net),
         )
@@ -194,65 +236,98 @@ class MaskedMultimodalTrainer:
         config = self.config
         set_learning_rate(self.optimizers, config.lr_fraction(self.step, self.total_steps))
         loss = self.gradients(batch, epoch)
-        for optimizer in self.optimizers:
-            self.scaler.unscale_(
-                optimizer
-            )  # before clipping, or the norm is 65,536 times too large
+        for optimizer in self.optimizers:  # before clipping, or the norm is 65,536 times too large
+            self.scaler.unscale_(optimizer)
         limit = config.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        if math.isfinite(norm):
+        finite = math.isfinite(norm)  # the same in all processes: their gradients were summed
+        if finite:
             for optimizer in self.optimizers:
                 self.scaler.step(optimizer)
+            with torch.no_grad():  # in the parameter, after the step: its gradient stays alive
+                self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+            self.plan.after_step()
+            if self.ema is not None:
+                self.ema.update(self.model)
+            self.epoch_loss += loss
+            self.epoch_steps += 1
         self.scaler.update()
-        self._count_skipped(norm)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        self.plan.after_step()
-        with torch.no_grad():  # in the parameter, after the step, so that its gradient stays alive
-            self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        self._count_skipped(finite, batch)
         return loss, norm
 
-    def _count_skipped(self, norm: float):
-        if math.isfinite(norm):
+    def _count_skipped(self, finite: bool, batch: Batch):
+        if finite:
             self.skipped_in_a_row = 0
             return
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
-        if self.skipped_in_a_row == _MAX_SKIPPED:
+        if self.skipped_in_a_row >= self.config.max_skipped_steps:
             raise RuntimeError(
-                f"{_MAX_SKIPPED} steps in a row had no finite gradient (step {self.step}): likely "
-                "the learning rate is too high or a picture is not finite; lower learning_rate, "
-                "raise warmup_steps, or try mixed_precision='no'"
+                f"{self.skipped_in_a_row} steps in a row had no finite gradient (step "
+                f"{self.step}); none of them was applied. Likely {self._likely_cause(batch)}"
             )
+
+    def _likely_cause(self, batch: Batch) -> str:
+        """Why no gradient is finite, and what to do, in words."""
+        pixels = batch.pixel_values.flatten(1)
+        bad = ~torch.isfinite(pixels).all(1) if pixels.is_floating_point() else None
+        if bad is not None and bad.any():
+            ids = ", ".join(str(int(i)) for i in batch.sample_ids[bad][:5])
+            return f"a picture is not finite (sample ids {ids}): check the transform"
+        for name, parameter in self.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                return f"the weights were not finite to begin with ({name}): take another model"
+        if self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            return (
+                f"fp16 overflows even at a loss scale of {self.scaler.get_scale():.0e}: take "
+                "mixed_precision='bf16' or 'no'"
+            )
+        return (
+            "the learning rate is too high: lower learning_rate, raise warmup_steps, or try "
+            "mixed_precision='no'"
+        )
 
     # -- the loop ----------------------------------------------------------------------------
 
     def fit(self) -> Run:
         """Train to the end; returns the `Run`."""
-        self._say(describe(self))
+        self.say(describe(self))
         if self.rank == 0:
             settings = self.config.to_dict() | {"run_name": self.path.name}
             self.writer = RunWriter(self.path, settings, self.step if self.resumed else None)
         self.accelerator.wait_for_everyone()
+        if not (self.path / "config.json").is_file():
+            raise RuntimeError(
+                f"process {self.rank} does not see {self.path}, which process 0 has made; "
+                "output_dir must be a folder that all machines share"
+            )
         self._mark = time.perf_counter()
         with self._progress() as bar:
-            while self.step < self.total_steps:
+            while self.step < self.total_steps and not self.stopping:
                 self._run_epoch(self.step // self.steps_per_epoch, bar)
         if self.writer:
             self.writer.close()
         self.accelerator.wait_for_everyone()
         return Run.load(self.path)
 
+    def stop(self):
+        """End the run after this step, validated and saved; for callbacks."""
+        self.stopping = True
+
     def _run_epoch(self, epoch: int, bar):
         config, done = self.config, self.step % self.steps_per_epoch
         keys = self.epoch_batches(epoch)[done:][: self.total_steps - self.step]
         self.net.train()
+        for tower in ("image", "text"):
+            if epochs := getattr(config, f"frozen_{tower}_epochs"):
+                set_frozen(self.model, tower, epoch < epochs)
         waited, since = 0.0, self.step
         before = started = time.perf_counter()
         for batch in load_batches(self.train, keys, config.num_workers, self.device.type == "cuda"):
             waited += time.perf_counter() - before
             batch = batch.to(self.device)
             loss, norm = self.train_step(batch, epoch)
-            self.epoch_loss += loss
             self.step += 1
             bar.update(1)
             if self.step % config.log_every == 0 or self.step == self.total_steps:
@@ -263,19 +338,27 @@ class MaskedMultimodalTrainer:
                 waited, since, started = 0.0, self.step, time.perf_counter()
             inside = self.step % self.steps_per_epoch != 0
             if inside and config.checkpoint_every and self.step % config.checkpoint_every == 0:
-                self._save_last()
+                run_state.save_last(self)
+            if self.stopping:
+                break
             before = time.perf_counter()
-        self._end_epoch(epoch, len(keys) + done)
+        self._end_epoch(epoch)
 
-    def _clock(self):
+    def clock(self):
         """Bring `self.seconds` up to now; it goes on where a resumed run was saved."""
         now = time.perf_counter()
         self.seconds, self._mark = self.seconds + now - self._mark, now
 
     def _write(self, split: str, epoch: int, record: dict):
+        head = {"split": split, "step": self.step, "epoch": epoch}
+        record = head | {"seconds": round(self.seconds, 3)} | record
         if self.writer:
-            head = {"split": split, "step": self.step, "epoch": epoch}
-            self.writer.write(head | {"seconds": round(self.seconds, 3)} | record)
+            self.writer.write(record)
+        for callback in self.callbacks:
+            callback(self, record)
+        if self.callbacks:  # all processes stop where one of them asks for it
+            asked = self.epoch_loss.new_tensor(float(self.stopping))
+            self.stopping = bool(sum_over_processes(asked))
 
     def _record_step(
         self, epoch, batch: Batch, loss: Tensor, norm: float, pace: float, waiting: float
@@ -284,9 +367,9 @@ class MaskedMultimodalTrainer:
         words = maskable_words(batch.input_ids, batch.valid, self.model.special_ids).sum()
         hidden_words = sum(float(text.mask.sum()) for _, text in self.drawn if text is not None)
         total = float(sum_over_processes(loss))
-        self._clock()
+        self.clock()
         record = {
-            "loss": total,
+            "loss": total if math.isfinite(total) else None,
             "learning_rate": self.optimizers[-1].param_groups[0]["lr"],
             "logit_scale": self.model.logit_scale.item(),
             "image_mask_ratio": torch.cat(images).mean().item() if images else 0.0,
@@ -298,110 +381,46 @@ class MaskedMultimodalTrainer:
         }
         self._write("train", epoch, record)
 
-    def _end_epoch(self, epoch: int, steps: int):
+    @property
+    def validated(self) -> MultimodalEncoder:
+        """The model that is validated and kept as the best: the running mean, or the model."""
+        return self.model if self.ema is None else self.ema.module
+
+    def _end_epoch(self, epoch: int):
         """Validate, keep the best, write last/."""
         config = self.config
-        train_loss = float(sum_over_processes(self.epoch_loss)) / steps
-        self.epoch_loss.zero_()
-        if (epoch + 1) % config.eval_every == 0 or self.step == self.total_steps:
-            record = {"loss": train_loss, "train_loss": train_loss}
+        # No step of the epoch may have been applied: then there is no loss to speak of.
+        total = float(sum_over_processes(self.epoch_loss))
+        train_loss = total / self.epoch_steps if self.epoch_steps else None
+        self.epoch_loss, self.epoch_steps = torch.zeros_like(self.epoch_loss), 0
+        last = self.stopping or self.step == self.total_steps
+        if (epoch + 1) % config.eval_every == 0 or last:
+            record: dict[str, Any] = {"loss": train_loss, "train_loss": train_loss}
             if self.val is not None:
-                features = embed(self.model, self.val, mixed_precision=config.mixed_precision)
-                record |= _flat(score(self.model, features, config.loss))
-            better = record["loss"] < self.best_loss
+                features = embed(self.validated, self.val, mixed_precision=config.mixed_precision)
+                record |= _flat(score(self.validated, features, config.loss))
+            better = record["loss"] is not None and record["loss"] < self.best_loss
             if better:
                 self.best_loss = record["loss"]
-                self._save_best(epoch)
-            self._clock()
+                run_state.save_best(self, epoch)
+            self.clock()
             self._write("val", epoch, record | {"best": better})
             self._say_epoch(epoch, record, better)
-        self._save_last()
-
-    # -- files -------------------------------------------------------------------------------
-
-    def _weights(self) -> dict:
-        return {
-            "model_state_dict": self.model.state_dict(),
-            "optimizer_state_dict": [optimizer.state_dict() for optimizer in self.optimizers],
-            "best_loss": self.best_loss,
-            "config": self.config.to_dict(),
-            "data": self._data(),
-        }
-
-    def _data(self) -> dict:
-        return {"name": self.train.name, "fingerprint": self.train.fingerprint()}
-
-    def _save_best(self, epoch: int):
-        if self.rank == 0:
-            extra = {"epoch": epoch, "architecture": self.model.architecture()}
-            write_atomically(self._weights() | extra, self.path / "best_model.pth")
-
-    def _save_last(self):
-        states = [random_state()]
-        if self.processes > 1:
-            from accelerate.utils import gather_object
-
-            states = gather_object(states)
-        # An equal part to each, here and after a resume, so that both sum up the same numbers.
-        total = sum_over_processes(self.epoch_loss)
-        self.epoch_loss = total / self.processes
-        self._clock()
-        if self.rank == 0:
-            standing = {k: getattr(self, k) for k in ("step", "skipped", "seconds")}
-            extra = {
-                "scaler": self.scaler.state_dict(),
-                "ema": self.plan.state_dict(),
-                "random": states,
-                "epoch_loss": total,
-            }
-            write_atomically(self._weights() | standing | extra, self.path / "last" / "state.pth")
-
-    def _resume(self, path: Path) -> bool:
-        """Put everything back as `_save_last` left it; False where there is nothing."""
-        if not path.is_file():
-            self._say(f"nothing to resume in {self.path}: starting anew")
-            return False
-        state = read_checkpoint(path)
-        if state["data"] != self._data():
-            raise ValueError(
-                f"cannot resume {self.path}: it was trained on other pictures or captions "
-                f"({state['data']['name'] or 'unnamed'}); give the same ones, or another run_name"
-            )
-        ours, theirs = self.config.to_dict(), state["config"]
-        theirs = TrainingConfig().to_dict() | theirs  # a field it does not have yet did not matter
-        differing = [k for k in ours if ours[k] != theirs[k] and k not in _MAY_DIFFER]
-        if differing:
-            words = ", ".join(f"{k}: {theirs.get(k)!r} -> {ours[k]!r}" for k in differing)
-            raise ValueError(
-                f"cannot resume {self.path}, its configuration differs ({words}); use the same "
-                "values, or another run_name to start a run of its own. May differ: "
-                f"{', '.join(sorted(_MAY_DIFFER))}"
-            )
-        load_weights(self.model, state["model_state_dict"], path)
-        for optimizer, saved in zip(self.optimizers, state["optimizer_state_dict"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
-        self.plan.load_state_dict(state.get("ema"))
-        for name in ("step", "skipped", "seconds", "best_loss"):
-            setattr(self, name, state[name])
-        self.epoch_loss = state["epoch_loss"].to(self.device) / self.processes
-        states = state["random"]
-        set_random_state(states[self.rank] if self.rank < len(states) else states[0])
-        self._say(f"resuming {self.path} at step {self.step} of {self.total_steps}")
-        return True
+        run_state.save_last(self)
 
     # -- words -------------------------------------------------------------------------------
 
-    def _say(self, words: str):
+    def say(self, words: str):
         if self.rank == 0:
             print(words, flush=True)
 
     def _say_epoch(self, epoch: int, record: dict, better: bool):
-        words = f"epoch {epoch + 1:3d}/{self.num_epochs}  train loss {record['train_loss']:.3f}"
+        words, train_loss = f"epoch {epoch + 1:3d}/{self.num_epochs}  ", record["train_loss"]
+        words += "no step applied" if train_loss is None else f"train loss {train_loss:.3f}"
         if self.val is not None:
             recalls = [record[f"{way}_R@1"] for way in ("image_to_text", "text_to_image")]
             words += f"  val loss {record['loss']:.3f}  R@1 {50 * sum(recalls):5.1f} %"
-        self._say(f"{words}  {self.seconds:6.1f} s{'  best' if better else ''}")
+        self.say(f"{words}  {self.seconds:6.1f} s{'  best' if better else ''}")
 
     def _progress(self):
         """A progress bar in a terminal or a notebook, on rank 0; nothing of it stays at the end."""
@@ -430,12 +449,16 @@ def train_model(
     train: MultimodalDataset,
     val: MultimodalDataset | None = None,
     model: MultimodalEncoder | None = None,
-    resume: bool = False,
+    resume: bool | str | os.PathLike = False,
+    callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Train a masked multimodal encoder and return the `Run`.
 
     model None builds `config.preset`. The training set's tokenizer is given to the validation set.
     resume=True goes on from the last checkpoint of the same run; with nothing to resume it starts
-    anew and says so. Runs inside `mm.launch` or torchrun with as many processes as there are.
+    anew and says so. resume="runs/other" starts this run from where that one stands, under another
+    configuration. callbacks: functions f(trainer, record), called after each record that is
+    written (record["split"] is "train" or "val"); `trainer.stop()` in one ends the run. Runs inside
+    `mm.launch` or torchrun with as many processes as there are.
     """
-    return MaskedMultimodalTrainer(config, train, val, model, resume).fit()
+    return MaskedMultimodalTrainer(config, train, val, model, resume, callbacks).fit()

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 
-from mmkit.attention import RunningMean, class_attention
+from mmkit.attention import class_attention
+from mmkit.running_mean import RunningMean
 
 SIZES = {"3 x 4": (15, 20), "7 x 2": (35, 10), "1 x 1": (5, 5), "4 x 6": (20, 30)}
 
@@ -143,12 +144,12 @@ def test_the_running_mean_equals_a_slow_loop(momentum):
             m * old + (1 - m) * new.detach().double()
             for old, new in zip(slow, vit.parameters(), strict=True)
         ]
-    for ours, expected in zip(mean.vit.parameters(), slow, strict=True):
+    for ours, expected in zip(mean.module.parameters(), slow, strict=True):
         torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
     assert mean.steps == 17
     if momentum == 0:  # no memory at all
         assert torch.equal(
-            class_attention(mean.vit, torch.ones(1, 3, 15, 20)),
+            class_attention(mean.module, torch.ones(1, 3, 15, 20)),
             class_attention(vit, torch.ones(1, 3, 15, 20)),
         )
 
@@ -158,16 +159,16 @@ def test_the_running_mean_is_a_copy_that_never_trains():
     vit = make_vit(dropout=0.3).train()
     before = copy.deepcopy(vit.state_dict())
     mean = RunningMean(vit, 0.9)
-    assert not any(parameter.requires_grad for parameter in mean.vit.parameters())
-    assert not any(module.training for module in mean.vit.modules())
-    step(mean.vit, 0)
+    assert not any(parameter.requires_grad for parameter in mean.module.parameters())
+    assert not any(module.training for module in mean.module.modules())
+    step(mean.module, 0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in vit.state_dict().items())
     mean.update(vit)
     assert vit.training and all(parameter.requires_grad for parameter in vit.parameters())
-    assert all(parameter.grad is None for parameter in mean.vit.parameters())
+    assert all(parameter.grad is None for parameter in mean.module.parameters())
     vit(torch.randn(2, 3, 15, 20)).last_hidden_state.sum().backward()
     mean.update(vit)
-    assert not any(parameter.requires_grad for parameter in mean.vit.parameters())
+    assert not any(parameter.requires_grad for parameter in mean.module.parameters())
 
 
 def test_a_saved_running_mean_goes_on_as_if_nothing_had_been(tmp_path):
@@ -185,6 +186,6 @@ def test_a_saved_running_mean_goes_on_as_if_nothing_had_been(tmp_path):
         mean.update(vit)
         other.update(vit)
     assert mean.steps == other.steps == 8
-    for ours, theirs in zip(mean.vit.parameters(), other.vit.parameters(), strict=True):
+    for ours, theirs in zip(mean.module.parameters(), other.module.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    assert not any(parameter.requires_grad for parameter in other.vit.parameters())
+    assert not any(parameter.requires_grad for parameter in other.module.parameters())

@@ -100,7 +100,7 @@ def test_the_running_mean_is_what_attentive_looks_with(make_trainer, make_model)
     with torch.no_grad():
         mean, now = (
             class_attention(vit, pixels, half=True, of="mean")
-            for vit in (trainer.plan.ema.vit, trainer.model.vit)
+            for vit in (trainer.plan.ema.module, trainer.model.vit)
         )
     masking = trainer.maskings(batch, 0)[0]
     assert not torch.allclose(mean, now)

@@ -144,7 +144,7 @@ def attention_calls(trainer: mm.MaskedMultimodalTrainer, batch: mm.Batch) -> Cal
     def look(half):
         with autocast_for(trainer.config.mixed_precision, trainer.device):
             pixels = model.normalize(next(batches).pixel_values)
-            return class_attention(ema.vit, pixels, half, model.pooling)
+            return class_attention(ema.module, pixels, half, model.pooling)
 
     def draw(name, label):
         part = next(batches)

@@ -1,0 +1,212 @@
+"""Where a run stands: best_model.pth and last/state.pth, and going on from them.
+
+A run's standing is its step, its weights, the optimizers' memory, the scaler, the running means and
+the state of every generator; order, masks and captions are pure functions and need no storing.
+Walk-through: notebooks/05_checkpoints.ipynb.
+"""
+
+import os
+from pathlib import Path
+
+from .checkpoint import (
+    load_weights,
+    random_state,
+    read_checkpoint,
+    set_random_state,
+    write_atomically,
+)
+from .config import TrainingConfig
+from .distributed import sum_over_processes
+
+# On resume these may differ freely: they change what is written, not what is learned …
+_FREE = {
+    "output_dir",
+    "run_name",
+    "num_workers",
+    "log_every",
+    "checkpoint_every",
+    "keep_last",
+    "max_skipped_steps",
+}
+# … and these give the same gradient up to float summation (and other dropout draws).
+_SUMMATION = {"gradient_accumulation_steps", "exchange", "gradient_checkpointing", "compile"}
+_STANDING = {
+    "step": 0,
+    "skipped": 0,
+    "skipped_in_a_row": 0,
+    "epoch_steps": None,
+    "seconds": 0.0,
+    "best_loss": float("inf"),
+}
+
+
+def _data(trainer) -> dict:
+    return {"name": trainer.train.name, "fingerprint": trainer.train.fingerprint()}
+
+
+def _weights(trainer, model) -> dict:
+    return {
+        "model_state_dict": model.state_dict(),
+        "optimizer_state_dict": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "best_loss": trainer.best_loss,
+        "config": trainer.config.to_dict(),
+        "data": _data(trainer),
+    }
+
+
+def save_best(trainer, epoch: int):
+    """Write best_model.pth: the model that was validated (the running mean, where there is one)."""
+    if trainer.rank == 0:
+        model = trainer.validated
+        extra = {"epoch": epoch, "architecture": model.architecture()}
+        write_atomically(_weights(trainer, model) | extra, trainer.path / "best_model.pth")
+
+
+def save_last(trainer):
+    """Write last/state.pth, and keep as many as `keep_last` says."""
+    states = [random_state()]
+    if trainer.processes > 1:
+        from accelerate.utils import gather_object
+
+        states = gather_object(states)
+    # An equal part to each, here and after a resume, so that both sum up the same numbers.
+    total = sum_over_processes(trainer.epoch_loss)
+    trainer.epoch_loss = total / trainer.processes
+    trainer.clock()
+    if trainer.rank:
+        return
+    extra = {name: getattr(trainer, name) for name in _STANDING} | {
+        "scaler": trainer.scaler.state_dict(),
+        "ema": trainer.plan.state_dict(),
+        "weights_ema": None if trainer.ema is None else trainer.ema.state_dict(),
+        "random": states,
+        "epoch_loss": total,
+    }
+    path = trainer.path / "last" / "state.pth"
+    write_atomically(_weights(trainer, trainer.model) | extra, path)
+    if trainer.config.keep_last > 1:
+        _keep(path, trainer.step, trainer.config.keep_last)
+
+
+def _keep(path: Path, step: int, count: int):
+    """A second name, state-STEP.pth, for the file just written; the newest `count` stay."""
+    named = path.with_name(f"state-{step:08d}.pth")
+    named.unlink(missing_ok=True)
+    os.link(path, named)  # the same bytes on the disk, until state.pth is replaced
+    for old in sorted(path.parent.glob("state-*.pth"))[:-count]:
+        old.unlink()
+
+
+def resume(trainer, path: Path) -> bool:
+    """Put everything back as `save_last` left it; False where there is nothing."""
+    found = int(sum_over_processes(trainer.epoch_loss.new_tensor(float(path.is_file()))))
+    if not found:
+        trainer.say(f"nothing to resume in {trainer.path}: starting anew")
+        return False
+    if found < trainer.processes:
+        raise RuntimeError(
+            f"{path} is seen by {found} of {trainer.processes} processes; output_dir must be a "
+            "folder that all machines share"
+        )
+    state = read_checkpoint(path)
+    _check_data(trainer, state, path)
+    differing = _differing(trainer.config, state["config"])
+    if hard := {k: v for k, v in differing.items() if not _keeps_the_gradient(trainer.config, k)}:
+        raise ValueError(
+            f"cannot resume {trainer.path}, its configuration differs ({_in_words(hard)}); use the "
+            "same values, or fork it, which starts a run of its own from where this one stands: "
+            f"another run_name, and resume={str(trainer.path)!r} (command line: --fork "
+            f"{trainer.path}). May differ: {', '.join(sorted(_FREE))}; and, up to float "
+            f"summation: {', '.join(sorted(_SUMMATION))} and the number of processes"
+        )
+    _put_back(trainer, state, path)
+    trainer.say(f"resuming {trainer.path} at step {trainer.step} of {trainer.total_steps}")
+    if differing:
+        trainer.say(f"other than before, up to float summation the same: {_in_words(differing)}")
+    if (saved := len(state["random"])) != trainer.processes:
+        trainer.say(
+            f"saved by {saved} processes, now {trainer.processes}: the same up to float summation"
+            + (", but for dropout" if trainer.config.dropout else "")
+        )
+    return True
+
+
+def fork(trainer, source: Path):
+    """Start a run of its own from where another one stands (its folder, or a state.pth in it).
+
+    Anything but `batch_size` may differ: with another one "the batches still to come" has no
+    meaning.
+    """
+    path = source if source.is_file() else source / "last" / "state.pth"
+    if path.is_relative_to(trainer.path):
+        raise ValueError(f"{source} cannot be forked into itself; give another run_name")
+    state = read_checkpoint(path)
+    _check_data(trainer, state, path)
+    differing = _differing(trainer.config, state["config"])
+    if "batch_size" in differing:
+        raise ValueError(
+            f"cannot fork {source} with another batch_size ({differing['batch_size'][0]} -> "
+            f"{trainer.config.batch_size}): its epoch is cut into other batches. Keep it, or start "
+            "from the weights alone: model=mm.load('…/best_model.pth')"
+        )
+    _put_back(trainer, state, path)
+    trainer.best_loss = float("inf")  # of another recipe, perhaps on another scale
+    trainer.say(
+        f"{trainer.path} starts as a fork of {source} at step {trainer.step} of "
+        f"{trainer.total_steps}; other than there: {_in_words(differing) or 'nothing'}"
+    )
+
+
+def _check_data(trainer, state: dict, path: Path):
+    if "random" not in state:
+        raise ValueError(
+            f"{path} does not say where its run stood; give the run's folder, or a state.pth in "
+            "its last/"
+        )
+    if state["data"] != _data(trainer):
+        raise ValueError(
+            f"cannot resume {path.parent.parent}: it was trained on other pictures or captions "
+            f"({state['data']['name'] or 'unnamed'}); give the same ones, or another run_name"
+        )
+
+
+def _differing(config: TrainingConfig, theirs: dict) -> dict[str, tuple]:
+    """{field: (then, now)} of the settings that differ, but for those that may freely."""
+    ours = config.to_dict()
+    theirs = TrainingConfig().to_dict() | theirs  # a field it does not have yet did not matter
+    return {k: (theirs[k], v) for k, v in ours.items() if theirs[k] != v and k not in _FREE}
+
+
+def _keeps_the_gradient(config: TrainingConfig, name: str) -> bool:
+    return name in _SUMMATION and config.accumulation == "exact"
+
+
+def _in_words(differing: dict[str, tuple]) -> str:
+    return ", ".join(f"{k}: {then!r} -> {now!r}" for k, (then, now) in differing.items())
+
+
+def _put_back(trainer, state: dict, path: Path):
+    load_weights(trainer.model, state["model_state_dict"], path)
+    saved = state["optimizer_state_dict"]
+    if state["config"]["optimizer"] == trainer.config.to_dict()["optimizer"]:
+        for optimizer, memory in zip(trainer.optimizers, saved, strict=True):
+            _load_optimizer(optimizer, memory)
+    trainer.scaler.load_state_dict(state["scaler"])
+    trainer.plan.load_state_dict(state.get("ema"))
+    if trainer.ema is not None and (mean := state.get("weights_ema")):
+        trainer.ema.load_state_dict(mean)
+    for name, default in _STANDING.items():
+        setattr(trainer, name, state.get(name, default))
+    if trainer.epoch_steps is None:  # a state that an older version wrote
+        trainer.epoch_steps = trainer.step % trainer.steps_per_epoch
+    trainer.epoch_loss = state["epoch_loss"].to(trainer.device) / trainer.processes
+    states = state["random"]
+    set_random_state(states[trainer.rank] if trainer.rank < len(states) else states[0])
+
+
+def _load_optimizer(optimizer, memory: dict):
+    """The optimizer's memory; its rates and decays stay as this run's configuration has them."""
+    mine = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    optimizer.load_state_dict(memory)
+    for group, settings in zip(optimizer.param_groups, mine, strict=True):
+        group.update(settings)
