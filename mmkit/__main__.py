@@ -41,7 +41,7 @@ def train(
         config: The whole recipe.
         split: How the built-in pictures are divided ("random" leaks, for teaching).
         resume: Go on from the last checkpoint of the run (run_name; without one, the newest run).
-        fork: Folder of a run to start from where that one stands; everything but batch_size may differ.
+        fork: Folder of a run to start from where that one stands; all but batch_size may differ.
     """
     size = PRESETS[config.preset]["image"] if config.preset in PRESETS else 64
     training, val, test = openmoji(image_size=size, split=split)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .config import TrainingConfig
+from .distributed import send_to_all, world
 
 _NEVER_DECAYED = ("position_embeddings", "cls_token", "mask_token", "logit_", "token_type")
 _LAYER = re.compile(r"(vit|bert)\..*\blayers?\.(\d+)\.")  # of a tower, and its number
@@ -50,6 +51,63 @@ def layer_multiplier(model: Any, name: str, layer_decay: float) -> float:
     return layer_decay**above
 
 
+class Muon(torch.optim.Muon):
+    """torch's Muon, its matrices are shared out over the processes.
+
+    Each process orthogonalises its part and sends the others the new weights; all of them doing
+    all of it would cost each process what one process pays. The momentum lives where its matrix
+    is updated; `share_memory` brings it everywhere. With one process nothing changes.
+    """
+
+    def __init__(self, groups: list[dict], **options):
+        super().__init__(groups, **options)
+        _, processes = world()
+        self.parts: list[list[nn.Parameter]] = [[] for _ in range(processes)]
+        work = [0] * processes
+        matrices = [p for group in self.param_groups for p in group["params"]]
+        for matrix in sorted(matrices, key=_work, reverse=True):  # the next to the least busy
+            owner = work.index(min(work))
+            self.parts[owner].append(matrix)
+            work[owner] += _work(matrix)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        rank, processes = world()
+        if processes == 1:
+            return super().step(closure)
+        learning = [[p for p in part if p.grad is not None] for part in self.parts]
+        theirs = [p for owner, part in enumerate(learning) if owner != rank for p in part]
+        gradients = [p.grad for p in theirs]
+        for parameter in theirs:  # Muon leaves out what has no gradient
+            parameter.grad = None
+        super().step()
+        for parameter, gradient in zip(theirs, gradients, strict=True):
+            parameter.grad = gradient
+        for owner, part in enumerate(learning):
+            send_to_all(part, owner)
+
+    @torch.no_grad()
+    def share_memory(self):
+        """Bring every matrix's momentum to every process; for a checkpoint."""
+        rank, processes = world()
+        if processes == 1:
+            return
+        for owner, part in enumerate(self.parts):
+            known = [torch.tensor([float(bool(self.state.get(p)))]) for p in part]
+            known = [flag.to(p.device) for flag, p in zip(known, part, strict=True)]
+            send_to_all(known, owner)
+            part = [p for flag, p in zip(known, part, strict=True) if flag]
+            for parameter in part:
+                if owner != rank and not self.state.get(parameter):
+                    self.state[parameter]["momentum_buffer"] = torch.empty_like(parameter)
+            send_to_all([self.state[p]["momentum_buffer"] for p in part], owner)
+
+
+def _work(matrix: torch.Tensor) -> int:
+    """Operations of one step of the iteration, up to a factor: n^2 m of an n x m matrix, n <= m."""
+    return matrix.numel() * min(matrix.shape)
+
+
 def _split_by_rate(model, parameters: dict[str, nn.Parameter], layer_decay, peak, decay) -> list:
     """Groups of an optimizer, one per learning rate, the parameters' order kept."""
     by_rate: dict[float, list[nn.Parameter]] = {}
@@ -67,7 +125,7 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
 
     A function is given a list of parameter groups ("params", "lr", "weight_decay") and returns one
     optimizer over them. Each group carries its peak learning rate as `peak_lr`. Raises ValueError
-    where torch has no Muon, or where the function returns anything but an optimizer.
+    where the function returns anything but an optimizer.
     """
     roles = parameter_groups(model)
     muon = config.optimizer == "muon" and roles["matrices"]
@@ -83,10 +141,8 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
         return [_own_optimizer(config.optimizer, rest)]
     optimizers: list[torch.optim.Optimizer] = []
     if muon:
-        if not hasattr(torch.optim, "Muon"):
-            raise ValueError("optimizer='muon' needs torch 2.9 or newer; take optimizer='adamw'")
         matrices = groups("matrices", config.matrix_lr, config.weight_decay)
-        optimizers.append(torch.optim.Muon(matrices, lr=config.matrix_lr, momentum=0.95))
+        optimizers.append(Muon(matrices, lr=config.matrix_lr, momentum=0.95))
     optimizers.append(torch.optim.AdamW(rest, lr=config.learning_rate, betas=(0.9, 0.98), eps=1e-6))
     return optimizers
 

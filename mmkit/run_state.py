@@ -17,6 +17,7 @@ from .checkpoint import (
 )
 from .config import TrainingConfig
 from .distributed import sum_over_processes
+from .optim import Muon
 
 # On resume these may differ freely: they change what is written, not what is learned …
 _FREE = {
@@ -54,8 +55,16 @@ def _weights(trainer, model) -> dict:
     }
 
 
+def _share_memory(trainer):
+    """Bring what an optimizer keeps in other processes to this one."""
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, Muon):
+            optimizer.share_memory()
+
+
 def save_best(trainer, epoch: int):
     """Write best_model.pth: the model that was validated (the running mean, where there is one)."""
+    _share_memory(trainer)
     if trainer.rank == 0:
         model = trainer.validated
         extra = {"epoch": epoch, "architecture": model.architecture()}
@@ -64,6 +73,7 @@ def save_best(trainer, epoch: int):
 
 def save_last(trainer):
     """Write last/state.pth, and keep as many as `keep_last` says."""
+    _share_memory(trainer)
     states = [random_state()]
     if trainer.processes > 1:
         from accelerate.utils import gather_object
