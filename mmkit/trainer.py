@@ -352,6 +352,7 @@ class MaskedMultimodalTrainer:
     def _write(self, split: str, epoch: int, record: dict):
         head = {"split": split, "step": self.step, "epoch": epoch}
         record = head | {"seconds": round(self.seconds, 3)} | record
+        record = {k: _finite(v) if isinstance(v, float) else v for k, v in record.items()}
         if self.writer:
             self.writer.write(record)
         for callback in self.callbacks:
@@ -369,12 +370,12 @@ class MaskedMultimodalTrainer:
         total = float(sum_over_processes(loss))
         self.clock()
         record = {
-            "loss": total if math.isfinite(total) else None,
+            "loss": total,
             "learning_rate": self.optimizers[-1].param_groups[0]["lr"],
             "logit_scale": self.model.logit_scale.item(),
             "image_mask_ratio": torch.cat(images).mean().item() if images else 0.0,
             "text_mask_ratio": hidden_words / max(1, int(words)),
-            "grad_norm": norm if math.isfinite(norm) else None,
+            "grad_norm": norm,
             "skipped_steps": self.skipped,
             "samples_per_second": pace * len(self.train) / self.steps_per_epoch,
             "waiting_for_data": waiting,
@@ -434,6 +435,11 @@ class MaskedMultimodalTrainer:
 def _same(one, other) -> bool:
     """Two tokenizers that give the same pieces."""
     return one is other or one.get_vocab() == other.get_vocab()
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def _flat(result: dict) -> dict:

@@ -1,0 +1,386 @@
+"""Frozen towers, layer decay, running mean, callbacks, forks, compile: each does what it says."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+import mmkit as mm
+from mmkit.checkpoint import read_checkpoint
+from mmkit.optim import build_optimizers, layer_multiplier, set_frozen
+from mmkit.step import backward
+from tests.test_trainer import QUICK
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    def make(**values):
+        return mm.TrainingConfig(**QUICK | dict(output_dir=str(tmp_path), run_name="run") | values)
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(make_config, make_model, make_data):
+    def make(model=None, resume=False, callbacks=(), data=None, val=None, **values):
+        model = model or make_model(dropout=values.get("dropout", 0.0))
+        data = data or make_data(53)
+        return mm.MaskedMultimodalTrainer(
+            make_config(**values), data, val, model, resume, callbacks
+        )
+
+    return make
+
+
+def weights(model) -> dict:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def changed(before: dict, model) -> set[str]:
+    return {name for name, p in model.named_parameters() if not torch.equal(before[name], p)}
+
+
+# -- frozen towers ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, tower", [("image", "vit."), ("text", "bert.")])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_frozen_tower_stays_as_it_is_and_learns_afterwards(make_trainer, kind, tower, optimizer):
+    """No gradient, no decay, no dropout; projections and the other tower learn; then it thaws."""
+    values = {f"frozen_{kind}_epochs": 1, "optimizer": optimizer, "dropout": 0.2}
+    trainer = make_trainer(num_epochs=2, warmup_steps=0, text_mask_mode="replace", **values)
+    before, seen = weights(trainer.model), []
+
+    def after_each(trainer, record):
+        if record["split"] == "train":
+            training = (trainer.model.vit if kind == "image" else trainer.model.bert).training
+            seen.append((record["epoch"], training, changed(before, trainer.model)))
+
+    trainer.callbacks.append(after_each)
+    trainer.fit()
+    first = [names for epoch, _, names in seen if epoch == 0][-1]
+    assert not any(n.startswith((tower, f"{kind}_mask_token")) for n in first)
+    assert f"{kind}_projection.2.weight" in first and "logit_scale" in first
+    other = "bert." if tower == "vit." else "vit."
+    assert any(n.startswith(other) for n in first)
+    assert [training for epoch, training, _ in seen] == [False] * 5 + [True] * 5
+    assert any(n.startswith(tower) for n in seen[-1][2])
+
+
+def test_a_frozen_tower_keeps_no_activations(make_model, make_data):
+    """Nothing of its graph is built: its features hang on the projection alone."""
+    model, batch = make_model().train(), make_data(7).batch(range(7))
+    set_frozen(model, "image", True)
+    assert not model.image_tokens(batch.pixel_values).requires_grad
+    assert model.encode_image(batch.pixel_values).requires_grad
+    set_frozen(model, "image", False)
+    assert model.image_tokens(batch.pixel_values).requires_grad
+
+
+def test_what_the_user_froze_stays_frozen(make_trainer, make_model):
+    """Without frozen_*_epochs the trainer leaves `requires_grad` alone."""
+    model = make_model()
+    model.bert.embeddings.requires_grad_(False)
+    trainer = make_trainer(model, num_epochs=1, warmup_steps=0)
+    before = weights(model)
+    trainer.fit()
+    assert not any(name.startswith("bert.embeddings") for name in changed(before, model))
+
+
+# -- optimizers ------------------------------------------------------------------------------
+
+
+def test_layer_decay_gives_each_layer_its_rate(make_config, make_model):
+    """0.5 to the power of the layers above, in rates of both optimizers."""
+    model = make_model()
+    assert layer_multiplier(model, "vit.layernorm.weight", 0.5) == 1
+    assert layer_multiplier(model, "logit_scale", 0.5) == 1
+    assert layer_multiplier(model, "text_projection.2.weight", 0.5) == 1
+    for name, _ in model.named_parameters():  # by hand, for two layers in each tower
+        above = 0
+        if ".layers.0." in name or ".layer.0." in name:
+            above = 2
+        elif ".layers.1." in name or ".layer.1." in name:
+            above = 1
+        elif "embeddings" in name or "mask_token" in name:
+            above = 3
+        assert layer_multiplier(model, name, 0.5) == 0.5**above, name
+    for optimizer in ("muon", "adamw"):
+        config = make_config(optimizer=optimizer, layer_decay=0.5)
+        rates = {
+            id(p): group["peak_lr"]
+            for built in build_optimizers(model, config)
+            for group in built.param_groups
+            for p in group["params"]
+        }
+        for name, parameter in model.named_parameters():
+            matrix = optimizer == "muon" and parameter.ndim == 2 and ".layer" in name
+            peak = config.matrix_lr if matrix else config.learning_rate
+            wanted = peak * layer_multiplier(model, name, 0.5)
+            assert rates[id(parameter)] == pytest.approx(wanted), name
+    with pytest.raises(ValueError, match=r"layer_decay=1\.5 must be in \(0, 1\]"):
+        make_config(layer_decay=1.5)
+
+
+def test_an_optimizer_and_a_schedule_may_be_functions(make_trainer, make_config):
+    """Plain SGD by a function takes exactly the step that is worked out by hand."""
+    trainer = make_trainer(
+        optimizer=lambda groups: torch.optim.SGD(groups),
+        schedule=lambda progress: 1 - progress**2,
+        warmup_steps=2, weight_decay=0.1, max_grad_norm=0.0,
+    )  # fmt: skip
+    batch = trainer.first_batch()
+    before = weights(trainer.model)
+    trainer.gradients(batch, 0)
+    grads = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+    trainer.model.zero_grad()
+    trainer.train_step(batch, 0)
+    rate = 0.5 * QUICK["learning_rate"]  # the first of two warmup steps
+    for name in ("vit.layers.0.attention.q_proj.weight", "text_projection.2.weight"):
+        wanted = before[name] - rate * (grads[name] + 0.1 * before[name])
+        torch.testing.assert_close(dict(trainer.model.named_parameters())[name].detach(), wanted)
+    assert trainer.config.lr_fraction(5, 8) == pytest.approx(0.02 + 0.98 * (1 - (3 / 5) ** 2))
+    assert "function" in trainer.config.to_dict()["optimizer"]
+    json.dumps(trainer.config.to_dict())
+    with pytest.raises(ValueError, match=r"returned a list; it must return a torch\.optim"):
+        make_trainer(optimizer=lambda groups: groups)
+
+
+# -- the running mean of the weights ---------------------------------------------------------
+
+
+def test_the_running_mean_is_what_is_validated_and_kept(make_trainer, make_data):
+    """After n steps it is the weighted sum of all weights so far, worked out by hand."""
+    seen = []
+    trainer = make_trainer(
+        ema_decay=0.9, num_epochs=1, val=make_data(17, seed=1), warmup_steps=0,
+        callbacks=[lambda t, r: seen.append(weights(t.model)) if r["split"] == "train" else None],
+    )  # fmt: skip
+    expected = weights(trainer.model)
+    run = trainer.fit()
+    for step, now in enumerate(seen):
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = {n: decay * expected[n] + (1 - decay) * now[n] for n in expected}
+    best = run.model.state_dict()
+    for name, wanted in expected.items():
+        torch.testing.assert_close(best[name], wanted)
+    assert not torch.equal(best["vit.layernorm.bias"], trainer.model.vit.layernorm.bias)
+    kept = mm.evaluate(run.model, trainer.val)["loss"]
+    assert run.history[-1]["loss"] == pytest.approx(kept, rel=1e-5)
+
+
+# -- callbacks -------------------------------------------------------------------------------
+
+
+def test_callbacks_see_every_record_and_can_stop_the_run(make_trainer, make_data, capsys):
+    """The records of metrics.jsonl; after stop() the model is validated and saved, then resumed."""
+    seen = []
+
+    def stop_at_seven(trainer, record):
+        seen.append(record)
+        if record["step"] == 7:
+            trainer.stop()
+
+    run = make_trainer(num_epochs=3, val=make_data(17, seed=1), callbacks=[stop_at_seven]).fit()
+    assert seen == run.history
+    assert [r["step"] for r in run.history if r["split"] == "val"] == [5, 7]
+    assert read_checkpoint(run.path / "last/state.pth")["step"] == 7
+    whole = make_trainer(num_epochs=3, val=make_data(17, seed=1), resume=True).fit()
+    assert whole.history[-1]["step"] == 15 and whole.curve("loss")[0] == list(range(1, 16))
+
+
+# -- steps that are not applied --------------------------------------------------------------
+
+
+def test_a_skipped_step_changes_nothing(make_trainer):
+    """Weights, optimizers' memory, both running means and the epoch's loss stay as they are."""
+    trainer = make_trainer(ema_decay=0.9, image_mask="attentive", warmup_steps=0)
+    batch = trainer.first_batch()
+    trainer.train_step(batch, 0)
+
+    def everything():
+        memory = [o.state_dict()["state"] for o in trainer.optimizers]
+        means = (trainer.ema.state_dict(), trainer.plan.state_dict())
+        return [*tensors(memory), *tensors(means), *weights(trainer.model).values()]
+
+    before, loss = [x.clone() for x in everything()], float(trainer.epoch_loss)
+    broken = batch[torch.arange(len(batch))]
+    broken.pixel_values = torch.full((len(batch), 3, 15, 15), math.nan)
+    trainer.train_step(broken, 0)
+    assert trainer.skipped == trainer.skipped_in_a_row == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+    assert float(trainer.epoch_loss) == loss and trainer.epoch_steps == 1
+    trainer.train_step(batch, 0)
+    assert trainer.skipped == 1 and trainer.skipped_in_a_row == 0
+
+
+def tensors(thing):
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif isinstance(thing, dict | list | tuple):
+        for part in thing.values() if isinstance(thing, dict) else thing:
+            yield from tensors(part)
+
+
+def test_too_many_skipped_steps_stop_the_run_and_name_the_cause(make_trainer, make_model):
+    trainer = make_trainer(max_skipped_steps=3)
+    batch = trainer.first_batch()
+    broken = batch[torch.arange(len(batch))]
+    broken.pixel_values = torch.zeros(len(batch), 3, 15, 15)
+    broken.pixel_values[4] = math.nan
+    with pytest.raises(RuntimeError, match=rf"3 steps .* \(sample ids {batch.sample_ids[4]}\)"):
+        for _ in range(3):
+            trainer.train_step(broken, 0)
+    assert trainer.skipped == 3
+    spoilt = make_model()
+    with torch.no_grad():
+        spoilt.text_projection[2].weight[0, 0] = math.inf
+    trainer = make_trainer(spoilt, max_skipped_steps=2)
+    with pytest.raises(RuntimeError, match=r"not finite to begin with \(text_projection\.2"):
+        trainer.fit()
+
+
+def test_an_epoch_without_an_applied_step_has_no_loss(make_trainer, make_model):
+    """It is written as null, never as 0, and never the best."""
+    spoilt = make_model()
+    with torch.no_grad():
+        spoilt.logit_scale.fill_(math.nan)
+    run = make_trainer(spoilt, num_epochs=1).fit()
+    assert [r["loss"] for r in run.history] == [None] * 6 and run.best == {}
+    assert run.history[-2]["skipped_steps"] == 5
+    json.loads((run.path / "metrics.jsonl").read_text().splitlines()[0], parse_constant=pytest.fail)
+
+
+# -- last/, resuming with other settings, forks ----------------------------------------------
+
+
+def test_keep_last_keeps_the_newest_states(make_trainer):
+    """state.pth and the names of the newest three hold what the run stood at."""
+    run = make_trainer(num_epochs=2, checkpoint_every=2, keep_last=3).fit()
+    names = sorted(path.name for path in (run.path / "last").iterdir())
+    assert names == ["state-00000006.pth", "state-00000008.pth", "state-00000010.pth", "state.pth"]
+    for name in names[:3]:
+        assert read_checkpoint(run.path / "last" / name)["step"] == int(name[6:14])
+    assert read_checkpoint(run.path / "last/state.pth")["step"] == 10
+    one = make_trainer(num_epochs=1, run_name="one").fit()
+    assert [path.name for path in (one.path / "last").iterdir()] == ["state.pth"]
+
+
+def test_a_resume_says_what_differs_what_may_and_how_to_fork(make_trainer, capsys):
+    make_trainer(max_steps=3).fit()
+    with pytest.raises(ValueError) as refused:
+        make_trainer(max_steps=3, learning_rate=0.1, seed=5, log_every=2, resume=True)
+    words = str(refused.value)
+    assert "learning_rate: 0.005 -> 0.1" in words and "seed: 0 -> 5" in words
+    assert "log_every:" not in words and "checkpoint_every" in words  # named among what may
+    assert "fork" in words and "another run_name, and resume=" in words and "--fork" in words
+    make_trainer(max_steps=3, gradient_accumulation_steps=2, keep_last=2, resume=True)
+    said = capsys.readouterr().out
+    assert "up to float summation the same: gradient_accumulation_steps: 1 -> 2" in said
+    with pytest.raises(ValueError, match="accumulation"):
+        make_trainer(max_steps=3, accumulation="naive", resume=True)
+
+
+def test_a_fork_goes_on_from_another_run_under_another_recipe(make_trainer, capsys):
+    """Its first step has the losses the other run would have had; the other run stays whole."""
+    straight = make_trainer(num_epochs=3).fit()
+    source = make_trainer(num_epochs=3, max_steps=7, schedule="constant", run_name="source").fit()
+    kept = (source.path / "last/state.pth").read_bytes()
+    fork = make_trainer(
+        num_epochs=3, learning_rate=0.001, weight_decay=0.2, run_name="fork", resume=source.path
+    )
+    assert fork.step == 7 and not fork.resumed
+    assert fork.optimizers[0].param_groups[0]["peak_lr"] == pytest.approx(0.003)
+    assert fork.optimizers[0].param_groups[0]["weight_decay"] == 0.2
+    assert "starts as a fork of" in (said := capsys.readouterr().out)
+    assert "learning_rate: 0.005 -> 0.001" in said
+    run = fork.fit()
+    assert run.history[0]["step"] == 8 and run.history[-1]["step"] == 15
+    assert run.history[0]["loss"] != straight.history[8]["loss"]
+    assert (source.path / "last/state.pth").read_bytes() == kept
+    # The same recipe, from a named state: the same bits as the run that was never forked.
+    whole = make_trainer(num_epochs=3, checkpoint_every=3, keep_last=9, run_name="whole").fit()
+    state = whole.path / "last/state-00000006.pth"
+    again = make_trainer(num_epochs=3, run_name="again", resume=state).fit()
+    assert again.curve("loss")[1] == whole.curve("loss")[1][6:]
+
+
+def test_forks_that_make_no_sense_are_refused(make_trainer, make_data):
+    make_trainer(max_steps=2).fit()
+    path = make_trainer(max_steps=2, run_name="other").path.with_name("run")
+    for values, words in (
+        (dict(batch_size=7, run_name="b"), "another batch_size .11 -> 7."),
+        (dict(run_name="run"), "cannot be forked into itself"),
+        (dict(data=make_data(54), run_name="c"), "other pictures or captions"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make_trainer(max_steps=2, resume=path, **values)
+    with pytest.raises(ValueError, match="does not say where its run stood"):
+        make_trainer(run_name="d", resume=path / "best_model.pth")
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        make_trainer(run_name="e", resume=path.with_name("nowhere"))
+
+
+def test_restarts_by_torchrun_resume_by_themselves(make_trainer, monkeypatch):
+    """The same command again, as an elastic agent gives it; a run without a name is refused."""
+    make_trainer(num_epochs=2, max_steps=4).fit()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert make_trainer(num_epochs=2, max_steps=4).step == 4
+    assert make_trainer(num_epochs=2, max_steps=4, run_name="not_yet").step == 0
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(ValueError, match="give a run_name"):
+        make_trainer(run_name="")
+
+
+# -- less memory, compiled -------------------------------------------------------------------
+
+
+def test_gradient_checkpointing_gives_the_same_gradient_and_keeps_less(make_trainer):
+    """Dropout on; the bytes that autograd holds after the forward pass are counted."""
+    grads, held = {}, {}
+    for asked in (False, True):
+        trainer = make_trainer(gradient_checkpointing=asked, dropout=0.2)
+        model, sizes = trainer.model.train(), []
+        batch = trainer.first_batch()
+        maskings = trainer.maskings(batch, 0)
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: sizes.append(x.nbytes) or x, lambda x: x
+        )
+        torch.manual_seed(3)
+        with hooks:
+            model(batch, *maskings)
+        held[asked] = sum(sizes)
+        torch.manual_seed(3)
+        scale = (model.logit_scale, model.logit_bias)
+        backward(lambda micro, m=model, x=maskings: m(micro, *x), [batch], scale, "info_nce")
+        grads[asked] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert held[True] < 0.5 * held[False]
+    for name, wanted in grads[False].items():
+        torch.testing.assert_close(grads[True][name], wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler; none here")
+def test_a_compiled_model_gives_the_same_losses(make_trainer):
+    losses = {}
+    for asked in (False, True):
+        run = make_trainer(compile=asked, max_steps=7, num_epochs=2, run_name=f"c{asked}").fit()
+        losses[asked] = [r["loss"] for r in run.history]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+    with pytest.raises(ValueError, match="take one"):
+        make_trainer(compile=True, gradient_checkpointing=True)
+
+
+def test_a_missing_compiler_is_said_in_words(make_trainer, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(RuntimeError, match="needs a C\\+\\+ compiler on a CPU"):
+        make_trainer(compile=True)
+
+
+def test_neighbours_need_the_sigmoid_loss(make_config):
+    with pytest.raises(ValueError, match="needs loss='sigmoid'"):
+        make_config(exchange="neighbours")
+    assert make_config(exchange="neighbours", loss="sigmoid").exchange == "neighbours"
