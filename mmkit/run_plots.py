@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .figures import BLUE, COLOURS, PURPLE, RED, new_figure, plain_axes, take_away
+from .figures import BLUE, COLOURS, GREEN, ORANGE, PURPLE, RED, new_figure, plain_axes, take_away
 
 __all__ = ["gradient_agreement", "same_or_not", "training_curves"]
 
@@ -76,7 +76,8 @@ def same_or_not(
     name, steps, values = reference
     left.plot(steps, values, color="0.75", linewidth=6, label=name)
     at = dict(zip(steps, values, strict=True))
-    for colour, (name, (x, y)) in zip((BLUE, RED, PURPLE), others.items(), strict=False):
+    colours = (BLUE, RED, PURPLE, GREEN, ORANGE)
+    for colour, (name, (x, y)) in zip(colours, others.items(), strict=False):
         left.plot(x, y, color=colour, linewidth=1.4, label=name)
         gaps = [value - at[step] for step, value in zip(x, y, strict=True)]
         gaps = [abs(gap) or math.nan for gap in gaps] if log else gaps
@@ -110,15 +111,17 @@ def gradient_agreement(
     gradient's norm against the norm of the error; dotted: errors of 1, 1e-3 and 1e-6 of the
     gradient; errors that are smaller still lie on the floor. The parameter `mark` is a star. Right:
     cosine to the reference and length (a multiple of the reference's), both without `mark`, and
-    `mark` as a multiple of the reference's. Bars end at 2; their numbers do not.
+    `mark` as a multiple of the reference's. Bars end at 2; their numbers do not. A gradient that is
+    missing in others is zero.
     """
-    figure = new_figure(9.4, 3.7)
-    left, right = figure.subplots(1, 2)
+    figure = new_figure(9.8, 3.7)
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
     size = {name: float(grad.norm()) for name, grad in reference.items()}
     top = max(size.values())
     floor = 1e-10 * top
     width = 0.84 / len(others)
     for i, (colour, (way, grads)) in enumerate(zip(COLOURS, others.items(), strict=False)):
+        grads = {n: grads.get(n, torch.zeros_like(g)) for n, g in reference.items()}
         error = {n: max(floor, float((grads[n] - g).norm())) for n, g in reference.items()}
         names = [n for n in reference if n != mark]
         xs, ys = [max(floor, size[n]) for n in names], [error[n] for n in names]
@@ -128,7 +131,7 @@ def gradient_agreement(
         values = _agreement(reference, grads, mark)
         places = np.arange(3) + (i - (len(others) - 1) / 2) * width
         drawn = right.bar(places, np.minimum(values, 2), 0.94 * width, color=colour, label=way)
-        right.bar_label(drawn, [f"{v:.3g}" for v in values], fontsize=7, padding=2, rotation=90)
+        right.bar_label(drawn, [f"{v:.3g}" for v in values], fontsize=7, padding=2)
     for share in (1, 1e-3, 1e-6):
         left.plot([floor, top], [share * floor, share * top], ":", color="0.5", linewidth=1)
         left.annotate(f" × {share:g}", (top, share * top), fontsize=8, color="0.4", va="center")
@@ -136,7 +139,7 @@ def gradient_agreement(
              xlabel="norm of a parameter's gradient", ylabel="norm of its error")  # fmt: skip
     left.set_title(f"star: {mark}", fontsize=9)
     right.set_xticks(range(3), ["cosine", "length", mark])
-    right.set(ylabel="compared with the true gradient", ylim=(0, 2.4))
+    right.set(ylabel="compared with the true gradient", ylim=(0, 2.2))
     for ax in (left, right):
         plain_axes(ax)
     figure.legend(loc="outside upper center", ncols=len(others), fontsize=8, frameon=False)

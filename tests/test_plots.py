@@ -285,6 +285,10 @@ def test_gradients_are_compared_with_the_true_one():
     assert float(other_star.get_ydata()[0]) == pytest.approx(0.75)
     floor = 1e-10 * max(sizes)
     np.testing.assert_allclose([*same.get_ydata(), *star.get_ydata()], floor)
+    unused = plots.gradient_agreement(true, {"no b": {n: true[n] for n in ("a", "logit_scale")}})
+    ratio = sizes[0] / math.hypot(*sizes)
+    words = [text.get_text() for text in shown(unused, 2)[1].texts]
+    assert words == [f"{ratio:.3g}", f"{ratio:.3g}", "1"]
 
 
 def test_the_colours_are_there_for_readers():
