@@ -75,6 +75,8 @@ def same_or_not(
     left, right = figure.subplots(1, 2)
     name, steps, values = reference
     left.plot(steps, values, color="0.75", linewidth=6, label=name)
+    if not log:
+        right.axhline(0, color="0.75", linewidth=3)
     at = dict(zip(steps, values, strict=True))
     colours = (BLUE, RED, PURPLE, GREEN, ORANGE)
     for colour, (name, (x, y)) in zip(colours, others.items(), strict=False):
@@ -95,6 +97,7 @@ def same_or_not(
     right.set(ylabel="difference (nats)")
     if log:
         right.set(yscale="log", ylabel="size of the difference (nats)")
+        right.set_ylim(bottom=right.get_ylim()[0] / 100)  # room for the legend
     take_away(figure, caption)
     return figure
 
