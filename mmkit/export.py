@@ -199,7 +199,8 @@ def _folder(name: str | os.PathLike, hub: dict) -> Path:
     if os.path.isdir(name):
         return Path(name)
     if os.path.exists(name):
-        raise ValueError(f"{name} is a file; give the folder it is in, or use mm.load({name!s:r})")
+        file = os.fspath(name)
+        raise ValueError(f"{file} is a file; give the folder it is in, or use mm.load({file!r})")
     from huggingface_hub import snapshot_download
 
     try:
@@ -239,13 +240,16 @@ def read_config(folder: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}; {_remedy(folder)}")
     config = _read_json(path)
-    if config.get("model_type") != "mmkit" or not isinstance(config.get("architecture"), dict):
-        kind = config.get("model_type") or "no mmkit"
-        raise ValueError(f"{path} is of a {kind!r} model, not of an mmkit one; {_remedy(folder)}")
+    if (kind := config.get("model_type")) != "mmkit":
+        whose = f"of a {kind!r} model, not of an mmkit one" if kind else "not of an mmkit model"
+        raise ValueError(f"{path} is {whose}; {_remedy(folder)}")
     if config.get("format") != _FORMAT:
         raise ValueError(
             f"{path} has format {config.get('format')!r}, this mmkit reads {_FORMAT}; update mmkit"
         )
+    for key in ("architecture", "training", "sha256"):
+        if not isinstance(config.get(key), dict):
+            raise ValueError(f"{path} is damaged ({key!r} is no table); get the file anew")
     return config
 
 
@@ -254,7 +258,7 @@ def _remedy(folder: Path) -> str:
     if (folder / "best_model.pth").is_file():
         return f"it is a run's folder: use mm.load('{folder}/best_model.pth')"
     suffixes = (".bin", ".pth", ".pt", ".pkl", ".pickle", ".ckpt")
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in suffixes)
     if pickles:
         return f"{pickles[0]} is not read, such a file can run code: ask for a {WEIGHTS}"
     return "give a folder that save_pretrained wrote, whole (towers alone: from_backbones)"
@@ -268,9 +272,10 @@ def _read_text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict:
+    text = _read_text(path)
     try:
-        values = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); get the file anew") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}, no settings; get the file anew")
@@ -305,12 +310,11 @@ def _read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _check_sum(folder: Path, config: dict, name: str) -> None:
-    """ValueError unless a file is the one that config.json was written for (where it says so)."""
-    wanted = (config.get("sha256") or {}).get(name)
-    if wanted is not None and _sha256(folder / name) != wanted:
+    """ValueError unless a file is, to the bit, the one that config.json was written for."""
+    if config["sha256"].get(name) != _sha256(folder / name):
         raise ValueError(
-            f"{folder / name} is damaged, or of another model than {CONFIG} beside it (sha256); "
-            "get both anew"
+            f"{folder / name} is damaged, or of another model than {CONFIG} beside it (its sha256 "
+            "differs); get both anew"
         )
 
 

@@ -80,7 +80,7 @@ def _sizes(model) -> str:
         f"{model.patch_size}: {model.num_patches}",
         "ViT": _tower(vit),
         "BERT": f"{_tower(bert)}; captions of up to {model.max_length} pieces, "
-        f"{len(model.tokenizer):,} known",
+        f"{len(model.tokenizer):,} known in all",
         "common space": f"{model.embed_dim} numbers",
         "pooling": pooling,
         "parameters": f"{count:,}",

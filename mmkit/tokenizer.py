@@ -76,13 +76,19 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int = 4096):
 
 def _wrap(tokenizer_json: str, special_tokens: dict):
     """A Hugging Face fast tokenizer around the text of a `tokenizers` file."""
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=_unused(tokenizer_json), **special_tokens)
+
+
+def _unused(tokenizer_json: str):
+    """A `tokenizers` tokenizer without the padding and cutting that its last use left in it."""
+    from tokenizers import Tokenizer
 
     raw = Tokenizer.from_str(tokenizer_json)
     raw.no_padding()
     raw.no_truncation()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, **special_tokens)
+    return raw
 
 
 def encode_texts(tokenizer, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
@@ -139,7 +145,7 @@ def tokenizer_state(tokenizer) -> dict:
         for name, value in values.items()
         if value
     }
-    return {"json": backend.to_str(), "special_tokens": special}
+    return {"json": _unused(backend.to_str()).to_str(), "special_tokens": special}
 
 
 def tokenizer_from_state(state: dict):
