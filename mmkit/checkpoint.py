@@ -86,7 +86,12 @@ def load_weights(model: nn.Module, weights: dict, path="the checkpoint") -> None
 
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> MultimodalEncoder:
-    """The model of a `best_model.pth`, ready to encode: evaluation mode, its tokenizer with it."""
+    """The model of a `best_model.pth`, ready to encode: evaluation mode, its tokenizer with it.
+
+    path may also be a folder that `save_pretrained` wrote.
+    """
+    if os.path.isdir(path):
+        return MultimodalEncoder.from_pretrained(path, device=device)
     state = read_checkpoint(path)
     if "architecture" not in state or "model_state_dict" not in state:
         known = ", ".join(sorted(map(str, state))[:6])

@@ -10,8 +10,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import load
+from .checkpoint import load, read_checkpoint
 from .encoder import MultimodalEncoder
+from .model_card import training_facts
 
 
 @dataclass
@@ -41,6 +42,11 @@ class Run:
     def model(self) -> MultimodalEncoder:
         """The best model, loaded from `best_model.pth`."""
         return load(self.path / "best_model.pth")
+
+    @property
+    def facts(self) -> dict:
+        """What is known of the training of the best model, for `model.save_pretrained`."""
+        return training_facts(read_checkpoint(self.path / "best_model.pth") | {"best": self.best})
 
 
 def read_records(path: Path) -> list[dict]:
