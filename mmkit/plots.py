@@ -30,6 +30,7 @@ from .figures import (  # noqa: F401  (the colours are for readers of mm.plots, 
 )
 from .mask_plots import *  # noqa: F403  (mm.plots has all pictures)
 from .retrieval import Features, Index
+from .run_plots import *  # noqa: F403
 
 
 def picture_grid(
@@ -60,47 +61,6 @@ def pictures(dataset: MultimodalDataset, rows: Sequence[int], columns: int = 6, 
     return picture_grid(
         [i["image"] for i in items], [i["text"] for i in items], columns, None, caption
     )
-
-
-def training_curves(
-    runs: dict, x: str = "step", k: int = 1, chance_negatives: int | None = None, caption: str = ""
-):
-    """Loss and Recall@K of runs ({name: Run}) beside their yardsticks: ln(negatives) and chance.
-
-    x: "step" or "minutes". chance_negatives: pairs in a training batch; its logarithm is the loss
-    of guessing. Thin: training loss; thick: validation (one pool, so its chance line is another).
-    """
-    figure = new_figure(9, 3.6)
-    left, right = figure.subplots(1, 2)
-
-    def xs(records):
-        return [r["seconds"] / 60 if x == "minutes" else r["step"] for r in records]
-
-    for colour, (name, run) in zip(COLOURS, runs.items(), strict=False):
-        train = [r for r in run.history if r["split"] == "train"]
-        val = [r for r in run.history if r["split"] == "val"]
-        left.plot(xs(train), [r["loss"] for r in train], color=colour, linewidth=0.8, alpha=0.55)
-        left.plot(xs(val), [r["loss"] for r in val], color=colour, linewidth=2, label=name)
-        if val and f"image_to_text_R@{k}" in val[0]:
-            recall = [50 * (r[f"image_to_text_R@{k}"] + r[f"text_to_image_R@{k}"]) for r in val]
-            right.plot(xs(val), recall, color=colour, linewidth=2, marker=".", label=name)
-    if chance_negatives:
-        chance = math.log(chance_negatives)
-        left.axhline(chance, color="0.5", linestyle=":", linewidth=1)
-        where = dict(xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-        left.annotate(f"guessing: ln({chance_negatives}) = {chance:.2f}", (0.99, chance), **where)
-    left.set(
-        xlabel=x, ylabel="loss (nats)", title="thin: training, thick: validation", ylim=(0, None)
-    )
-    right.set(
-        xlabel=x, ylabel=f"R@{k}, mean of both directions (%)", title="validation", ylim=(0, None)
-    )
-    for ax in (left, right):
-        plain_axes(ax)
-        ax.title.set_fontsize(9)
-    right.legend(fontsize=8, loc="lower right")
-    take_away(figure, caption)
-    return figure
 
 
 def bars(
@@ -288,42 +248,6 @@ def differences(arrays: dict[str, Tensor], xlabel: str, ylabel: str, caption: st
         ax.set_title(f"{name}\nlargest {float(array.abs().max()):.2g}", fontsize=9)
         ax.set(xlabel=xlabel, ylabel=ylabel)
     figure.colorbar(drawn, ax=axes, label="|difference|")
-    take_away(figure, caption)
-    return figure
-
-
-def same_or_not(
-    reference: tuple[str, Sequence[int], Sequence[float]],
-    others: dict[str, tuple[Sequence[int], Sequence[float]]],
-    ylabel: str = "training loss (nats)",
-    events: dict[str, float] | None = None,
-    caption: str = "",
-):
-    """Curves over steps on top of each other (left), and how far they are from the first (right).
-
-    reference: (name, steps, values); others: name -> (steps, values) at some of the same steps.
-    events: steps to mark with a vertical line, by name.
-    """
-    figure = new_figure(9, 3.4)
-    left, right = figure.subplots(1, 2)
-    name, steps, values = reference
-    left.plot(steps, values, color="0.75", linewidth=6, label=name)
-    at = dict(zip(steps, values, strict=True))
-    for colour, (name, (x, y)) in zip((BLUE, RED, PURPLE), others.items(), strict=False):
-        left.plot(x, y, color=colour, linewidth=1.4, label=name)
-        gaps = [value - at[step] for step, value in zip(x, y, strict=True)]
-        right.plot(x, gaps, color=colour, linewidth=1.4,
-                   label=f"{name}: at most {max(map(abs, gaps), default=0):.2g}")  # fmt: skip
-    for ax in (left, right):
-        for event, step in (events or {}).items():
-            ax.axvline(step, color="0.4", linestyle=":", linewidth=1)
-            ax.annotate(event, (step, 0.98), xycoords=("data", "axes fraction"), rotation=90,
-                        ha="right", va="top", fontsize=7, color="0.4")  # fmt: skip
-        ax.set_xlabel("step")
-        ax.legend(fontsize=8)
-        plain_axes(ax)
-    left.set(ylabel=ylabel)
-    right.set(ylabel="difference (nats)")
     take_away(figure, caption)
     return figure
 

@@ -263,6 +263,32 @@ def test_the_whole_and_the_resumed_run_are_compared():
     axes = shown(plots.same_or_not(reference, others, events={"killed": 2}), 2)
     names = [text.get_text() for text in axes[1].get_legend().get_texts()]
     assert names == ["resumed: at most 0", "other: at most 0.5"]
+    axes = shown(plots.same_or_not(reference, others, log=True), 2)
+    assert [text.get_text() for text in axes[1].get_legend().get_texts()] == names
+    equal, other = (line.get_ydata() for line in axes[1].lines)
+    assert axes[1].get_yscale() == "log" and np.isnan(equal).all()
+    np.testing.assert_array_equal(other, [math.nan, math.nan, 0.5])
+
+
+def test_gradients_are_compared_with_the_true_one():
+    """Half as long in one direction, `logit_scale` four times: the numbers say just that."""
+    torch.manual_seed(0)
+    true = {"a": torch.randn(3, 5), "b": torch.randn(7), "logit_scale": torch.tensor(-0.25)}
+    half = {n: g / 2 if n != "logit_scale" else 4 * g for n, g in true.items()}
+    figure = plots.gradient_agreement(true, {"same": true, "half": half}, caption="take-away")
+    left, right = shown(figure, 2)
+    assert [text.get_text() for text in right.texts] == ["1", "1", "1", "1", "0.5", "4"]
+    same, star, other, other_star = left.lines[:4]
+    sizes = [float(true[n].norm()) for n in "ab"]
+    np.testing.assert_allclose(other.get_xdata(), sizes, rtol=1e-6)
+    np.testing.assert_allclose(other.get_ydata(), np.array(sizes) / 2, rtol=1e-6)
+    assert float(other_star.get_ydata()[0]) == pytest.approx(0.75)
+    floor = 1e-10 * max(sizes)
+    np.testing.assert_allclose([*same.get_ydata(), *star.get_ydata()], floor)
+    unused = plots.gradient_agreement(true, {"no b": {n: true[n] for n in ("a", "logit_scale")}})
+    ratio = sizes[0] / math.hypot(*sizes)
+    words = [text.get_text() for text in shown(unused, 2)[1].texts]
+    assert words == [f"{ratio:.3g}", f"{ratio:.3g}", "1"]
 
 
 def test_the_colours_are_there_for_readers():

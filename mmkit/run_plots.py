@@ -1,0 +1,155 @@
+"""Pictures of runs and of their gradients: are two of them the same?
+
+Each is f(data) -> Figure; `mm.plots` has them all. Used by notebooks/03_training.ipynb,
+05_checkpoints and 06_many_processes.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .figures import BLUE, COLOURS, GREEN, ORANGE, PURPLE, RED, new_figure, plain_axes, take_away
+
+__all__ = ["gradient_agreement", "same_or_not", "training_curves"]
+
+
+def training_curves(
+    runs: dict, x: str = "step", k: int = 1, chance_negatives: int | None = None, caption: str = ""
+):
+    """Loss and Recall@K of runs ({name: Run}) beside their yardsticks: ln(negatives) and chance.
+
+    x: "step" or "minutes". chance_negatives: pairs in a training batch; its logarithm is the loss
+    of guessing. Thin: training loss; thick: validation (one pool, so its chance line is another).
+    """
+    figure = new_figure(9, 3.6)
+    left, right = figure.subplots(1, 2)
+
+    def xs(records):
+        return [r["seconds"] / 60 if x == "minutes" else r["step"] for r in records]
+
+    for colour, (name, run) in zip(COLOURS, runs.items(), strict=False):
+        train = [r for r in run.history if r["split"] == "train"]
+        val = [r for r in run.history if r["split"] == "val"]
+        left.plot(xs(train), [r["loss"] for r in train], color=colour, linewidth=0.8, alpha=0.55)
+        left.plot(xs(val), [r["loss"] for r in val], color=colour, linewidth=2, label=name)
+        if val and f"image_to_text_R@{k}" in val[0]:
+            recall = [50 * (r[f"image_to_text_R@{k}"] + r[f"text_to_image_R@{k}"]) for r in val]
+            right.plot(xs(val), recall, color=colour, linewidth=2, marker=".", label=name)
+    if chance_negatives:
+        chance = math.log(chance_negatives)
+        left.axhline(chance, color="0.5", linestyle=":", linewidth=1)
+        where = dict(xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        left.annotate(f"guessing: ln({chance_negatives}) = {chance:.2f}", (0.99, chance), **where)
+    left.set(
+        xlabel=x, ylabel="loss (nats)", title="thin: training, thick: validation", ylim=(0, None)
+    )
+    right.set(
+        xlabel=x, ylabel=f"R@{k}, mean of both directions (%)", title="validation", ylim=(0, None)
+    )
+    for ax in (left, right):
+        plain_axes(ax)
+        ax.title.set_fontsize(9)
+    right.legend(fontsize=8, loc="lower right")
+    take_away(figure, caption)
+    return figure
+
+
+def same_or_not(
+    reference: tuple[str, Sequence[int], Sequence[float]],
+    others: dict[str, tuple[Sequence[int], Sequence[float]]],
+    ylabel: str = "training loss (nats)",
+    events: dict[str, float] | None = None,
+    caption: str = "",
+    log: bool = False,
+):
+    """Curves over steps on top of each other (left), and how far they are from the first (right).
+
+    reference: (name, steps, values); others: name -> (steps, values) at some of the same steps.
+    events: steps to mark with a vertical line, by name. log: the sizes of the differences on a
+    logarithmic axis, where equal bits have no place.
+    """
+    figure = new_figure(9, 3.4)
+    left, right = figure.subplots(1, 2)
+    name, steps, values = reference
+    left.plot(steps, values, color="0.75", linewidth=6, label=name)
+    at = dict(zip(steps, values, strict=True))
+    colours = (BLUE, RED, PURPLE, GREEN, ORANGE)
+    for colour, (name, (x, y)) in zip(colours, others.items(), strict=False):
+        left.plot(x, y, color=colour, linewidth=1.4, label=name)
+        gaps = [value - at[step] for step, value in zip(x, y, strict=True)]
+        gaps = [abs(gap) or math.nan for gap in gaps] if log else gaps
+        right.plot(x, gaps, color=colour, linewidth=1.4,
+                   label=f"{name}: at most {np.nanmax(np.abs([*gaps, 0])):.2g}")  # fmt: skip
+    for ax in (left, right):
+        for event, step in (events or {}).items():
+            ax.axvline(step, color="0.4", linestyle=":", linewidth=1)
+            ax.annotate(event, (step, 0.98), xycoords=("data", "axes fraction"), rotation=90,
+                        ha="right", va="top", fontsize=7, color="0.4")  # fmt: skip
+        ax.set_xlabel("step")
+        ax.legend(fontsize=8)
+        plain_axes(ax)
+    left.set(ylabel=ylabel)
+    right.set(ylabel="difference (nats)")
+    if log:
+        right.set(yscale="log", ylabel="size of the difference (nats)")
+    take_away(figure, caption)
+    return figure
+
+
+def gradient_agreement(
+    reference: dict[str, Tensor],
+    others: dict[str, dict[str, Tensor]],
+    mark: str = "logit_scale",
+    caption: str = "",
+):
+    """How far gradients are from a reference: parameter by parameter (left), in all (right).
+
+    reference, and each of others: {parameter: gradient}. Left: each point is a parameter, its
+    gradient's norm against the norm of the error; dotted: errors of 1, 1e-3 and 1e-6 of the
+    gradient; errors that are smaller still lie on the floor. The parameter `mark` is a star. Right:
+    cosine to the reference and length (a multiple of the reference's), both without `mark`, and
+    `mark` as a multiple of the reference's. Bars end at 2; their numbers do not. A gradient that is
+    missing in others is zero.
+    """
+    figure = new_figure(9.8, 3.7)
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
+    size = {name: float(grad.norm()) for name, grad in reference.items()}
+    top = max(size.values())
+    floor = 1e-10 * top
+    width = 0.84 / len(others)
+    for i, (colour, (way, grads)) in enumerate(zip(COLOURS, others.items(), strict=False)):
+        grads = {n: grads.get(n, torch.zeros_like(g)) for n, g in reference.items()}
+        error = {n: max(floor, float((grads[n] - g).norm())) for n, g in reference.items()}
+        names = [n for n in reference if n != mark]
+        xs, ys = [max(floor, size[n]) for n in names], [error[n] for n in names]
+        left.plot(xs, ys, "o", color=colour, markersize=3.5, alpha=0.5, markeredgewidth=0)
+        star = dict(color=colour, markersize=13, markeredgecolor="black", zorder=3)
+        left.plot(size[mark], error[mark], "*", **star)
+        values = _agreement(reference, grads, mark)
+        places = np.arange(3) + (i - (len(others) - 1) / 2) * width
+        drawn = right.bar(places, np.minimum(values, 2), 0.94 * width, color=colour, label=way)
+        right.bar_label(drawn, [f"{v:.3g}" for v in values], fontsize=7, padding=2)
+    for share in (1, 1e-3, 1e-6):
+        left.plot([floor, top], [share * floor, share * top], ":", color="0.5", linewidth=1)
+        left.annotate(f" × {share:g}", (top, share * top), fontsize=8, color="0.4", va="center")
+    left.set(xscale="log", yscale="log", ylim=(floor / 2, 20 * top),
+             xlabel="norm of a parameter's gradient", ylabel="norm of its error")  # fmt: skip
+    left.set_title(f"star: {mark}", fontsize=9)
+    right.set_xticks(range(3), ["cosine", "length", mark])
+    right.set(ylabel="compared with the true gradient", ylim=(0, 2.2))
+    for ax in (left, right):
+        plain_axes(ax)
+    figure.legend(loc="outside upper center", ncols=len(others), fontsize=8, frameon=False)
+    take_away(figure, caption)
+    return figure
+
+
+def _agreement(reference: dict[str, Tensor], grads: dict[str, Tensor], mark: str) -> list[float]:
+    """(cosine, length, marked parameter) of gradients, the last two as multiples."""
+    names = [name for name in reference if name != mark]
+    true, ours = (torch.cat([g[n].flatten().double() for n in names]) for g in (reference, grads))
+    cosine = torch.cosine_similarity(true, ours, dim=0)
+    return [float(x) for x in (cosine, ours.norm() / true.norm(), grads[mark] / reference[mark])]
