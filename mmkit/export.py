@@ -135,6 +135,8 @@ def write_files(model: Any, folder: Path, name: str, facts: dict | None) -> None
     head = {"model_type": "mmkit", "format": _FORMAT}
     config = head | {"architecture": architecture, "training": training, "sha256": sums}
     _write_json(config, folder / CONFIG)
+    # safetensors lets nobody else read its file, which is no way to share one.
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
     for path in folder.iterdir():
         _sync(path)
 
@@ -161,18 +163,17 @@ def _weights(model: Any) -> dict[str, Tensor]:
 
 
 def _rename_over(unfinished: Path, folder: Path) -> None:
-    """Put new files in the place of old ones.
+    """Put new files in the place of old ones, the weights first and config.json last.
 
-    A kill in between leaves a folder without config.json, which is refused, and never the weights
-    of one model under the configuration of another.
+    After a kill in between, the weights are not those that config.json has the checksum of, and the
+    folder is refused.
     """
     written = _own_config(folder).get("sha256", {}).get(CARD)
     if (folder / CARD).exists() and _sha256(folder / CARD) != written:
         (unfinished / CARD).unlink()  # somebody's own words
-    (folder / CONFIG).unlink(missing_ok=True)
-    _sync(folder)
-    for path in sorted(unfinished.iterdir(), key=lambda path: path.name == CONFIG):
-        os.replace(path, folder / path.name)
+    for name in (WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, CARD, CONFIG):
+        if (unfinished / name).exists():
+            os.replace(unfinished / name, folder / name)
     _sync(folder)
 
 
