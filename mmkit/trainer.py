@@ -38,6 +38,11 @@ from .text_maskers import maskable_words
 
 # on resume
 _MAY_DIFFER = {"output_dir", "run_name", "num_workers", "log_every", "checkpoint_every"}
+# in last/state.pth
+_NEEDED = (
+    "model_state_dict optimizer_state_dict scaler random config data "
+    "epoch_loss best_loss step skipped seconds"
+).split()
 _MAX_SKIPPED = 20  # steps in a row without a finite gradient before a run stops
 
 
@@ -83,7 +88,6 @@ class MaskedMultimodalTrainer:
         self.net = self.accelerator.prepare_model(self.model)  # DDP where there are several
         fp16 = self.precision == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        torch.manual_seed(config.seed + 1000003 * (self.rank + 1))  # dropout differs between ranks
 
         self.steps_per_epoch = math.ceil(len(train) / config.batch_size)
         smallest = len(train) // self.steps_per_epoch
@@ -95,6 +99,7 @@ class MaskedMultimodalTrainer:
         self.total_steps = config.max_steps or config.num_epochs * self.steps_per_epoch
         self.num_epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self.step = self.skipped = self.skipped_in_a_row = 0
+        self._seed_own_draws()
         self.best_loss, self.seconds, self._mark = math.inf, 0.0, time.perf_counter()
         self.epoch_loss = torch.zeros((), device=self.device)
         self.plan = MaskPlan(config, self.model, train, self.num_epochs)
@@ -102,6 +107,12 @@ class MaskedMultimodalTrainer:
         self.path = Path(config.output_dir) / self._run_name(resume)
         self.resumed = resume and self._resume(self.path / "last" / "state.pth")
         self.writer: RunWriter | None = None  # a trainer that is only looked at writes nothing
+
+    def _seed_own_draws(self):
+        """Seed torch (dropout), NumPy and Python, so that what is drawn differs between ranks."""
+        from accelerate.utils import set_seed
+
+        set_seed((self.config.seed + 1000003 * (self.rank + 1) + self.step) % 2**32)
 
     def _check(self):
         config, size = self.config, len(self.train)
@@ -207,7 +218,8 @@ class MaskedMultimodalTrainer:
         self._count_skipped(norm)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        self.plan.after_step()
+        if math.isfinite(norm):  # a skipped step leaves the running mean where it is, too
+            self.plan.after_step()
         with torch.no_grad():  # in the parameter, after the step, so that its gradient stays alive
             self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         return loss, norm
@@ -347,7 +359,8 @@ class MaskedMultimodalTrainer:
         self.epoch_loss = total / self.processes
         self._clock()
         if self.rank == 0:
-            standing = {k: getattr(self, k) for k in ("step", "skipped", "seconds")}
+            names = ("step", "skipped", "skipped_in_a_row", "seconds")
+            standing = {name: getattr(self, name) for name in names}
             extra = {
                 "scaler": self.scaler.state_dict(),
                 "ema": self.plan.state_dict(),
@@ -361,7 +374,7 @@ class MaskedMultimodalTrainer:
         if not path.is_file():
             self._say(f"nothing to resume in {self.path}: starting anew")
             return False
-        state = read_checkpoint(path)
+        state = read_checkpoint(path, _NEEDED)
         if state["data"] != self._data():
             raise ValueError(
                 f"cannot resume {self.path}: it was trained on other pictures or captions "
@@ -380,13 +393,18 @@ class MaskedMultimodalTrainer:
         load_weights(self.model, state["model_state_dict"], path)
         for optimizer, saved in zip(self.optimizers, state["optimizer_state_dict"], strict=True):
             optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty where "auto" took another type, on another machine
+            self.scaler.load_state_dict(state["scaler"])
         self.plan.load_state_dict(state.get("ema"))
         for name in ("step", "skipped", "seconds", "best_loss"):
             setattr(self, name, state[name])
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self.epoch_loss = state["epoch_loss"].to(self.device) / self.processes
         states = state["random"]
-        set_random_state(states[self.rank] if self.rank < len(states) else states[0])
+        if self.rank < len(states):
+            set_random_state(states[self.rank])
+        else:  # a rank more than before draws its own dropout, not what another one draws
+            self._seed_own_draws()
         self._say(f"resuming {self.path} at step {self.step} of {self.total_steps}")
         return True
 
