@@ -70,6 +70,21 @@ def newest_run(root: Path) -> str:
     return states[-1].parent.parent.name if states else ""
 
 
+def _remove_run(path: Path) -> None:
+    """Remove a run, so that a kill in between neither brings it back nor leaves a part for good.
+
+    First what a resume would go on from; last what tells that there is a run to remove.
+    """
+    shutil.rmtree(path / "last", ignore_errors=True)
+    metrics = path / "metrics.jsonl"
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry != metrics:
+            entry.unlink()
+    metrics.unlink()
+
+
 class RunWriter:
     """Writes a run's folder: config.json, metrics.jsonl and event files.
 
@@ -83,7 +98,7 @@ class RunWriter:
         metrics = path / "metrics.jsonl"
         if step is None and metrics.is_file():
             print(f"replacing the earlier run in {path}")
-            shutil.rmtree(path)
+            _remove_run(path)
         path.mkdir(parents=True, exist_ok=True)
         kept = read_records(metrics) if step is not None and metrics.is_file() else []
         kept = [record for record in kept if record["step"] <= step]

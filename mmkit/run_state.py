@@ -31,6 +31,10 @@ _FREE = {
 }
 # … and these give the same gradient up to float summation (and other dropout draws).
 _SUMMATION = {"gradient_accumulation_steps", "exchange", "gradient_checkpointing", "compile"}
+_NEEDED = (  # entries of last/state.pth without which nothing can go on
+    "model_state_dict optimizer_state_dict scaler random config data "
+    "epoch_loss best_loss step skipped seconds"
+).split()
 _STANDING = {
     "step": 0,
     "skipped": 0,
@@ -118,7 +122,7 @@ def resume(trainer, path: Path) -> bool:
             f"{path} is seen by {found} of {trainer.processes} processes; output_dir must be a "
             "folder that all machines share"
         )
-    state = read_checkpoint(path)
+    state = read_checkpoint(path, _NEEDED)
     _check_data(trainer, state, path)
     differing = _differing(trainer.config, state["config"])
     if hard := {k: v for k, v in differing.items() if not _keeps_the_gradient(trainer.config, k)}:
@@ -150,7 +154,7 @@ def fork(trainer, source: Path):
     path = source if source.is_file() else source / "last" / "state.pth"
     if path.is_relative_to(trainer.path):
         raise ValueError(f"{source} cannot be forked into itself; give another run_name")
-    state = read_checkpoint(path)
+    state = read_checkpoint(path, _NEEDED)
     _check_data(trainer, state, path)
     differing = _differing(trainer.config, state["config"])
     if "batch_size" in differing:
@@ -168,11 +172,6 @@ def fork(trainer, source: Path):
 
 
 def _check_data(trainer, state: dict, path: Path):
-    if "random" not in state:
-        raise ValueError(
-            f"{path} does not say where its run stood; give the run's folder, or a state.pth in "
-            "its last/"
-        )
     if state["data"] != _data(trainer):
         raise ValueError(
             f"cannot resume {path.parent.parent}: it was trained on other pictures or captions "
@@ -203,7 +202,8 @@ def _put_back(trainer, state: dict, path: Path, forked: bool):
             _load_optimizer(optimizer, memory)
     else:  # only a fork may have another optimizer, or other groups
         trainer.say("the optimizer starts without memory: it was another one")
-    trainer.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty where "auto" took another type, on another machine
+        trainer.scaler.load_state_dict(state["scaler"])
     for mean, name, module in (
         (trainer.plan.ema, "ema", trainer.model.vit),
         (trainer.ema, "weights_ema", trainer.model),
@@ -219,7 +219,10 @@ def _put_back(trainer, state: dict, path: Path, forked: bool):
         trainer.epoch_steps = trainer.step % trainer.steps_per_epoch
     trainer.epoch_loss = state["epoch_loss"].to(trainer.device) / trainer.processes
     states = state["random"]
-    set_random_state(states[trainer.rank] if trainer.rank < len(states) else states[0])
+    if trainer.rank < len(states):
+        set_random_state(states[trainer.rank])
+    else:  # a rank more than before draws its own dropout, not what another one draws
+        trainer.seed_own_draws()
 
 
 def _shape(memory: dict) -> list[tuple]:

@@ -183,7 +183,7 @@ def as_legacy(content, path):
 
 
 def as_pickle(content, path):
-    path.write_bytes(pickle.dumps(content))
+    path.write_bytes(pickle.dumps(content, 2))
 
 
 @pytest.mark.parametrize("writer", [as_zip, as_legacy, as_pickle])
@@ -194,7 +194,7 @@ def test_a_file_with_code_is_refused_and_not_run(tmp_path, writer):
         mm.load(path)
     assert not trace.exists()
     assert "weights_only" not in str(refused.value)  # torch's advice: read it unsafely
-    assert "_io.open" in str(refused.value) or writer is as_legacy
+    assert "it asks for io.open" in str(refused.value) or writer is not as_zip
 
 
 @pytest.mark.parametrize("writer", [as_zip, as_legacy, as_pickle])
@@ -216,7 +216,7 @@ def test_a_state_with_code_is_not_resumed_from(tmp_path, writer, make_model, mak
 
 
 @pytest.mark.parametrize(
-    "content, asks", [(eval, "eval"), (os.system, "system"), (subprocess.Popen, "subprocess.Popen"),
+    "content, asks", [(eval, "eval"), (os.system, "system"), (subprocess.Popen, "Popen"),
                       (torch.nn.Linear(2, 3), "Linear"), (Path("x"), "PosixPath")],
 )  # fmt: skip
 def test_what_is_no_plain_value_is_named(tmp_path, content, asks):
@@ -232,13 +232,12 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path, make_model):
     write_atomically(whole, path)
     mm.load(path)
     content = path.read_bytes()
-    lengths = {len(content) * part // 16 for part in range(16)} | {len(content) - 1}
-    for length in sorted(lengths):
-        for filled in (b"", bytes(len(content) - length)):  # a crash may leave zeros instead
-            path.write_bytes(content[:length] + filled)
-            with pytest.raises(ValueError, match="is refused: it is damaged"):
-                mm.load(path)
-    assert len(lengths) == 17
+    short = [content[: len(content) * part // 16] for part in range(16)]
+    zeros = [cut + bytes(len(content) - len(cut)) for cut in short]  # a crash may leave these
+    for damaged in (*short, *zeros, content[:-1]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is refused: it is damaged"):
+            mm.load(path)
 
 
 def test_a_changed_byte_is_never_read_as_a_weight(tmp_path):
