@@ -344,7 +344,7 @@ def test_forks_that_make_no_sense_are_refused(make_trainer, make_data):
     ):
         with pytest.raises(ValueError, match=words):
             make_trainer(max_steps=2, resume=path, **values)
-    with pytest.raises(ValueError, match="best_model.pth has no scaler, random"):
+    with pytest.raises(ValueError, match=r"best_model\.pth has no scaler, random"):
         make_trainer(run_name="d", resume=path / "best_model.pth")
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         make_trainer(run_name="e", resume=path.with_name("nowhere"))
