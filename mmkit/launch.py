@@ -23,25 +23,33 @@ from pathlib import Path
 
 import torch
 
-from .preflight import gpus, preflight
+from .preflight import gpus, preflight, start_method
 from .ranks import run_rank
 
 _needed: set[str] = set()  # slow imports that an earlier launch made use of
 
 
-def launch(fn: Callable, *args, num_processes: int = 1, port: int | None = None, **kwargs):
+def launch(
+    fn: Callable,
+    *args,
+    num_processes: int = 1,
+    port: int | None = None,
+    child: bool = False,
+    **kwargs,
+):
     """Run `fn(*args, **kwargs)` in several processes of this machine; returns rank 0's result.
 
     Works in a notebook (accelerate's notebook_launcher forks, so that `fn` may be defined in a
-    cell), on GPUs (one process each) or on a CPU (gloo). With 1 process `fn` is simply called.
+    cell), on GPUs (one process each) or on a CPU (gloo). With 1 process `fn` is simply called, or,
+    with child=True, called in a process of its own, so that later launches from here stay possible.
     What rank 0 prints is seen while it runs; of the others only stderr. Each process computes with
     an equal part of this process's threads. A result is pickled, and its tensors come to the CPU.
     port: where the processes meet; None for any free one.
     Raises ValueError or RuntimeError where this kernel cannot launch, with every reason and its
     remedy; RuntimeError with the traceback of the rank that failed first, from that rank's error.
     """
-    preflight(fn, (args, kwargs), num_processes, port)
-    if num_processes == 1:
+    preflight(fn, (args, kwargs), num_processes, port, child)
+    if num_processes == 1 and not child:
         return fn(*args, **kwargs)
     with tempfile.TemporaryDirectory(prefix="mmkit-launch-") as folder:
         job: dict = {
@@ -150,11 +158,29 @@ def _in_a_fresh_thread(start: Callable[[], None]) -> None:
 def _start(job: dict, port: int) -> None:
     from accelerate import launchers, notebook_launcher
 
+    if job["processes"] == 1:  # which accelerate would run in this kernel
+        return _start_one(job, port)
     launchers.print = lambda *words: None  # "Launching training on 2 CUDAs.", on a CPU too
     try:
         notebook_launcher(run_rank, (job,), job["processes"], use_port=str(port))
     finally:
         del launchers.print
+
+
+def _start_one(job: dict, port: int) -> None:
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=1,
+        rdzv_endpoint=f"127.0.0.1:{port}",
+        rdzv_backend="static",
+        rdzv_configs={"rank": 0},
+        max_restarts=0,
+        start_method=start_method(),
+    )
+    elastic_launch(config, run_rank)(job)
 
 
 def _receive(job: dict):

@@ -14,13 +14,20 @@ import torch
 import torch.distributed as dist
 
 
-def preflight(fn: Callable, call=((), {}), num_processes: int = 2, port: int | None = None) -> None:
+def preflight(
+    fn: Callable,
+    call=((), {}),
+    num_processes: int = 2,
+    port: int | None = None,
+    child: bool = False,
+) -> None:
     """Raise one error that lists all that would make a launch from this kernel fail.
 
-    call: (args, kwargs) of `fn`. ValueError where an argument is wrong, else RuntimeError.
+    call: (args, kwargs) of `fn`; child: see `launch`. ValueError where an argument is wrong, else
+    RuntimeError.
     """
     wrong, here = _wrong_arguments(fn, num_processes, port), []
-    if num_processes != 1:
+    if num_processes != 1 or child:
         here = [*_wrong_kernel(), *_wrong_devices(num_processes)]
         if start_method() == "spawn":
             here += _unsendable(fn, *call)

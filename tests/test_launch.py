@@ -48,6 +48,27 @@ def test_one_process_is_a_plain_call():
     assert mm.launch(lambda a, b: a + b, 2, b=3, num_processes=1) == 5
 
 
+@pytest.mark.slow
+def test_one_process_of_its_own_leaves_this_one_free_for_more():
+    """A training in a child makes its Accelerator there; a launch of two can follow."""
+    done = run("""
+        def one():
+            from accelerate import Accelerator
+            return os.getpid(), Accelerator(cpu=True).num_processes
+
+        pid, seen = mm.launch(one, num_processes=1, child=True)
+        print(pid != os.getpid(), seen, torch.get_num_threads())
+        print(mm.launch(lambda: world()[1], num_processes=2))
+        try:
+            mm.launch(lambda: 1 / 0, num_processes=1, child=True)
+        except RuntimeError as error:
+            print(str(error).splitlines()[0])
+    """)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("True 1 ") and lines[1] == "2"
+    assert lines[2] == "rank 0 of 1 failed with ZeroDivisionError: division by zero"
+
+
 @pytest.mark.parametrize("number", [0, -2, 2.0, "2", None, True])
 def test_a_wrong_number_is_refused(number):
     with pytest.raises(ValueError, match=f"num_processes={number!r} must be a whole number"):
