@@ -9,8 +9,8 @@ from .checkpoint import load
 from .config import TrainingConfig
 from .data import Batch, MultimodalDataset
 from .describe import describe
-from .distributed import launch
 from .encoder import EncoderOutput, MultimodalEncoder
+from .launch import launch
 from .losses import info_nce, sigmoid_loss
 from .masking import Masking, mask_noise
 from .openmoji import openmoji

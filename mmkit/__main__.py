@@ -1,4 +1,4 @@
-"""The command line: python -m mmkit train | evaluate | search.
+"""The command line: python -m mmkit train | evaluate | search | export.
 
 Every field of `TrainingConfig` is a flag of `train`, made from the dataclass by tyro. Runs under
 torchrun as it is. Walk-through: README.md.
@@ -21,9 +21,11 @@ from .config import TrainingConfig
 from .data import MultimodalDataset
 from .distributed import leave_group
 from .encoder import PRESETS, MultimodalEncoder
+from .export import read_config
+from .model_card import training_facts
 from .openmoji import openmoji
 from .retrieval import Index, evaluate, mean_recall
-from .run import newest_run
+from .run import Run, newest_run
 from .trainer import train_model
 
 Split = Literal["compose", "concept", "random"]
@@ -120,6 +122,15 @@ def _checkpoint(path: str) -> Path:
     return Path("runs") / newest / "best_model.pth"
 
 
+def _facts(path: Path) -> dict:
+    """What is known of the training of a model: of a run, of a checkpoint, of an export."""
+    if path.is_dir():
+        return read_config(path)["training"]
+    if path.name == "best_model.pth" and (path.parent / "metrics.jsonl").is_file():
+        return Run.load(path.parent).facts
+    return training_facts(read_checkpoint(path))
+
+
 def _evaluate(
     checkpoint: str = "",
     split: Split = "compose",
@@ -136,7 +147,7 @@ def _evaluate(
     """
     path = _checkpoint(checkpoint)
     model = load(path)
-    trained_on = read_checkpoint(path).get("data", {}).get("name", "")
+    trained_on = _facts(path).get("data", "")
     if (trained_on == "openmoji-random-train") != (split == "random"):
         trained_on = trained_on or "other pictures"
         print(f"beware: trained on {trained_on}, which may hold what is tested here")
@@ -175,9 +186,28 @@ def search(
     )
 
 
+def export(out: str, checkpoint: str = "") -> None:
+    """Write a model as a folder to share: safetensors, JSON, its tokenizer and a card.
+
+    Args:
+        out: The folder.
+        checkpoint: A best_model.pth; the newest run's if not given.
+    """
+    path = _checkpoint(checkpoint)
+    load(path).save_pretrained(out, facts=_facts(path))
+    size = sum(file.stat().st_size for file in Path(out).iterdir())
+    print(f"{path} written to {out} ({size / 1e6:.1f} MB); its README.md is the model's card")
+    print(f'load it: mm.MultimodalEncoder.from_pretrained("{out}")')
+
+
 def main() -> None:
     """Run one of the commands; a wrong input is one line of words, not a traceback."""
-    commands: dict[str, Callable] = {"train": train, "evaluate": _evaluate, "search": search}
+    commands: dict[str, Callable] = {
+        "train": train,
+        "evaluate": _evaluate,
+        "search": search,
+        "export": export,
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="mmkit", description=__doc__.splitlines()[0]

@@ -13,14 +13,15 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def at_rest(model):
-    """Evaluation mode without gradients; the training flag is put back."""
-    training = model.training
+    """Evaluation mode without gradients; each part's training flag is put back."""
+    training = {part: part.training for part in model.modules()}  # a frozen tower has its own
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(training)
+        for part, flag in training.items():
+            part.training = flag
 
 
 @torch.no_grad()

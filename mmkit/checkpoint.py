@@ -5,10 +5,18 @@ a full disk leaves the previous one whole. Reading never runs code from a file
 (`weights_only=True`). Walk-through: notebooks/05_checkpoints.ipynb.
 """
 
+import contextlib
+import errno
+import fcntl
 import os
 import random
 import re
+import secrets
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -16,36 +24,119 @@ from torch import nn
 
 from .encoder import MultimodalEncoder
 
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk, quota, or the process's own limit
+
 
 def write_atomically(state: dict, path: str | os.PathLike) -> None:
-    """`torch.save` that leaves either the old file or the whole new one, never a part."""
+    """`torch.save` that leaves either the old file or the whole new one, never a part.
+
+    Returns when file and name are on the disk. Raises OSError, with the system's errno, that says
+    which file could not be written, how much room it wants, and what to do.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed
-        stale.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(path)
+        with _temporary(path) as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(file.name, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the rename itself
-        os.close(folder)
+        try:
+            os.fsync(folder)  # the rename itself
+        finally:
+            os.close(folder)
+    except (OSError, RuntimeError) as error:
+        if (reason := _disk_error(error)) is None:
+            raise
+        raise _in_words(reason, state, path) from error
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[BinaryIO]:
+    """A new file beside `path`, open and locked; gone afterwards, unless it was renamed.
+
+    The system takes the lock away with the process, however that ends: a temporary file without
+    one is stale. A name by process number could not tell, as numbers are used again.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield file
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict:
+def _remove_stale(path: Path) -> None:
+    """Remove what killed processes left half-written; files still being written are locked."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        with contextlib.suppress(OSError), open(left, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            left.unlink()
+
+
+def _disk_error(error: OSError | RuntimeError) -> OSError | None:
+    """The OSError behind what `torch.save` raised; None where the disk is not at fault.
+
+    Its zip writer, when a write fails, raises a RuntimeError of its own on top of the OSError.
+    """
+    if isinstance(error, OSError):
+        return error
+    if not re.search("inline_container|PytorchStreamWriter|iostream", str(error)):
+        return None
+    below: BaseException | None = error
+    while below is not None and not isinstance(below, OSError):
+        below = below.__context__
+    return below or OSError(errno.EIO, "")
+
+
+def _in_words(reason: OSError, state: dict, path: Path) -> OSError:
+    """The same error, saying what is lost (nothing) and what to do."""
+    wanted, free = _size(state) / 1e6, shutil.disk_usage(_existing(path.parent)).free / 1e6
+    kept = f"the earlier {path.name} is whole" if path.is_file() else "there is no earlier one"
+    remedy = "check that folder and its disk"
+    if reason.errno in _NO_ROOM:
+        remedy = "free some space, set output_dir to another disk, or keep fewer (keep_last)"
+    return OSError(
+        reason.errno,
+        f"cannot write {path}: {os.strerror(reason.errno or errno.EIO)}. It takes {wanted:.1f} MB, "
+        f"{free:.1f} MB are free there; {kept}, and nothing half-written stays. To go on: {remedy}",
+    )
+
+
+def _existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that exists."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+
+
+def _size(state) -> int:
+    """Bytes of the tensors in nested dicts and lists, memory that several share counted once."""
+    storages, rest = {}, [state]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            rest.extend(value.values())
+        elif isinstance(value, list | tuple):
+            rest.extend(value)
+    return sum(storages.values())
+
+
+def read_checkpoint(path: str | os.PathLike, needed: Iterable[str] = ()) -> dict:
     """The content of a checkpoint file, on the CPU; never runs code.
 
-    Raises FileNotFoundError, or ValueError for a file that is damaged or holds anything but tensors
-    and plain values.
+    needed: entries that it must have. Raises FileNotFoundError, or ValueError for a file that is
+    damaged, holds anything but tensors and plain values, or lacks one of them.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; train first, or check the path")
     try:
+        _check_sums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
@@ -59,7 +150,17 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         raise ValueError(
             f"{path} holds a {type(state).__name__}, no checkpoint; use a file mmkit wrote"
         )
+    if missing := [name for name in needed if name not in state]:
+        raise ValueError(f"{path} has no {', '.join(missing)}; use a file that mmkit wrote there")
     return state
+
+
+def _check_sums(path: str | os.PathLike) -> None:
+    """Raise where a byte of the file is not as it was written: torch.load itself would not look."""
+    if zipfile.is_zipfile(path):  # all that mmkit writes; a file of before torch 1.6 is not
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():
+                raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
 def _reason(error: Exception) -> str:
@@ -86,7 +187,12 @@ def load_weights(model: nn.Module, weights: dict, path="the checkpoint") -> None
 
 
 def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> MultimodalEncoder:
-    """The model of a `best_model.pth`, ready to encode: evaluation mode, its tokenizer with it."""
+    """The model of a `best_model.pth`, ready to encode: evaluation mode, its tokenizer with it.
+
+    path may also be a folder that `save_pretrained` wrote.
+    """
+    if os.path.isdir(path):
+        return MultimodalEncoder.from_pretrained(path, device=device)
     state = read_checkpoint(path)
     if "architecture" not in state or "model_state_dict" not in state:
         known = ", ".join(sorted(map(str, state))[:6])

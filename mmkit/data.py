@@ -6,9 +6,11 @@ they are on the device: normalising and augmenting run there, on the whole batch
 Walk-through: notebooks/01_data.ipynb.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -213,9 +215,10 @@ class MultimodalDataset:
 
     # -- pictures ----------------------------------------------------------------------------
 
-    def _decode(self, row: int) -> Tensor:
+    def _decode(self, row: int, noise: float | None = None) -> Tensor:
         path = self._paths[self._rows[row]]
-        picture = self.transform(read_picture(path, row))
+        with _drawing_by(noise):
+            picture = self.transform(read_picture(path, row))
         if not isinstance(picture, Tensor) or picture.ndim != 3 or picture.shape[0] != 3:
             got = tuple(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__
             raise ValueError(
@@ -224,8 +227,9 @@ class MultimodalDataset:
             )
         return picture
 
-    def _decode_all(self, rows: Sequence[int]) -> Tensor:
-        pictures = [self._decode(row) for row in rows]
+    def _decode_all(self, rows: Sequence[int], noise: Tensor | None = None) -> Tensor:
+        each = [None] * len(rows) if noise is None else noise.tolist()
+        pictures = [self._decode(row, number) for row, number in zip(rows, each, strict=True)]
         for row, picture in zip(rows, pictures, strict=True):
             if picture.shape != pictures[0].shape:
                 raise ValueError(
@@ -235,10 +239,10 @@ class MultimodalDataset:
                 )
         return torch.stack(pictures)
 
-    def _take(self, rows: np.ndarray) -> Tensor:
+    def _take(self, rows: np.ndarray, noise: Tensor | None = None) -> Tensor:
         """Pictures of these rows as one tensor (B, 3, H, W)."""
         if self._pixels is None:
-            return self._decode_all(rows.tolist())
+            return self._decode_all(rows.tolist(), noise)
         picked = self._rows[rows]
         if isinstance(self._pixels, Tensor):
             return self._pixels[torch.from_numpy(picked).to(self._pixels.device)]
@@ -266,10 +270,11 @@ class MultimodalDataset:
         """The `Batch` of these rows.
 
         caption_noise (B,) uniform in [0, 1) picks one of each picture's captions; None takes the
-        first.
+        first. A transform that draws numbers draws them by it, too: the same ones for a picture in
+        the same epoch, whatever the worker and however often the run was killed.
         """
         rows = torch.as_tensor(rows, dtype=torch.int64)
-        pixels = self._take(rows.numpy())
+        pixels = self._take(rows.numpy(), caption_noise)
         input_ids, lengths, first, counts = self.encoded_captions()
         which = first[rows]
         if caption_noise is not None:
@@ -304,6 +309,25 @@ class MultimodalDataset:
         return f"MultimodalDataset({name}{len(self):,} pictures {shape}, {captions:,} captions)"
 
 
+@contextlib.contextmanager
+def _drawing_by(noise: float | None) -> Iterator[None]:
+    """Python's, NumPy's and torch's draws follow from `noise`; afterwards as if none had been."""
+    if noise is None:
+        yield
+        return
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = int(noise * 2**32)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # pictures are decoded on the CPU
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
 class _BatchView(torch.utils.data.Dataset):
     """A map-style view whose item is a whole `Batch`, for worker processes."""
 
@@ -325,6 +349,7 @@ def load_batches(
         return (dataset.batch(*key) for key in keys)
     dataset.encoded_captions()  # once here, not once per worker
     loader = torch.utils.data.DataLoader(
-        _BatchView(dataset), sampler=keys, batch_size=None, num_workers=num_workers, pin_memory=pin
-    )
+        _BatchView(dataset), sampler=keys, batch_size=None, num_workers=num_workers, pin_memory=pin,
+        generator=torch.Generator(),  # or each start of workers would move the draws of dropout
+    )  # fmt: skip
     return iter(loader)

@@ -1,14 +1,10 @@
-"""One process or many: gathering with gradients, and starting processes from a notebook.
+"""One process or many: gathering with gradients.
 
 Shapes: R rows of this process, C rows of all processes, D width. Rank order is row order.
 Walk-through: notebooks/03_training.ipynb.
 """
 
-import os
-import socket
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -143,79 +139,3 @@ def leave_group() -> bool:
         dist.barrier()
         dist.destroy_process_group()
     return rank == 0
-
-
-def _free_port() -> str:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
-
-
-def preflight(num_processes: int) -> None:
-    """Raise RuntimeError, with the remedy, for what would make a launch from this kernel fail."""
-    from accelerate.state import AcceleratorState, PartialState
-
-    if num_processes < 1:
-        raise ValueError(f"num_processes={num_processes} must be at least 1")
-    if torch.cuda.is_initialized():
-        raise RuntimeError(
-            "CUDA is already in use in this kernel, so that no process can be forked from it; "
-            "restart the kernel and call mm.launch before anything touches the GPU"
-        )
-    if PartialState._shared_state or AcceleratorState._shared_state:
-        raise RuntimeError(
-            "an Accelerator was already made in this kernel (by train_model, say); restart the "
-            "kernel and run every training of this notebook through mm.launch"
-        )
-    # Asking NVML instead of CUDA leaves the parent's CUDA untouched: forking stays possible.
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < num_processes:
-        raise RuntimeError(
-            f"num_processes={num_processes} but there are {gpus} GPUs; take at most {gpus}"
-        )
-
-
-def _child(fn: Callable, args: tuple, num_processes: int, result: str) -> None:
-    """What each process runs: check that the processes know each other, then `fn`."""
-    from accelerate import Accelerator
-
-    seen = Accelerator(cpu=not torch.cuda.is_available()).num_processes
-    if seen != num_processes:  # else every process would silently train a model of its own
-        raise RuntimeError(f"{num_processes} processes were asked for, each sees {seen}")
-    value = fn(*args)
-    if world()[0] == 0:
-        torch.save(value, result)
-
-
-def launch(fn: Callable, *args, num_processes: int = 1):
-    """Run `fn(*args)` in several processes of this machine and return what rank 0 returned.
-
-    Works in a notebook (accelerate's notebook_launcher forks, so that `fn` may be defined in a
-    cell), on GPUs (one process each) or on a CPU (gloo). With 1 process `fn` is simply called.
-    Raises RuntimeError where this kernel cannot be forked, saying why.
-    """
-    if num_processes == 1:
-        return fn(*args)
-    from accelerate import notebook_launcher
-
-    preflight(num_processes)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(max(1, threads // num_processes))
-    forced = not torch.cuda.is_available() and "ACCELERATE_USE_CPU" not in os.environ
-    if forced:  # else each rank trains an independent copy and nothing fails
-        os.environ["ACCELERATE_USE_CPU"] = "true"
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.pth"
-        try:
-            notebook_launcher(
-                _child,
-                (fn, args, num_processes, str(result)),
-                num_processes=num_processes,
-                use_port=_free_port(),
-            )
-        finally:
-            torch.set_num_threads(threads)
-            if forced:
-                del os.environ["ACCELERATE_USE_CPU"]
-        return torch.load(result, weights_only=False)  # written by our own child a moment ago

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .attention import class_attention
 from .config import nearest
 from .data import Batch
+from .export import Exportable
 from .masks import Masking
 from .patches import patchify, pick_tokens
 from .tokenizer import (
@@ -65,7 +66,7 @@ class Projection(nn.Sequential):
         nn.init.normal_(self.get_parameter("2.weight"), std=width**-0.5)
 
 
-class MultimodalEncoder(nn.Module):
+class MultimodalEncoder(nn.Module, Exportable):
     """ViT + BERT + projections + mask tokens + temperature.
 
     vit_config, bert_config: any transformers ViTConfig (square patches) and BertConfig. tokenizer:
@@ -155,7 +156,8 @@ class MultimodalEncoder(nn.Module):
         """
         from transformers import AutoConfig, AutoTokenizer, BertModel, ViTModel
 
-        configs = [AutoConfig.from_pretrained(n) for n in (image_backbone, text_backbone)]
+        safe = dict(trust_remote_code=False)  # never asks whether to
+        configs = [AutoConfig.from_pretrained(n, **safe) for n in (image_backbone, text_backbone)]
         for config, kind, name in zip(
             configs, ("vit", "bert"), (image_backbone, text_backbone), strict=True
         ):
@@ -163,13 +165,14 @@ class MultimodalEncoder(nn.Module):
                 raise ValueError(
                     f"{name!r} is a {config.model_type!r} checkpoint; give a {kind!r} one"
                 )
-        tokenizer = AutoTokenizer.from_pretrained(text_backbone)
+            config._attn_implementation = "sdpa"  # the file may name a kernel to fetch and run
+        tokenizer = AutoTokenizer.from_pretrained(text_backbone, **safe)
         options = _pixel_statistics(image_backbone) | options
         model = cls(configs[0], configs[1], tokenizer, embed_dim, **options)
         # float32 also where the file is half precision: master weights, and one type for all.
         options = dict(add_pooling_layer=False, dtype=torch.float32)
-        model.vit = ViTModel.from_pretrained(image_backbone, **options)
-        model.bert = BertModel.from_pretrained(text_backbone, **options)
+        model.vit = ViTModel.from_pretrained(image_backbone, config=configs[0], **options)
+        model.bert = BertModel.from_pretrained(text_backbone, config=configs[1], **options)
         return model
 
     def to_device(self, device) -> "MultimodalEncoder":
@@ -363,7 +366,8 @@ class MultimodalEncoder(nn.Module):
         from transformers import BertConfig, ViTConfig
 
         spec = dict(spec)
-        vit, bert = ViTConfig(**spec.pop("vit")), BertConfig(**spec.pop("bert"))
+        vit = ViTConfig(**_settings(ViTConfig, spec.pop("vit")))
+        bert = BertConfig(**_settings(BertConfig, spec.pop("bert")))
         return cls(vit, bert, tokenizer_from_state(spec.pop("tokenizer")), **spec)
 
 
@@ -393,6 +397,15 @@ def _plain(config) -> dict:
     import json
 
     return json.loads(json.dumps({k: v for k, v in config.to_diff_dict().items() if v is not None}))
+
+
+def _settings(config_class, values: dict) -> dict:
+    """Those of the class itself, and no others that a file may name.
+
+    transformers would fetch and run an attention kernel, say.
+    """
+    known = config_class().to_dict()
+    return {k: v for k, v in values.items() if k in known and "implementation" not in k}
 
 
 def _check_towers(vit_config, bert_config, tokenizer, pooling: str):

@@ -10,8 +10,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import load
+from .checkpoint import load, read_checkpoint
 from .encoder import MultimodalEncoder
+from .model_card import training_facts
 
 
 @dataclass
@@ -42,6 +43,11 @@ class Run:
         """The best model, loaded from `best_model.pth`."""
         return load(self.path / "best_model.pth")
 
+    @property
+    def facts(self) -> dict:
+        """What is known of the training of the best model, for `model.save_pretrained`."""
+        return training_facts(read_checkpoint(self.path / "best_model.pth") | {"best": self.best})
+
 
 def read_records(path: Path) -> list[dict]:
     """The records of a metrics.jsonl; a last line cut off by a kill is left out."""
@@ -64,6 +70,21 @@ def newest_run(root: Path) -> str:
     return states[-1].parent.parent.name if states else ""
 
 
+def _remove_run(path: Path) -> None:
+    """Remove a run, so that a kill in between neither brings it back nor leaves a part for good.
+
+    First what a resume would go on from; last what tells that there is a run to remove.
+    """
+    shutil.rmtree(path / "last", ignore_errors=True)
+    metrics = path / "metrics.jsonl"
+    for entry in path.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry != metrics:
+            entry.unlink()
+    metrics.unlink()
+
+
 class RunWriter:
     """Writes a run's folder: config.json, metrics.jsonl and event files.
 
@@ -77,7 +98,7 @@ class RunWriter:
         metrics = path / "metrics.jsonl"
         if step is None and metrics.is_file():
             print(f"replacing the earlier run in {path}")
-            shutil.rmtree(path)
+            _remove_run(path)
         path.mkdir(parents=True, exist_ok=True)
         kept = read_records(metrics) if step is not None and metrics.is_file() else []
         kept = [record for record in kept if record["step"] <= step]

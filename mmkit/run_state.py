@@ -31,6 +31,10 @@ _FREE = {
 }
 # … and these give the same gradient up to float summation (and other dropout draws).
 _SUMMATION = {"gradient_accumulation_steps", "exchange", "gradient_checkpointing", "compile"}
+_NEEDED = (  # entries of last/state.pth without which nothing can go on
+    "model_state_dict optimizer_state_dict scaler random config data "
+    "epoch_loss best_loss step skipped seconds"
+).split()
 _STANDING = {
     "step": 0,
     "skipped": 0,
@@ -118,7 +122,7 @@ def resume(trainer, path: Path) -> bool:
             f"{path} is seen by {found} of {trainer.processes} processes; output_dir must be a "
             "folder that all machines share"
         )
-    state = read_checkpoint(path)
+    state = read_checkpoint(path, _NEEDED)
     _check_data(trainer, state, path)
     differing = _differing(trainer.config, state["config"])
     if hard := {k: v for k, v in differing.items() if not _keeps_the_gradient(trainer.config, k)}:
@@ -129,7 +133,7 @@ def resume(trainer, path: Path) -> bool:
             f"{trainer.path}). May differ: {', '.join(sorted(_FREE))}; and, up to float "
             f"summation: {', '.join(sorted(_SUMMATION))} and the number of processes"
         )
-    _put_back(trainer, state, path)
+    _put_back(trainer, state, path, forked=False)
     trainer.say(f"resuming {trainer.path} at step {trainer.step} of {trainer.total_steps}")
     if differing:
         trainer.say(f"other than before, up to float summation the same: {_in_words(differing)}")
@@ -150,7 +154,7 @@ def fork(trainer, source: Path):
     path = source if source.is_file() else source / "last" / "state.pth"
     if path.is_relative_to(trainer.path):
         raise ValueError(f"{source} cannot be forked into itself; give another run_name")
-    state = read_checkpoint(path)
+    state = read_checkpoint(path, _NEEDED)
     _check_data(trainer, state, path)
     differing = _differing(trainer.config, state["config"])
     if "batch_size" in differing:
@@ -159,7 +163,7 @@ def fork(trainer, source: Path):
             f"{trainer.config.batch_size}): its epoch is cut into other batches. Keep it, or start "
             "from the weights alone: model=mm.load('…/best_model.pth')"
         )
-    _put_back(trainer, state, path)
+    _put_back(trainer, state, path, forked=True)
     trainer.best_loss = float("inf")  # of another recipe, perhaps on another scale
     trainer.say(
         f"{trainer.path} starts as a fork of {source} at step {trainer.step} of "
@@ -168,11 +172,6 @@ def fork(trainer, source: Path):
 
 
 def _check_data(trainer, state: dict, path: Path):
-    if "random" not in state:
-        raise ValueError(
-            f"{path} does not say where its run stood; give the run's folder, or a state.pth in "
-            "its last/"
-        )
     if state["data"] != _data(trainer):
         raise ValueError(
             f"cannot resume {path.parent.parent}: it was trained on other pictures or captions "
@@ -195,23 +194,40 @@ def _in_words(differing: dict[str, tuple]) -> str:
     return ", ".join(f"{k}: {then!r} -> {now!r}" for k, (then, now) in differing.items())
 
 
-def _put_back(trainer, state: dict, path: Path):
+def _put_back(trainer, state: dict, path: Path, forked: bool):
     load_weights(trainer.model, state["model_state_dict"], path)
     saved = state["optimizer_state_dict"]
-    if state["config"]["optimizer"] == trainer.config.to_dict()["optimizer"]:
+    if [_shape(m) for m in saved] == [_shape(o.state_dict()) for o in trainer.optimizers]:
         for optimizer, memory in zip(trainer.optimizers, saved, strict=True):
             _load_optimizer(optimizer, memory)
-    trainer.scaler.load_state_dict(state["scaler"])
+    else:  # only a fork may have another optimizer, or other groups
+        trainer.say("the optimizer starts without memory: it was another one")
+    if state["scaler"]:  # empty where "auto" took another type, on another machine
+        trainer.scaler.load_state_dict(state["scaler"])
+    for mean, name, module in (
+        (trainer.plan.ema, "ema", trainer.model.vit),
+        (trainer.ema, "weights_ema", trainer.model),
+    ):
+        if mean is not None and forked and not state.get(name):  # begins with these weights
+            state[name] = mean.start(module)
     trainer.plan.load_state_dict(state.get("ema"))
-    if trainer.ema is not None and (mean := state.get("weights_ema")):
-        trainer.ema.load_state_dict(mean)
+    if trainer.ema is not None:
+        trainer.ema.load_state_dict(state["weights_ema"])
     for name, default in _STANDING.items():
         setattr(trainer, name, state.get(name, default))
     if trainer.epoch_steps is None:  # a state that an older version wrote
         trainer.epoch_steps = trainer.step % trainer.steps_per_epoch
     trainer.epoch_loss = state["epoch_loss"].to(trainer.device) / trainer.processes
     states = state["random"]
-    set_random_state(states[trainer.rank] if trainer.rank < len(states) else states[0])
+    if trainer.rank < len(states):
+        set_random_state(states[trainer.rank])
+    else:  # a rank more than before draws its own dropout, not what another one draws
+        trainer.seed_own_draws()
+
+
+def _shape(memory: dict) -> list[tuple]:
+    """What tells one kind of optimizer from another: settings and number of weights by group."""
+    return [(sorted(group), len(group["params"])) for group in memory["param_groups"]]
 
 
 def _load_optimizer(optimizer, memory: dict):

@@ -29,6 +29,10 @@ class RunningMean:
         torch._foreach_lerp_(mine, theirs, 1 - momentum)
         self.steps += 1
 
+    def start(self, module: nn.Module) -> dict:
+        """The state of a mean that begins with `module` as it is now."""
+        return {"weights": module.state_dict(), "steps": 0}
+
     def state_dict(self) -> dict:
         """What `load_state_dict` needs: tensors and a number."""
         return {"weights": self.module.state_dict(), "steps": self.steps}

@@ -20,6 +20,8 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
+# All that a tokenizer may have; the last is a list, of those that it has besides.
+TOKEN_NAMES = (*SPECIAL_TOKENS, "bos_token", "eos_token", "extra_special_tokens")
 
 
 def train_wordpiece(texts: Sequence[str], vocab_size: int = 4096):
@@ -74,13 +76,19 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int = 4096):
 
 def _wrap(tokenizer_json: str, special_tokens: dict):
     """A Hugging Face fast tokenizer around the text of a `tokenizers` file."""
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=_unused(tokenizer_json), **special_tokens)
+
+
+def _unused(tokenizer_json: str):
+    """A `tokenizers` tokenizer without the padding and cutting that its last use left in it."""
+    from tokenizers import Tokenizer
 
     raw = Tokenizer.from_str(tokenizer_json)
     raw.no_padding()
     raw.no_truncation()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, **special_tokens)
+    return raw
 
 
 def encode_texts(tokenizer, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
@@ -97,12 +105,12 @@ def encode_texts(tokenizer, texts: Sequence[str], max_length: int) -> tuple[Tens
 def special_ids(tokenizer) -> Tensor:
     """Ids that are never hidden ([CLS], [SEP], [PAD], [MASK]), sorted; [UNK] may be hidden."""
     keep = {i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id}
-    return torch.tensor(sorted(keep), dtype=torch.int64)
+    return torch.tensor(sorted(keep), dtype=torch.int64, device="cpu")  # under "meta", too
 
 
 def word_ids(tokenizer) -> Tensor:
     """Ids of all pieces that are not `special_ids`, sorted."""
-    ids = torch.arange(len(tokenizer))
+    ids = torch.arange(len(tokenizer), device="cpu")
     return ids[~torch.isin(ids, special_ids(tokenizer))]
 
 
@@ -116,8 +124,10 @@ def continues_word(tokenizer) -> Tensor:
     model = tokenizer.backend_tokenizer.model
     if type(model).__name__ == "WordPiece":
         prefix = model.continuing_subword_prefix
-        return torch.tensor([piece.startswith(prefix) for piece in pieces])
-    return torch.tensor([not piece.startswith(("\u2581", "\u0120")) for piece in pieces])
+        continues = [piece.startswith(prefix) for piece in pieces]
+    else:
+        continues = [not piece.startswith(("\u2581", "\u0120")) for piece in pieces]
+    return torch.tensor(continues, device="cpu")
 
 
 def tokenizer_state(tokenizer) -> dict:
@@ -129,9 +139,13 @@ def tokenizer_state(tokenizer) -> dict:
     if backend is None:
         name = type(tokenizer).__name__
         raise ValueError(f"{name} cannot be saved as text; use its fast version (use_fast=True)")
-    names = SPECIAL_TOKENS.keys() | {"bos_token", "eos_token"}
-    special = {name: str(getattr(tokenizer, name)) for name in names if getattr(tokenizer, name)}
-    return {"json": backend.to_str(), "special_tokens": special}
+    values = {name: getattr(tokenizer, name, None) for name in TOKEN_NAMES}
+    special = {
+        name: [str(token) for token in value] if isinstance(value, list) else str(value)
+        for name, value in values.items()
+        if value
+    }
+    return {"json": _unused(backend.to_str()).to_str(), "special_tokens": special}
 
 
 def tokenizer_from_state(state: dict):

@@ -86,7 +86,6 @@ class MaskedMultimodalTrainer:
         self.net = self.accelerator.prepare_model(self.model)  # DDP where there are several
         fp16 = self.precision == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
-        torch.manual_seed(config.seed + 1000003 * (self.rank + 1))  # dropout differs between ranks
 
         self.steps_per_epoch = math.ceil(len(train) / config.batch_size)
         smallest = len(train) // self.steps_per_epoch
@@ -98,6 +97,7 @@ class MaskedMultimodalTrainer:
         self.total_steps = config.max_steps or config.num_epochs * self.steps_per_epoch
         self.num_epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self.step = self.skipped = self.skipped_in_a_row = 0
+        self.seed_own_draws()
         self.best_loss, self.seconds, self._mark = math.inf, 0.0, time.perf_counter()
         self.epoch_loss, self.epoch_steps = torch.zeros((), device=self.device), 0
         self.plan = MaskPlan(config, self.model, train, self.num_epochs)
@@ -105,6 +105,12 @@ class MaskedMultimodalTrainer:
         self.path = Path(config.output_dir) / self._run_name(resume is True)
         self.resumed = self._go_on(resume)
         self.writer: RunWriter | None = None  # a trainer that is only looked at writes nothing
+
+    def seed_own_draws(self):
+        """Seed torch (dropout), NumPy and Python, so that what is drawn differs between ranks."""
+        from accelerate.utils import set_seed
+
+        set_seed((self.config.seed + 1000003 * (self.rank + 1) + self.step) % 2**32)
 
     def _check(self):
         config, size = self.config, len(self.train)

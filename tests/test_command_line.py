@@ -79,6 +79,27 @@ def test_torchrun_trains_and_rank_0_scores(tmp_path):
     assert (tmp_path / "two/searches.png").is_file()
 
 
+def test_export_writes_a_folder_that_is_read_like_a_checkpoint(make_model, tmp_path):
+    """With what the checkpoint knows of its training."""
+    import mmkit as mm
+    from mmkit.checkpoint import write_atomically
+
+    model, checkpoint = make_model(), tmp_path / "best_model.pth"
+    state = {"architecture": model.architecture(), "model_state_dict": model.state_dict()}
+    state |= {"data": {"name": "noise"}, "config": mm.TrainingConfig().to_dict(), "epoch": 4}
+    write_atomically(state, checkpoint)
+    done = mmkit("export", "--checkpoint", checkpoint, "--out", tmp_path / "shared")
+    assert done.returncode == 0 and "written to" in done.stdout, done.stderr
+    weights = mm.load(tmp_path / "shared").state_dict()
+    assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+    card = (tmp_path / "shared/README.md").read_text()
+    for row in ("| data | noise |", "| `image_mask_ratio` | 0.5 |", "| weights of epoch | 5 |"):
+        assert row in card
+    again = mmkit("export", "--checkpoint", tmp_path / "shared", "--out", tmp_path / "again")
+    assert again.returncode == 0, again.stderr
+    assert "| data | noise |" in (tmp_path / "again/README.md").read_text()
+
+
 def test_every_field_is_a_flag_and_errors_are_one_line(tmp_path):
     import dataclasses
 

@@ -1,5 +1,6 @@
 """Pictures arrive as a person would see them; batches are the same from files and from memory."""
 
+import random
 from collections import Counter
 
 import numpy as np
@@ -61,6 +62,29 @@ def test_workers_give_the_same_batches(files):
     ):
         assert torch.equal(here.pixel_values, there.pixel_values)
         assert torch.equal(here.input_ids, there.input_ids)
+
+
+def test_a_random_transform_draws_by_the_noise_of_its_picture(files):
+    """The same for a picture in an epoch, alone or not; the process's own draws are not moved."""
+
+    def transform(picture):
+        drawn = torch.tensor([torch.rand(()), random.random(), np.random.rand()])
+        return drawn[:, None, None].expand(3, 5, 5)
+
+    data = MultimodalDataset(files, TEXTS, transform=transform)
+    rows, noise = torch.tensor([2, 0, 1]), torch.tensor([0.3, 0.7, 0.1])
+    before = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+    drawn = data.batch(rows, noise).pixel_values[..., 0, 0]
+    assert len(drawn.unique()) == 9
+    for workers in (0, 1):
+        _, batch = load_batches(data, [([0], noise[:1]), (rows, noise)], workers, False)
+        assert torch.equal(batch.pixel_values[..., 0, 0], drawn)
+    assert torch.equal(data.batch([0], torch.tensor([0.7])).pixel_values[0, :, 0, 0], drawn[1])
+    assert not torch.equal(data.batch([0], torch.tensor([0.6])).pixel_values[0, :, 0, 0], drawn[1])
+    after = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+    assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+    data.batch(rows)  # without noise they come as they come
+    assert not torch.equal(before[0], torch.get_rng_state())
 
 
 def test_padding_is_cut_to_the_longest_caption_of_the_batch(files):

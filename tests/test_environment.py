@@ -55,6 +55,7 @@ seconds = time.perf_counter() - start
 assert not torch.cuda.is_initialized(), "importing mmkit started CUDA"
 models = [name for name in sys.modules if name.startswith("transformers.models.")]
 assert not models, f"importing mmkit loaded model code: {models[:5]}"
+assert "huggingface_hub" not in sys.modules, "importing mmkit loaded a hub's client"
 print(seconds)
 """
 

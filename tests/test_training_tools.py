@@ -79,6 +79,20 @@ def test_a_frozen_tower_keeps_no_activations(make_model, make_data):
     assert model.image_tokens(batch.pixel_values).requires_grad
 
 
+def test_an_evaluation_in_between_leaves_a_frozen_tower_at_rest(make_trainer):
+    """Its dropout stays off although the rest of the model goes back to training."""
+    trainer = make_trainer(frozen_image_epochs=1, num_epochs=1, dropout=0.2)
+    modes = []
+
+    def evaluate(trainer, record):
+        mm.evaluate(trainer.model, trainer.train)
+        modes.append((trainer.model.vit.training, trainer.model.bert.training))
+
+    trainer.callbacks.append(evaluate)
+    trainer.fit()
+    assert modes == [(False, True)] * 6
+
+
 def test_what_the_user_froze_stays_frozen(make_trainer, make_model):
     """Without frozen_*_epochs the trainer leaves `requires_grad` alone."""
     model = make_model()
@@ -307,6 +321,19 @@ def test_a_fork_goes_on_from_another_run_under_another_recipe(make_trainer, caps
     assert again.curve("loss")[1] == whole.curve("loss")[1][6:]
 
 
+def test_a_fork_may_add_a_running_mean_or_change_the_optimizer(make_trainer, capsys):
+    """A new mean starts from the weights taken over, not from drawn ones."""
+    source = make_trainer(max_steps=3).fit()
+    asked = dict(ema_decay=0.99, image_mask="attentive", layer_decay=0.5, optimizer="adamw")
+    fork = make_trainer(run_name="fork", resume=source.path, **asked)
+    now = fork.model.state_dict()
+    assert all(torch.equal(now[n], x) for n, x in fork.ema.module.state_dict().items())
+    assert torch.equal(fork.plan.ema.module.layernorm.weight, now["vit.layernorm.weight"])
+    assert not fork.optimizers[0].state and "without memory" in capsys.readouterr().out
+    same = make_trainer(run_name="same", resume=source.path, ema_decay=0.99)
+    assert all(optimizer.state for optimizer in same.optimizers)
+
+
 def test_forks_that_make_no_sense_are_refused(make_trainer, make_data):
     make_trainer(max_steps=2).fit()
     path = make_trainer(max_steps=2, run_name="other").path.with_name("run")
@@ -317,7 +344,7 @@ def test_forks_that_make_no_sense_are_refused(make_trainer, make_data):
     ):
         with pytest.raises(ValueError, match=words):
             make_trainer(max_steps=2, resume=path, **values)
-    with pytest.raises(ValueError, match="does not say where its run stood"):
+    with pytest.raises(ValueError, match=r"best_model\.pth has no scaler, random"):
         make_trainer(run_name="d", resume=path / "best_model.pth")
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         make_trainer(run_name="e", resume=path.with_name("nowhere"))

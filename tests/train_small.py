@@ -7,12 +7,16 @@ python -m tests.train_small FOLDER NAME '{"num_epochs": 3}' [--resume] [--kill-a
 import argparse
 import json
 import os
+import random
 import signal
+from pathlib import Path
 
+import numpy as np
 import torch
 
 import mmkit as mm
 from mmkit import checkpoint
+from mmkit.pictures import square
 from tests.conftest import captions
 
 DEFAULTS = dict(
@@ -32,6 +36,24 @@ def data(count: int, tokenizer=None, seed: int = 0) -> mm.MultimodalDataset:
     return mm.MultimodalDataset.from_pixels(pixels, captions(count), tokenizer=tokenizer)
 
 
+def jittered(picture) -> torch.Tensor:
+    """A transform that draws from every generator there is."""
+    pixels = square(15)(picture).float() / 255 + torch.rand(3, 1, 1) * random.random()
+    return pixels * np.random.rand()
+
+
+def data_in_files(folder: Path, count: int) -> mm.MultimodalDataset:
+    """The same pictures, decoded by workers."""
+    from torchvision.io import write_png
+
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"{row}.png" for row in range(count)]
+    for item, path in zip(data(count), paths, strict=True):
+        if not path.exists():
+            write_png(item["image"], str(path))
+    return mm.MultimodalDataset(paths, captions(count), transform=jittered)
+
+
 def model(tokenizer, dropout: float) -> mm.MultimodalEncoder:
     from transformers import BertConfig, ViTConfig
 
@@ -46,10 +68,11 @@ def model(tokenizer, dropout: float) -> mm.MultimodalEncoder:
 class Dying(mm.MaskedMultimodalTrainer):
     """Killed with SIGKILL, as a machine would be, before step `kill_at`.
 
-    record: append what was hidden from each sample to masks-RANK.jsonl.
+    record: append what was hidden from each sample to masks-RANK.jsonl. notes: a pipe that hears
+    when a step begins; -1 = none.
     """
 
-    kill_at, record = -1, False
+    kill_at, record, notes = -1, False, -1
 
     def gradients(self, batch, epoch):
         loss = super().gradients(batch, epoch)
@@ -63,7 +86,10 @@ class Dying(mm.MaskedMultimodalTrainer):
         return loss
 
     def train_step(self, batch, epoch):
+        if self.notes >= 0 and self.rank == 0:
+            os.write(self.notes, f"step {self.step}\n".encode())
         if self.step == self.kill_at:
+            self.accelerator.wait_for_everyone()  # what the others still write is not at stake
             os.kill(os.getpid(), signal.SIGKILL)
         return super().train_step(batch, epoch)
 
@@ -83,15 +109,28 @@ def die_in_write(number: int):
     checkpoint.torch.save = half
 
 
-def run(folder: str, name: str, values: dict, resume: bool, kill_at: int, record: bool) -> None:
+def run(
+    folder: str,
+    name: str,
+    values: dict,
+    resume: bool = False,
+    kill_at: int = -1,
+    record: bool = False,
+    files: bool = False,
+) -> None:
     config = mm.TrainingConfig(**DEFAULTS | dict(output_dir=folder, run_name=name) | values)
-    train = data(53)
+    train = data_in_files(Path(folder) / "pictures", 53) if files else data(53)
     trainer = Dying(config, train, data(17, seed=1), model(train.tokenizer, config.dropout), resume)
     trainer.kill_at, trainer.record = kill_at, record
     trainer.fit()
 
 
-if __name__ == "__main__":
+def launch(folder: str, name: str, values: dict, *options, processes: int = 1) -> None:
+    """`run` in so many processes."""
+    mm.launch(run, folder, name, values, *options, num_processes=processes)
+
+
+def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
     parser.add_argument("name")
@@ -105,13 +144,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if args.kill_in_write:
         die_in_write(args.kill_in_write)
-    mm.launch(
-        run,
-        args.folder,
-        args.name,
-        args.values,
-        args.resume,
-        args.kill_at,
-        args.record,
-        num_processes=args.processes,
-    )
+    options = (args.resume, args.kill_at, args.record)
+    launch(args.folder, args.name, args.values, *options, processes=args.processes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Start several processes from a notebook, see the first of them, get its result back.
+
+Each process is a rank; rank 0 is the one that is seen and whose result comes back.
+Walk-through: notebooks/06_many_processes.ipynb.
+"""
+
+import contextlib
+import contextvars
+import gc
+import importlib
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .preflight import gpus, preflight, start_method
+from .ranks import run_rank
+
+_needed: set[str] = set()  # slow imports that an earlier launch made use of
+
+
+def launch(
+    fn: Callable,
+    *args,
+    num_processes: int = 1,
+    port: int | None = None,
+    child: bool = False,
+    **kwargs,
+):
+    """Run `fn(*args, **kwargs)` in several processes of this machine; returns rank 0's result.
+
+    Works in a notebook (accelerate's notebook_launcher forks, so that `fn` may be defined in a
+    cell), on GPUs (one process each) or on a CPU (gloo). With 1 process `fn` is simply called, or,
+    with child=True, called in a process of its own, so that later launches from here stay possible.
+    What rank 0 prints is seen while it runs; of the others only stderr. Each process computes with
+    an equal part of this process's threads. A result is pickled, and its tensors come to the CPU.
+    port: where the processes meet; None for any free one.
+    Raises ValueError or RuntimeError where this kernel cannot launch, with every reason and its
+    remedy; RuntimeError with the traceback of the rank that failed first, from that rank's error.
+    """
+    preflight(fn, (args, kwargs), num_processes, port, child)
+    if num_processes == 1 and not child:
+        return fn(*args, **kwargs)
+    with tempfile.TemporaryDirectory(prefix="mmkit-launch-") as folder:
+        job: dict = {
+            "call": (fn, args, kwargs),
+            "processes": num_processes,
+            "threads": max(1, torch.get_num_threads() // num_processes),
+            "folder": Path(folder),
+            "parent": os.getpid(),
+        }
+        with (
+            _environment(job["threads"]),
+            _quiet("torch.distributed.elastic", "torch.multiprocessing.spawn"),
+        ):
+            for name in sorted(_needed):
+                importlib.import_module(name)
+            _run(job, port or _free_port())
+        return _receive(job)
+
+
+@contextlib.contextmanager
+def _environment(threads: int):
+    """What the processes inherit. All is put back, with what torch and accelerate leave behind."""
+    before = dict(os.environ)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # else accelerate decides, and warns
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for GPUs must not start CUDA
+    if not gpus():  # else each rank trains an independent copy and nothing fails
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    try:
+        yield
+    finally:
+        for name in set(os.environ) - set(before):
+            del os.environ[name]
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _quiet(*names: str):
+    """No log messages below these names: what went wrong is told once, by `launch`."""
+    loggers, nowhere = [logging.getLogger(name) for name in names], logging.NullHandler()
+    before = [logger.propagate for logger in loggers]
+    for logger in loggers:
+        logger.propagate = False
+        logger.addHandler(nowhere)
+    try:
+        yield
+    finally:
+        for logger, propagate in zip(loggers, before, strict=True):
+            logger.propagate = propagate
+            logger.removeHandler(nowhere)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _run(job: dict, port: int) -> None:
+    """Run all ranks to their end; RuntimeError where one of them fails."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    gc.freeze()  # a rank that threw away our garbage would wait for threads that it does not have
+    try:
+        _in_a_fresh_thread(lambda: _start(job, port))
+    except ChildFailedError as failure:
+        message, original = _first_failure(job, failure)
+        traceback.clear_frames(failure.__traceback__)  # ends the server that the ranks met at
+        raise RuntimeError(message) from original
+    finally:
+        gc.unfreeze()
+
+
+def _in_a_fresh_thread(start: Callable[[], None]) -> None:
+    """Call `start`, which forks, and wait for it; an interrupt ends the processes it started.
+
+    Why a thread: a forked process has one thread, but its OpenMP believes in all those that the
+    forking thread ever computed with, and waits for them for ever. A new thread has had none.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()  # else every rank says again what is still in the buffer
+    raised: list[BaseException] = []
+    ended = threading.Event()  # an interrupted join() takes a running thread for ended
+
+    def run():
+        try:
+            start()
+        except BaseException as error:
+            raised.append(error)
+        finally:
+            ended.set()
+
+    others = set(multiprocessing.active_children())
+    threading.Thread(target=contextvars.copy_context().run, args=(run,)).start()
+    try:
+        ended.wait()
+    except BaseException:
+        while not ended.wait(0.1):  # it may be about to fork only now
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+        raise
+    if raised:
+        raise raised[0]
+
+
+def _start(job: dict, port: int) -> None:
+    from accelerate import launchers, notebook_launcher
+
+    if job["processes"] == 1:  # which accelerate would run in this kernel
+        return _start_one(job, port)
+    launchers.print = lambda *words: None  # "Launching training on 2 CUDAs.", on a CPU too
+    try:
+        notebook_launcher(run_rank, (job,), job["processes"], use_port=str(port))
+    finally:
+        del launchers.print
+
+
+def _start_one(job: dict, port: int) -> None:
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=1,
+        rdzv_endpoint=f"127.0.0.1:{port}",
+        rdzv_backend="static",
+        rdzv_configs={"rank": 0},
+        max_restarts=0,
+        start_method=start_method(),
+    )
+    elastic_launch(config, run_rank)(job)
+
+
+def _receive(job: dict):
+    """Rank 0's result, from a file that it wrote a moment ago into a folder that only we see."""
+    try:
+        answer = torch.load(job["folder"] / "result", map_location="cpu", weights_only=False)
+    except Exception as error:
+        raise RuntimeError(
+            f"what rank 0 returned cannot be read in this process: {error}; define its class "
+            "before the launch, or return numbers, text and tensors"
+        ) from error
+    _needed.update(answer["imported"])
+    return answer["value"]
+
+
+_LIKELY = {
+    "SIGKILL": "most likely no memory was left (`dmesg` tells); take a smaller batch_size or "
+    "fewer processes",
+    "SIGBUS": "most likely shared memory (/dev/shm) is full; take fewer num_workers",
+    "SIGTERM": "somebody, or a time limit, ended it",
+}
+
+
+def _first_failure(job: dict, failure) -> tuple[str, BaseException | None]:
+    """What to say of an elastic ChildFailedError, and the error at its root, where there is one."""
+    reports = sorted(pickle.loads(path.read_bytes()) for path in job["folder"].glob("error-*"))
+    rank, end = failure.get_first_failure()
+    if rank in [report[1] for report in reports]:  # it raised, perhaps because another one had
+        _, rank, what, text, original = reports[0]
+        message = f"rank {rank} of {job['processes']} failed with {what}\n\n{text}"
+        return message, pickle.loads(original) if original else None
+    words = f"rank {rank} of {job['processes']}"
+    if end.exitcode >= 0:
+        words += f" ended itself with exit code {end.exitcode} (os._exit?)"
+        return f"{words}; return from the function, or raise", None
+    name = signal.Signals(-end.exitcode).name
+    likely = _LIKELY.get(name, "it crashed outside Python; its last words are above")
+    return f"{words} was killed by {name}: {likely}", None

@@ -1,0 +1,41 @@
+"""Several processes in JupyterLab, as a reader starts them: rank 0's words and the value."""
+
+import pytest
+
+from tests.browser.harness import CELLS, run_notebook_in_browser
+from tests.browser.test_notebooks_in_browser import notebook_of
+
+pytestmark = pytest.mark.browser
+
+SETUP = """
+import torch
+import torch.distributed as dist
+import mmkit as mm
+from mmkit.distributed import gather_rows, world
+
+def meet(start):
+    rank, processes = world()
+    for step in range(3):
+        print(f"step {step}: rank {rank} of {processes}")
+    return gather_rows(torch.tensor([start + rank]))
+"""
+
+
+def test_rank_0_is_seen_and_its_value_comes_back(lab, browser, tmp_path):
+    path = notebook_of(
+        tmp_path / "launch.ipynb",
+        SETUP,
+        "mm.launch(meet, 10, num_processes=2)",
+        "mm.launch(meet, 20, num_processes=2)",
+    )
+    page = run_notebook_in_browser(browser, lab, path, mode="doc", width=1000, height=900)
+    shown = page.locator(".jp-OutputArea-output").all_inner_texts()
+    for cell, value in ((1, "tensor([10, 11])"), (2, "tensor([20, 21])")):
+        outputs = page.evaluate(CELLS)[cell]["outputs"]
+        said = "".join("".join(o.get("text", "")) for o in outputs if o.get("name") == "stdout")
+        assert said == "".join(f"step {step}: rank 0 of 2\n" for step in range(3))
+        assert value in [text.strip() for text in shown]
+        assert not [o for o in outputs if o.get("name") == "stderr"]
+    assert sum(text.count("rank 0 of 2") for text in shown) == 6
+    assert not any("rank 1" in text for text in shown)
+    page.close()
