@@ -24,7 +24,7 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _READ = (CONFIG, WEIGHTS, TOKENIZER, TOKENIZER_CONFIG)  # and nothing else is fetched from a hub
 _FORMAT = 1
-_HALVES = (torch.float32, torch.float16, torch.bfloat16)  # whole in float32
+_EXACT = (torch.float32, torch.float16, torch.bfloat16)  # whole in float32
 
 
 class Exportable:
@@ -148,7 +148,7 @@ def _weights(model: Any) -> dict[str, Tensor]:
     """
     weights, places = {}, set()
     for name, tensor in model.state_dict().items():
-        if tensor.dtype not in _HALVES:
+        if tensor.dtype not in _EXACT:
             raise ValueError(
                 f"{name!r} is {tensor.dtype}, which does not come back whole as float32; call "
                 "model.float() first"
