@@ -41,6 +41,15 @@ def run(code: str, seconds: int = 120, **environment) -> subprocess.CompletedPro
     return done
 
 
+@pytest.fixture(autouse=True)
+def no_accelerator(monkeypatch):
+    """What other tests trained in this process must not matter here."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    for state in (AcceleratorState, PartialState):
+        monkeypatch.setattr(state, "_shared_state", {})
+
+
 # -- before --------------------------------------------------------------------------------------
 
 
