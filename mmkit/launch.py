@@ -174,6 +174,7 @@ def _start_one(job: dict, port: int) -> None:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=1,
+        run_id="mmkit",  # without one torch makes one up, and warns
         rdzv_endpoint=f"127.0.0.1:{port}",
         rdzv_backend="static",
         rdzv_configs={"rank": 0},

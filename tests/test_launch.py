@@ -76,6 +76,7 @@ def test_one_process_of_its_own_leaves_this_one_free_for_more():
     lines = done.stdout.splitlines()
     assert lines[0].startswith("True 1 ") and lines[1] == "2"
     assert lines[2] == "rank 0 of 1 failed with ZeroDivisionError: division by zero"
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("number", [0, -2, 2.0, "2", None, True])
