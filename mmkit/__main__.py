@@ -218,4 +218,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun then ends with what failed first, and why
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        main = record(main)
     main()

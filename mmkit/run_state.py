@@ -5,6 +5,7 @@ the state of every generator; order, masks and captions are pure functions and n
 Walk-through: notebooks/05_checkpoints.ipynb.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -111,9 +112,43 @@ def _keep(path: Path, step: int, count: int):
         old.unlink()
 
 
+def max_restarts() -> int:
+    """How often torchrun may restart its workers (--max-restarts); 0 without torchrun."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+
+
+def check_restarts(config: TrainingConfig):
+    """ValueError where restarted workers could not go on."""
+    if max_restarts() and not config.run_name:
+        raise ValueError(
+            "run_name='' is the time of the start, which workers that torchrun restarts cannot "
+            "know; give a run_name, or no --max-restarts"
+        )
+    # They would find what the dead ones have left in the store, and wait for them
+    # (https://github.com/pytorch/pytorch/issues/135712).
+    if max_restarts() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            f"--max-restarts={max_restarts()} with the store that torchrun keeps over restarts: "
+            "restarted workers would hang in it; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+            "before torchrun (docs/cluster.md), or give no --max-restarts"
+        )
+
+
+def seen_by(trainer, path: Path) -> int:
+    """How many processes see this file.
+
+    A network file system may repeat for half a minute that a name does not exist; opening the
+    folders above it makes it ask the server again.
+    """
+    for folder in reversed(path.absolute().parents):
+        with contextlib.suppress(OSError):
+            os.close(os.open(folder, os.O_RDONLY))
+    return int(sum_over_processes(trainer.epoch_loss.new_tensor(float(path.is_file()))))
+
+
 def resume(trainer, path: Path) -> bool:
     """Put everything back as `save_last` left it; False where there is nothing."""
-    found = int(sum_over_processes(trainer.epoch_loss.new_tensor(float(path.is_file()))))
+    found = seen_by(trainer, path)
     if not found:
         trainer.say(f"nothing to resume in {trainer.path}: starting anew")
         return False

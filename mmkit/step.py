@@ -78,12 +78,10 @@ def _ring_of_texts(
 ) -> Tensor:
     """Summed sigmoid loss of our pictures against each process's texts in turn."""
     groups_of = groups.split(counts)
-    mine = groups_of[world()[0]]
+    mine, rows = groups_of[world()[0]], torch.arange(len(image), device=image.device)
 
     def block(theirs: Tensor, owner: int, part: slice) -> Tensor:
-        own = None
-        if owner == world()[0]:
-            own = torch.eye(len(mine), dtype=torch.bool, device=mine.device)[part]
+        own = rows[part, None] == rows[None, :] if owner == world()[0] else None
         same = mine[part, None] == groups_of[owner][None, :]
         return sigmoid_block(image[part], theirs, scale, logit_bias, own, same)
 

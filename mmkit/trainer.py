@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,11 @@ class MaskedMultimodalTrainer:
         self.config, self.train, self.val = config, train, val
         self.callbacks, self.stopping = list(callbacks), False
         self._check()
-        ddp = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
-        # Without a GPU every rank must be told so, or it trains an independent copy of its own.
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
+        ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+        with warnings.catch_warnings():  # it shares out the cores; the run says how many
+            warnings.filterwarnings("ignore", "OMP_NUM_THREADS")
+            # Without a GPU every rank must be told so, or it trains an independent copy of its own.
+            self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
         self.rank, self.processes = world()
         self.device = self.accelerator.device
         self.precision = pick_precision(config.mixed_precision, self.device)
@@ -84,6 +87,8 @@ class MaskedMultimodalTrainer:
         self._prepare_layers()
         self.optimizers = build_optimizers(self.model, config)
         self.net = self.accelerator.prepare_model(self.model)  # DDP where there are several
+        if self.processes > 1:
+            self.net.broadcast_buffers = False  # they are constants; as an argument DDP warns of it
         fp16 = self.precision == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
 
@@ -120,11 +125,7 @@ class MaskedMultimodalTrainer:
                 f"pictures); take at most {size}"
             )
         check_maskers(config, self.train)
-        if not config.run_name and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
-            raise ValueError(
-                "run_name='' is the time of the start, which workers that torchrun restarts cannot "
-                "know; give a run_name, or no --max-restarts"
-            )
+        run_state.check_restarts(config)
 
     def _prepare_layers(self):
         """What was asked of the transformer layers: to keep less, to be compiled."""
@@ -149,11 +150,13 @@ class MaskedMultimodalTrainer:
     def _go_on(self, resume: bool | str | os.PathLike) -> bool:
         """Resume this run or fork another, as asked; True where there was something to go on from.
 
-        Workers that torchrun has restarted resume, whatever the command says: it is the same one.
+        Workers that torchrun may restart resume whatever the command says, for it is the same one.
+        They cannot know better: TORCHELASTIC_RESTART_COUNT stays 0 on a machine whose workers had
+        to stop only because another's died, or because a machine joined.
         """
         own = self.path / "last" / "state.pth"
-        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-        if resume is True or (restarted and (resume is False or own.is_file())):
+        restarts = run_state.max_restarts() > 0
+        if resume is True or (restarts and (resume is False or run_state.seen_by(self, own))):
             return run_state.resume(self, own)
         if resume is not False:
             run_state.fork(self, Path(resume))
@@ -303,10 +306,11 @@ class MaskedMultimodalTrainer:
             settings = self.config.to_dict() | {"run_name": self.path.name}
             self.writer = RunWriter(self.path, settings, self.step if self.resumed else None)
         self.accelerator.wait_for_everyone()
-        if not (self.path / "config.json").is_file():
+        seen = run_state.seen_by(self, self.path / "config.json")
+        if seen < self.processes:
             raise RuntimeError(
-                f"process {self.rank} does not see {self.path}, which process 0 has made; "
-                "output_dir must be a folder that all machines share"
+                f"{self.path}, which process 0 has made, is seen by {seen} of {self.processes} "
+                "processes; output_dir must be a folder that all machines share"
             )
         self._mark = time.perf_counter()
         with self._progress() as bar:
@@ -407,6 +411,8 @@ class MaskedMultimodalTrainer:
                 features = embed(self.validated, self.val, mixed_precision=config.mixed_precision)
                 record |= _flat(score(self.validated, features, config.loss))
             better = record["loss"] is not None and record["loss"] < self.best_loss
+            # Process 0 decides: on another kind of CPU the last bit of the loss may be another.
+            better = bool(sum_over_processes(self.epoch_loss.new_tensor(better * (not self.rank))))
             if better:
                 self.best_loss = record["loss"]
                 run_state.save_best(self, epoch)

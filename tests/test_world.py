@@ -1,0 +1,120 @@
+"""Two and three processes are one: gradients, masks, losses, batches, scores, memory of logits."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import mmkit as mm
+from tests import world_cases
+from tests.world_cases import BATCHES, CHUNK, GRADIENTS, LOSSES, PAIRS, WIDTH
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    """{1: what one process computed, 2: two, 3: three} (tests/world_cases.py)."""
+    folder, found = tmp_path_factory.mktemp("worlds"), {}
+    for processes in (1, 2, 3):
+        command = [sys.executable, "-m", "tests.world_cases", str(processes), str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[processes] = torch.load(folder / f"{processes}.pth", weights_only=True)
+    return found
+
+
+def whole_batch(case, number: int) -> tuple[torch.Tensor, dict]:
+    """Loss and gradients by one forward pass and the loss as it is written down: the reference."""
+    trainer = world_cases.trainer_of(case)
+    encoder, config = trainer.model.train(), trainer.config
+    batch = trainer.train.batch(*trainer.epoch_batches(1)[number])
+    batch = trainer.plan.augmented(batch, 1)
+    modes = (config.image_mask_mode, config.text_mask_mode)
+    out = encoder(batch, *trainer.plan.draw(batch, 1), *modes)
+    features = (out.image_features, out.text_features, out.logit_scale.exp())
+    if config.loss == "sigmoid":
+        loss = mm.sigmoid_loss(*features, out.logit_bias, batch.group_ids)
+    else:
+        loss = mm.info_nce(*features, batch.group_ids)
+    loss.backward()
+    return loss.detach(), world_cases.gradients_of(encoder)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("case", GRADIENTS, ids=str)
+@pytest.mark.parametrize("number", BATCHES)
+def test_gradients_are_those_of_the_whole_batch(worlds, processes, case, number):
+    """Masks on, companions on several processes, parts that cannot be equal; of each parameter."""
+    loss, reference = whole_batch(case, number)
+    found = worlds[processes]["gradients"][f"{case} {number}"]
+    torch.testing.assert_close(found["loss"], loss, rtol=1e-6, atol=0)
+    whole = torch.cat([g.flatten() for g in reference.values()]).norm()
+    off = {name: (found["gradients"][name] - g).norm() for name, g in reference.items()}
+    assert torch.stack([*off.values()]).norm() < 1e-5 * whole
+    for name, gradient in reference.items():
+        if gradient.norm() > 1e-3 * whole:
+            assert off[name] < 1e-5 * gradient.norm(), name
+    assert len(set(found["sums"])) == 1  # the same in every process
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_masks_are_the_same_and_parts_are_uneven(worlds, processes):
+    for name, found in worlds[processes]["gradients"].items():
+        assert found["masks"] == worlds[1]["gradients"][name]["masks"]
+        assert sum(map(sum, found["micro_batches"])) == len(found["masks"])
+    case = f"{GRADIENTS[1]} 0"  # 11 pairs, three micro-batches
+    parts = worlds[processes]["gradients"][case]["micro_batches"]
+    assert parts == {2: [[2, 2, 2], [2, 2, 1]], 3: [[2, 1, 1], [2, 1, 1], [1, 1, 1]]}[processes]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_each_picture_is_seen_once_per_epoch(worlds, processes):
+    """In the batches and the order of one process."""
+    for epoch, alone in zip(worlds[processes]["order"], worlds[1]["order"], strict=True):
+        batches = [[sample for part in batch for sample in part] for batch in epoch]
+        assert sorted(sample for batch in batches for sample in batch) == list(range(53))
+        assert batches == [batch[0] for batch in alone]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("count", [17, 2])
+def test_evaluation_counts_each_sample_once(worlds, processes, count):
+    """Also with fewer samples than processes, under masks, with several captions of a picture."""
+    ours, alone = (worlds[n]["evaluation"][count] for n in (processes, 1))
+    assert len(ours["features"]["image_features"]) == count
+    assert len(ours["features"]["text_features"]) == count + 2
+    for name, value in alone["features"].items():
+        torch.testing.assert_close(ours["features"][name], value, rtol=0, atol=1e-6)
+    for ours_, alone_ in zip(ours["scores"], alone["scores"], strict=True):
+        assert ours_.pop("loss") == pytest.approx(alone_["loss"], rel=1e-6)
+        assert ours_ == {k: v for k, v in alone_.items() if k != "loss"}
+    assert all(one == ours["everyone"][0] for one in ours["everyone"])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("kind, exchange", LOSSES)
+def test_logits_take_local_times_global_memory(worlds, processes, kind, exchange):
+    """Forward and backward; with neighbours one block; in slices no more than asked for."""
+    whole = worlds[1]["shares"][f"{kind} gather {world_cases.step._LOGITS}"]
+    for chunk in (world_cases.step._LOGITS, CHUNK):
+        found = worlds[processes]["shares"][f"{kind} {exchange} {chunk}"]
+        for name in ("loss", "image", "text", "scale", "bias"):
+            torch.testing.assert_close(found[name], whole[name], rtol=1e-5, atol=1e-6)
+        width = PAIRS if exchange == "gather" else max(found["rows"])
+        for rows, largest in zip(found["rows"], found["largest"], strict=True):
+            logits = min(rows * width, chunk)
+            assert largest <= max(logits, PAIRS * WIDTH)
+            assert rows * width < 1000 or chunk == CHUNK or largest == logits
+    ...
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_frozen_towers_and_running_means_are_those_of_one_process(worlds, processes, optimizer):
+    ours, alone = worlds[processes][optimizer], worlds[1][optimizer]
+    assert ours["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    for kind in ("weights", "mean"):
+        for name, value in alone[kind].items():
+            torch.testing.assert_close(ours[kind][name], value, rtol=1e-3, atol=1e-4)

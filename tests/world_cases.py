@@ -1,0 +1,207 @@
+"""What N processes compute, for tests/test_world.py: python -m tests.world_cases N FOLDER
+
+Process 0 writes FOLDER/N.pth. One group of processes goes through all cases: starting is what costs.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mmkit as mm
+from mmkit import step
+from mmkit.distributed import gather_rows, sum_over_processes, world
+from tests.train_small import DEFAULTS, data, model
+
+LOSSES = [("info_nce", "gather"), ("sigmoid", "gather"), ("sigmoid", "neighbours")]
+MASKS = {
+    "drop": dict(image_mask_schedule="uniform", image_mask_final_ratio=0.8),
+    "replace": dict(
+        image_mask="block",
+        image_mask_mode="replace",
+        text_mask="whole_word",
+        text_mask_mode="80/10/10",
+        augment="shift",
+    ),
+}
+# (name of the masks, loss, exchange, micro-batches); 53 pairs in batches of 11, 11, 11, 10 and 10
+GRADIENTS = [("drop", *loss, parts) for loss in LOSSES for parts in (1, 3)]
+GRADIENTS += [("replace", "info_nce", "gather", 2)]
+BATCHES = (0, 4)  # of 11 pairs and of 10: three processes have 4, 4, 3 and 4, 3, 3 of them
+PAIRS, WIDTH = 131, 5  # of made features
+FIRST_ROWS = {1: [0], 2: [0, 17], 3: [0, 17, 70]}  # of each process: parts of very unequal size
+CHUNK = 300  # logits held at once, where a share is computed in slices
+
+
+def everyone(value) -> list:
+    """This value of every process, in rank order."""
+    if world()[1] == 1:
+        return [value]
+    values = [None] * world()[1]
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def config(folder, **values) -> mm.TrainingConfig:
+    return mm.TrainingConfig(**DEFAULTS | dict(output_dir=str(folder), run_name="run") | values)
+
+
+def training_data() -> mm.MultimodalDataset:
+    train = data(53)
+    train.group_ids = torch.arange(53) % 13  # companions in every batch, on several processes
+    return train
+
+
+def trainer_of(case, folder="nowhere") -> mm.MaskedMultimodalTrainer:
+    masks, loss, exchange, parts = case
+    values = dict(loss=loss, exchange=exchange, gradient_accumulation_steps=parts) | MASKS[masks]
+    train = training_data()
+    return mm.MaskedMultimodalTrainer(
+        config(folder, **values), train, None, model(train.tokenizer, 0.0)
+    )
+
+
+def gradients(case, number: int) -> dict:
+    """Loss, gradients and masks of one batch of epoch 1."""
+    trainer = trainer_of(case)
+    trainer.net.train()
+    batch = trainer.train.batch(*trainer.epoch_batches(1)[number])
+    loss = trainer.gradients(batch, 1)
+    parts = batch.split(trainer.config.gradient_accumulation_steps)
+    masks = {}
+    for part, drawn in zip(parts, trainer.drawn, strict=True):
+        for row, sample in enumerate(part.sample_ids.tolist()):
+            masks[sample] = [m.mask[row].nonzero()[:, 0].tolist() for m in drawn]
+    found = gradients_of(trainer.model)
+    return {
+        "loss": sum_over_processes(loss),
+        "gradients": found,
+        "sums": everyone(sum(float(g.double().sum()) for g in found.values())),
+        "masks": {sample: hidden for part in everyone(masks) for sample, hidden in part.items()},
+        "micro_batches": everyone([len(part) for part in parts]),
+    }
+
+
+def gradients_of(encoder) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in encoder.named_parameters()
+    }
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor that any operation makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        for x in out if isinstance(out, list | tuple) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.entries = max(self.entries, x.numel())
+        return out
+
+
+def share(kind: str, exchange: str, chunk: int) -> dict:
+    """`contrastive_share` of made features cut unequally: value, gradients, memory of logits."""
+    torch.manual_seed(0)
+    image, text = (F.normalize(torch.randn(PAIRS, WIDTH), dim=1) for _ in range(2))
+    groups = torch.arange(PAIRS) % 97
+    rank, processes = world()
+    bounds = [*FIRST_ROWS[processes], PAIRS]
+    rows = slice(bounds[rank], bounds[rank + 1])
+    leaves = [image[rows], text[rows], torch.tensor(1.3), torch.tensor(-1.0)]
+    leaves = [x.clone().requires_grad_() for x in leaves]
+    step._LOGITS, before = chunk, step._LOGITS
+    saved = []
+
+    def keep(x):
+        saved.append(x.numel())
+        return x
+
+    with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = step.contrastive_share(*leaves, groups[rows], kind, exchange)
+        kept = sum(saved)
+        grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    step._LOGITS = before
+    return {
+        "loss": sum_over_processes(loss),
+        "image": gather_rows(grads[0]),
+        "text": gather_rows(grads[1]),
+        "scale": sum_over_processes(grads[2]),
+        "bias": sum_over_processes(grads[3]),
+        "largest": everyone(largest.entries),
+        "kept": everyone(kept),
+        "rows": everyone(len(image[rows])),
+    }
+
+
+def order() -> list:
+    """[epoch][batch][process] -> sample ids."""
+    trainer = trainer_of(GRADIENTS[0])
+    ids = trainer.train.sample_ids
+    return [
+        [everyone(ids[rows].tolist()) for rows, _ in trainer.epoch_batches(epoch)]
+        for epoch in (0, 1)
+    ]
+
+
+def evaluation(count: int) -> dict:
+    """Features and scores of so many pictures, the last two of which have two captions."""
+    train = training_data()
+    encoder, pictures = model(train.tokenizer, 0.0), data(count, train.tokenizer, seed=1)
+    pictures.texts[-2:] = [[*c, f"{c[0]} house"] for c in pictures.texts[-2:]]
+    features = mm.embed(encoder, pictures, batch_size=5)
+    masks = dict(image_mask=("random", 0.5), text_mask=("random", 0.3))
+    plain, masked = mm.evaluate(encoder, pictures), mm.evaluate(encoder, pictures, **masks)
+    return {
+        "features": dataclasses.asdict(features),
+        "scores": [plain, masked],
+        "everyone": everyone(plain),
+    }
+
+
+def train_with_tools(folder, optimizer: str) -> dict:
+    """Two epochs, the ViT frozen in the first, a running mean of the weights validated."""
+    values = dict(
+        num_epochs=2, frozen_image_epochs=1, ema_decay=0.9, optimizer=optimizer, run_name=optimizer
+    )
+    train = training_data()
+    encoder = model(train.tokenizer, 0.0)
+    before = {name: p.detach().clone() for name, p in encoder.named_parameters()}
+    trainer = mm.MaskedMultimodalTrainer(
+        config(folder, **values, gradient_accumulation_steps=2), train, data(17, seed=1), encoder
+    )
+    run = trainer.fit()
+    return {
+        "losses": [r["loss"] for r in run.history],
+        "before": before,
+        "weights": dict(trainer.model.state_dict()),
+        "mean": dict(trainer.ema.module.state_dict()),
+    }
+
+
+def all_cases(folder: str) -> dict:
+    torch.set_num_threads(1)
+    found = {
+        "gradients": {f"{case} {n}": gradients(case, n) for case in GRADIENTS for n in BATCHES},
+        "shares": {
+            f"{kind} {exchange} {chunk}": share(kind, exchange, chunk)
+            for kind, exchange in LOSSES
+            for chunk in (step._LOGITS, CHUNK)
+        },
+        "order": order(),
+        "evaluation": {count: evaluation(count) for count in (17, 2)},
+    }
+    for optimizer in ("adamw", "muon"):
+        found[optimizer] = train_with_tools(f"{folder}/{world()[1]}", optimizer)
+    return found
+
+
+if __name__ == "__main__":
+    processes, folder = int(sys.argv[1]), sys.argv[2]
+    found = mm.launch(all_cases, folder, num_processes=processes)
+    torch.save(found, Path(folder) / f"{processes}.pth")
