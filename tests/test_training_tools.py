@@ -353,10 +353,10 @@ def test_forks_that_make_no_sense_are_refused(make_trainer, make_data):
 def test_restarts_by_torchrun_resume_by_themselves(make_trainer, monkeypatch):
     """The same command again, as an elastic agent gives it; a run without a name is refused."""
     make_trainer(num_epochs=2, max_steps=4).fit()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert make_trainer(num_epochs=2, max_steps=4).step == 0
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     assert make_trainer(num_epochs=2, max_steps=4).step == 4
     assert make_trainer(num_epochs=2, max_steps=4, run_name="not_yet").step == 0
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(ValueError, match="give a run_name"):
         make_trainer(run_name="")
 
