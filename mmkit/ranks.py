@@ -55,6 +55,8 @@ def run_rank(job: dict) -> None:
 class _WholeLines(io.TextIOBase):
     """Hands on whole lines: in a forked kernel each write is a message of its own."""
 
+    encoding = "utf-8"
+
     def __init__(self, stream):
         self.stream, self.begun = stream, ""
 

@@ -32,7 +32,7 @@ def refused(*args, **options):
 """
 
 
-def run(code: str, seconds: int = 120, **environment) -> subprocess.CompletedProcess:
+def run(code: str, seconds: int = 60, **environment) -> subprocess.CompletedProcess:
     """Run code as a cell of a fresh process; what it printed."""
     command = [sys.executable, "-c", BEGIN + REFUSED + textwrap.dedent(code)]
     environment = {**os.environ, "TQDM_DISABLE": "1"} | environment
@@ -494,8 +494,7 @@ def test_a_training_in_two_processes_returns_its_run(tmp_path):
         """
     )
     assert "processes: 2" in done.stdout and "found Run" in done.stdout
-    one, two = (mm.run.Run.load(tmp_path / name) for name in ("one", "two"))
-    assert one.curve("loss")[0] == two.curve("loss")[0] == list(range(1, 11))
-    torch.testing.assert_close(
-        *(torch.tensor(r.curve("loss")[1]) for r in (one, two)), rtol=1e-4, atol=0
-    )
+    one, two = (mm.run.Run.load(tmp_path / name).curve("loss") for name in ("one", "two"))
+    assert one[0] == two[0] == list(range(1, 11))
+    assert two[1] == pytest.approx(one[1], rel=1e-2)  # sums in another order, ten steps on
+    assert two[1][0] == pytest.approx(one[1][0], rel=1e-5)
