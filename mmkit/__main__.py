@@ -47,7 +47,9 @@ def train(
     """
     size = PRESETS[config.preset]["image"] if config.preset in PRESETS else 64
     training, val, test = openmoji(image_size=size, split=split)
-    run = train_model(config, training, val, resume=fork or resume)
+    own = Path(config.output_dir) / config.run_name / "last" / "state.pth"
+    go_on: bool | str = resume and (own.is_file() or not fork)  # a fork that was killed goes on
+    run = train_model(config, training, val, resume=go_on or fork)
     if not leave_group():
         return
     model = run.model
@@ -212,13 +214,13 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="mmkit", description=__doc__.splitlines()[0]
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         print(f"mmkit: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
 if __name__ == "__main__":
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun then ends with what failed first, and why
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun then says what failed first
         from torch.distributed.elastic.multiprocessing.errors import record
 
         main = record(main)

@@ -60,14 +60,24 @@ def _temporary(path: Path) -> Iterator[BinaryIO]:
     The system takes the lock away with the process, however that ends: a temporary file without
     one is stale. A name by process number could not tell, as numbers are used again.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    file, temporary = _locked(path)
     try:
-        with open(temporary, "xb") as file:
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with file:
             yield file
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> tuple[BinaryIO, Path]:
+    """A new file that is ours: locked, and not removed as stale just before it was."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+        file = open(temporary, "xb")
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if os.fstat(file.fileno()).st_nlink:
+            return file, temporary
+        file.close()
 
 
 def _remove_stale(path: Path) -> None:

@@ -82,7 +82,8 @@ _NOT_NEGATIVE = (
     "learning_rate weight_decay warmup_steps max_grad_norm unmasked_epochs frozen_image_epochs "
     "frozen_text_epochs checkpoint_every"
 ).split()
-_FRACTIONS = ("image_mask_ratio", "text_mask_ratio", "dropout", "ema_decay")
+_WHOLE = "unmasked_epochs frozen_image_epochs frozen_text_epochs checkpoint_every".split()
+_FRACTIONS = ("image_mask_ratio", "text_mask_ratio")
 _FRACTIONS_OR_NONE = ("image_mask_final_ratio", "text_mask_final_ratio")
 
 
@@ -211,7 +212,10 @@ class TrainingConfig:
         for name in _AT_LEAST_ONE:
             self._check(name, getattr(self, name) >= 1, "at least 1", int)
         for name in _NOT_NEGATIVE:
-            self._check(name, getattr(self, name) >= 0, "0 or more")
+            kind = int if name in _WHOLE else None
+            self._check(name, getattr(self, name) >= 0, "0 or more", kind)
+        for name in ("dropout", "ema_decay", "ema_momentum"):
+            self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in _FRACTIONS:
             rule = "in [0, 1): 0 hides nothing, 0.5 half; it is a fraction, not per cent"
             self._check(name, 0 <= getattr(self, name) < 1, rule)
@@ -221,7 +225,6 @@ class TrainingConfig:
             needed = getattr(self, name.replace("final_ratio", "schedule")) != "constant"
             rule = "given with a schedule, and only then: a fraction in [0, 1)"
             self._check(name, (value is not None) == needed, rule)
-        self._check("ema_momentum", 0 <= self.ema_momentum < 1, "in [0, 1)")
         self._check("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]; 1 = the same for all")
         if self.compile and self.gradient_checkpointing:
             raise ValueError(

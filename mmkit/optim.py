@@ -155,6 +155,14 @@ def _own_optimizer(build, groups: list[dict]) -> torch.optim.Optimizer:
             "torch.optim.Optimizer over the groups it is given, "
             "such as lambda groups: torch.optim.SGD(groups)"
         )
+    given = {id(p) for group in groups for p in group["params"]}
+    taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if taken != given:
+        raise ValueError(
+            f"the optimizer function left out {len(given - taken)} of {len(given)} weights, and "
+            f"took {len(taken - given)} others; give it all groups (what is not to learn: "
+            "requires_grad_(False) before the training)"
+        )
     for group in optimizer.param_groups:
         group.setdefault("peak_lr", group["lr"])
     return optimizer
@@ -170,16 +178,23 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], fraction: float) 
             group["lr"] = fraction * group["peak_lr"]
 
 
-def set_frozen(model: Any, kind: str, frozen: bool) -> None:
-    """Leave a tower as it is, or let it learn (Zhai et al. 2022, LiT, arXiv:2111.07991).
+def freeze(model: Any, kind: str) -> list[nn.Parameter]:
+    """Leave a tower as it is (Zhai et al. 2022, LiT, arXiv:2111.07991); what `thaw` takes.
 
     kind: "image" or "text". A frozen tower gets no gradient, no weight decay and no dropout, and
     its activations are not kept. Projections, logit_scale and logit_bias always learn. Call it
-    after `model.train()`.
+    after `model.train()`. Returns the parameters that were not frozen before.
     """
     tower = model.vit if kind == "image" else model.bert
     token = getattr(model, f"{kind}_mask_token")
-    for parameter in (*tower.parameters(), token):
-        parameter.requires_grad_(not frozen)
-    if frozen:
-        tower.eval()
+    learning = [p for p in (*tower.parameters(), token) if p.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    tower.eval()
+    return learning
+
+
+def thaw(parameters: list[nn.Parameter]) -> None:
+    """Let parameters learn again."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)

@@ -26,7 +26,7 @@ def preflight(
     call: (args, kwargs) of `fn`; child: see `launch`. ValueError where an argument is wrong, else
     RuntimeError.
     """
-    wrong, here = _wrong_arguments(fn, num_processes, port), []
+    wrong, here = _wrong_arguments(fn, num_processes, port, child), []
     if num_processes != 1 or child:
         here = [*_wrong_kernel(), *_wrong_devices(num_processes)]
         if start_method() == "spawn":
@@ -49,7 +49,7 @@ def gpus() -> int:
     return torch.cuda.device_count()  # by NVML: CUDA stays untouched, forking possible
 
 
-def _wrong_arguments(fn, num_processes, port) -> list[str]:
+def _wrong_arguments(fn, num_processes, port, child) -> list[str]:
     wrong = []
     if not callable(fn):
         wrong.append(
@@ -61,7 +61,7 @@ def _wrong_arguments(fn, num_processes, port) -> list[str]:
             f"num_processes={num_processes!r} must be a whole number of at least 1; on a CPU take "
             "at most its cores, else the number of GPUs"
         )
-    if port is not None and num_processes != 1:
+    if port is not None and (num_processes != 1 or child):
         try:
             with socket.socket() as probe:  # as the processes' own meeting point will be opened
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -7,6 +7,7 @@ Walk-through: notebooks/05_checkpoints.ipynb.
 
 import contextlib
 import os
+import shutil
 from pathlib import Path
 
 from .checkpoint import (
@@ -99,17 +100,24 @@ def save_last(trainer):
     }
     path = trainer.path / "last" / "state.pth"
     write_atomically(_weights(trainer, trainer.model) | extra, path)
-    if trainer.config.keep_last > 1:
-        _keep(path, trainer.step, trainer.config.keep_last)
+    _keep(path, trainer.step, trainer.config.keep_last)
 
 
 def _keep(path: Path, step: int, count: int):
     """A second name, state-STEP.pth, for the file just written; the newest `count` stay."""
     named = path.with_name(f"state-{step:08d}.pth")
-    named.unlink(missing_ok=True)
-    os.link(path, named)  # the same bytes on the disk, until state.pth is replaced
-    for old in sorted(path.parent.glob("state-*.pth"))[:-count]:
-        old.unlink()
+    if count > 1:
+        named.unlink(missing_ok=True)
+        try:
+            os.link(path, named)  # the same bytes on the disk, until state.pth is replaced
+        except OSError:  # a file system without links
+            shutil.copyfile(path, named)
+    # Later ones are of a future that a resume has left.
+    numbers = {old: int(old.stem[6:]) for old in path.parent.glob("state-*.pth")}
+    kept = sorted(old for old, number in numbers.items() if number <= step)[-count:]
+    for old in numbers:
+        if count == 1 or old not in kept:
+            old.unlink()
 
 
 def max_restarts() -> int:
@@ -187,8 +195,11 @@ def fork(trainer, source: Path):
     meaning.
     """
     path = source if source.is_file() else source / "last" / "state.pth"
-    if path.is_relative_to(trainer.path):
-        raise ValueError(f"{source} cannot be forked into itself; give another run_name")
+    if path.resolve().is_relative_to(trainer.path.resolve()):
+        raise ValueError(
+            f"{source} cannot be forked into itself; to go on with it take resume=True, to fork it "
+            "give another run_name"
+        )
     state = read_checkpoint(path, _NEEDED)
     _check_data(trainer, state, path)
     differing = _differing(trainer.config, state["config"])
@@ -199,6 +210,11 @@ def fork(trainer, source: Path):
             "from the weights alone: model=mm.load('…/best_model.pth')"
         )
     _put_back(trainer, state, path, forked=True)
+    if trainer.step >= trainer.total_steps:
+        raise ValueError(
+            f"{source} stands at step {trainer.step} and this run ends at {trainer.total_steps}: "
+            "nothing is left to do; raise num_epochs (or max_steps)"
+        )
     trainer.best_loss = float("inf")  # of another recipe, perhaps on another scale
     trainer.say(
         f"{trainer.path} starts as a fork of {source} at step {trainer.step} of "
@@ -232,10 +248,16 @@ def _in_words(differing: dict[str, tuple]) -> str:
 def _put_back(trainer, state: dict, path: Path, forked: bool):
     load_weights(trainer.model, state["model_state_dict"], path)
     saved = state["optimizer_state_dict"]
-    if [_shape(m) for m in saved] == [_shape(o.state_dict()) for o in trainer.optimizers]:
+    same = [_shape(m) for m in saved] == [_shape(o.state_dict()) for o in trainer.optimizers]
+    if not same and not forked:
+        raise ValueError(
+            f"cannot resume {path.parent.parent} with another optimizer than it was saved with; "
+            "give the same one, or fork the run"
+        )
+    if same:
         for optimizer, memory in zip(trainer.optimizers, saved, strict=True):
-            _load_optimizer(optimizer, memory)
-    else:  # only a fork may have another optimizer, or other groups
+            _load_optimizer(optimizer, memory, forked)
+    else:  # a fork may have another optimizer, or other groups
         trainer.say("the optimizer starts without memory: it was another one")
     if state["scaler"]:  # empty where "auto" took another type, on another machine
         trainer.scaler.load_state_dict(state["scaler"])
@@ -265,9 +287,11 @@ def _shape(memory: dict) -> list[tuple]:
     return [(sorted(group), len(group["params"])) for group in memory["param_groups"]]
 
 
-def _load_optimizer(optimizer, memory: dict):
-    """The optimizer's memory; its rates and decays stay as this run's configuration has them."""
-    mine = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+def _load_optimizer(optimizer, memory: dict, forked: bool):
+    """The optimizer's memory; a fork keeps the rates and decays of its own configuration."""
+    names = ("lr", "peak_lr", "weight_decay")
+    mine = [{k: group[k] for k in names if k in group} for group in optimizer.param_groups]
     optimizer.load_state_dict(memory)
-    for group, settings in zip(optimizer.param_groups, mine, strict=True):
-        group.update(settings)
+    if forked:
+        for group, settings in zip(optimizer.param_groups, mine, strict=True):
+            group.update(settings)

@@ -27,7 +27,7 @@ from .distributed import my_share, sum_over_processes, world
 from .encoder import MAX_LOGIT_SCALE, EncoderOutput, MultimodalEncoder
 from .mask_plan import MaskPlan, check_maskers
 from .masking import mask_noise
-from .optim import build_optimizers, set_frozen, set_learning_rate
+from .optim import build_optimizers, freeze, set_learning_rate, thaw
 from .precision import autocast_for, pick_precision
 from .retrieval import embed, score
 from .run import Run, RunWriter, newest_run
@@ -60,7 +60,9 @@ class MaskedMultimodalTrainer:
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
         self.config, self.train, self.val = config, train, val
-        self.callbacks, self.stopping = list(callbacks), False
+        self.callbacks, self.stopping, self._asked_to_stop = list(callbacks), False, False
+        self.frozen: dict[str, list] = {}  # what the run has frozen, by tower
+        resume = resume or False
         self._check()
         ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
         with warnings.catch_warnings():  # it shares out the cores; the run says how many
@@ -80,6 +82,11 @@ class MaskedMultimodalTrainer:
                 tokenizer=train.tokenizer,
                 dropout=config.dropout,
                 temperature=config.temperature,
+            )
+        if odd := {p.dtype for p in model.parameters()} - {torch.float32}:
+            raise ValueError(
+                f"the model has weights of type {', '.join(map(str, odd))}; training keeps float32 "
+                "ones and computes by mixed_precision: call model.float()"
             )
         self.model = model.to_device(self.device)
         self._share_tokenizer()
@@ -108,6 +115,7 @@ class MaskedMultimodalTrainer:
         self.plan = MaskPlan(config, self.model, train, self.num_epochs)
         self.drawn: list = []  # the (image, text) maskings of the step's micro-batches
         self.path = Path(config.output_dir) / self._run_name(resume is True)
+        self.forked = False
         self.resumed = self._go_on(resume)
         self.writer: RunWriter | None = None  # a trainer that is only looked at writes nothing
 
@@ -160,6 +168,7 @@ class MaskedMultimodalTrainer:
             return run_state.resume(self, own)
         if resume is not False:
             run_state.fork(self, Path(resume))
+            self.forked = True
         return False
 
     def _share_tokenizer(self):
@@ -243,15 +252,17 @@ class MaskedMultimodalTrainer:
     def train_step(self, batch: Batch, epoch: int) -> tuple[Tensor, float]:
         """One optimizer step: (this process's part of the loss, gradient norm before clipping)."""
         config = self.config
+        self.model.zero_grad(set_to_none=True)  # of a step that was interrupted, too
         set_learning_rate(self.optimizers, config.lr_fraction(self.step, self.total_steps))
         loss = self.gradients(batch, epoch)
-        for optimizer in self.optimizers:  # before clipping, or the norm is 65,536 times too large
+        active = [o for o in self.optimizers if _has_gradients(o)]  # a frozen part has none
+        for optimizer in active:  # before clipping, or the norm is 65,536 times too large
             self.scaler.unscale_(optimizer)
         limit = config.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
         finite = math.isfinite(norm)  # the same in all processes: their gradients were summed
         if finite:
-            for optimizer in self.optimizers:
+            for optimizer in active:
                 self.scaler.step(optimizer)
             with torch.no_grad():  # in the parameter, after the step: its gradient stays alive
                 self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
@@ -261,8 +272,7 @@ class MaskedMultimodalTrainer:
             self.epoch_loss += loss
             self.epoch_steps += 1
         self.scaler.update()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         self._count_skipped(finite, batch)
         return loss, norm
 
@@ -305,6 +315,7 @@ class MaskedMultimodalTrainer:
         if self.rank == 0:
             settings = self.config.to_dict() | {"run_name": self.path.name}
             self.writer = RunWriter(self.path, settings, self.step if self.resumed else None)
+        self.resumed = True  # whoever calls `fit` once more goes on
         self.accelerator.wait_for_everyone()
         seen = run_state.seen_by(self, self.path / "config.json")
         if seen < self.processes:
@@ -312,26 +323,34 @@ class MaskedMultimodalTrainer:
                 f"{self.path}, which process 0 has made, is seen by {seen} of {self.processes} "
                 "processes; output_dir must be a folder that all machines share"
             )
-        self._mark = time.perf_counter()
-        with self._progress() as bar:
-            while self.step < self.total_steps and not self.stopping:
-                self._run_epoch(self.step // self.steps_per_epoch, bar)
+        if self.forked:  # killed before its first epoch, it can go on, too
+            run_state.save_last(self)
+        self._mark, self.stopping, self._asked_to_stop = time.perf_counter(), False, False
+        try:
+            with self._progress() as bar:
+                while self.step < self.total_steps and not self.stopping:
+                    self._run_epoch(self.step // self.steps_per_epoch, bar)
+        finally:  # the model may go on to another training
+            for tower in [*self.frozen]:
+                thaw(self.frozen.pop(tower))
         if self.writer:
             self.writer.close()
         self.accelerator.wait_for_everyone()
         return Run.load(self.path)
 
     def stop(self):
-        """End the run after this step, validated and saved; for callbacks."""
-        self.stopping = True
+        """End the run after this record, validated and saved; for callbacks, on any process."""
+        self._asked_to_stop = True
 
     def _run_epoch(self, epoch: int, bar):
         config, done = self.config, self.step % self.steps_per_epoch
         keys = self.epoch_batches(epoch)[done:][: self.total_steps - self.step]
         self.net.train()
         for tower in ("image", "text"):
-            if epochs := getattr(config, f"frozen_{tower}_epochs"):
-                set_frozen(self.model, tower, epoch < epochs)
+            if epoch < getattr(config, f"frozen_{tower}_epochs"):
+                self.frozen[tower] = self.frozen.get(tower, []) + freeze(self.model, tower)
+            else:
+                thaw(self.frozen.pop(tower, []))
         waited, since = 0.0, self.step
         before = started = time.perf_counter()
         for batch in load_batches(self.train, keys, config.num_workers, self.device.type == "cuda"):
@@ -367,24 +386,29 @@ class MaskedMultimodalTrainer:
             self.writer.write(record)
         for callback in self.callbacks:
             callback(self, record)
-        if self.callbacks:  # all processes stop where one of them asks for it
-            asked = self.epoch_loss.new_tensor(float(self.stopping))
-            self.stopping = bool(sum_over_processes(asked))
+        # All processes stop where one asks for it, whether or not the others have callbacks.
+        asked = self.epoch_loss.new_tensor(float(self._asked_to_stop))
+        self.stopping = bool(sum_over_processes(asked))
 
     def _record_step(
         self, epoch, batch: Batch, loss: Tensor, norm: float, pace: float, waiting: float
     ):
-        images = [image.mask.float().mean(1) for image, _ in self.drawn if image is not None]
         words = maskable_words(batch.input_ids, batch.valid, self.model.special_ids).sum()
-        hidden_words = sum(float(text.mask.sum()) for _, text in self.drawn if text is not None)
-        total = float(sum_over_processes(loss))
+        hidden = [
+            sum(float(drawn[i].mask.sum()) for drawn in self.drawn if drawn[i] is not None)
+            for i in (0, 1)
+        ]
+        sums = [float(loss), *hidden, len(batch) * self.model.num_patches, float(words)]
+        total, patches_hidden, words_hidden, patches, words = sum_over_processes(
+            torch.tensor(sums, dtype=torch.float64).to(self.device)
+        ).tolist()
         self.clock()
         record = {
             "loss": total,
             "learning_rate": self.optimizers[-1].param_groups[0]["lr"],
             "logit_scale": self.model.logit_scale.item(),
-            "image_mask_ratio": torch.cat(images).mean().item() if images else 0.0,
-            "text_mask_ratio": hidden_words / max(1, int(words)),
+            "image_mask_ratio": patches_hidden / patches,
+            "text_mask_ratio": words_hidden / max(1, words),
             "grad_norm": norm,
             "skipped_steps": self.skipped,
             "samples_per_second": pace * len(self.train) / self.steps_per_epoch,
@@ -447,6 +471,10 @@ class MaskedMultimodalTrainer:
 def _same(one, other) -> bool:
     """Two tokenizers that give the same pieces."""
     return one is other or one.get_vocab() == other.get_vocab()
+
+
+def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def _finite(value: float) -> float | None:

@@ -69,7 +69,9 @@ def test_killed_workers_are_restarted_and_nothing_is_lost(tmp_path):
     assert began == [anew, anew, f"resuming {tmp_path / 'killed'} at step 6 of 15"]
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     for file in ("last/state.pth", "best_model.pth"):
-        one, other = (mm.checkpoint.read_checkpoint(tmp_path / n / file) for n in ("whole", "killed"))
+        one, other = (
+            mm.checkpoint.read_checkpoint(tmp_path / n / file) for n in ("whole", "killed")
+        )
         torch.testing.assert_close(
             one["model_state_dict"], other["model_state_dict"], rtol=0, atol=0
         )
@@ -106,7 +108,9 @@ def test_a_run_that_may_be_restarted_needs_a_name(tmp_path):
 
 def test_a_folder_that_is_not_shared_is_named(tmp_path):
     """Each machine has a disk of its own: said in words by all, nobody waits for ever."""
-    command = f"exec {sys.executable} -m mmkit train --run-name=x --output-dir={tmp_path}/$GROUP_RANK"
+    command = (
+        f"exec {sys.executable} -m mmkit train --run-name=x --output-dir={tmp_path}/$GROUP_RANK"
+    )
     with Nodes(tmp_path) as nodes:
         for _ in range(2):
             nodes.start("--no-python", "bash", "-c", command)

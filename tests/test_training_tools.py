@@ -9,7 +9,7 @@ import torch
 
 import mmkit as mm
 from mmkit.checkpoint import read_checkpoint
-from mmkit.optim import build_optimizers, layer_multiplier, set_frozen
+from mmkit.optim import build_optimizers, freeze, layer_multiplier, thaw
 from mmkit.step import backward
 from tests.test_trainer import QUICK
 
@@ -72,10 +72,10 @@ def test_a_frozen_tower_stays_as_it_is_and_learns_afterwards(make_trainer, kind,
 def test_a_frozen_tower_keeps_no_activations(make_model, make_data):
     """Nothing of its graph is built: its features hang on the projection alone."""
     model, batch = make_model().train(), make_data(7).batch(range(7))
-    set_frozen(model, "image", True)
+    frozen = freeze(model, "image")
     assert not model.image_tokens(batch.pixel_values).requires_grad
     assert model.encode_image(batch.pixel_values).requires_grad
-    set_frozen(model, "image", False)
+    thaw(frozen)
     assert model.image_tokens(batch.pixel_values).requires_grad
 
 
@@ -160,6 +160,8 @@ def test_an_optimizer_and_a_schedule_may_be_functions(make_trainer, make_config)
     json.dumps(trainer.config.to_dict())
     with pytest.raises(ValueError, match=r"returned a list; it must return a torch\.optim"):
         make_trainer(optimizer=lambda groups: groups)
+    with pytest.raises(ValueError, match=r"left out \d+ of \d+ weights"):
+        make_trainer(optimizer=lambda groups: torch.optim.SGD(groups[:1]))
 
 
 # -- the running mean of the weights ---------------------------------------------------------
@@ -203,6 +205,43 @@ def test_callbacks_see_every_record_and_can_stop_the_run(make_trainer, make_data
     assert read_checkpoint(run.path / "last/state.pth")["step"] == 7
     whole = make_trainer(num_epochs=3, val=make_data(17, seed=1), resume=True).fit()
     assert whole.history[-1]["step"] == 15 and whole.curve("loss")[0] == list(range(1, 16))
+
+
+def test_fitting_again_goes_on_and_loses_nothing(make_trainer):
+    """After an interrupt, and after the end: the records and files of before are still there."""
+    whole = make_trainer(num_epochs=2, run_name="whole").fit()
+    trainer = make_trainer(num_epochs=2)
+
+    def interrupt(trainer, record):
+        if record["step"] == 7:
+            raise KeyboardInterrupt
+
+    trainer.callbacks.append(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    trainer.callbacks.clear()
+    run = trainer.fit()
+    assert run.curve("loss") == whole.curve("loss")
+    assert trainer.fit().curve("loss") == whole.curve("loss")
+    assert (run.path / "best_model.pth").is_file()
+
+
+def test_a_model_frozen_in_one_run_learns_in_the_next(make_trainer, make_model):
+    model = make_model()
+    make_trainer(model, num_epochs=1, frozen_image_epochs=1, run_name="first").fit()
+    before = weights(model)
+    second = dict(num_epochs=2, frozen_image_epochs=1, warmup_steps=0, run_name="second")
+    make_trainer(model, **second).fit()
+    assert any(name.startswith("vit.layers") for name in changed(before, model))
+
+
+def test_fp16_with_both_towers_frozen_trains_the_rest(make_trainer):
+    """An optimizer without a gradient is left out, also by the scaler."""
+    values = dict(frozen_image_epochs=1, frozen_text_epochs=1, mixed_precision="fp16")
+    trainer = make_trainer(num_epochs=1, warmup_steps=0, **values)
+    before = weights(trainer.model)
+    trainer.fit()
+    assert "image_projection.2.weight" in changed(before, trainer.model)
 
 
 # -- steps that are not applied --------------------------------------------------------------
@@ -348,6 +387,34 @@ def test_forks_that_make_no_sense_are_refused(make_trainer, make_data):
         make_trainer(run_name="d", resume=path / "best_model.pth")
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         make_trainer(run_name="e", resume=path.with_name("nowhere"))
+
+
+def test_a_fork_that_was_killed_at_once_goes_on(make_trainer):
+    """It is saved before its first step."""
+    source = make_trainer(max_steps=3).fit()
+    fork = make_trainer(max_steps=9, run_name="fork", resume=source.path)
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    fork.train_step = die
+    with pytest.raises(KeyboardInterrupt):
+        fork.fit()
+    assert make_trainer(max_steps=9, run_name="fork", resume=True).step == 3
+    with pytest.raises(ValueError, match="nothing is left to do; raise num_epochs"):
+        make_trainer(max_steps=3, run_name="late", resume=source.path)
+
+
+def test_going_back_to_an_earlier_state_drops_the_later_ones(make_trainer):
+    run = make_trainer(num_epochs=2, checkpoint_every=2, keep_last=9).fit()
+    last = run.path / "last"
+    shutil.copyfile(last / "state-00000004.pth", last / "state.pth")
+    make_trainer(num_epochs=2, max_steps=6, keep_last=9)
+    changed = make_trainer(num_epochs=2, checkpoint_every=2, keep_last=2, resume=True)
+    changed.callbacks.append(lambda trainer, record: trainer.step == 7 and trainer.stop())
+    changed.fit()
+    names = sorted(path.name for path in last.glob("state-*"))
+    assert names == ["state-00000006.pth", "state-00000007.pth"]
 
 
 def test_restarts_by_torchrun_resume_by_themselves(make_trainer, monkeypatch):
