@@ -3,8 +3,8 @@
 python -m torch.distributed.run … -m tests.dies_once FOLDER NAME '{"num_epochs": 3}'
     [--kill RANK@STEP …] [--wait-alone STEP]
 
-Each kill happens once: a file beside the run remembers it. wait-alone: a single process waits before that
-step, for another one to join.
+Each kill happens once: a file beside the run remembers it. wait-alone: a single process waits
+before that step, for another one to join.
 """
 
 import argparse

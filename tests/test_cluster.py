@@ -27,7 +27,7 @@ def assert_equal_up_to_summation(path, reference):
 
 
 def test_two_nodes_run_the_command_and_are_one_process(tmp_path):
-    """The built-in pictures, in micro-batches: the losses of one process, scores by rank 0 alone."""
+    """The built-in pictures, in micro-batches: the losses of one process, scores by rank 0."""
     values = dict(max_steps=3, batch_size=24, log_every=1, mixed_precision="no", num_workers=0)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     flags += ["--gradient-accumulation-steps=2", "--run-name=two", f"--output-dir={tmp_path}"]
@@ -79,8 +79,8 @@ def test_killed_workers_are_restarted_and_nothing_is_lost(tmp_path):
 
 
 def test_a_machine_that_joins_does_not_begin_anew(tmp_path):
-    """torchrun restarts the workers for it and counts no restart; the run goes on where it stood."""
-    values = dict(num_epochs=2, checkpoint_every=3)
+    """torchrun restarts the workers for it and counts no restart; the run goes on where it was."""
+    values = dict(num_epochs=2, checkpoint_every=3, optimizer="adamw")
     words = small(tmp_path, "grown", "--wait-alone", "8", **values)
     with Nodes(tmp_path, nnodes="1:2", max_restarts=1) as nodes:
         nodes.start(*words)
