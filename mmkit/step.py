@@ -22,14 +22,16 @@ from .losses import info_nce_rows, sigmoid_block, sigmoid_rows
 _LOGITS = 2**22  # entries of a similarity matrix held at once (16 MB in float32)
 
 
-def _in_chunks(loss_of: Callable[..., Tensor], rows: int, columns: int) -> Tensor:
+def _in_chunks(
+    loss_of: Callable[..., Tensor], rows: int, columns: int, keep: bool = True
+) -> Tensor:
     """Sum of loss_of(slice) over slices of `rows`, each at most `_LOGITS` logits.
 
-    Where there are several, the backward pass computes a slice's logits again instead of keeping
-    them.
+    Where there are several (or not keep), the backward pass computes a slice's logits again instead
+    of keeping them.
     """
     size = max(1, _LOGITS // max(1, columns))
-    if size >= rows:
+    if size >= rows and keep:
         return loss_of(slice(0, rows))
     parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
     options: dict[str, Any] = dict(use_reentrant=False, preserve_rng_state=False)
@@ -88,7 +90,7 @@ def _ring_of_texts(
     total = image.new_zeros(())
     for owner, theirs in around_the_ring(text, counts):
         loss_of = functools.partial(block, theirs, owner)
-        total = total + _in_chunks(loss_of, len(image), len(theirs))
+        total = total + _in_chunks(loss_of, len(image), len(theirs), keep=False)
     return total
 
 

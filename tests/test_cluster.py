@@ -78,7 +78,7 @@ def test_killed_workers_are_restarted_and_nothing_is_lost(tmp_path):
 
 def test_a_machine_that_joins_does_not_begin_anew(tmp_path):
     """torchrun restarts the workers for it and counts no restart; the run goes on where it stood."""
-    values = dict(num_epochs=2, checkpoint_every=3)
+    values = dict(num_epochs=2, checkpoint_every=3, optimizer="adamw")
     words = small(tmp_path, "grown", "--wait-alone", "8", **values)
     with Nodes(tmp_path, nnodes="1:2", max_restarts=1) as nodes:
         nodes.start(*words)

@@ -16,13 +16,11 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def worlds(tmp_path_factory):
     """{1: what one process computed, 2: two, 3: three} (tests/world_cases.py)."""
-    folder, found = tmp_path_factory.mktemp("worlds"), {}
-    for processes in (1, 2, 3):
-        command = [sys.executable, "-m", "tests.world_cases", str(processes), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        found[processes] = torch.load(folder / f"{processes}.pth", weights_only=True)
-    return found
+    folder = tmp_path_factory.mktemp("worlds")
+    command = [sys.executable, "-m", "tests.world_cases", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {n: torch.load(folder / f"{n}.pth", weights_only=True) for n in (1, 2, 3)}
 
 
 def whole_batch(case, number: int) -> tuple[torch.Tensor, dict]:
@@ -96,25 +94,34 @@ def test_evaluation_counts_each_sample_once(worlds, processes, count):
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("kind, exchange", LOSSES)
 def test_logits_take_local_times_global_memory(worlds, processes, kind, exchange):
-    """Forward and backward; with neighbours one block; in slices no more than asked for."""
-    whole = worlds[1]["shares"][f"{kind} gather {world_cases.step._LOGITS}"]
-    for chunk in (world_cases.step._LOGITS, CHUNK):
+    """Forward and backward; with neighbours one block at a time; in slices what was asked for."""
+    at_once = world_cases.step._LOGITS
+    whole = worlds[1]["shares"][f"{kind} gather {at_once}"]
+    for chunk in (at_once, CHUNK):
         found = worlds[processes]["shares"][f"{kind} {exchange} {chunk}"]
         for name in ("loss", "image", "text", "scale", "bias"):
             torch.testing.assert_close(found[name], whole[name], rtol=1e-5, atol=1e-6)
-        width = PAIRS if exchange == "gather" else max(found["rows"])
-        for rows, largest in zip(found["rows"], found["largest"], strict=True):
-            logits = min(rows * width, chunk)
-            assert largest <= max(logits, PAIRS * WIDTH)
-            assert rows * width < 1000 or chunk == CHUNK or largest == logits
-    ...
+        columns = PAIRS if exchange == "gather" else max(found["rows"])
+        for rows, largest, kept in zip(*(found[k] for k in ("rows", "largest", "kept")), strict=True):
+            print(rows, largest, kept)
+            if chunk == at_once:
+                assert largest == rows * columns
+            else:
+                assert PAIRS * WIDTH <= largest <= CHUNK
+            if chunk == CHUNK or exchange == "neighbours":  # computed again in the backward pass
+                assert kept < rows * columns / 2
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_frozen_towers_and_running_means_are_those_of_one_process(worlds, processes, optimizer):
+@pytest.mark.parametrize("optimizer, close", [("adamw", 1e-4), ("muon", 3e-3)])
+def test_frozen_towers_and_running_means_are_those_of_one_process(
+    worlds, processes, optimizer, close
+):
+    """Two epochs, the ViT frozen in the first. Muon reckons in bfloat16, where a last bit is more."""
     ours, alone = worlds[processes][optimizer], worlds[1][optimizer]
-    assert ours["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert ours["losses"] == pytest.approx(alone["losses"], rel=close)
     for kind in ("weights", "mean"):
-        for name, value in alone[kind].items():
-            torch.testing.assert_close(ours[kind][name], value, rtol=1e-3, atol=1e-4)
+        off = [(ours[kind][n] - w).float().norm() for n, w in alone[kind].items()]
+        print(optimizer, kind, float(torch.stack(off).norm() / torch.stack([w.float().norm() for w in alone[kind].values()]).norm()), max(abs(a/b-1) for a,b in zip(ours["losses"], alone["losses"])))
+        size = [w.float().norm() for w in alone[kind].values()]
+        assert torch.stack(off).norm() < close * torch.stack(size).norm()
