@@ -27,7 +27,7 @@ def assert_equal_up_to_summation(path, reference):
 
 
 def test_two_nodes_run_the_command_and_are_one_process(tmp_path):
-    """The built-in pictures, in micro-batches: the losses of one process, scores by rank 0 alone."""
+    """The built-in pictures, in micro-batches: the losses of one process, scores by rank 0."""
     values = dict(max_steps=3, batch_size=24, log_every=1, mixed_precision="no", num_workers=0)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     flags += ["--gradient-accumulation-steps=2", "--run-name=two", f"--output-dir={tmp_path}"]
@@ -69,7 +69,9 @@ def test_killed_workers_are_restarted_and_nothing_is_lost(tmp_path):
     assert began == [anew, anew, f"resuming {tmp_path / 'killed'} at step 6 of 15"]
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     for file in ("last/state.pth", "best_model.pth"):
-        one, other = (mm.checkpoint.read_checkpoint(tmp_path / n / file) for n in ("whole", "killed"))
+        one, other = (
+            mm.checkpoint.read_checkpoint(tmp_path / n / file) for n in ("whole", "killed")
+        )
         torch.testing.assert_close(
             one["model_state_dict"], other["model_state_dict"], rtol=0, atol=0
         )
@@ -77,7 +79,7 @@ def test_killed_workers_are_restarted_and_nothing_is_lost(tmp_path):
 
 
 def test_a_machine_that_joins_does_not_begin_anew(tmp_path):
-    """torchrun restarts the workers for it and counts no restart; the run goes on where it stood."""
+    """torchrun restarts the workers for it and counts no restart; the run goes on where it was."""
     values = dict(num_epochs=2, checkpoint_every=3, optimizer="adamw")
     words = small(tmp_path, "grown", "--wait-alone", "8", **values)
     with Nodes(tmp_path, nnodes="1:2", max_restarts=1) as nodes:
@@ -106,7 +108,9 @@ def test_a_run_that_may_be_restarted_needs_a_name(tmp_path):
 
 def test_a_folder_that_is_not_shared_is_named(tmp_path):
     """Each machine has a disk of its own: said in words by all, nobody waits for ever."""
-    command = f"exec {sys.executable} -m mmkit train --run-name=x --output-dir={tmp_path}/$GROUP_RANK"
+    command = (
+        f"exec {sys.executable} -m mmkit train --run-name=x --output-dir={tmp_path}/$GROUP_RANK"
+    )
     with Nodes(tmp_path) as nodes:
         for _ in range(2):
             nodes.start("--no-python", "bash", "-c", command)
