@@ -105,7 +105,6 @@ def test_logits_take_local_times_global_memory(worlds, processes, kind, exchange
         for rows, largest, kept in zip(
             *(found[k] for k in ("rows", "largest", "kept")), strict=True
         ):
-            print(rows, largest, kept)
             if chunk == at_once:
                 assert largest == rows * columns
             else:
