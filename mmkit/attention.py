@@ -4,6 +4,7 @@ Shapes: B batch, N = h x w patches, D width. Walk-through: notebooks/02_masking.
 """
 
 import contextlib
+import math
 from typing import Any
 
 import torch
@@ -22,6 +23,19 @@ def at_rest(model):
     finally:
         for part, flag in training.items():
             part.training = flag
+
+
+def key_mask(real: Tensor | None, implementation: str, dtype: torch.dtype) -> Tensor | None:
+    """What a transformers layer takes for keys of which only the real ones (B, T) count.
+
+    (B, 1, 1, T): bool, True = counts, for "sdpa"; 0 or -inf for "eager", which adds its mask.
+    """
+    if real is None:
+        return None
+    real = real[:, None, None, :]
+    if implementation != "eager":
+        return real
+    return torch.zeros_like(real, dtype=dtype).masked_fill(~real, -math.inf)
 
 
 @torch.no_grad()

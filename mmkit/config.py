@@ -46,6 +46,17 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": constant,
 }
 
+# name -> f(share of the steps that is over, in [0, 1]) -> share of a loss's weight, in [0, 1]
+TERM_SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": constant,
+    "rising": lambda progress: progress,
+    "falling": linear,
+    "first_half": lambda progress: float(progress < 0.5),
+    "last_half": lambda progress: float(progress >= 0.5),
+    "last_fifth": lambda progress: float(progress >= 0.8),  # where SigLIP 2 reconstructs
+}
+TERMS = ("contrastive", "pixels", "words", "matching")  # of the objective
+
 # name -> f(start, final, progress in [0, 1], noise (B,)) -> the ratio, or one per sample
 RATIO_SCHEDULES: dict[str, Callable[..., Any]] = {
     "constant": lambda start, final, progress, noise: start,
@@ -68,6 +79,8 @@ _CHOICES = {
     "accumulation": ("exact", "naive"),
     "exchange": ("gather", "neighbours"),
     "augment": ("none", "shift"),
+    "contrastive_view": ("masked", "unmasked"),
+    "pixel_error": ("mse", "l1"),
 }
 _AT_LEAST_ONE = (
     "num_epochs",
@@ -76,13 +89,17 @@ _AT_LEAST_ONE = (
     "eval_every",
     "log_every",
     "keep_last",
+    "decoder_depth",
     "max_skipped_steps",
 )
 _NOT_NEGATIVE = (
     "learning_rate weight_decay warmup_steps max_grad_norm unmasked_epochs frozen_image_epochs "
-    "frozen_text_epochs checkpoint_every"
+    "frozen_text_epochs checkpoint_every term_gradients_every contrastive_weight pixels_weight "
+    "words_weight matching_weight"
 ).split()
-_WHOLE = "unmasked_epochs frozen_image_epochs frozen_text_epochs checkpoint_every".split()
+_WHOLE = (
+    "unmasked_epochs frozen_image_epochs frozen_text_epochs checkpoint_every term_gradients_every"
+).split()
 _FRACTIONS = ("image_mask_ratio", "text_mask_ratio")
 _FRACTIONS_OR_NONE = ("image_mask_final_ratio", "text_mask_final_ratio")
 
@@ -157,6 +174,26 @@ class TrainingConfig:
     exchange: str = "gather"  # several processes see each other's texts: all at once, or (sigmoid
     # only) "neighbours", passed round in a ring, so that one block of logits is held at a time
 
+    # -- what is learned beside it: the loss is the weighted sum of the terms ------------------
+    contrastive_weight: float = 1.0  # picture and caption find each other; 0 = not at all
+    pixels_weight: float = 0.0  # put back hidden patches; 1 or less beside the contrast
+    words_weight: float = 0.0  # put back hidden words; 0.1 to 1 beside the contrast
+    matching_weight: float = 0.0  # tell true pairs from the most alike wrong ones (micro-batch)
+    contrastive_schedule: str = "constant"  # of the weight over the steps: "constant" | "rising" |
+    # "falling" | "first_half" | "last_half" | "last_fifth", or f(progress in [0, 1]) -> [0, 1]
+    pixels_schedule: str = "constant"  # as contrastive_schedule
+    words_schedule: str = "constant"  # as contrastive_schedule
+    matching_schedule: str = "constant"  # as contrastive_schedule
+    contrastive_view: str = "masked"  # contrast what is put back, too | "unmasked": a whole view
+    # beside the masked one, which costs the encoder twice
+    cross_modal: bool = False  # the decoder looks at the other modality, too
+    cross_modal_ratio: float = 0.75  # for this share of the pairs, (0, 1]; the rest learns without
+    pixel_error: str = "mse"  # "mse" (MAE) | "l1" (SimMIM)
+    norm_pix_loss: bool = False  # each target patch with mean 0 and deviation 1: better features on
+    # photographs, noise on the flat patches of drawings, and no colours to look at
+    decoder_width: int = 128  # of the layers that put back, a multiple of 32
+    decoder_depth: int = 2  # of them; a head needs none where tokens are replaced and none across
+
     # -- what is hidden ----------------------------------------------------------------------
     image_mask: str = "random"  # a name in mmkit.masking.IMAGE_MASKERS
     image_mask_ratio: float = 0.5  # fraction of patches hidden, [0, 1)
@@ -194,6 +231,8 @@ class TrainingConfig:
     eval_every: int = 1  # epochs between validations (the last epoch is always validated)
     log_every: int = 10  # steps between two records of the training loss
     checkpoint_every: int = 0  # steps between two writes of last/; 0 = at the end of each epoch
+    term_gradients_every: int = 0  # steps between two measurements of each term's gradient (as
+    # costly as a step for each term); 0 = never
     keep_last: int = 1  # how many of them are kept: last/state.pth, before it last/state-STEP.pth
     output_dir: str = "runs"  # runs/<run_name>/ holds everything a run writes
     run_name: str = ""  # "" = date and time
@@ -209,6 +248,11 @@ class TrainingConfig:
         if not callable(self.schedule) and self.schedule not in SCHEDULES:
             hint = nearest(self.schedule, SCHEDULES)
             raise ValueError(f"schedule={self.schedule!r} is not known; {hint}; or give a function")
+        for name in (f"{term}_schedule" for term in TERMS):
+            value = getattr(self, name)
+            if not callable(value) and value not in TERM_SCHEDULES:
+                hint = nearest(value, TERM_SCHEDULES)
+                raise ValueError(f"{name}={value!r} is not known; {hint}; or give a function")
         for name in _AT_LEAST_ONE:
             self._check(name, getattr(self, name) >= 1, "at least 1", int)
         for name in _NOT_NEGATIVE:
@@ -236,6 +280,7 @@ class TrainingConfig:
                 "of a row at once; take exchange='gather'"
             )
         self._check_mask()
+        self._check_terms()
         self._check("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "in [0, 1]")
         self._check("temperature", self.temperature >= 0.01, "at least 0.01 (the scale's clamp)")
         self._check(
@@ -263,6 +308,45 @@ class TrainingConfig:
                 f"augment={self.augment!r} moves the picture away from its layers; with "
                 "image_mask='layers' use augment='none'"
             )
+
+    def _check_terms(self):
+        if not any(getattr(self, f"{term}_weight") for term in TERMS):
+            names = ", ".join(f"{term}_weight" for term in TERMS)
+            raise ValueError(f"nothing is learned: one of {names} must be above 0")
+        for term, kind in (("pixels", "image"), ("words", "text")):
+            if not getattr(self, f"{term}_weight"):
+                continue
+            by_hand = kind == "image" and self.image_mask in ("painted", "layers")
+            ratios = (getattr(self, f"{kind}_mask_{which}") for which in ("ratio", "final_ratio"))
+            if not (by_hand or any(ratios)):
+                example = 0.75 if kind == "image" else 0.3
+                raise ValueError(
+                    f"{term}_weight={getattr(self, f'{term}_weight')!r} with {kind}_mask_ratio=0 "
+                    f"hides nothing that could be put back; take {kind}_mask_ratio={example}"
+                )
+        if self.matching_weight and not self.cross_modal:
+            raise ValueError(
+                f"matching_weight={self.matching_weight!r} needs cross_modal=True: a caption is "
+                "compared with a picture by looking at it"
+            )
+        rule = "in (0, 1]; to look at none of them: cross_modal=False"
+        self._check("cross_modal_ratio", 0 < self.cross_modal_ratio <= 1, rule)
+        rule = "a multiple of 32, at least 32"
+        self._check("decoder_width", self.decoder_width >= 32 and not self.decoder_width % 32, rule)
+
+    @property
+    def terms(self) -> list[str]:
+        """The terms of the objective whose weight is above 0."""
+        return [term for term in TERMS if getattr(self, f"{term}_weight")]
+
+    def term_weights(self, progress: float) -> dict[str, float]:
+        """Weights of the terms when a share `progress` of the steps is over; 0s are left out."""
+        weights = {}
+        for term in self.terms:
+            shape = getattr(self, f"{term}_schedule")
+            shape = shape if callable(shape) else TERM_SCHEDULES[shape]
+            weights[term] = getattr(self, f"{term}_weight") * shape(progress)
+        return {term: weight for term, weight in weights.items() if weight}
 
     def _check(self, name: str, holds: bool, rule: str, kind: type | None = None):
         value = getattr(self, name)
@@ -294,7 +378,7 @@ class TrainingConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON and checkpoints; a function becomes its name."""
         values = dataclasses.asdict(self)
-        for name in ("schedule", "optimizer"):
+        for name in ("schedule", "optimizer", *(f"{term}_schedule" for term in TERMS)):
             if callable(values[name]):
                 values[name] = f"function {getattr(values[name], '__qualname__', name)}"
         return values

@@ -7,6 +7,7 @@ Shapes: B batch, N patches, K kept, L text length, D width. Walk-through:
 notebooks/03_training.ipynb.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import class_attention
+from .attention import class_attention, key_mask
 from .config import nearest
 from .data import Batch
+from .decoder import Encoded, MultimodalDecoder, Wanted
 from .export import Exportable
 from .masks import Masking
 from .patches import patchify, pick_tokens
@@ -46,14 +48,21 @@ MAX_LOGIT_SCALE = math.log(
 
 @dataclass
 class EncoderOutput:
-    """What a forward pass gives: unit-length features, token states after each tower, the scale."""
+    """What a forward pass gives: unit-length features, token states after each tower, the scale.
 
-    image_features: Tensor  # (B, D) unit length, float32
-    text_features: Tensor  # (B, D) unit length, float32
-    image_tokens: Tensor  # (B, 1 + K, width): class token, then the visible patches
-    text_tokens: Tensor  # (B, K, width)
+    What was not asked for (see `Wanted`) is None; by default features and tokens are there.
+    """
+
+    image_features: Any  # (B, D) unit length, float32
+    text_features: Any  # (B, D) unit length, float32
+    image_tokens: Any  # (B, 1 + K, width): class token, then the visible patches
+    text_tokens: Any  # (B, K, width)
     logit_scale: Tensor  # scalar, the LOG of the inverse temperature
     logit_bias: Tensor  # scalar, used by the sigmoid loss
+    pixels: Tensor | None = None  # (B, N, 3 * p * p) every patch as the decoder sees it
+    word_logits: Tensor | None = None  # (M, V) of the hidden words, row by row
+    matching: Tensor | None = None  # (P,) logits of pairs
+    match: Tensor | None = None  # (P,) 1.0 = a true pair, 0.0 = a wrong one
 
 
 class Projection(nn.Sequential):
@@ -109,6 +118,7 @@ class MultimodalEncoder(nn.Module, Exportable):
         self.text_projection = Projection(bert_config.hidden_size, embed_dim, dropout)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # SigLIP's start; only its loss uses it
+        self.decoder: MultimodalDecoder | None = None
         stats = torch.tensor([image_mean, image_std], dtype=torch.float32)
         self.register_buffer("pixel_stats", stats.reshape(2, 3, 1, 1))
         self.register_buffer("special_ids", special_ids(tokenizer), persistent=False)
@@ -184,7 +194,19 @@ class MultimodalEncoder(nn.Module, Exportable):
         kind = "eager" if torch.device(device).type == "cpu" else "sdpa"
         self.vit.set_attn_implementation(kind)
         self.bert.set_attn_implementation(kind)
+        if self.decoder is not None:
+            self.decoder.set_attention(kind)
         return self.to(device)
+
+    def add_decoder(self, **heads) -> "MultimodalEncoder":
+        """Give the model what puts back pixels and words; heads: see `MultimodalDecoder`.
+
+        Replaces a decoder that is there. Weights are drawn from torch's generator.
+        """
+        decoder = MultimodalDecoder(self.vit.config, self.bert.config, **heads)
+        decoder.set_attention(self.vit.config._attn_implementation)
+        self.decoder = decoder.to(self.logit_scale.device)
+        return self
 
     # -- pictures ----------------------------------------------------------------------------
 
@@ -229,12 +251,8 @@ class MultimodalEncoder(nn.Module, Exportable):
         Where K differs between pictures, states of the filler (keep_valid False) mean nothing.
         """
         x = self._patches(pixel_values, masking, mode)
-        attention_mask = None
-        if (real := _kept(masking, mode)) is not None:
-            real = F.pad(real, (1, 0), value=True)[:, None, None, :]  # (B, 1, 1, 1 + K)
-            attention_mask = real
-            if self.vit.config._attn_implementation == "eager":  # which adds its mask
-                attention_mask = torch.zeros_like(real, dtype=x.dtype).masked_fill(~real, -math.inf)
+        real = _with_class_token(_kept(masking, mode))
+        attention_mask = key_mask(real, self.vit.config._attn_implementation, x.dtype)
         for block in self.vit.layers:
             x = block(x, attention_mask)
         return self.vit.layernorm(x)
@@ -336,17 +354,56 @@ class MultimodalEncoder(nn.Module, Exportable):
         text_masking: Masking | None = None,
         image_mode: str = "drop",
         text_mode: str = "drop",
+        wanted: Wanted | None = None,
     ) -> EncoderOutput:
-        """Features and token states of a batch; a masking that is None hides nothing."""
-        image_tokens = self.image_tokens(batch.pixel_values, image_masking, image_mode)
-        text_tokens, kept = self.text_tokens(batch.input_ids, batch.valid, text_masking, text_mode)
+        """Features and token states of a batch; a masking that is None hides nothing.
+
+        wanted: what else is asked for, or not at all; each tower runs once per view that this
+        needs. Its "unmasked" view gives features of the whole pair, token states of the masked one.
+        """
+        wanted = wanted or Wanted()
+        across = self.decoder is not None and self.decoder.across
+        beside = wanted.contrast and wanted.view == "unmasked"
+        features = (wanted.contrast and not beside) or (wanted.matching is not None and not beside)
+        masked = features or wanted.put_back
+        image = text = image_features = text_features = None
+        if beside:  # first: a pass that wants features alone then draws the same dropout
+            image_features = self.encode_image(batch.pixel_values)
+            text_features = self.encode_text(batch.input_ids, batch.valid)
+        if masked and (features or wanted.pixels or across):
+            states = self.image_tokens(batch.pixel_values, image_masking, image_mode)
+            real = _kept(image_masking, image_mode)
+            image = Encoded(states, _with_class_token(real), image_masking, image_mode)
+        if masked and (features or wanted.words or wanted.matching is not None or across):
+            ids, valid = batch.input_ids, batch.valid
+            text = Encoded(*self.text_tokens(ids, valid, text_masking, text_mode),
+                           text_masking, text_mode)  # fmt: skip
+        with contextlib.nullcontext() if wanted.contrast else torch.no_grad():
+            if features:
+                assert image is not None and text is not None and text.real is not None
+                image_features = self._image_features(
+                    image.states, _kept(image_masking, image_mode)
+                )
+                text_features = self._text_features(text.states, text.real)
+        back = {}
+        if wanted.put_back:
+            if self.decoder is None:
+                raise ValueError("the model has no decoder; call model.add_decoder(...) first")
+            embedding = self.bert.embeddings.word_embeddings.weight
+            pair = (image_features, text_features, self.logit_scale.exp())
+            back = self.decoder(image, text, wanted, embedding, pair, batch.group_ids)
+        # Nodes of the graph: DDP takes a bare parameter for unused.
+        scale, bias = self.logit_scale.clone(), self.logit_bias.clone()
+        if not wanted.contrast:  # and what no loss uses it would wait for
+            scale, bias = scale.detach(), bias.detach()
         return EncoderOutput(
-            self._image_features(image_tokens, _kept(image_masking, image_mode)),
-            self._text_features(text_tokens, kept),
-            image_tokens,
-            text_tokens,
-            self.logit_scale.clone(),  # a node of the graph: DDP takes a bare parameter for unused
-            self.logit_bias.clone(),
+            image_features,
+            text_features,
+            None if image is None else image.states,
+            None if text is None else text.states,
+            scale,
+            bias,
+            **back,
         )
 
     def architecture(self) -> dict:
@@ -358,6 +415,7 @@ class MultimodalEncoder(nn.Module, Exportable):
             "dropout": self.dropout,
             "pooling": self.pooling,
             "tokenizer": tokenizer_state(self.tokenizer),
+            **({} if self.decoder is None else {"decoder": self.decoder.spec}),
         }
 
     @classmethod
@@ -366,14 +424,21 @@ class MultimodalEncoder(nn.Module, Exportable):
         from transformers import BertConfig, ViTConfig
 
         spec = dict(spec)
+        heads = spec.pop("decoder", None)
         vit = ViTConfig(**_settings(ViTConfig, spec.pop("vit")))
         bert = BertConfig(**_settings(BertConfig, spec.pop("bert")))
-        return cls(vit, bert, tokenizer_from_state(spec.pop("tokenizer")), **spec)
+        model = cls(vit, bert, tokenizer_from_state(spec.pop("tokenizer")), **spec)
+        return model if heads is None else model.add_decoder(**heads)
 
 
 def _kept(masking: Masking | None, mode: str) -> Tensor | None:
     """(B, K) bool, which of the kept tokens are no filler; None where there is none."""
     return masking.keep_valid if masking is not None and mode == "drop" else None
+
+
+def _with_class_token(real: Tensor | None) -> Tensor | None:
+    """(B, 1 + K) of (B, K): the class token is always there."""
+    return None if real is None else F.pad(real, (1, 0), value=True)
 
 
 def _mean(tokens: Tensor, real: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 Features are unit-length (B, D); `scale` is exp(logit_scale), the inverse temperature. Pairs of one
 group (several captions of one picture, one caption of several pictures) are never each other's
-negatives. All arithmetic is float32, whatever the features' type.
+negatives. What is put back is judged where it was hidden, and nowhere else: `mask` True = HIDDEN.
+All arithmetic is float32, whatever the features' type. Shapes: B batch, N patches, M hidden words.
 After Radford et al. 2021 (CLIP, arXiv:2103.00020), Khosla et al. 2020 (several positives,
 arXiv:2004.11362) and Zhai et al. 2023 (SigLIP, arXiv:2303.15343).
-Walk-through: notebooks/03_training.ipynb.
+Walk-through: notebooks/03_training.ipynb, 07_reconstruction.
 """
 
 import torch
@@ -122,3 +123,70 @@ def sigmoid_loss(
     """
     total = sigmoid_rows(image_features, text_features, scale, logit_bias, 0, group_ids)
     return total / len(image_features)
+
+
+# -- what was hidden -------------------------------------------------------------------------
+
+
+def normalize_patches(patches: Tensor) -> Tensor:
+    """Each patch (..., 3 * p * p) with mean 0 and deviation 1 of its own (MAE's norm_pix_loss)."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return (patches - mean) / (variance + 1e-6).sqrt()
+
+
+PIXEL_ERRORS = {"mse": F.mse_loss, "l1": F.l1_loss}  # MAE's, SimMIM's
+
+
+def masked_pixel_sum(
+    prediction: Tensor,
+    patches: Tensor,
+    mask: Tensor,
+    norm_pix_loss: bool = False,
+    error: str = "mse",
+) -> Tensor:
+    """Summed error of the hidden patches, each the mean over its values; see `masked_pixel_loss`.
+
+    The sum over disjoint parts of a batch divided by all hidden patches is `masked_pixel_loss`.
+    """
+    if error not in PIXEL_ERRORS:
+        raise ValueError(f"error={error!r} is not known; take one of {', '.join(PIXEL_ERRORS)}")
+    target = patches.float()
+    if norm_pix_loss:
+        target = normalize_patches(target)
+    each = PIXEL_ERRORS[error](prediction.float(), target, reduction="none").mean(-1)  # (B, N)
+    return (each * mask).sum()
+
+
+def masked_pixel_loss(
+    prediction: Tensor,
+    patches: Tensor,
+    mask: Tensor,
+    norm_pix_loss: bool = False,
+    error: str = "mse",
+) -> Tensor:
+    """Mean error of the hidden patches: prediction, patches (B, N, 3 * p * p), mask (B, N) bool.
+
+    error: "mse" (He et al. 2022, MAE) or "l1" (Xie et al. 2022, SimMIM). norm_pix_loss: the target
+    is each patch with mean 0 and deviation 1. NaN where nothing is hidden.
+    """
+    return masked_pixel_sum(prediction, patches, mask, norm_pix_loss, error) / mask.sum()
+
+
+def masked_token_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean cross entropy of hidden words, in nats: logits (M, V), labels (M,).
+
+    With a mask (B, L) bool: logits (B, L, V) and labels (B, L), of which the hidden ones count.
+    exp of it is the perplexity. After Devlin et al. 2019 (BERT, arXiv:1810.04805).
+    """
+    if mask is not None:
+        logits, labels = logits[mask], labels[mask]
+    return F.cross_entropy(logits.float(), labels)
+
+
+def matching_loss(logits: Tensor, match: Tensor) -> Tensor:
+    """Mean binary cross entropy of pairs, in nats: logits (P,), match (P,) 1.0 = a true pair.
+
+    After Li et al. 2021 (ALBEF, arXiv:2107.07651). With one true pair in three, knowing nothing
+    but that costs 0.637 nats.
+    """
+    return F.binary_cross_entropy_with_logits(logits.float(), match.float())

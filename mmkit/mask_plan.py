@@ -99,6 +99,7 @@ class MaskPlan:
             attend=None if self.ema is None else lambda: self.attention(batch),
             layers=self.layers,
             frequency=self.frequency,
+            predict_words=config.words_weight > 0,
         )
 
     def attention(self, batch: Batch) -> Tensor:

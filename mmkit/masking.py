@@ -132,6 +132,7 @@ def draw_maskings(
     attend: Callable[[], Tensor] | None = None,
     layers=None,
     frequency: Tensor | None = None,
+    predict_words: bool = False,
 ) -> tuple[Masking | None, Masking | None]:
     """The image and text `Masking` of a batch; None where the ratio is 0.
 
@@ -139,7 +140,8 @@ def draw_maskings(
     `attend` says whose). image, text: (masker name, ratio in [0, 1), or (B,) one per sample);
     ("painted", array) takes the array (h, w) or (B, h, w) in place of a ratio. text_mode: with
     "80/10/10" at least one word is hidden, and what takes its place is drawn, too. layers,
-    frequency: the dataset's, for the maskers of that name.
+    frequency: the dataset's, for the maskers of that name. predict_words: hide at least one word of
+    each caption that has two, whatever the mode (15 % of four words is none).
     """
     if text_mode not in ("drop", "replace", "80/10/10"):
         known = nearest(text_mode, ("drop", "replace", "80/10/10"))
@@ -157,7 +159,7 @@ def draw_maskings(
         image_masking = masker(noise, 0.0 if by_hand else image[1], scene)
     if _any(text[1]):
         caption = caption_of(batch, model, frequency)
-        caption.least_hidden = int(text_mode == "80/10/10")
+        caption.least_hidden = int(predict_words or text_mode == "80/10/10")
         noise = mask_noise(seed, epoch, ids, batch.input_ids.shape[1], "text")
         text_masking = text_masker(noise, text[1], caption)
         if text_mode == "80/10/10":

@@ -39,10 +39,12 @@ def layer_multiplier(model: Any, name: str, layer_decay: float) -> float:
 
     layer_decay to the power of the layers above it: embeddings and mask token of a tower of depth L
     have L + 1 of them, its first layer L, its last norm and the projections none (Clark et al.
-    2020, ELECTRA, arXiv:2003.10555; BEiT).
+    2020, ELECTRA, arXiv:2003.10555; BEiT). Nor has the decoder.
     """
     if layer := _LAYER.search(name):
         above = getattr(model, layer[1]).config.num_hidden_layers - int(layer[2])
+    elif name.startswith("decoder."):
+        above = 0
     elif "embeddings" in name or "mask_token" in name:
         tower = "vit" if name.startswith(("vit", "image")) else "bert"
         above = getattr(model, tower).config.num_hidden_layers + 1

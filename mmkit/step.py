@@ -112,6 +112,8 @@ def backward(
     scale_parameters: tuple[nn.Parameter, nn.Parameter],
     kind: str,
     *,
+    whole: Callable[[Batch], tuple[EncoderOutput, Tensor | None]] | None = None,
+    contrastive_weight: float = 1.0,
     exchange: str = "gather",
     weight: float = 1.0,
     grad_scale: Callable[[Tensor], Tensor] = lambda x: x,
@@ -119,16 +121,27 @@ def backward(
     synchronize: bool = True,
 ) -> Tensor:
     """Add the gradient of ONE loss over all these micro-batches to every parameter; returns the
-    loss.
+    contrastive loss, not weighted.
 
-    encode: the masked forward pass, masks a pure function of the batch. scale_parameters:
-    logit_scale and logit_bias. kind: "info_nce" or "sigmoid". weight multiplies the gradient. With
-    several micro-batches all but the last run twice, and memory grows with the micro-batch, not
-    with the batch. exchange: see `contrastive_share`.
+    encode: the masked forward pass that gives features, masks a pure function of the batch.
+    scale_parameters: logit_scale and logit_bias. kind: "info_nce" or "sigmoid". whole: the forward
+    pass with all that hangs on it, run once for each micro-batch with a graph: (output, its part of
+    the other terms, weighted and a part of their global mean; None = there are none). weight
+    multiplies the gradient of the contrast, as does contrastive_weight; with 0 nothing is
+    contrasted, and nothing runs twice. Else, with several micro-batches, all but the last do, and
+    memory grows with the micro-batch, not with the batch. exchange: see `contrastive_share`.
     grad_scale: an fp16 scaler's `scale`. no_sync: keeps DDP from summing gradients before the last
     micro-batch. The loss is this process's part of the global mean.
     """
+
+    def features_only(batch: Batch) -> tuple[EncoderOutput, Tensor | None]:
+        return encode(batch), None
+
+    whole = whole or features_only
     device = micro_batches[0].sample_ids.device
+    if not contrastive_weight:
+        _backward_of_parts(whole, micro_batches, grad_scale, no_sync, synchronize)
+        return torch.zeros((), device=device)
     *others, last = micro_batches
     states, features = [], []
     for batch in others:
@@ -137,7 +150,7 @@ def backward(
             features.append(_features(encode(batch)))
     # The last one's graph is kept: a second pass would only repeat it.
     with no_sync() if others or not synchronize else contextlib.nullcontext():
-        kept = encode(last)
+        kept, kept_rest = whole(last)
     afterwards = _generators(device)
     features.append(_features(kept))
 
@@ -145,32 +158,45 @@ def backward(
     leaves = [leaf.detach().requires_grad_() for leaf in (image, text, *scale_parameters)]
     groups = torch.cat([batch.group_ids for batch in micro_batches])
     loss = contrastive_share(leaves[0], leaves[1], leaves[2], leaves[3], groups, kind, exchange)
-    factor = weight * world()[1]  # DDP averages over processes; each holds its part of a sum
+    # DDP averages over processes; each holds its part of a sum.
+    factor = contrastive_weight * weight * world()[1]
     image_grad, text_grad, *scale_grads = torch.autograd.grad(
         loss * factor, leaves, allow_unused=True, materialize_grads=True
     )
     sizes = [len(batch) for batch in micro_batches]
     *pieces, last_piece = zip(image_grad.split(sizes), text_grad.split(sizes), strict=True)
 
-    def pull(out: EncoderOutput, piece: tuple[Tensor, Tensor], final: bool):
+    def pull(out: EncoderOutput, rest: Tensor | None, piece: tuple[Tensor, Tensor], final: bool):
         """Send the loss's gradient at the features of a micro-batch on into the parameters."""
         surrogate = (out.image_features * piece[0]).sum() + (out.text_features * piece[1]).sum()
         # logit_scale has ONE gradient per step; once per micro-batch would multiply it.
         once = [g if final else torch.zeros_like(g) for g in scale_grads]
         surrogate = surrogate + out.logit_scale * once[0] + out.logit_bias * once[1]
+        if rest is not None:
+            surrogate = surrogate + rest * world()[1]
         grad_scale(surrogate).backward()
 
     with no_sync() if others or not synchronize else contextlib.nullcontext():
-        pull(kept, last_piece, final=not others)
-    del kept
+        pull(kept, kept_rest, last_piece, final=not others)
+    del kept, kept_rest
     for i, (batch, piece) in enumerate(zip(others, pieces, strict=True)):
         final = i == len(others) - 1
         with contextlib.nullcontext() if final and synchronize else no_sync():
             _set_generators(states[i], device)
-            pull(encode(batch), piece, final)
+            pull(*whole(batch), piece, final)
     if others:
         _set_generators(afterwards, device)
     return loss.detach()
+
+
+def _backward_of_parts(whole, micro_batches: list[Batch], grad_scale, no_sync, synchronize: bool):
+    """The gradient of terms that are sums over samples: each micro-batch by itself, once."""
+    for i, batch in enumerate(micro_batches):
+        final = synchronize and i == len(micro_batches) - 1
+        with contextlib.nullcontext() if final else no_sync():
+            _, rest = whole(batch)
+            if rest is not None:
+                grad_scale(rest * world()[1]).backward()
 
 
 def _features(out: EncoderOutput) -> tuple[Tensor, Tensor]:

@@ -22,11 +22,13 @@ from torch import Tensor
 from . import run_state
 from .config import TrainingConfig
 from .data import Batch, MultimodalDataset, load_batches
+from .decoder import Wanted
 from .describe import describe
 from .distributed import my_share, sum_over_processes, world
 from .encoder import MAX_LOGIT_SCALE, EncoderOutput, MultimodalEncoder
 from .mask_plan import MaskPlan, check_maskers
 from .masking import mask_noise
+from .objective import Objective
 from .optim import build_optimizers, freeze, set_learning_rate, thaw
 from .precision import autocast_for, pick_precision
 from .retrieval import embed, score
@@ -88,6 +90,8 @@ class MaskedMultimodalTrainer:
                 f"the model has weights of type {', '.join(map(str, odd))}; training keeps float32 "
                 "ones and computes by mixed_precision: call model.float()"
             )
+        self.objective = Objective(config, model)
+        self.objective.prepare_model()
         self.model = model.to_device(self.device)
         self._share_tokenizer()
         self.ema = RunningMean(self.model, config.ema_decay) if config.ema_decay else None
@@ -113,6 +117,8 @@ class MaskedMultimodalTrainer:
         self.best_loss, self.seconds, self._mark = math.inf, 0.0, time.perf_counter()
         self.epoch_loss, self.epoch_steps = torch.zeros((), device=self.device), 0
         self.plan = MaskPlan(config, self.model, train, self.num_epochs)
+        self.objective.check_steps(self.total_steps, self.plan.masked_epochs * self.steps_per_epoch)
+        self.terms: dict[str, Tensor] = {}  # this process's parts of the last step's terms
         self.drawn: list = []  # the (image, text) maskings of the step's micro-batches
         self.path = Path(config.output_dir) / self._run_name(resume is True)
         self.forked = False
@@ -225,29 +231,63 @@ class MaskedMultimodalTrainer:
 
     # -- the step ----------------------------------------------------------------------------
 
-    def encode(self, batch: Batch, maskings) -> EncoderOutput:
+    def encode(self, batch: Batch, maskings, wanted: Wanted | None = None) -> EncoderOutput:
         """The masked forward pass of a micro-batch, in this run's precision."""
         modes = (self.config.image_mask_mode, self.config.text_mask_mode)
         with autocast_for(self.config.mixed_precision, self.device):
-            return self.net(batch, *maskings, *modes)
+            return self.net(batch, *maskings, *modes, wanted)
 
-    def gradients(self, batch: Batch, epoch: int) -> Tensor:
-        """Add the gradient of a batch to the parameters; returns its share of the loss."""
-        config = self.config
+    def gradients(
+        self, batch: Batch, epoch: int, weights: dict[str, float] | None = None
+    ) -> Tensor:
+        """Add the gradient of a batch to the parameters; returns its share of the loss.
+
+        weights: of the terms; None = what the schedules say. `self.terms` then holds each term's
+        share, not weighted.
+        """
+        config, objective = self.config, self.objective
+        if weights is None:
+            weights = objective.weights(self.step, self.total_steps)
         accumulate = backward if config.accumulation == "exact" else naive_backward
         micro_batches = self.plan.augmented(batch, epoch).split(config.gradient_accumulation_steps)
         # Drawn once: the replay of a micro-batch must hide the same, and attention costs a look.
-        drawn = {id(micro): self.plan.draw(micro, epoch) for micro in micro_batches}
-        self.drawn = list(drawn.values())
-        return accumulate(
-            lambda micro: self.encode(micro, drawn[id(micro)]),
+        self.drawn = [self.plan.draw(micro, epoch) for micro in micro_batches]
+        wanted = [
+            objective.wanted(micro, drawn, epoch, weights)
+            for micro, drawn in zip(micro_batches, self.drawn, strict=True)
+        ]
+        number = {id(micro): i for i, micro in enumerate(micro_batches)}
+        counts = objective.counts(micro_batches, self.drawn, wanted)
+        self.terms = {term: torch.zeros((), device=self.device) for term in weights}
+
+        def features(micro: Batch) -> EncoderOutput:
+            return self.encode(
+                micro, self.drawn[number[id(micro)]], Wanted(view=config.contrastive_view)
+            )
+
+        def whole(micro: Batch) -> tuple[EncoderOutput, Tensor | None]:
+            i = number[id(micro)]
+            out = self.encode(micro, self.drawn[i], wanted[i])
+            parts = objective.parts(out, micro, self.drawn[i], counts)
+            for term, part in parts.items():
+                self.terms[term] += part.detach()
+            total = [weights[term] * part for term, part in parts.items()]
+            return out, torch.stack(total).sum() if total else None
+
+        contrast = accumulate(
+            features,
             micro_batches,
             (self.model.logit_scale, self.model.logit_bias),
             config.loss,
+            whole=whole,
+            contrastive_weight=weights.get("contrastive", 0.0),
             exchange=config.exchange,
             grad_scale=self.scaler.scale,
             no_sync=lambda: self.accelerator.no_sync(self.net),
         )
+        if "contrastive" in weights:
+            self.terms["contrastive"] = contrast
+        return torch.stack([weight * self.terms[term] for term, weight in weights.items()]).sum()
 
     def train_step(self, batch: Batch, epoch: int) -> tuple[Tensor, float]:
         """One optimizer step: (this process's part of the loss, gradient norm before clipping)."""

@@ -1,0 +1,169 @@
+"""One objective: the weighted sum of contrast, hidden pixels, hidden words and matching.
+
+Each term but the contrast is a mean over what was hidden in the GLOBAL batch: its parts are sums
+over a micro-batch divided by the count of the whole, so that they add up to the same mean however
+the batch is cut (a mean of means would not, where micro-batches hide different numbers). Masks are
+known before the forward pass, and with them the counts. Walk-through:
+notebooks/07_reconstruction.ipynb.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import TrainingConfig
+from .data import Batch
+from .decoder import Wanted
+from .distributed import sum_over_processes
+from .encoder import EncoderOutput, MultimodalEncoder
+from .losses import masked_pixel_sum
+from .masks import Masking, mask_noise
+from .patches import patchify
+
+Maskings = tuple[Masking | None, Masking | None]
+
+
+class Objective:
+    """What each step is asked for beside its features, and what came of it."""
+
+    def __init__(self, config: TrainingConfig, model: MultimodalEncoder):
+        self.config, self.model = config, model
+
+    def prepare_model(self):
+        """Give the model the heads that the terms need; ValueError where its own do not serve."""
+        config, decoder = self.config, self.model.decoder
+        needed = {term: bool(getattr(config, f"{term}_weight"))
+                  for term in ("pixels", "words", "matching")}  # fmt: skip
+        if not any(needed.values()):
+            return
+        if decoder is None:
+            depth, across = config.decoder_depth, config.cross_modal
+            self.model.add_decoder(
+                **needed,
+                across=across,
+                width=config.decoder_width,
+                pixel_depth=depth if across or config.image_mask_mode == "drop" else 0,
+                word_depth=depth if across or config.text_mask_mode == "drop" else 0,
+                norm_pix_loss=config.norm_pix_loss,
+                dropout=self.model.dropout,
+            )
+            return
+        missing = [term for term in needed if needed[term] and not decoder.spec[term]]
+        if missing:
+            raise ValueError(
+                f"the model's decoder has no head for {', '.join(missing)}; call "
+                "model.add_decoder(...) with all heads, or set model.decoder = None for a new one"
+            )
+        for name, wanted in (
+            ("across", config.cross_modal),
+            ("norm_pix_loss", config.norm_pix_loss),
+        ):
+            if decoder.spec[name] != wanted:
+                field = "cross_modal" if name == "across" else name
+                raise ValueError(
+                    f"{field}={wanted} is not what the model's decoder was built for; give "
+                    f"{field}={decoder.spec[name]}, or set model.decoder = None for a new one"
+                )
+
+    def check_steps(self, total_steps: int, masked_steps: int):
+        """ValueError where a step of the run would learn nothing."""
+        for step in range(total_steps):
+            terms = set(self.weights(step, total_steps))
+            if step >= masked_steps:
+                terms -= {"pixels", "words"}
+            if not terms:
+                hidden = " (nothing is hidden in it)" if step >= masked_steps else ""
+                raise ValueError(
+                    f"step {step} of {total_steps} has no term to learn from{hidden}; change the "
+                    "terms' schedules, or unmasked_epochs"
+                )
+
+    def weights(self, step: int, total_steps: int) -> dict[str, float]:
+        """Each term's weight in a step, those above 0."""
+        return self.config.term_weights(step / max(1, total_steps - 1))
+
+    def wanted(
+        self, batch: Batch, maskings: Maskings, epoch: int, weights: dict[str, float]
+    ) -> Wanted:
+        """What the forward pass of a micro-batch is asked for: a pure function of all this."""
+        config, ids = self.config, batch.sample_ids
+        image, text = maskings
+        sees = matching = None
+        if config.cross_modal and config.cross_modal_ratio < 1:
+            draw = mask_noise(config.seed, epoch, ids, 1, "across")[:, 0]
+            own = torch.arange(len(ids), device=ids.device)
+            sees = own.masked_fill(draw >= config.cross_modal_ratio, -1)
+        if "matching" in weights:
+            matching = mask_noise(config.seed, epoch, ids, 2, "matching")
+        pixels, words = "pixels" in weights, "words" in weights
+        return Wanted(
+            contrast="contrastive" in weights,
+            view=config.contrastive_view,
+            pixels=pixels and image is not None,
+            words=words and text is not None,
+            matching=matching,
+            sees=sees,
+        )
+
+    def counts(
+        self, micro_batches: Sequence[Batch], drawn: Sequence[Maskings], wanted: Sequence[Wanted]
+    ) -> dict[str, float]:
+        """How many patches, words and pairs each term is a mean over, in the global batch."""
+        total = torch.zeros(3, dtype=torch.float64)
+        for batch, (image, text), want in zip(micro_batches, drawn, wanted, strict=True):
+            if want.pixels and image is not None:
+                total[0] += float(image.mask.sum())
+            if want.words and text is not None:
+                total[1] += float(text.mask.sum())
+            if want.matching is not None:
+                total[2] += num_pairs(batch.group_ids, want)
+        total = sum_over_processes(total.to(micro_batches[0].sample_ids.device))
+        return dict(zip(("pixels", "words", "matching"), total.tolist(), strict=True))
+
+    def parts(
+        self, out: EncoderOutput, batch: Batch, maskings: Maskings, counts: dict[str, float]
+    ) -> dict[str, Tensor]:
+        """Each term's part of the global mean that this micro-batch has; unweighted."""
+        parts, sums = {}, term_sums(self.model, out, batch, maskings, self.config.pixel_error)
+        for term, value in sums.items():
+            parts[term] = value / max(1.0, counts[term])
+        return parts
+
+
+def term_sums(
+    model: MultimodalEncoder,
+    out: EncoderOutput,
+    batch: Batch,
+    maskings: Maskings,
+    pixel_error: str = "mse",
+) -> dict[str, Tensor]:
+    """Summed loss of each term whose prediction is in `out`."""
+    sums, (image, text) = {}, maskings
+    if out.pixels is not None and image is not None:
+        patches = patchify(model.normalize(batch.pixel_values), model.patch_size)
+        assert model.decoder is not None
+        norm = model.decoder.norm_pix_loss
+        sums["pixels"] = masked_pixel_sum(out.pixels, patches, image.mask, norm, pixel_error)
+    if out.word_logits is not None and text is not None:
+        labels = batch.input_ids[text.mask]
+        sums["words"] = F.cross_entropy(out.word_logits.float(), labels, reduction="sum")
+    if out.matching is not None and out.match is not None:
+        sums["matching"] = F.binary_cross_entropy_with_logits(
+            out.matching, out.match, reduction="sum"
+        )
+    return sums
+
+
+def num_pairs(groups: Tensor, wanted: Wanted) -> int:
+    """True and wrong pairs of a micro-batch: a wrong picture and a wrong caption for each row that
+    looks across and has a row of another group beside it."""
+    own = torch.arange(len(groups), device=groups.device)
+    looking = torch.ones_like(own, dtype=torch.bool) if wanted.sees is None else wanted.sees == own
+    other = (groups[:, None] != groups[None, :]).any(1)
+    return int(looking.sum() + 2 * (looking & other).sum())
+
+
+PAIR_ENTROPY = math.log(3) - 2 / 3 * math.log(2)  # nats of one true pair in three: 0.637
