@@ -320,6 +320,7 @@ class MultimodalDecoder(nn.Module):
 
     def _pairs(self, wanted: Wanted, features, groups) -> tuple[Tensor, Tensor, Tensor]:
         """(captions, pictures, looking): rows of each pair to be fused, true ones first."""
+        assert wanted.matching is not None
         if self.matching_head is None:
             raise ValueError(
                 "this model has no matching head; model.add_decoder(matching=True) adds one"

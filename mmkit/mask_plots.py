@@ -26,10 +26,7 @@ from .figures import (
 )
 from .masking import IMAGE_MASKERS, draw_maskings
 from .masks import Masking
-from .patches import patchify, unpatchify
-
-HIDDEN = 208  # the grey of a hidden patch
-
+from .patches import HIDDEN, paint_mask, patchify
 
 __all__ = [
     "HIDDEN",
@@ -46,13 +43,6 @@ __all__ = [
     "token_table",
     "what_the_model_sees",
 ]
-
-
-def paint_mask(pixels: Tensor, mask: Tensor, patch_size: int) -> Tensor:
-    """Pictures (B, 3, H, W) uint8 with the hidden patches grey; mask (B, N) True = hidden."""
-    grid = (pixels.shape[2] // patch_size, pixels.shape[3] // patch_size)
-    patches = patchify(pixels, patch_size)
-    return unpatchify(patches.masked_fill(mask[..., None], HIDDEN), patch_size, grid)
 
 
 def _show_masked(axes, pixels: Tensor, masking: Masking | None, patch_size: int):

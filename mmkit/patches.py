@@ -5,6 +5,8 @@ Shapes: B batch, N patches, K kept, D width. Walk-through: notebooks/02_masking.
 
 from torch import Tensor
 
+HIDDEN = 208  # the grey of a hidden patch
+
 
 def patchify(pixels: Tensor, patch_size: int) -> Tensor:
     """(B, 3, H, W) -> (B, N, 3 * patch_size**2), rows of patches first, channels first in a patch.
@@ -34,3 +36,10 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 def pick_tokens(x: Tensor, ids: Tensor) -> Tensor:
     """Rows `ids` (B, K) of x (B, N, D): (B, K, D)."""
     return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def paint_mask(pixels: Tensor, mask: Tensor, patch_size: int) -> Tensor:
+    """Pictures (B, 3, H, W) uint8 with the hidden patches grey; mask (B, N) True = hidden."""
+    grid = (pixels.shape[2] // patch_size, pixels.shape[3] // patch_size)
+    patches = patchify(pixels, patch_size)
+    return unpatchify(patches.masked_fill(mask[..., None], HIDDEN), patch_size, grid)

@@ -85,6 +85,13 @@ def _remove_run(path: Path) -> None:
     metrics.unlink()
 
 
+def _tag(name: str, split: str) -> str:
+    """TensorBoard's name of a quantity; one that both splits have is told apart by the split."""
+    if name == "loss" or name.endswith("_loss"):
+        return f"{name}/{split}"
+    return f"retrieval/{name}" if "R@" in name else name
+
+
 class RunWriter:
     """Writes a run's folder: config.json, metrics.jsonl and event files.
 
@@ -120,11 +127,20 @@ class RunWriter:
         for name, value in record.items():
             if name in ("split", "step", "best", "train_loss") or value is None:
                 continue
-            tag = (
-                f"loss/{split}" if name == "loss" else f"retrieval/{name}" if "R@" in name else name
-            )
-            self._events.add_scalar(tag, value, step)
+            self._events.add_scalar(_tag(name, split), value, step)
         self._events.flush()
+
+    def write_pictures(self, original, masked, put_back, step: int):
+        """A strip of pictures (B, 3, H, W) uint8 each: put_back/STEP.png, and to TensorBoard."""
+        from torchvision.io import write_png
+
+        from .reconstruction_plots import strip
+
+        picture = strip(original, masked, put_back)
+        folder = self._metrics.parent / "put_back"
+        folder.mkdir(exist_ok=True)
+        write_png(picture, str(folder / f"{step:08d}.png"))
+        self._events.add_image("original, masked, put back", picture, step)
 
     def close(self):
         self._events.close()

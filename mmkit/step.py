@@ -94,13 +94,13 @@ def _ring_of_texts(
     return total
 
 
-def _generators(device: torch.device) -> list[Tensor]:
+def random_states(device: torch.device) -> list[Tensor]:
     """State of the generators that dropout draws from."""
     cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return [torch.get_rng_state(), *cuda]
 
 
-def _set_generators(states: list[Tensor], device: torch.device):
+def set_random_states(states: list[Tensor], device: torch.device):
     torch.set_rng_state(states[0])
     if len(states) > 1:
         torch.cuda.set_rng_state(states[1], device)
@@ -145,13 +145,13 @@ def backward(
     *others, last = micro_batches
     states, features = [], []
     for batch in others:
-        states.append(_generators(device))
+        states.append(random_states(device))
         with torch.no_grad():
             features.append(_features(encode(batch)))
     # The last one's graph is kept: a second pass would only repeat it.
     with no_sync() if others or not synchronize else contextlib.nullcontext():
         kept, kept_rest = whole(last)
-    afterwards = _generators(device)
+    afterwards = random_states(device)
     features.append(_features(kept))
 
     image, text = (torch.cat(parts) for parts in zip(*features, strict=True))
@@ -182,10 +182,10 @@ def backward(
     for i, (batch, piece) in enumerate(zip(others, pieces, strict=True)):
         final = i == len(others) - 1
         with contextlib.nullcontext() if final and synchronize else no_sync():
-            _set_generators(states[i], device)
+            set_random_states(states[i], device)
             pull(*whole(batch), piece, final)
     if others:
-        _set_generators(afterwards, device)
+        set_random_states(afterwards, device)
     return loss.detach()
 
 

@@ -31,11 +31,13 @@ from .masking import mask_noise
 from .objective import Objective
 from .optim import build_optimizers, freeze, set_learning_rate, thaw
 from .precision import autocast_for, pick_precision
-from .retrieval import embed, score
+from .reconstruct import example_pictures
 from .run import Run, RunWriter, newest_run
 from .running_mean import RunningMean
-from .step import backward, naive_backward
+from .step import backward, naive_backward, random_states, set_random_states
+from .term_gradients import compare_terms, tower_gradients
 from .text_maskers import maskable_words
+from .validation import validate
 
 Callback = Callable[["MaskedMultimodalTrainer", dict], None]
 
@@ -396,6 +398,8 @@ class MaskedMultimodalTrainer:
         for batch in load_batches(self.train, keys, config.num_workers, self.device.type == "cuda"):
             waited += time.perf_counter() - before
             batch = batch.to(self.device)
+            if config.term_gradients_every and self.step % config.term_gradients_every == 0:
+                self._write("terms", epoch, self.measure_terms(batch, epoch))
             loss, norm = self.train_step(batch, epoch)
             self.step += 1
             bar.update(1)
@@ -445,6 +449,7 @@ class MaskedMultimodalTrainer:
         self.clock()
         record = {
             "loss": total,
+            **self._terms_in_all(),
             "learning_rate": self.optimizers[-1].param_groups[0]["lr"],
             "logit_scale": self.model.logit_scale.item(),
             "image_mask_ratio": patches_hidden / patches,
@@ -455,6 +460,14 @@ class MaskedMultimodalTrainer:
             "waiting_for_data": waiting,
         }
         self._write("train", epoch, record)
+
+    def _terms_in_all(self) -> dict[str, float]:
+        """Each term of the last step, not weighted, over all processes; {} for contrast alone."""
+        if self.config.terms == ["contrastive"]:
+            return {}
+        terms = sorted(self.terms)
+        total = sum_over_processes(torch.stack([self.terms[term].double() for term in terms]))
+        return {f"{term}_loss": x for term, x in zip(terms, total.tolist(), strict=True)}
 
     @property
     def validated(self) -> MultimodalEncoder:
@@ -472,8 +485,8 @@ class MaskedMultimodalTrainer:
         if (epoch + 1) % config.eval_every == 0 or last:
             record: dict[str, Any] = {"loss": train_loss, "train_loss": train_loss}
             if self.val is not None:
-                features = embed(self.validated, self.val, mixed_precision=config.mixed_precision)
-                record |= _flat(score(self.validated, features, config.loss))
+                record |= validate(self.validated, self.val, config)
+                self._keep_pictures()
             better = record["loss"] is not None and record["loss"] < self.best_loss
             # Process 0 decides: on another kind of CPU the last bit of the loss may be another.
             better = bool(sum_over_processes(self.epoch_loss.new_tensor(better * (not self.rank))))
@@ -485,6 +498,30 @@ class MaskedMultimodalTrainer:
             self._say_epoch(epoch, record, better)
         run_state.save_last(self)
 
+    def _keep_pictures(self):
+        """Original, masked and put back, of the same few pictures each time."""
+        if self.writer and self.val is not None and "pixels" in self.config.terms:
+            pictures = example_pictures(self.validated, self.val, self.config)
+            self.writer.write_pictures(*pictures, step=self.step)
+
+    def measure_terms(self, batch: Batch, epoch: int) -> dict[str, float]:
+        """What the terms do to each other: see `gradients.compare_terms`.
+
+        The gradient of each term alone, weighted as in the loss, on the towers that they share. The
+        training goes on as if this had not been: no draw is used up, nothing is updated.
+        """
+        weights = self.objective.weights(self.step, self.total_steps)
+        states, gradients = random_states(self.device), {}
+        for term, weight in weights.items():
+            self.model.zero_grad(set_to_none=True)
+            set_random_states(states, self.device)
+            self.gradients(batch, epoch, {term: weight})
+            scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+            gradients[term] = tower_gradients(self.model, scale)
+        set_random_states(states, self.device)
+        self.model.zero_grad(set_to_none=True)
+        return compare_terms(gradients)
+
     # -- words -------------------------------------------------------------------------------
 
     def say(self, words: str):
@@ -495,8 +532,15 @@ class MaskedMultimodalTrainer:
         words, train_loss = f"epoch {epoch + 1:3d}/{self.num_epochs}  ", record["train_loss"]
         words += "no step applied" if train_loss is None else f"train loss {train_loss:.3f}"
         if self.val is not None:
+            words += f"  val loss {record['loss']:.3f}"
+        if "image_to_text_R@1" in record:
             recalls = [record[f"{way}_R@1"] for way in ("image_to_text", "text_to_image")]
-            words += f"  val loss {record['loss']:.3f}  R@1 {50 * sum(recalls):5.1f} %"
+            words += f"  R@1 {50 * sum(recalls):5.1f} %"
+        if "pixel_error" in record:
+            words += f"  pixel error {record['pixel_error']:.4f}"
+        for term in ("words", "matching"):
+            if f"{term}_accuracy" in record:
+                words += f"  {term} {100 * record[f'{term}_accuracy']:4.1f} %"
         self.say(f"{words}  {self.seconds:6.1f} s{'  best' if better else ''}")
 
     def _progress(self):
@@ -520,14 +564,6 @@ def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
 def _finite(value: float) -> float | None:
     """JSON has no NaN."""
     return value if math.isfinite(value) else None
-
-
-def _flat(result: dict) -> dict:
-    """{"image_to_text": {1: x}} -> {"image_to_text_R@1": x}."""
-    flat = {"loss": result["loss"]}
-    for way in ("image_to_text", "text_to_image"):
-        flat |= {f"{way}_R@{k}": value for k, value in result[way].items()}
-    return flat
 
 
 def train_model(

@@ -1,0 +1,41 @@
+"""What the terms of an objective do to each other: lengths and angles of their gradients.
+
+A cosine below 0 says that a step down one term goes up the other (Yu et al. 2020, "Gradient surgery
+for multi-task learning", arXiv:2001.06782). Walk-through: notebooks/07_reconstruction.ipynb.
+"""
+
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+TOWERS = {"image": "vit.", "text": "bert."}  # what several terms have in common, by its name
+
+
+def tower_gradients(model: torch.nn.Module, scale: float = 1.0) -> dict[str, Tensor]:
+    """The gradient that is there now, flat, of each tower that has one; divided by `scale`."""
+    found = {}
+    for tower, prefix in TOWERS.items():
+        parts = [(p, p.grad) for n, p in model.named_parameters() if n.startswith(prefix)]
+        if any(grad is not None for _, grad in parts):
+            flat = [torch.zeros_like(p) if grad is None else grad for p, grad in parts]
+            found[tower] = torch.cat([grad.flatten() for grad in flat]).float() / scale
+    return found
+
+
+def compare_terms(gradients: dict[str, dict[str, Tensor]]) -> dict[str, float]:
+    """Norms and cosines of {term: {tower: flat gradient}}.
+
+    "gradient_norm/TOWER/TERM", and "gradient_cosine/TOWER/TERM·TERM" for each two that both reach a
+    tower (NaN where one of them is zero there).
+    """
+    found = {}
+    for tower in TOWERS:
+        here = {term: flat[tower] for term, flat in gradients.items() if tower in flat}
+        for term, flat in here.items():
+            found[f"gradient_norm/{tower}/{term}"] = float(flat.norm())
+        for one, other in combinations(here, 2):
+            norms = here[one].norm() * here[other].norm()
+            cosine = here[one] @ here[other] / norms
+            found[f"gradient_cosine/{tower}/{one}·{other}"] = float(cosine)
+    return found
