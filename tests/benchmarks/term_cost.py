@@ -1,0 +1,84 @@
+"""What putting back costs: a training step with each term on against the contrastive step.
+
+    python -m tests.benchmarks.term_cost        # about three minutes on two CPU cores
+
+The whole step (masks, gradients, clipping, optimizers) of the tiny preset on the built-in pictures,
+128 pairs, half of the patches and 30 % of the words hidden in all, the variants in turns in one
+process: a busy moment hits all alike. Ratios are taken within a round; their median and quartiles
+are written to results/term_cost.json.
+"""
+
+import argparse
+import json
+import random
+import time
+
+import mmkit as mm
+from tests.benchmarks.draw_masks import FOLDER, machine
+from tests.benchmarks.exact_step import spread
+
+HIDDEN = dict(image_mask_ratio=0.5, text_mask_ratio=0.3)
+ACROSS = dict(cross_modal=True)
+VARIANTS = {
+    "contrast": {},
+    "+ pixels": dict(pixels_weight=1.0),
+    "+ words": dict(words_weight=0.3),
+    "+ pixels + words": dict(pixels_weight=1.0, words_weight=0.3),
+    "+ pixels + words, across": dict(pixels_weight=1.0, words_weight=0.3, **ACROSS),
+    "all terms": dict(pixels_weight=1.0, words_weight=0.3, matching_weight=0.3, **ACROSS),
+    "all terms, contrast on an unmasked view": dict(
+        pixels_weight=1.0, words_weight=0.3, matching_weight=0.3, contrastive_view="unmasked",
+        **ACROSS,
+    ),
+    "pixels alone (MAE), 75 % hidden": dict(
+        contrastive_weight=0.0, pixels_weight=1.0, image_mask_ratio=0.75, text_mask_ratio=0.0
+    ),
+}  # fmt: skip
+
+
+def measure(rounds: int, precision: str) -> dict:
+    train, _, _ = mm.openmoji(image_size=64)
+    trainers = {
+        name: mm.MaskedMultimodalTrainer(
+            mm.TrainingConfig(mixed_precision=precision, **HIDDEN | values), train
+        )
+        for name, values in VARIANTS.items()
+    }
+    for trainer in trainers.values():
+        trainer.net.train()
+    batch = trainers["contrast"].first_batch()
+    seconds: dict[str, list[float]] = {name: [] for name in trainers}
+    draw = random.Random(0)
+    for number in range(rounds + 1):
+        for name in draw.sample(list(trainers), len(trainers)):
+            start = time.perf_counter()
+            trainers[name].train_step(batch, number)
+            if number:  # the first round warms up
+                seconds[name].append(time.perf_counter() - start)
+    return {
+        name: {
+            "milliseconds": spread([1e3 * s for s in times]),
+            "ratio": spread([a / b for a, b in zip(times, seconds["contrast"], strict=True)]),
+        }
+        for name, times in seconds.items()
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--precision", default="auto")
+    args = parser.parse_args()
+    results = {"machine": machine(), "rounds": args.rounds, "precision": args.precision}
+    results["variants"] = measure(args.rounds, args.precision)
+    for name, found in results["variants"].items():
+        ratio = found["ratio"]
+        print(
+            f"{name:42} {found['milliseconds']['median']:7.0f} ms   "
+            f"x {ratio['median']:.2f} ({ratio['lower']:.2f} to {ratio['upper']:.2f})"
+        )
+    (FOLDER / "term_cost.json").write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
