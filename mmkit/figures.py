@@ -35,13 +35,15 @@ def plain_axes(ax):
 
 def yardstick_lines(ax, yardsticks: dict[str, float] | None):
     """Dotted levels with their names on them, by turns at the right and the left end."""
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=2, foreground="white")]  # hides less of a curve than a box
     for i, (name, value) in enumerate((yardsticks or {}).items()):
         ax.axhline(value, color="0.45", linestyle=":", linewidth=1.2, zorder=1)
         x, side = ((0.99, "right"), (0.01, "left"))[i % 2]
-        where = dict(xycoords=("axes fraction", "data"), ha=side, va="bottom", fontsize=8)
-        halo = dict(facecolor="white", alpha=0.75, edgecolor="none", pad=0.6)
-        ax.annotate(name, (x, value), (0, 2), textcoords="offset points", color="0.3", bbox=halo,
-                    zorder=4, **where)  # fmt: skip
+        where = dict(xycoords=("axes fraction", "data"), textcoords="offset points", ha=side)
+        style = dict(va="bottom", fontsize=8, color="0.3", path_effects=halo, zorder=4)
+        ax.annotate(name, (x, value), (0, 1), **where, **style)
 
 
 def wrap(words: str, width: int = 22, most: int = 3) -> str:
