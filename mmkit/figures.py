@@ -10,6 +10,8 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9",
 )  # fmt: skip
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, RED, SKY)
+# word pieces: visible, [CLS] and [SEP], struck out, the mask token, and what 80/10/10 drew
+KINDS = {"seen": SKY, "end": "#e8e8e8", "dropped": "#f9e0b0", "mask": ORANGE, "other": GREEN}
 
 
 def new_figure(width: float, height: float):
@@ -29,6 +31,19 @@ def take_away(figure, words: str):
 def plain_axes(ax):
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25, linewidth=0.6)
+
+
+def yardstick_lines(ax, yardsticks: dict[str, float] | None):
+    """Dotted levels with their names on them, by turns at the right and the left end."""
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=2, foreground="white")]  # hides less of a curve than a box
+    for i, (name, value) in enumerate((yardsticks or {}).items()):
+        ax.axhline(value, color="0.45", linestyle=":", linewidth=1.2, zorder=1)
+        x, side = ((0.99, "right"), (0.01, "left"))[i % 2]
+        where = dict(xycoords=("axes fraction", "data"), textcoords="offset points", ha=side)
+        style = dict(va="bottom", fontsize=8, color="0.3", path_effects=halo, zorder=4)
+        ax.annotate(name, (x, value), (0, 1), **where, **style)
 
 
 def wrap(words: str, width: int = 22, most: int = 3) -> str:

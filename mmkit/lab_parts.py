@@ -16,12 +16,9 @@ from torch import Tensor
 from .cost import sample_flops
 from .data import MultimodalDataset
 from .encoder import MultimodalEncoder
-from .figures import GREEN, ORANGE, RED, SKY, new_figure, show_picture
+from .figures import KINDS, RED, new_figure, show_picture
 from .masks import Masking
 from .tokenizer import continues_word, special_ids, word_ids
-
-# word pieces: visible, [CLS] and [SEP], struck out, the mask token, and what 80/10/10 drew
-KINDS = {"seen": SKY, "end": "#e8e8e8", "dropped": "#f9e0b0", "mask": ORANGE, "other": GREEN}
 
 Piece = tuple[str, str]  # a word piece as it is shown, and its kind
 

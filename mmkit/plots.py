@@ -27,8 +27,10 @@ from .figures import (  # noqa: F401  (the colours are for readers of mm.plots, 
     show_picture,
     take_away,
     wrap,
+    yardstick_lines,
 )
 from .mask_plots import *  # noqa: F403  (mm.plots has all pictures)
+from .reconstruction_plots import *  # noqa: F403
 from .retrieval import Features, Index
 from .run_plots import *  # noqa: F403
 
@@ -269,11 +271,14 @@ def lines(
     from_zero: bool = True,
     reference: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     intervals: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
+    yardsticks: dict[str, float] | None = None,
+    bands: bool = False,
 ):
     """Named curves {name: (xs, ys)} on one pair of axes.
 
-    level: a named dotted yardstick. reference: curves to compare with, dotted and grey. intervals:
-    (low, high) of the curves of these names, drawn as bars.
+    level: a named dotted yardstick, in the legend. yardsticks: several, with their names on them.
+    reference: curves to compare with, dotted and grey. intervals: (low, high) of the curves of
+    these names, drawn as bars, or as areas if `bands`.
     """
     many = len(curves) > 6
     figure = new_figure(8 if many else 6.5, 4 if many else 3.2)
@@ -284,15 +289,11 @@ def lines(
         colour = (*COLOURS, "black", "0.55")[i % 8]  # the last two are dashed as well
         style: dict = dict(color=colour, linestyle="-" if i % 8 < 6 else "--", label=name)
         style |= dict(linewidth=1.8, marker="." if len(xs) < 30 else None)
-        if intervals and name in intervals:  # side by side, so that the bars can be told apart
-            step = 0.006 * (max(xs) - min(xs)) * (i - len(curves) / 2)
-            low, high = (np.asarray(edge) for edge in intervals[name])
-            spread = np.array([np.asarray(ys) - low, high - np.asarray(ys)])
-            ax.errorbar(np.asarray(xs) + step, ys, spread, capsize=2, **style)
-        else:
-            ax.plot(xs, ys, **style)
+        aside = 0.006 * (max(xs) - min(xs)) * (i - len(curves) / 2)
+        _curve(ax, xs, ys, (intervals or {}).get(name), bands, aside, style)
     if level:
         ax.axhline(level[1], color="0.5", linestyle=":", label=level[0])
+    yardstick_lines(ax, yardsticks)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if from_zero:
         ax.set_ylim(bottom=0)
@@ -302,3 +303,15 @@ def lines(
     plain_axes(ax)
     take_away(figure, caption)
     return figure
+
+
+def _curve(ax, xs, ys, interval, bands: bool, aside: float, style: dict) -> None:
+    """One curve; its interval (low, high) as an area, or as bars `aside`, to be told apart."""
+    if interval is None or bands:
+        ax.plot(xs, ys, **style)
+        if interval is not None:
+            ax.fill_between(xs, *interval, color=style["color"], alpha=0.2, linewidth=0)
+        return
+    low, high = (np.asarray(edge) for edge in interval)
+    spread = np.array([np.asarray(ys) - low, high - np.asarray(ys)])
+    ax.errorbar(np.asarray(xs) + aside, ys, spread, capsize=2, **style)

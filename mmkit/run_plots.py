@@ -1,4 +1,4 @@
-"""Pictures of runs and of their gradients: are two of them the same?
+"""Pictures of runs, of their loss terms and gradients: are two the same, do they pull apart?
 
 Each is f(data) -> Figure; `mm.plots` has them all. Used by notebooks/03_training.ipynb,
 05_checkpoints and 06_many_processes.
@@ -11,9 +11,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .figures import BLUE, COLOURS, GREEN, ORANGE, PURPLE, RED, new_figure, plain_axes, take_away
+from .figures import (
+    BLUE,
+    COLOURS,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    RED,
+    new_figure,
+    plain_axes,
+    take_away,
+    yardstick_lines,
+)
 
-__all__ = ["gradient_agreement", "same_or_not", "training_curves"]
+__all__ = ["gradient_agreement", "loss_terms", "same_or_not", "term_gradients", "training_curves"]
+
+TOWERS = ("image", "text")
+TERMS = {"contrastive": BLUE, "pixels": ORANGE, "words": GREEN, "matching": PURPLE}
+LABELS = {  # of the axes of loss_terms
+    "loss": "loss, all terms",
+    "loss/contrastive": "contrastive loss (nats)",
+    "loss/pixels": "pixel loss (squared error)",
+    "loss/words": "word loss (nats)",
+    "loss/matching": "matching loss (nats)",
+    "pixels_error": "error of hidden pixels",
+    "words_accuracy": "hidden words right (share)",
+}
 
 
 def training_curves(
@@ -156,3 +179,120 @@ def _agreement(reference: dict[str, Tensor], grads: dict[str, Tensor], mark: str
     true, ours = (torch.cat([g[n].flatten().double() for n in names]) for g in (reference, grads))
     cosine = torch.cosine_similarity(true, ours, dim=0)
     return [float(x) for x in (cosine, ours.norm() / true.norm(), grads[mark] / reference[mark])]
+
+
+def loss_terms(
+    runs: dict,
+    keys: Sequence[str] | dict[str, str] = tuple(LABELS)[:5],
+    yardsticks: dict[str, dict[str, float]] | None = None,
+    caption: str = "",
+):
+    """Each term of the loss over the steps, in its own panel, of runs ({name: Run}).
+
+    keys: of the records, or {key: label of its axis, with the unit}. One that no run has is left
+    out. yardsticks: {key: {name: value}}. Thin: training; thick, with points: validation.
+    """
+    labels = keys if isinstance(keys, dict) else {key: LABELS.get(key, key) for key in keys}
+    given = [k for k in labels if any(k in r for run in runs.values() for r in run.history)]
+    if not given:
+        raise ValueError(f"no record has one of {list(labels)}; see the keys in run.history[-1]")
+    wide = 2 if len(given) in (2, 4) else min(3, len(given))
+    lines = -(-len(given) // wide)
+    figure = new_figure(3.3 * wide, 2.5 * lines + 0.6)
+    axes = figure.subplots(lines, wide, squeeze=False, sharex=True).ravel()
+    for ax in axes[len(given) :]:
+        ax.axis("off")
+    for ax, key in zip(axes, given, strict=False):
+        _draw_term(ax, runs, key)
+        yardstick_lines(ax, (yardsticks or {}).get(key))
+        ax.set(xlabel="step", ylabel=labels[key])
+        ax.tick_params(labelbottom=True)
+        plain_axes(ax)
+    _run_legend(figure, runs)
+    take_away(figure, caption)
+    return figure
+
+
+def _draw_term(ax, runs: dict, key: str) -> None:
+    for colour, run in zip(COLOURS, runs.values(), strict=False):
+        ax.plot(*run.curve(key, "train"), color=colour, linewidth=0.8, alpha=0.55)
+        ax.plot(*run.curve(key, "val"), color=colour, linewidth=2, marker=".")
+
+
+def _run_legend(figure, runs: dict) -> None:
+    """A line above all panels: which colour is which run, which line is which split."""
+    from matplotlib.lines import Line2D
+
+    named = zip(COLOURS, runs, strict=False)
+    runs_as = [Line2D([], [], color=c, label=n, linewidth=4) for c, n in named if len(runs) > 1]
+    shade = BLUE if len(runs) == 1 else "0.3"
+    train = Line2D([], [], color=shade, linewidth=0.8, label="training")
+    val = Line2D([], [], color=shade, linewidth=2, marker=".", label="validation")
+    handles = [*runs_as, train, val]
+    place = dict(loc="outside upper center", frameon=False, fontsize=8)
+    figure.legend(handles=handles, ncols=min(6, len(handles)), **place)
+
+
+def term_gradients(records: Sequence[dict], caption: str = ""):
+    """Do the terms of the loss pull a tower in the same direction? A row for each tower.
+
+    records: of a run's metrics.jsonl, with "gradient_norm/<tower>/<term>" (left) and
+    "gradient_cosine/<tower>/<term>·<term>" (right, -1 to 1) at "step". Of many records the running
+    mean is drawn as well, thick.
+    """
+    towers = [t for t in TOWERS if any(f"/{t}/" in key for r in records for key in r)]
+    if not towers:
+        raise ValueError("no record has a key gradient_norm/<tower>/<term>; were they measured?")
+    figure = new_figure(10.4, 2.9 * len(towers) + 0.4)
+    axes = figure.subplots(len(towers), 2, squeeze=False, sharex=True)
+    pairs = dict.fromkeys(n for t in towers for n in _curves_of(records, f"gradient_cosine/{t}/"))
+    for (left, right), tower in zip(axes, towers, strict=True):
+        norms = _curves_of(records, f"gradient_norm/{tower}/")
+        _draw_terms(left, norms, TERMS)
+        left.set(yscale="log", ylabel=f"{tower} tower: gradient norm (log)")
+        cosines = _curves_of(records, f"gradient_cosine/{tower}/")
+        _draw_terms(right, cosines, dict(zip(pairs, COLOURS, strict=False)))
+        _mark_opposition(right, cosines)
+        right.set(ylabel=f"{tower} tower: cosine of gradients")
+    for ax in axes.ravel():
+        ax.set_xlabel("step")
+        ax.tick_params(labelbottom=True)
+        plain_axes(ax)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    take_away(figure, caption)
+    return figure
+
+
+def _curves_of(records: Sequence[dict], prefix: str) -> dict[str, tuple[list, list]]:
+    """{what follows the prefix: (steps, values)}."""
+    names = dict.fromkeys(k.removeprefix(prefix) for r in records for k in r if prefix in k)
+    held = {name: [r for r in records if prefix + name in r] for name in names}
+    return {n: ([r["step"] for r in rs], [r[prefix + n] for r in rs]) for n, rs in held.items()}
+
+
+def _draw_terms(ax, curves: dict[str, tuple[list, list]], colours: dict[str, str]) -> None:
+    """Curves with points; of more than 60 values thin, under their running mean."""
+    for name, (steps, values) in curves.items():
+        colour, width = colours.get(name, RED), len(values) // 25
+        if len(values) <= 60:
+            ax.plot(steps, values, ".-", color=colour, linewidth=1.6, label=name)
+            continue
+        ax.plot(steps, values, color=colour, linewidth=0.6, alpha=0.4)
+        mean = np.convolve(values, np.full(width, 1 / width), "valid")
+        begin = (width - 1) // 2
+        middle = steps[begin : begin + len(mean)]
+        ax.plot(middle, mean, color=colour, linewidth=2, label=name)
+        ax.set_title(f"thick: mean of {width} values", fontsize=9)
+
+
+def _mark_opposition(ax, cosines: dict[str, tuple[list, list]]) -> None:
+    """The zero line, what is below it, and limits that are equal on both sides."""
+    largest = max((abs(v) for _, values in cosines.values() for v in values), default=0.0)
+    top = min(1.05, max(0.1, 1.25 * largest))
+    ax.axhspan(-top, 0, color="0.93", zorder=0)
+    ax.axhline(0, color="0.2", linewidth=1.2, zorder=1.5)
+    style = dict(xycoords="axes fraction", ha="left", fontsize=8, color="0.35")
+    ax.annotate("below 0: they pull apart", (0.01, 0.02), va="bottom", **style)
+    ax.annotate("above 0: they agree", (0.01, 0.98), va="top", **style)
+    ax.set_ylim(-top, top)

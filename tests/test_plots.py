@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from matplotlib.figure import Figure
 import mmkit as mm
 from mmkit import plots
 from mmkit.patches import patchify
+from mmkit.run import Run
 from tests.train_small import DEFAULTS
 
 
@@ -40,7 +42,7 @@ def masked(data, count, ratio=0.5):
 def shown(figure, axes):
     """The axes of a finished figure that are switched on; it must draw without a complaint."""
     assert isinstance(figure, Figure)
-    figure.canvas.draw()
+    figure.draw_without_rendering()  # a closed figure's canvas draws nothing
     visible = [ax for ax in figure.axes if ax.axison]
     assert len(visible) == axes
     return visible
@@ -110,7 +112,7 @@ def test_the_gallery_shows_every_masker_at_every_ratio(emoji, model):
     batch = emoji.batch(range(2))
     every = len(mm.masking.IMAGE_MASKERS) - 1  # painted needs an array
     figure = plots.masking_gallery(batch, model, layers=emoji.layers, caption="take-away")
-    figure.canvas.draw()
+    figure.draw_without_rendering()  # a closed figure's canvas draws nothing
     assert len(figure.axes) == every * 2 * 2
     figure = plots.masking_gallery(batch, model, ["grid", "block"], [0.25, 0.5, 0.75], epoch=3)
     assert len(figure.axes) == 2 * 3 * 2
@@ -228,6 +230,22 @@ def test_lines_have_a_legend_for_all_of_them():
     assert names == {"a", "b", "level", "old"} and ax.get_ylim()[0] == 0
 
 
+def test_lines_have_yardsticks_and_areas():
+    """Each yardstick is named on its level; an interval is an area from low to high."""
+    data = {"with": ([25, 75], [3, 4]), "without": ([25, 75], [5, 7])}
+    levels = {"mean patch": 6.0, "mean colour": 8.0}
+    given = dict(intervals={"without": ([4, 6], [6, 9])}, yardsticks=levels)
+    (ax,) = shown(plots.lines(data, "hidden (%)", "error", **given, bands=True), 1)
+    assert {text.get_text(): text.xy[1] for text in ax.texts} == levels
+    assert [list(line.get_ydata()) for line in ax.lines] == [[3, 4], [5, 7], [6, 6], [8, 8]]
+    (area,) = ax.collections
+    corners = {tuple(corner) for corner in area.get_paths()[0].vertices}
+    assert corners == {(25, 4), (25, 6), (75, 6), (75, 9)}
+    (ax,) = shown(plots.lines(data, "hidden (%)", "error", **given), 1)
+    (bars,) = ax.collections
+    assert [tuple(bar[:, 1]) for bar in bars.get_segments()] == [(4, 6), (6, 9)]
+
+
 def test_repeats_draw_every_measurement():
     values = {"masked": [[1, 2, 3], [4, 5]], "seen": [[1], [2]]}
     (ax,) = shown(plots.repeats([10, 100], values, "pictures", "R@1 (%)", [1, 2], log_x=True), 1)
@@ -289,6 +307,180 @@ def test_gradients_are_compared_with_the_true_one():
     ratio = sizes[0] / math.hypot(*sizes)
     words = [text.get_text() for text in shown(unused, 2)[1].texts]
     assert words == [f"{ratio:.3g}", f"{ratio:.3g}", "1"]
+
+
+@pytest.fixture(scope="module")
+def put_back(emoji):
+    """Five pictures, the same half hidden, and something in place of what is hidden."""
+    pixels = emoji.batch(range(5)).pixel_values
+    left = plots.paint_mask(pixels, masked(emoji, 5)[1].mask, 8)
+    return pixels, left, 255 - pixels
+
+
+def test_what_is_put_back_stands_beside_what_was_there(put_back):
+    """Row by row: the picture of each treatment, its title on top, its number below."""
+    columns = dict(zip(["original", "masked", "put back"], put_back, strict=True))
+    errors = torch.tensor([0.5, 0.25, 0.125, 1.0, 2.0])
+    texts = [f"caption {i}" for i in range(5)]
+    figure = plots.put_back_grid(columns, texts, {"put back": errors}, "error {:.3f}", "take-away")
+    axes = np.reshape(shown(figure, 5 * 3), (5, 3))
+    for row in range(5):
+        for ax, pictures in zip(axes[row], put_back, strict=True):
+            assert np.array_equal(ax.images[0].get_array(), pictures[row].permute(1, 2, 0))
+    assert [ax.get_title() for ax in axes[0]] == list(columns)
+    assert [ax.get_title() for ax in axes[1:].ravel()] == [""] * 12
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == texts
+    numbers = [[ax.get_xlabel() for ax in line] for line in axes]
+    assert numbers[2] == ["", "", "error 0.125"] and numbers[4][2] == "error 2.000"
+    shown(plots.put_back_grid({"only": put_back[0][:1]}), 1)
+
+
+def test_a_strip_is_three_rows_with_gaps(put_back):
+    """Every pixel is where it belongs, and the rest is gap."""
+    pixels, gap = plots.strip(*put_back), 2
+    assert pixels.shape == (3, 3 * 64 + 2 * gap, 5 * 64 + 4 * gap) and pixels.dtype == torch.uint8
+    gaps = torch.ones(pixels.shape, dtype=torch.bool)
+    for y, pictures in enumerate(put_back):
+        for x, picture in enumerate(pictures):
+            down, right = y * (64 + gap), x * (64 + gap)
+            place = (slice(None), slice(down, down + 64), slice(right, right + 64))
+            assert torch.equal(pixels[place], picture)
+            gaps[place] = False
+    assert (pixels[gaps] == 128).all() and gaps[0, 64].all() and gaps[0, :, 64].all()
+
+
+def test_pictures_that_cannot_be_compared_are_refused(put_back):
+    pixels, left, back = put_back
+    with pytest.raises(ValueError, match=r"'masked' are \(3, 3, 64, 64\), the first .*5, 3, 64"):
+        plots.strip(pixels, left[:3], back)
+    with pytest.raises(ValueError, match=r"'put back' are torch.float32, not uint8"):
+        plots.strip(pixels, left, back / 255)
+    with pytest.raises(ValueError, match="name at least one"):
+        plots.put_back_grid({})
+
+
+def test_training_is_shown_from_top_to_bottom(put_back):
+    """One named row for each moment, at the middle of its pictures."""
+    names = ["original", "masked", "epoch 1", "epoch 2"]
+    strips = dict(zip(names, [*put_back, put_back[0]], strict=True))
+    (ax,) = shown(plots.over_training(strips, "take-away"), 1)
+    assert [label.get_text() for label in ax.get_yticklabels()] == names
+    whole = ax.images[0].get_array()
+    assert np.array_equal(whole[: 3 * 66 - 2], plots.strip(*put_back).permute(1, 2, 0))
+    assert np.array_equal(whole[3 * 66 :], whole[:64])
+    np.testing.assert_allclose(ax.get_yticks(), [31.5 + 66 * row for row in range(4)])
+
+
+GUESSES = [("dog", 0.5), ("cat", 0.25), ("man", 0.1), ("sun", 0.05), ("hat", 0.001)]
+
+
+def test_the_right_guess_is_marked(put_back):
+    """By a sign and by weight, not by colour alone; a truth that was not guessed is told."""
+    pieces = [("[CLS]", "end"), ("[mask]", "mask"), ("and", "seen"), ("sky", "dropped")]
+    guesses = [
+        {"position": 1, "truth": "cat", "top": GUESSES},
+        {"position": 3, "truth": "sky", "top": GUESSES},
+    ]
+    entries = [{"pieces": pieces, "guesses": guesses}, {"pieces": pieces[:1], "guesses": []}]
+    figure = plots.word_guesses(entries, caption="take-away")
+    shown(figure, 0)
+    ax = figure.axes[0]
+    words = [text.get_text() for text in ax.texts]
+    assert words[:5] == [*(word for word, _ in pieces), "1"]  # and the place of the first
+    first, second = words.index("1: “cat”"), words.index("3: “sky”, not among them")
+    percent = ["50 %", "25 %", "10 %", "5 %", "<1 %"]
+    plain = [w for (piece, _), p in zip(GUESSES, percent, strict=True) for w in (piece, p)]
+    assert words[first + 1 : second] == [*plain[:2], "✓", *plain[2:], "3"]
+    assert words[second + 1 :] == plain
+    bold = [text.get_text() for text in ax.texts if text.get_weight() == "bold"]
+    assert bold == ["✓", "cat", "25 %"]
+    assert len(ax.lines) == 1  # the dropped piece is struck out
+    widths = np.array([bar.get_width() for bar in ax.patches]).reshape(2, 5, 2)  # track, bar
+    np.testing.assert_allclose(widths[..., 1] / widths[..., 0], [[p for _, p in GUESSES]] * 2)
+    colours = {bar.get_facecolor() for bar in ax.patches[1::2]}
+    assert len(colours) == 2 and ax.patches[3].get_facecolor() != ax.patches[1].get_facecolor()
+    beside = plots.word_guesses(entries, put_back[0][:2])
+    pictures = [ax for ax in shown(beside, 2) if ax.images]
+    assert np.array_equal(pictures[1].images[0].get_array(), put_back[0][1].permute(1, 2, 0))
+    guesses[0]["position"] = 4
+    with pytest.raises(ValueError, match="position 4, but the caption has pieces 0-3"):
+        plots.word_guesses(entries)
+
+
+def test_long_captions_and_many_guesses_stay_on_the_page():
+    """Whatever is written lies inside its axes, and no two pieces overlap."""
+    pieces = [(word, "seen") for word in "a ##ridiculously longish caption of words".split() * 6]
+    guesses = [{"position": i, "truth": "a", "top": GUESSES} for i in range(0, 36, 4)]
+    figure = plots.word_guesses([{"pieces": pieces, "guesses": guesses}])
+    shown(figure, 0)
+    (ax,) = figure.axes
+    page = ax.get_window_extent()
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert all(page.x0 <= b.x0 and b.x1 <= page.x1 for b in boxes)
+    assert all(page.y0 <= b.y0 and b.y1 <= page.y1 for b in boxes)
+    assert [b for i, b in enumerate(boxes) if any(b.overlaps(o) for o in boxes[:i])] == []
+
+
+def gradient_records(count):
+    """Image tower: two terms; text tower: one, at every other step. Validation has none."""
+    for step in range(count):
+        record = {"step": 10 * step, "split": "train"}
+        record |= {f"gradient_norm/image/{t}": n + step for t, n in (("pixels", 1), ("words", 2))}
+        record |= {"gradient_cosine/image/pixels·words": 0.02 - 0.4 * (step % 2)}
+        yield record | ({"gradient_norm/text/words": 3.0} if step % 2 else {})
+        yield {"step": 10 * step, "split": "val", "loss": 1.0}
+
+
+def test_the_terms_of_the_loss_pull_apart_below_zero():
+    """A row for each tower that was measured; norms on a logarithmic axis, zero marked."""
+    axes = shown(plots.term_gradients(list(gradient_records(5)), "take-away"), 4)
+    (pixels, words), (cosine, zero) = axes[0].lines, axes[1].lines
+    assert list(words.get_xdata()) == [0, 10, 20, 30, 40]
+    assert list(pixels.get_ydata()) == [1, 2, 3, 4, 5] and pixels.get_label() == "pixels"
+    assert axes[0].get_yscale() == "log" and labels(axes[0])[1].startswith("image tower")
+    np.testing.assert_allclose(cosine.get_ydata(), [0.02, -0.38, 0.02, -0.38, 0.02])
+    assert list(zero.get_ydata()) == [0, 0] and sum(axes[1].get_ylim()) == 0
+    assert "below 0: they pull apart" in [text.get_text() for text in axes[1].texts]
+    (line,) = axes[2].lines
+    assert list(line.get_xdata()) == [10, 30] and labels(axes[2])[1].startswith("text tower")
+    assert line.get_color() == words.get_color() != pixels.get_color()
+    with pytest.raises(ValueError, match="gradient_norm/<tower>/<term>"):
+        plots.term_gradients([{"step": 1, "loss": 2.0}])
+
+
+def test_many_gradients_are_averaged_in_the_middle_of_their_window():
+    axes = shown(plots.term_gradients(list(gradient_records(75))), 4)
+    raw, mean = axes[0].lines[:2]
+    assert len(raw.get_ydata()) == 75 and axes[0].get_title() == "thick: mean of 3 values"
+    np.testing.assert_allclose(mean.get_ydata(), raw.get_ydata()[1:-1])  # a straight line
+    np.testing.assert_allclose(mean.get_xdata(), raw.get_xdata()[1:-1])
+
+
+def test_each_term_of_the_loss_has_its_panel():
+    """Training thin, validation with points; what no run has is left out."""
+
+    def made(scale):
+        train = [{"split": "train", "step": s, "loss": scale * s, "loss/words": 7} for s in (1, 2)]
+        val = {"split": "val", "step": 2, "loss": 9 * scale, "words_accuracy": scale / 10}
+        return Run(Path("x"), [*train, val], {})
+
+    runs = {"one": made(1), "three": made(3)}
+    keys = ["loss", "loss/pixels", "loss/words", "words_accuracy"]
+    figure = plots.loss_terms(runs, keys, {"loss": {"chance": 5}}, "take-away")
+    axes = shown(figure, 3)
+    assert [labels(ax) for ax in axes] == [
+        ("step", "loss, all terms"),
+        ("step", "word loss (nats)"),
+        ("step", "hidden words right (share)"),
+    ]
+    curves = [list(line.get_ydata()) for line in axes[0].lines]
+    assert curves == [[1, 2], [9], [3, 6], [27], [5, 5]]
+    assert [text.get_text() for text in axes[0].texts] == ["chance"]
+    named = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert named == ["one", "three", "training", "validation"]
+    assert labels(shown(plots.loss_terms(runs, {"loss": "sum (nats)"}), 1)[0])[1] == "sum (nats)"
+    with pytest.raises(ValueError, match="no record has one of"):
+        plots.loss_terms(runs, ["loss/pixels"])
 
 
 def test_the_colours_are_there_for_readers():
