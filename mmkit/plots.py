@@ -118,13 +118,16 @@ def probes(results: dict[str, dict], method: str = "linear", caption: str = ""):
         counts = sorted(round(1 / chance) for chance in chances)
         raise ValueError(f"results with {counts} classes; draw those of one test set and one label")
     told = " / ".join(sorted({result["by"] for result in results.values()}))
-    return bars(
+    figure = bars(
         {name: 100 * row["balanced_accuracy"] for name, row in rows.items()},
         f"balanced accuracy of {told}, {method} probe (%), 95 % interval",
         100 * chances.pop(),
         caption,
         {name: (100 * row["interval"][0], 100 * row["interval"][1]) for name, row in rows.items()},
     )
+    above = dict(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)  # off the lowest number
+    figure.axes[0].legend(fontsize=8, **above)
+    return figure
 
 
 def histogram(values: dict[str, Sequence[float]], label: str, caption: str = ""):
