@@ -4,7 +4,7 @@ A ViT and a BERT learn one space for pictures and texts while most patches and s
 hidden. Importing this never touches CUDA, nor transformers' model code.
 """
 
-from . import cost, losses, masking, optim, plots, retrieval, widgets
+from . import cost, losses, masking, optim, plots, probe, retrieval, widgets
 from .checkpoint import load
 from .config import TrainingConfig
 from .data import Batch, MultimodalDataset
@@ -46,6 +46,7 @@ __all__ = [
     "openmoji",
     "optim",
     "plots",
+    "probe",
     "recall_at_k",
     "retrieval",
     "sigmoid_loss",

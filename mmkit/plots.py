@@ -103,6 +103,35 @@ def bars(
     return figure
 
 
+def probes(results: dict[str, dict], method: str = "linear", caption: str = ""):
+    """Balanced accuracy of probes, {model: what `probe.probe` gave}, a bar with its 95 % interval
+    for each way of seeing.
+
+    method: "linear" or "knn". Dotted: always giving one answer. Raises ValueError where results
+    tell different numbers of classes apart, so that no one chance line fits them all.
+    """
+    rows = {
+        f"{model}, {name}": read[method]
+        for model, result in results.items()
+        for name, read in result["rows"].items()
+    }
+    chances = {row["chance"] for row in rows.values()}
+    if len(chances) != 1:
+        counts = sorted(round(1 / chance) for chance in chances)
+        raise ValueError(f"results with {counts} classes; draw those of one test set and one label")
+    told = " / ".join(sorted({result["by"] for result in results.values()}))
+    figure = bars(
+        {name: 100 * row["balanced_accuracy"] for name, row in rows.items()},
+        f"balanced accuracy of {told}, {method} probe (%), 95 % interval",
+        100 * chances.pop(),
+        caption,
+        {name: (100 * row["interval"][0], 100 * row["interval"][1]) for name, row in rows.items()},
+    )
+    above = dict(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)  # off the lowest number
+    figure.axes[0].legend(fontsize=8, **above)
+    return figure
+
+
 def histogram(values: dict[str, Sequence[float]], label: str, caption: str = ""):
     """Whole-number values of one or several sets as step histograms (share of each set)."""
     figure = new_figure(6.5, 3)

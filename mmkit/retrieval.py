@@ -5,7 +5,7 @@ other, so that N pictures may have M captions. Shapes: N pictures, M captions, D
 Walk-through: notebooks/04_retrieval.ipynb.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,35 +69,93 @@ def embed(
     is done with the hidden, as in `TrainingConfig`. mixed_precision: as there; "auto" is faster,
     "no" is exact. Several processes share the work, each sample counted once.
     """
+    dataset.use_tokenizer(model.tokenizer, model.max_length)
+    _, _, first, counts = dataset.encoded_captions()
+    common: Any = dict(batch_size=batch_size, seed=seed, mixed_precision=mixed_precision)
+    size, images, texts = model.embed_dim, model.encode_image, model.encode_text
+    image_features = of_pictures(model, dataset, images, size, image_mask, image_mode, **common)
+    text_features = of_captions(model, dataset, texts, size, text_mask, text_mode, **common)
+    groups = dataset.group_ids
+    text_groups = torch.repeat_interleave(groups, counts)
+    return Features(image_features, text_features, groups, text_groups, first)
+
+
+def of_pictures(
+    model: MultimodalEncoder,
+    dataset: MultimodalDataset,
+    encode: Callable[..., Tensor],
+    width: int,
+    mask: tuple[str, Any] = ("random", 0.0),
+    mode: str = "drop",
+    *,
+    batch_size: int = 256,
+    seed: int = 0,
+    mixed_precision: str = "no",
+) -> Tensor:
+    """What `encode(pixel_values, masking, mode)`, (B, width), gives for all pictures of a data set.
+
+    (N, width) float32 on the CPU, with the model at rest. encode: a method of the model, say; the
+    rest as in `embed`, whose first half this is.
+    """
+    device = model.logit_scale.device
+    autocast = autocast_for(mixed_precision, device)
+    dataset.use_tokenizer(model.tokenizer, model.max_length)
+    parts = []
+    for rows in _my_chunks(len(dataset), batch_size):
+        batch = dataset.batch(rows).to(device)
+        hidden = _of_rows(mask, rows, len(dataset))
+        with at_rest(model), autocast:
+            masking, _ = draw_maskings(
+                batch, model, image=hidden, seed=seed, epoch=0, layers=dataset.layers
+            )
+            parts.append(encode(batch.pixel_values, masking, mode).float())
+    return _joined(parts, width, device)
+
+
+def of_captions(
+    model: MultimodalEncoder,
+    dataset: MultimodalDataset,
+    encode: Callable[..., Tensor],
+    width: int,
+    mask: tuple[str, float] = ("random", 0.0),
+    mode: str = "drop",
+    *,
+    canonical: bool = False,
+    batch_size: int = 256,
+    seed: int = 0,
+    mixed_precision: str = "no",
+) -> Tensor:
+    """What `encode(input_ids, valid, masking, mode)`, (B, width), gives for all M captions.
+
+    (M, width) float32 on the CPU, as `of_pictures`. canonical: only each picture's first caption,
+    so that row i belongs to picture i.
+    """
     device = model.logit_scale.device
     autocast = autocast_for(mixed_precision, device)
     dataset.use_tokenizer(model.tokenizer, model.max_length)
     input_ids, lengths, first, counts = dataset.encoded_captions()
     picture = torch.repeat_interleave(torch.arange(len(dataset)), counts)  # picture of each caption
-    frequency = dataset.piece_frequency() if text_mask[0] == "frequency" else None
-    drawing: dict[str, Any] = dict(seed=seed, epoch=0, layers=dataset.layers, frequency=frequency)
-
-    images, texts = [], []
-    for rows in _my_chunks(len(dataset), batch_size):
-        batch = dataset.batch(rows).to(device)
-        with at_rest(model), autocast:
-            hidden = _of_rows(image_mask, rows, len(dataset))
-            masking, _ = draw_maskings(batch, model, image=hidden, **drawing)
-            images.append(model.encode_image(batch.pixel_values, masking, image_mode))
-    for rows in _my_chunks(len(input_ids), batch_size):
+    captions = first if canonical else torch.arange(len(input_ids))
+    frequency = dataset.piece_frequency() if mask[0] == "frequency" else None
+    parts = []
+    for part in _my_chunks(len(captions), batch_size):
+        rows = captions[part]
         longest = int(lengths[rows].max())
         valid = torch.arange(longest) < lengths[rows, None]
         ids, owner = input_ids[rows, :longest], picture[rows]
         # No pixels are needed here: the ids stand in for them.
         batch = Batch(ids, ids, valid, dataset.sample_ids[owner], owner).to(device)
         with at_rest(model), autocast:
-            _, masking = draw_maskings(batch, model, text=text_mask, text_mode=text_mode, **drawing)
-            texts.append(model.encode_text(batch.input_ids, batch.valid, masking, text_mode))
-    empty = torch.zeros(0, model.embed_dim, device=device)
-    image_features = gather_rows(torch.cat([*images, empty])).cpu()
-    text_features = gather_rows(torch.cat([*texts, empty])).cpu()
-    groups = dataset.group_ids
-    return Features(image_features, text_features, groups, groups[picture], first)
+            _, masking = draw_maskings(
+                batch, model, text=mask, text_mode=mode, seed=seed, epoch=0, frequency=frequency
+            )
+            parts.append(encode(batch.input_ids, batch.valid, masking, mode).float())
+    return _joined(parts, width, device)
+
+
+def _joined(parts: list[Tensor], width: int, device: torch.device) -> Tensor:
+    """All processes' rows (R, width) on the CPU; a process may have none."""
+    return gather_rows(torch.cat([*parts, torch.zeros(0, width, device=device)])).cpu()
 
 
 def _of_rows(image_mask: tuple[str, Any], rows: Tensor, count: int) -> tuple[str, Any]:

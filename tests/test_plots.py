@@ -216,6 +216,25 @@ def test_bars_show_their_numbers():
     assert [text.get_text() for text in ax.texts] == list("135246")
 
 
+def test_probes_are_bars_with_their_chance():
+    """Per cent of balanced accuracy; one chance line fits one number of classes only."""
+    seen = {"balanced_accuracy": 0.5, "interval": [0.4, 0.625], "chance": 0.25}
+    read = {"linear": seen, "knn": seen | {"balanced_accuracy": 0.45}}
+    results = {"tuned": {"by": "group", "rows": {"whole": read, "half": read}}}
+    results["pixels"] = {"by": "group", "rows": {"whole": read}}
+    (ax,) = shown(plots.probes(results, caption="take-away"), 1)
+    assert [text.get_text() for text in ax.texts] == ["50.0 [40.0, 62.5]"] * 3
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    assert names == ["pixels, whole", "tuned, half", "tuned, whole"]
+    assert labels(ax)[0] == "balanced accuracy of group, linear probe (%), 95 % interval"
+    assert ax.get_legend().get_texts()[0].get_text() == "chance 25.0"
+    (ax,) = shown(plots.probes(results, "knn"), 1)
+    assert ax.texts[0].get_text() == "45.0 [40.0, 62.5]"
+    results["pixels"]["rows"]["whole"] = {"linear": seen | {"chance": 0.5}}
+    with pytest.raises(ValueError, match=r"results with \[2, 4\] classes"):
+        plots.probes(results)
+
+
 def test_a_histogram_is_in_per_cent_of_each_set():
     (ax,) = shown(plots.histogram({"a": [1, 1, 1, 3], "b": [2]}, "words"), 1)
     assert labels(ax) == ("words", "share of the set (%)")
