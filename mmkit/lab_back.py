@@ -134,8 +134,9 @@ def guesses_html(found: Sequence[dict], knows: str) -> str:
         return "<p>No word is hidden: there is none to guess.</p>"
     lines = []
     for word in found:
-        place = f"rank {word['rank']}, {per_cent(word['chance'])}"
-        line = f'<tr><th scope="row">{escape(word["truth"])}<small>{place}</small></th>'
+        behind = f"<small>rank {word['rank']}<br>{per_cent(word['chance'])}</small>"
+        behind = behind if word["rank"] > len(word["top"]) else ""  # else it is in the table
+        line = f'<tr><th scope="row">{escape(word["truth"])}{behind}</th>'
         for piece, chance in word["top"]:
             right = piece == word["truth"]
             line += (
@@ -221,10 +222,10 @@ class DecoderView:
         self.sees = self.canvas = None
         self.found: list[dict] = []
         if model.decoder.across:
-            names = {"pixels": "caption", "words": "picture"}
-            its = " / ".join(names[head] for head in ("pixels", "words") if head in self.heads)
-            options = [(f"its {its} (right)", "right"), ("nothing (none)", "none"),
-                       (f"another {its} (wrong)", "wrong")]  # fmt: skip
+            both = len(self.heads) == 2  # pixels look at a caption, words at a picture
+            what = "pair" if both else "caption" if "pixels" in self.heads else "picture"
+            options = [(f"its own {what} (right)", "right"), ("nothing (none)", "none"),
+                       (f"another {what} (wrong)", "wrong")]  # fmt: skip
             words = "decoder looks at"
             self.sees = w.Dropdown(options=options, description=words, tooltip=words, **style)
         if "pixels" in self.heads:

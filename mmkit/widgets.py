@@ -123,8 +123,8 @@ class MaskLab:
         top = w.HBox([w.VBox(column) for column in columns], layout=line)
         below = [self.canvas, self.words, self.ranking]
         if self.decoder:  # pictures side by side; then the caption with its guesses, the ranking
-            self.words.layout.width = "418px"
-            words = w.VBox([self.words, self.decoder.guesses], layout=w.Layout(width="418px"))
+            self.words.layout.width = self.ranking.layout.width = "376px"
+            words = w.VBox([self.words, self.decoder.guesses], layout=w.Layout(width="380px"))
             below = [self.canvas, self.decoder.canvas, words, self.ranking]
         below = w.HBox([part for part in below if part is not None], layout=line)
         self.view = w.VBox([top, below], layout=w.Layout(grid_gap="10px"))
@@ -313,7 +313,7 @@ class MaskLab:
         pixels = self.batch.pixel_values[0].cpu()
         if pixels.is_floating_point() and self.model is not None and self.decoder:
             mean, std = self.model.pixel_stats.cpu().unbind()
-            return (255 * (pixels * std + mean)[0].clamp(0, 1)).round().to(torch.uint8)
+            return (255 * (pixels * std + mean).clamp(0, 1)).round().to(torch.uint8)
         if pixels.is_floating_point():
             low, high = pixels.aminmax()
             pixels = (255 * (pixels - low) / (high - low).clamp(min=1e-6)).to(torch.uint8)
