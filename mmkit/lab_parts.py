@@ -181,20 +181,25 @@ def still_figure(
     picture: Tensor, masked: Tensor, titles: tuple[str, str], pieces: Sequence[Piece], words: str
 ):
     """The picture, what is left of it, and the caption with some words below it."""
-    figure, wide = new_figure(9, 2.6), 55  # characters of a line
+    figure = new_figure(9, 2.6)
     left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.9])
     show_picture(left, picture, titles[0])
     show_picture(middle, masked, titles[1])
-    x, y = 0.0, 0
+    caption_on(right, pieces, words)
+    return figure
+
+
+def caption_on(ax, pieces: Sequence[Piece], words: str):
+    """A caption's pieces on an empty axis, with some words below them."""
+    x, y, wide = 0.0, 0, 55  # characters of a line
     for word, kind in pieces:
         if x and x + len(word) > wide:
             x, y = 0, y + 1
         box = dict(boxstyle="round,pad=0.25", facecolor=KINDS[kind], edgecolor="none")
-        right.text(x, y, word, fontsize=9, family="monospace", va="center", bbox=box)
+        ax.text(x, y, word, fontsize=9, family="monospace", va="center", bbox=box)
         if kind == "dropped":
-            right.plot([x, x + len(word)], [y, y], color=RED, linewidth=1.4, zorder=5)
+            ax.plot([x, x + len(word)], [y, y], color=RED, linewidth=1.4, zorder=5)
         x += len(word) + 1.8
-    right.text(0, y + 0.9, words, fontsize=9, va="top", linespacing=1.5)
-    right.set(xlim=(-1, wide), ylim=(max(5, y + 4), -1))
-    right.axis("off")
-    return figure
+    ax.text(0, y + 0.9, words, fontsize=9, va="top", linespacing=1.5)
+    ax.set(xlim=(-1, wide), ylim=(max(5, y + 4), -1))
+    ax.axis("off")

@@ -1,7 +1,8 @@
-"""A picture whose patches are hidden by mouse and keyboard: the canvas of the masking lab.
+"""The two canvases of the masking lab: one whose patches are hidden by mouse and keyboard, and one
+that shows what a model puts back.
 
-Imported where it is used and not by `import mmkit`, which works without Jupyter, too. The drawing
-is done by mask_canvas.js. Walk-through: notebooks/02_masking.ipynb.
+Imported where they are used and not by `import mmkit`, which works without Jupyter, too. The
+drawing is done by mask_canvas.js and picture_canvas.js. Walk-through: notebooks/02_masking.ipynb.
 """
 
 from pathlib import Path
@@ -22,3 +23,14 @@ class MaskCanvas(anywidget.AnyWidget):
     still = traitlets.Unicode("").tag(sync=True)  # the end of a saved picture's data, to hide it by
     # C for cast: from JavaScript comes a memoryview, which plain Bytes refuses.
     mask = traitlets.CBytes(b"").tag(sync=True, echo_update=False)
+
+
+class PictureCanvas(anywidget.AnyWidget):
+    """A picture of the same size on the page as a `MaskCanvas`, to look at, with words below it."""
+
+    _esm = Path(__file__).with_name("picture_canvas.js")
+    _css = MaskCanvas._css
+    rows = traitlets.Int(1).tag(sync=True)  # of patches
+    columns = traitlets.Int(1).tag(sync=True)
+    picture = traitlets.Bytes(b"").tag(sync=True)  # PNG
+    words = traitlets.Unicode("").tag(sync=True)

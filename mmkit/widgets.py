@@ -19,6 +19,7 @@ from torch import Tensor
 from .attention import at_rest
 from .data import Batch, MultimodalDataset
 from .encoder import MultimodalEncoder
+from .lab_back import DecoderView, Masked, heads_of
 from .lab_parts import (
     Reader,
     caption_html,
@@ -37,6 +38,7 @@ from .lab_parts import (
 from .losses import similarity
 from .masking import ATTENTION_MASKERS, IMAGE_MASKERS, TEXT_MASKERS, draw_maskings
 from .plots import paint_mask
+from .reconstruct import PutBack
 
 POOL = 24  # captions that the picture is compared with
 
@@ -54,7 +56,9 @@ class MaskLab:
 
     Painting on the picture, or `paint(array)`, makes `painted`, (h, w) bool, the mask; a move of
     the masker, its share, seed or epoch goes back to a computed one. With a model: `cosines` of the
-    masked picture with the masked captions of `rows`, and `rank`, the right one's place.
+    masked picture with the masked captions of `rows`, and `rank`, the right one's place. With a
+    model that has a decoder: `back`, what it puts back of the row shown, and where it looks across,
+    one more control, `sees`: whether at the row's own other modality, at none or a wrong one.
     patch_size: None takes the model's; without one 8 up to 96 pixels, else 16. Raises ValueError
     where it does not divide the picture.
     """
@@ -97,11 +101,16 @@ class MaskLab:
         self.text_masker = choice("text masker", list(TEXT_MASKERS))
         self.text_percent = slider("words hidden (%)", 25, 99)
         self.text_mode = choice("hidden words are", [*modes, ("80/10/10 (as BERT)", "80/10/10")])
-        columns = (
+        columns: tuple[tuple, ...] = (
             (self.row, self.seed, self.epoch),
             (self.image_masker, self.image_percent, self.image_mode),
             (self.text_masker, self.text_percent, self.text_mode),
         )
+        self.decoder = None
+        if self.model is not None and heads_of(self.model):
+            self.decoder = DecoderView(self.model, dataset, self.grid, style)
+            columns += ((self.decoder.sees,),) if self.decoder.sees else ()
+        self.sees = self.decoder and self.decoder.sees
         self.controls = tuple(control for column in columns for control in column)
         self.canvas = MaskCanvas(rows=self.grid[0], columns=self.grid[1])
         self.words = w.HTML(layout=w.Layout(width="228px" if model else "600px"))
@@ -112,7 +121,12 @@ class MaskLab:
         self.canvas.observe(self._painted_by_hand, "mask")
         line = w.Layout(flex_flow="row wrap", grid_gap="4px 16px")
         top = w.HBox([w.VBox(column) for column in columns], layout=line)
-        below = w.HBox([self.canvas, self.words, self.ranking], layout=line)
+        below = [self.canvas, self.words, self.ranking]
+        if self.decoder:  # pictures side by side; then the caption with its guesses, the ranking
+            self.words.layout.width = self.ranking.layout.width = "376px"
+            words = w.VBox([self.words, self.decoder.guesses], layout=w.Layout(width="380px"))
+            below = [self.canvas, self.decoder.canvas, words, self.ranking]
+        below = w.HBox([part for part in below if part is not None], layout=line)
         self.view = w.VBox([top, below], layout=w.Layout(grid_gap="10px"))
         self.view.add_class("mmkit-lab")
 
@@ -172,19 +186,19 @@ class MaskLab:
         self._update()
 
     def _update(self):
-        text = (self.text_masker.value, self.text_percent.value / 100)
-        image = (self.image_masker.value, self.image_percent.value / 100)
-        if image[0] == "painted":
-            image = ("painted", self.painted)
-        self.batch = self._batch([self.row.value])
-        self.masking, self.text_masking = self._draw(self.batch, image, text)
+        now = self._masked([self.row.value])
+        self.batch, self.masking, self.text_masking = now
         with self._quietly(), self.canvas.hold_sync():  # only what has changed, in one message
             self.canvas.picture = self._cached("png", self.row.value, lambda: png(self.picture()))
             self.canvas.mask = self._hidden().tobytes()
             self.canvas.mode = self.image_mode.value
         self.words.value = self._words_html()
+        if self.decoder:
+            modes = (self.image_mode.value, self.text_mode.value)
+            pictures = (self.picture(), self.still())
+            self.decoder.update(self.row.value, self._masked, now, modes, pictures)
         if self.model is not None:
-            self._compare(self.model, text)
+            self._compare(self.model, self._text())
             self.ranking.value = self._ranking_html()
 
     # -- what is computed --------------------------------------------------------------------
@@ -210,6 +224,15 @@ class MaskLab:
         self.dataset.use_tokenizer(self.model.tokenizer, self.model.max_length)
         return self.dataset.batch(rows).to(self.model.logit_scale.device)
 
+    def _text(self) -> tuple[str, float]:
+        return self.text_masker.value, self.text_percent.value / 100
+
+    def _masked(self, rows: list[int]) -> Masked:
+        """A batch of these rows and its maskings, as the controls say."""
+        batch, masker = self._batch(rows), self.image_masker.value
+        share = self.painted if masker == "painted" else self.image_percent.value / 100
+        return batch, *self._draw(batch, (masker, share), self._text())
+
     def _draw(self, batch: Batch, image: tuple[str, Any], text: tuple[str, float]):
         return draw_maskings(
             batch,
@@ -219,14 +242,18 @@ class MaskLab:
             image=image,
             text=text,
             text_mode=self.text_mode.value,
-            attend=lambda: self._cached("attention", self.row.value, lambda: self._attend(batch)),
+            attend=lambda: self._attention(batch),
             layers=self.dataset.layers,
             frequency=self.dataset.piece_frequency() if text[0] == "frequency" else None,
         )
 
-    def _attend(self, batch: Batch) -> Tensor:
-        with at_rest(self._reader):
-            return self._reader.class_attention(batch.pixel_values)
+    def _attention(self, batch: Batch) -> Tensor:
+        def attend():
+            with at_rest(self._reader):
+                return self._reader.class_attention(batch.pixel_values)
+
+        key = tuple(batch.sample_ids.tolist())
+        return self._cached(f"attention of {len(batch)}", key, attend)
 
     def _compare(self, model: MultimodalEncoder, text: tuple[str, float]):
         """The masked picture with the masked captions of `rows`."""
@@ -265,6 +292,11 @@ class MaskLab:
         """
         return relative_cost(self.counts(), self.model)[0]
 
+    @property
+    def back(self) -> PutBack | None:
+        """What the decoder puts back of the row shown; None for a model without these heads."""
+        return self.decoder.back if self.decoder else None
+
     # -- what is shown -----------------------------------------------------------------------
 
     def _hidden(self) -> np.ndarray:
@@ -274,8 +306,14 @@ class MaskLab:
         return self.masking.mask[0].cpu().numpy().reshape(self.grid)
 
     def picture(self) -> Tensor:
-        """The whole picture, (3, H, W) uint8; a normalised one is stretched to its own range."""
+        """The whole picture, (3, H, W) uint8; a normalised one is stretched to its own range.
+
+        (Beside a picture put back it is shown in the model's range, as that one is.)
+        """
         pixels = self.batch.pixel_values[0].cpu()
+        if pixels.is_floating_point() and self.model is not None and self.decoder:
+            mean, std = self.model.pixel_stats.cpu().unbind()
+            return (255 * (pixels * std + mean).clamp(0, 1)).round().to(torch.uint8)
         if pixels.is_floating_point():
             low, high = pixels.aminmax()
             pixels = (255 * (pixels - low) / (high - low).clamp(min=1e-6)).to(torch.uint8)
@@ -301,18 +339,28 @@ class MaskLab:
         )
 
     def figure(self):
-        """A still Figure: the picture, what is left of it, and the caption."""
+        """A still Figure: the picture, what is left of it, and the caption.
+
+        With a decoder also the picture put back, and a table of its guesses of hidden words.
+        """
         counts = self.counts()
         patches, words = seen_in_words(counts)
         titles = f"row {self.row.value}", f"{self.image_masker.value}: {patches} seen"
         words += f" seen\ncost: {relative_cost(counts, self.model)[1]}"
         if self.model is not None:
             words += f"\nthe right caption has rank {self.rank} of {len(self.rows)}"
+        if self.decoder:
+            pictures = [self.picture(), self.still()]
+            return self.decoder.figure(pictures, titles, self.pieces(), words)
         return still_figure(self.picture(), self.still(), titles, self.pieces(), words)
 
     def __repr__(self) -> str:
         seen = " and ".join(seen_in_words(self.counts()))
-        return f"MaskLab(row {self.row.value}: {seen} seen)"
+        error = None if self.back is None else self.back.pixel_errors
+        back = ""
+        if error is not None and self._hidden().any():
+            back = f", put back with an error of {float(error[0]):.4f}"
+        return f"MaskLab(row {self.row.value}: {seen} seen{back})"
 
     def _repr_mimebundle_(self, **kwargs) -> dict[str, Any]:
         """The live view, and a still for a page that has no kernel."""

@@ -1,9 +1,10 @@
 """How long the masking lab takes from a key press to the picture, in a real JupyterLab and browser.
 
-    python -m tests.benchmarks.mask_lab_latency      # about a minute and a half on two CPU cores
+    python -m tests.benchmarks.mask_lab_latency      # about two minutes and a half on two CPU cores
 
-Two labs: pictures of 224 px (14 x 14 patches) without a model; and pictures of 64 px (8 x 8), drawn
-at 336, with an untrained tiny encoder, which takes as long as a trained one. In each, 30
+Three labs: pictures of 224 px (14 x 14 patches) without a model; and pictures of 64 px (8 x 8),
+drawn at 336, with an untrained tiny encoder, which takes as long as a trained one, and once more
+with a decoder that looks across, whose picture is "put back". In each, 30
 key presses on the slider "patches hidden" that change the mask, and 30 moves of the mouse that
 paint one more patch. The clock is the page's own (performance.now), from the event's arrival. A key
 goes to Python and back before the canvas is redrawn; a stroke is drawn at once, so there the other
@@ -41,7 +42,16 @@ data, _, _ = mm.openmoji(image_size=64)
 model = mm.MultimodalEncoder.preset("tiny", tokenizer=data.tokenizer).to_device("cpu")
 mm.widgets.MaskLab(data, model)
 """
-LABS = {"224 px, no model": (LARGE, 14), "64 px, tiny model": (TINY, 8)}
+DECODER = TINY.replace(
+    "mm.widgets.MaskLab",
+    "model.add_decoder(pixels=True, words=True, across=True)\nlab = mm.widgets.MaskLab",
+)
+DECODER += "lab.text_percent.value = 60  # there are words to guess\nlab\n"
+LABS = {
+    "224 px, no model": (LARGE, 14),
+    "64 px, tiny model": (TINY, 8),
+    "64 px, tiny model with a decoder": (DECODER, 8),
+}
 
 # `window.times`: milliseconds since the last key press or move of the mouse, by what changed
 CLOCK = """() => {
@@ -57,9 +67,11 @@ CLOCK = """() => {
     note('redrawn');
     requestAnimationFrame(() => setTimeout(() => note('painted'), 0));
   }).observe(canvas, {attributeFilter: ['data-drawn']});
-  const [words, ranking] = document.querySelectorAll('.mmkit-lab .widget-html-content');
-  watch(words, 'words', {childList: true, subtree: true});
-  watch(ranking, 'ranking', {childList: true, subtree: true});
+  const texts = document.querySelectorAll('.mmkit-lab .widget-html-content');
+  const names = texts.length === 3 ? ['words', 'guesses', 'ranking'] : ['words', 'ranking'];
+  texts.forEach((text, i) => watch(text, names[i], {childList: true, subtree: true}));
+  const back = document.querySelector('.mmkit-back canvas');
+  if (back) watch(back, 'put back', {attributeFilter: ['data-drawn']});
 }"""
 
 
@@ -141,7 +153,7 @@ def main():
                 found = results["milliseconds"][f"{name}: {kind}"] = summary(times)
                 for what, values in found.items():
                     numbers = ", ".join(f"{key} {value:5.1f}" for key, value in values.items())
-                    print(f"{name:18} {kind:7} {what:8} {numbers}")
+                    print(f"{name:33} {kind:7} {what:8} {numbers}")
             page.close()
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / "mask_lab_latency.json"

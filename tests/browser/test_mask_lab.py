@@ -198,3 +198,46 @@ def test_a_saved_notebook_shows_a_picture(lab, browser, lab_page, tmp_path):
         picture.wait_for()
         assert picture.is_visible() and picture.bounding_box()["width"] > 600
         page.close()
+
+
+DECODER = SETUP.replace("lab =", "model.add_decoder(pixels=True, words=True, across=True)\nlab =")
+
+
+def test_painting_changes_what_is_put_back(lab, browser, tmp_path):
+    """At a page width of 960 nothing is cut off; the choice is made with the keyboard."""
+    path = notebook_of(tmp_path / "decoder.ipynb", DECODER, "lab", PAINTED)
+    errors = []
+    lab_page = Page(
+        run_notebook_in_browser(
+            browser,
+            lab,
+            path,
+            mode="doc",
+            width=960,
+            on_console=lambda message: message.type == "error" and errors.append(message.text),
+        ),
+        errors,
+    )
+    page, back = lab_page.page, lab_page.page.locator(".mmkit-back canvas")
+    page.locator(".mmkit-back canvas[data-drawn]").wait_for()
+    lab_page.canvas.scroll_into_view_if_needed()
+    lab_page.start()
+    lab_page.wait_for_words("No patch is hidden: this is the picture itself.")
+    assert back.bounding_box()["width"] == lab_page.canvas.bounding_box()["width"]
+    pixels = "() => document.querySelector('.mmkit-back canvas').toDataURL()"
+    changed = f"old => ({pixels})() !== old"
+    before = page.evaluate(pixels)
+    lab_page.drag((2, 1), (2, 6))
+    lab_page.wait_for_words("of 6 hidden patches")
+    page.wait_for_function(changed, arg=before)
+    assert "of 6 hidden patches" in back.get_attribute("aria-label")
+    lab_page.slider("words hidden (%)").press("End")
+    page.locator(".mmkit-guesses tbody tr").first.wait_for()
+    before = page.evaluate(pixels)
+    page.get_by_label("decoder looks at").focus()
+    page.keyboard.press("End")
+    lab_page.wait_for_words("The decoder sees a wrong caption")
+    page.wait_for_function(changed, arg=before)
+    assert page.locator(".mmkit-lab").evaluate("e => e.scrollWidth - e.clientWidth") == 0
+    assert not errors
+    page.close()
