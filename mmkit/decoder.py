@@ -361,10 +361,14 @@ def hard_negatives(
 def _check(spec: dict):
     if not (spec["pixels"] or spec["words"] or spec["matching"]):
         raise ValueError("a decoder that puts back nothing; ask for pixels, words or matching")
-    if spec["width"] % 32:
+    if spec["width"] < 32 or spec["width"] % 32:
         raise ValueError(
-            f"width={spec['width']} must be a multiple of 32 (a head of the decoder is 32 wide)"
+            f"width={spec['width']} must be a multiple of 32, at least 32 (a head of the decoder "
+            "is 32 wide)"
         )
+    for name in ("pixel_depth", "word_depth"):
+        if spec[name] < 0:
+            raise ValueError(f"{name}={spec[name]} must be 0 (a linear head) or more")
     linear = [
         f"{name}_depth"
         for name, used in (("pixel", spec["pixels"]), ("word", spec["words"] or spec["matching"]))

@@ -363,13 +363,16 @@ class MultimodalEncoder(nn.Module, Exportable):
         """
         wanted = wanted or Wanted()
         across = self.decoder is not None and self.decoder.across
-        beside = wanted.contrast and wanted.view == "unmasked"
-        features = (wanted.contrast and not beside) or (wanted.matching is not None and not beside)
+        compared = wanted.contrast or wanted.matching is not None  # matching draws by the features
+        beside = compared and wanted.view == "unmasked"
+        features = compared and not beside
         masked = features or wanted.put_back
+        learns = contextlib.nullcontext if wanted.contrast else torch.no_grad
         image = text = image_features = text_features = None
         if beside:  # first: a pass that wants features alone then draws the same dropout
-            image_features = self.encode_image(batch.pixel_values)
-            text_features = self.encode_text(batch.input_ids, batch.valid)
+            with learns():
+                image_features = self.encode_image(batch.pixel_values)
+                text_features = self.encode_text(batch.input_ids, batch.valid)
         if masked and (features or wanted.pixels or across):
             states = self.image_tokens(batch.pixel_values, image_masking, image_mode)
             real = _kept(image_masking, image_mode)
@@ -378,7 +381,7 @@ class MultimodalEncoder(nn.Module, Exportable):
             ids, valid = batch.input_ids, batch.valid
             text = Encoded(*self.text_tokens(ids, valid, text_masking, text_mode),
                            text_masking, text_mode)  # fmt: skip
-        with contextlib.nullcontext() if wanted.contrast else torch.no_grad():
+        with learns():
             if features:
                 assert image is not None and text is not None and text.real is not None
                 image_features = self._image_features(

@@ -325,6 +325,10 @@ def _build(model_class: Any, spec: dict, folder: Path, num_tensors: int):
         for tower in ("vit", "bert"):
             if spec[tower].get("num_hidden_layers", 0) > num_tensors:  # would take forever
                 raise ValueError(f"more {tower} layers than {WEIGHTS} has tensors")
+        heads = spec.get("decoder") or {}
+        for name in ("pixel_depth", "word_depth"):
+            if heads.get(name, 0) > num_tensors:
+                raise ValueError(f"a decoder of more layers ({name}) than {WEIGHTS} has tensors")
         return model_class.from_architecture(spec)
     except Exception as error:  # a setting of the wrong kind raises anything
         reason = " ".join(str(error).split())[:300]

@@ -17,6 +17,7 @@ from .encoder import MultimodalEncoder
 from .masking import (
     ATTENTION_MASKERS,
     IMAGE_MASKERS,
+    RATIO_SCHEDULES,
     TEXT_MASKERS,
     Masking,
     draw_maskings,
@@ -68,6 +69,17 @@ class MaskPlan:
             return batch
         noise = mask_noise(self.config.seed, epoch, batch.sample_ids, 2, "shift")
         return dataclasses.replace(batch, pixel_values=shift_pictures(batch.pixel_values, noise))
+
+    def hides(self, kind: str, epoch: int) -> bool:
+        """Whether anything of "image" or "text" is hidden in an epoch."""
+        config, progress = self.config, epoch / max(1, self.masked_epochs - 1)
+        if epoch >= self.masked_epochs:
+            return False
+        if kind == "image" and config.image_mask in ("painted", "layers"):
+            return True
+        ratio = RATIO_SCHEDULES[getattr(config, f"{kind}_mask_schedule")]
+        ends = (getattr(config, f"{kind}_mask_{which}") for which in ("ratio", "final_ratio"))
+        return bool((torch.as_tensor(ratio(*ends, progress, torch.full((1,), 0.5))) > 0).any())
 
     def _ratio(self, kind: str, batch: Batch, epoch: int) -> float | Tensor:
         config = self.config

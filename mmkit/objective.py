@@ -20,6 +20,7 @@ from .decoder import Wanted
 from .distributed import sum_over_processes
 from .encoder import EncoderOutput, MultimodalEncoder
 from .losses import masked_pixel_sum
+from .mask_plan import MaskPlan
 from .masks import Masking, mask_noise
 from .patches import patchify
 
@@ -68,17 +69,20 @@ class Objective:
                     f"{field}={decoder.spec[name]}, or set model.decoder = None for a new one"
                 )
 
-    def check_steps(self, total_steps: int, masked_steps: int):
+    def check_steps(self, total_steps: int, steps_per_epoch: int, plan: MaskPlan):
         """ValueError where a step of the run would learn nothing."""
         for step in range(total_steps):
-            terms = set(self.weights(step, total_steps))
-            if step >= masked_steps:
-                terms -= {"pixels", "words"}
-            if not terms:
-                hidden = " (nothing is hidden in it)" if step >= masked_steps else ""
+            terms, epoch = set(self.weights(step, total_steps)), step // steps_per_epoch
+            idle = {
+                term
+                for term, kind in (("pixels", "image"), ("words", "text"))
+                if term in terms and not plan.hides(kind, epoch)
+            }
+            if not terms - idle:
+                hidden = " (nothing is hidden in it)" if idle else ""
                 raise ValueError(
                     f"step {step} of {total_steps} has no term to learn from{hidden}; change the "
-                    "terms' schedules, or unmasked_epochs"
+                    "terms' schedules, those of the masks, or unmasked_epochs"
                 )
 
     def weights(self, step: int, total_steps: int) -> dict[str, float]:

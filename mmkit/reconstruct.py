@@ -218,7 +218,7 @@ def evaluate_reconstruction(
                 sees=partners(batch.group_ids, sees),
             )
             if not wanted.put_back:
-                return {}
+                break  # the same in all processes; one without rows waits for their sums
             out = model(batch, *maskings, image_mode, text_mode, wanted)
         found = _sums(model, out, batch, maskings, wanted, pixel_error, baseline)
         sums += torch.tensor([found.get(name, 0.0) for name in _SUMS], dtype=torch.float64)

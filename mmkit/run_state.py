@@ -30,6 +30,7 @@ _FREE = {
     "checkpoint_every",
     "keep_last",
     "max_skipped_steps",
+    "term_gradients_every",
 }
 # … and these give the same gradient up to float summation (and other dropout draws).
 _SUMMATION = {"gradient_accumulation_steps", "exchange", "gradient_checkpointing", "compile"}
@@ -184,6 +185,7 @@ def resume(trainer, path: Path) -> bool:
         trainer.say(
             f"saved by {saved} processes, now {trainer.processes}: the same up to float summation"
             + (", but for dropout" if trainer.config.dropout else "")
+            + (", but for the wrong pairs of matching" if trainer.config.matching_weight else "")
         )
     return True
 
@@ -238,6 +240,8 @@ def _differing(config: TrainingConfig, theirs: dict) -> dict[str, tuple]:
 
 
 def _keeps_the_gradient(config: TrainingConfig, name: str) -> bool:
+    if name == "gradient_accumulation_steps" and config.matching_weight:
+        return False  # the wrong pairs are drawn from a micro-batch
     return name in _SUMMATION and config.accumulation == "exact"
 
 

@@ -119,7 +119,7 @@ class MaskedMultimodalTrainer:
         self.best_loss, self.seconds, self._mark = math.inf, 0.0, time.perf_counter()
         self.epoch_loss, self.epoch_steps = torch.zeros((), device=self.device), 0
         self.plan = MaskPlan(config, self.model, train, self.num_epochs)
-        self.objective.check_steps(self.total_steps, self.plan.masked_epochs * self.steps_per_epoch)
+        self.objective.check_steps(self.total_steps, self.steps_per_epoch, self.plan)
         self.terms: dict[str, Tensor] = {}  # this process's parts of the last step's terms
         self.drawn: list = []  # the (image, text) maskings of the step's micro-batches
         self.path = Path(config.output_dir) / self._run_name(resume is True)

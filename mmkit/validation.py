@@ -30,7 +30,9 @@ def validate(
         if len(config.terms) > 1:
             record["contrastive_loss"] = found["loss"]
     if set(config.terms) - {"contrastive"}:
-        image, text = config.image_mask_ratio, config.text_mask_ratio
+        # A ratio that rises from 0 is judged by its end: nothing hidden would count as learnt.
+        image = config.image_mask_ratio or config.image_mask_final_ratio or 0.0
+        text = config.text_mask_ratio or config.text_mask_final_ratio or 0.0
         painted = config.image_mask == "painted"
         found = evaluate_reconstruction(
             model,

@@ -18,6 +18,9 @@ from safetensors.torch import load_file, save_file
 
 import mmkit as mm
 from mmkit.checkpoint import write_atomically
+from mmkit.data import Batch
+from mmkit.decoder import Wanted
+from mmkit.masking import draw_maskings
 from mmkit.tokenizer import encode_texts
 from tests.small_hub import SmallHub
 
@@ -184,6 +187,47 @@ def test_the_parts_are_readable_without_mmkit(make_model, tmp_path):
     assert torch.equal(states, model.bert(input_ids, attention_mask=valid.long())[0])
 
 
+HEADS = dict(width=32, pixel_depth=1, word_depth=2)
+
+
+def predictions(model, across):
+    """Patches, hidden words and pairs of a made batch."""
+    side, size = model.image_size, model.patch_size
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, generator=generator)
+    texts = encode_texts(model.tokenizer, WORDS, model.max_length)
+    batch = Batch(pixels, *texts, torch.arange(3), torch.arange(3))
+    masks = draw_maskings(batch, model, seed=0, epoch=0, image=("random", 0.5),
+                          text=("random", 0.5), predict_words=True)  # fmt: skip
+    noise = torch.rand(3, 2, generator=generator) if across else None
+    with torch.no_grad():
+        out = model(batch, *masks, "drop", "replace", Wanted(False, "masked", True, True, noise))
+    assert out.pixels.shape == (3, (side // size) ** 2, 3 * size**2)
+    return [out.pixels, out.word_logits, *([out.matching] if across else [])]
+
+
+@pytest.mark.parametrize("heads", [{}, dict(across=True, matching=True), dict(norm_pix_loss=True)])
+def test_a_decoder_comes_back_to_the_bit(make_model, tmp_path, heads):
+    """From a folder and from a best_model.pth; a folder of before there were decoders has none."""
+    model = make_model(dropout=0.1).add_decoder(**HEADS | heads).to_device("cpu")
+    model = unlike_new(model).eval()
+    model.save_pretrained(tmp_path / "shared")
+    write_atomically(
+        {"model_state_dict": model.state_dict(), "architecture": model.architecture()},
+        tmp_path / "best_model.pth",
+    )
+    wanted = predictions(model, "across" in heads)
+    for path in (tmp_path / "shared", tmp_path / "best_model.pth"):
+        other = mm.load(path)
+        assert other.decoder.spec == model.decoder.spec
+        same_model(model, other)
+        assert all(map(torch.equal, predictions(other, "across" in heads), wanted))
+
+    make_model().save_pretrained(tmp_path / "plain")
+    assert "decoder" not in json.loads((tmp_path / "plain/config.json").read_text())["architecture"]
+    assert mm.load(tmp_path / "plain").decoder is None
+
+
 # -- refused in words ------------------------------------------------------------------------
 
 
@@ -309,6 +353,50 @@ def test_what_is_damaged_or_foreign_is_refused(shared, name):
         with pytest.raises(ValueError, match=words) as refused:
             read(shared)
         assert str(shared) in str(refused.value)
+
+
+OF_DECODER = {
+    "depth": (
+        setting("architecture", "decoder", "pixel_depth", value=10**12),
+        r"a decoder of more layers \(pixel_depth\) than model.safetensors has tensors",
+    ),
+    "width": (
+        setting("architecture", "decoder", "width", value=32 * 10**6),
+        r"of another architecture .*'decoder\..* is \(32.*\) there, \(32000000",
+    ),
+    "no width": (
+        setting("architecture", "decoder", "width", value=0),
+        "width=0 must be a multiple",
+    ),
+    "a depth below 0": (
+        setting("architecture", "decoder", "word_depth", value=-1),
+        "describes no model that can be built .*word_depth=-1 must be 0",
+    ),
+    "a width in words": (
+        setting("architecture", "decoder", "width", value="32"),
+        "describes no model that can be built",
+    ),
+    "no table": (setting("architecture", "decoder", value=[1]), "describes no model that can be"),
+    "an unknown head": (
+        setting("architecture", "decoder", "sound", value=True),
+        "describes no model that can be built .*unexpected keyword argument 'sound'",
+    ),
+    "a head too many": (
+        setting("architecture", "decoder", "across", value=True),
+        r"'decoder\..*other.* is missing there",
+    ),
+    "forgotten": (setting("architecture", "decoder", value=None), "unknown here; get both"),
+}
+
+
+@pytest.mark.parametrize("name", OF_DECODER)
+def test_a_damaged_decoder_is_refused(make_model, tmp_path, name):
+    """In words, before anything of an absurd size is built."""
+    make_model().add_decoder(**HEADS).save_pretrained(tmp_path / "shared")
+    damage, words = OF_DECODER[name]
+    damage(tmp_path / "shared")
+    with pytest.raises(ValueError, match=words):
+        mm.load(tmp_path / "shared")
 
 
 @pytest.mark.parametrize("name", sorted(FILES - {"README.md"}))

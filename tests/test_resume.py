@@ -20,7 +20,9 @@ from tests.train_small import DEFAULTS
 # Everything that a state must hold, at once.
 EVERYTHING = dict(
     mixed_precision="fp16", gradient_accumulation_steps=2, dropout=0.2,
-    image_mask="attentive", text_mask_mode="80/10/10",
+    image_mask="attentive", text_mask_mode="80/10/10", pixels_weight=0.5, words_weight=0.3,
+    matching_weight=0.2, cross_modal=True, decoder_width=32, decoder_depth=1, ema_decay=0.9,
+    term_gradients_every=3,
 )  # fmt: skip
 CLOCKS = {"seconds", "samples_per_second", "waiting_for_data"}
 MAY_DIFFER = CLOCKS | {"run_name", "num_workers"}
@@ -163,9 +165,9 @@ def test_killed_between_best_and_last(forks, tmp_path):
     """best_model.pth of an epoch that last/state.pth does not know yet: written again, the same."""
     values = EVERYTHING | dict(num_epochs=2)
     assert forks.train(tmp_path, "whole", values)["status"] == 0
-    # 3 changes at the start, 5 records; then best_model.pth: write, rename; the record; last/
-    places = {10: "rename best_model.pth", 11: "write metrics.jsonl",
-              12: "write state.pth (temporary)", 13: "rename state.pth"}  # fmt: skip
+    # 3 changes at the start, 5 + 2 records; then best_model.pth: write, rename; the record; last/
+    places = {12: "rename best_model.pth", 13: "write metrics.jsonl",
+              14: "write state.pth (temporary)", 15: "rename state.pth"}  # fmt: skip
     for number, place in places.items():
         name = f"killed{number}"
         reply = forks.train(tmp_path, name, values, die_at=[number, "before"])
@@ -236,6 +238,23 @@ def test_the_number_of_processes_may_change_on_resume(forks, tmp_path, before, a
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
     drawn = recorded(tmp_path, "changed")
     assert len(drawn) == 3 * 53 and drawn == recorded(tmp_path, "straight")
+
+
+def test_two_threads_give_the_same_bits_twice(make_model, make_data, tmp_path):
+    """Rows that several pairs look at add up in one order, whichever thread is first."""
+    threads, ends = torch.get_num_threads(), []
+    torch.set_num_threads(2)
+    try:
+        for name in ("one", "other"):
+            values = EVERYTHING | dict(mixed_precision="no", batch_size=53, num_epochs=5)
+            config = mm.TrainingConfig(
+                **DEFAULTS | values | dict(output_dir=str(tmp_path), run_name=name)
+            )
+            run = mm.train_model(config, make_data(53), make_data(17, seed=1), make_model(0.2))
+            ends.append((run.history, read_checkpoint(run.path / "last/state.pth")))
+    finally:
+        torch.set_num_threads(threads)
+    assert differences(*ends) == []
 
 
 # -- the loss scale --------------------------------------------------------------------------

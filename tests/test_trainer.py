@@ -199,6 +199,24 @@ def test_parameters_stand_in_the_right_group(make_model, config):
     assert sum(len(g["params"]) for g in only.param_groups) == len(list(model.parameters()))
 
 
+def test_parameters_of_a_decoder_stand_in_the_right_group(make_model):
+    """Its layers' matrices are Muon's; mask tokens, biases and norms never decay, its maps do."""
+    model = make_model().add_decoder(across=True, matching=True, width=32)
+    groups = {
+        role: {name.removeprefix("decoder.") for name in names if name.startswith("decoder.")}
+        for role, names in parameter_groups(model).items()
+    }
+    assert len(groups["matrices"]) == 2 * 2 * 6
+    assert all("_layers.layers." in name and "weight" in name for name in groups["matrices"])
+    layers = ("pixel_layers", "word_layers")
+    assert groups["decayed"] == {f"{part}.{map}.weight" for part in layers for map in
+                                 ("embed", "other")} | {"pixel_head.weight", "matching_head.weight",
+                                                        "word_head.dense.weight"}  # fmt: skip
+    assert {f"{part}.mask_token" for part in layers} | {"word_head.bias"} <= groups["plain"]
+    own = [name for name, _ in model.named_parameters() if name.startswith("decoder.")]
+    assert sum(map(len, groups.values())) == len(own)
+
+
 def test_the_scale_is_clamped_in_the_parameter_and_still_learns(config, make_model, make_data):
     trainer = mm.MaskedMultimodalTrainer(config(warmup_steps=0), make_data(53), None, make_model())
     with torch.no_grad():

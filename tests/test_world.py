@@ -8,7 +8,8 @@ import torch
 
 import mmkit as mm
 from tests import world_cases
-from tests.world_cases import BATCHES, CHUNK, GRADIENTS, LOSSES, PAIRS, WIDTH
+from tests.test_objective import by_hand, check_close
+from tests.world_cases import BATCHES, CHUNK, GRADIENTS, LOSSES, OBJECTIVES, PAIRS, WIDTH
 
 pytestmark = pytest.mark.slow
 
@@ -55,6 +56,42 @@ def test_gradients_are_those_of_the_whole_batch(worlds, processes, case, number)
         if gradient.norm() > 1e-3 * whole:
             assert off[name] < 1e-5 * gradient.norm(), name
     assert len(set(found["sums"])) == 1  # the same in every process
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("case, parts", OBJECTIVES)
+@pytest.mark.parametrize("number", BATCHES)
+def test_every_term_is_that_of_the_whole_batch(worlds, processes, case, parts, number):
+    """Value and gradient of each parameter, with uneven counts on each process. Matching draws its
+    wrong pairs in a micro-batch: k processes are one process with k micro-batches."""
+    trainer = world_cases.trainer_of_terms(case, parts)
+    trainer.model.train()
+    batch = trainer.train.batch(*trainer.epoch_batches(1)[number])
+    found = worlds[processes]["objectives"][f"{case} {parts} {number}"]
+    sizes = [size for cut in found["micro_batches"] for size in cut]
+    sizes = sizes if case == "matching" else [len(batch)]
+    terms = by_hand(trainer, batch, sizes, epoch=1)
+    reference = world_cases.gradients_of(trainer.model)
+    assert terms.keys() == found["terms"].keys()
+    for term, value in terms.items():
+        torch.testing.assert_close(found["terms"][term], value, rtol=1e-5, atol=0)
+    weights = trainer.objective.weights(0, trainer.total_steps)
+    total = sum(weights[term] * float(value) for term, value in terms.items())
+    assert float(found["loss"]) == pytest.approx(total, rel=1e-5)
+    check_close(found["gradients"], reference)
+    assert len(set(found["sums"])) == 1
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("count", [17, 2])
+def test_reconstruction_counts_each_patch_and_word_once(worlds, processes, count):
+    """Also with fewer pictures than processes; all processes know the result."""
+    ours, alone = (worlds[n]["reconstruction"][count] for n in (processes, 1))
+    everyone = ours.pop("everyone")
+    assert all(one == ours for one in everyone) and len(everyone) == processes
+    for sees, found in ours.items():
+        assert found == pytest.approx(alone[sees], rel=1e-5)
+        assert {"pixels_loss", "words_loss", "mean_patch_error"} <= found.keys()
 
 
 @pytest.mark.parametrize("processes", [2, 3])

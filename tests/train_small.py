@@ -74,9 +74,9 @@ class Dying(mm.MaskedMultimodalTrainer):
 
     kill_at, record, notes = -1, False, -1
 
-    def gradients(self, batch, epoch):
-        loss = super().gradients(batch, epoch)
-        if self.record:
+    def gradients(self, batch, epoch, weights=None):
+        loss = super().gradients(batch, epoch, weights)
+        if self.record and weights is None:
             with open(self.path / f"masks-{self.rank}.jsonl", "a") as file:
                 parts = batch.split(self.config.gradient_accumulation_steps)
                 for part, drawn in zip(parts, self.drawn, strict=True):

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mmkit as mm
 from mmkit import step
 from mmkit.distributed import gather_rows, sum_over_processes, world
+from mmkit.reconstruct import evaluate_reconstruction
 from tests.train_small import DEFAULTS, data, model
 
 LOSSES = [("info_nce", "gather"), ("sigmoid", "gather"), ("sigmoid", "neighbours")]
@@ -30,6 +31,17 @@ MASKS = {
 # (name of the masks, loss, exchange, micro-batches); 53 pairs in batches of 11, 11, 11, 10 and 10
 GRADIENTS = [("drop", *loss, parts) for loss in LOSSES for parts in (1, 3)]
 GRADIENTS += [("replace", "info_nce", "gather", 2)]
+# Terms beside the contrast, in 1 and 3 micro-batches.
+BESIDE = dict(pixels_weight=0.7, words_weight=0.3, cross_modal=True, decoder_width=32)
+ALONE = dict(contrastive_weight=0.0, decoder_width=32, decoder_depth=1)
+TERMS = {
+    "contrast, pixels, words": BESIDE | MASKS["drop"],
+    "unmasked view": BESIDE | dict(contrastive_view="unmasked", text_mask_mode="drop"),
+    "MAE": ALONE | dict(pixels_weight=1.0, image_mask_ratio=0.75),
+    "BERT": ALONE | dict(words_weight=1.0, text_mask_mode="80/10/10"),
+    "matching": BESIDE | dict(matching_weight=0.4),
+}
+OBJECTIVES = [(case, parts) for case in TERMS for parts in (1, 3)]
 BATCHES = (0, 4)  # of 11 pairs and of 10: three processes have 4, 4, 3 and 4, 3, 3 of them
 PAIRS, WIDTH = 509, 3  # of made features
 FIRST_ROWS = {1: [0], 2: [0, 67], 3: [0, 67, 271]}  # of each process: parts of very unequal size
@@ -83,6 +95,46 @@ def gradients(case, number: int) -> dict:
         "masks": {sample: hidden for part in everyone(masks) for sample, hidden in part.items()},
         "micro_batches": everyone([len(part) for part in parts]),
     }
+
+
+def trainer_of_terms(case, parts: int) -> mm.MaskedMultimodalTrainer:
+    train = training_data()
+    values = TERMS[case] | dict(gradient_accumulation_steps=parts)
+    return mm.MaskedMultimodalTrainer(
+        config("nowhere", **values), train, None, model(train.tokenizer, 0.0)
+    )
+
+
+def objective(case, parts: int, number: int) -> dict:
+    """Terms and gradients of one batch of epoch 1."""
+    trainer = trainer_of_terms(case, parts)
+    trainer.net.train()
+    batch = trainer.train.batch(*trainer.epoch_batches(1)[number])
+    loss = trainer.gradients(batch, 1)
+    found = gradients_of(trainer.model)
+    return {
+        "loss": sum_over_processes(loss),
+        "terms": {term: sum_over_processes(value) for term, value in trainer.terms.items()},
+        "gradients": found,
+        "sums": everyone(sum(float(g.double().sum()) for g in found.values())),
+        "micro_batches": everyone([len(part) for part in batch.split(parts)]),
+    }
+
+
+def reconstruction(count: int) -> dict:
+    """What is put back of so many pictures, in batches that hide different numbers; and of
+    pictures that hide nothing, where some process may have none at all."""
+    train = training_data()
+    encoder = model(train.tokenizer, 0.0).add_decoder(across=True, width=32).to_device("cpu")
+    pictures = data(count, train.tokenizer, seed=1)
+    options = dict(batch_size=3, baseline=torch.full((9, 75), 0.4))
+    found = {
+        sees: evaluate_reconstruction(encoder, pictures, sees=sees, **options)
+        for sees in ("right", "none")
+    }
+    nothing = dict(image_mask=("random", 0.0), text_mask=("random", 0.0))
+    assert evaluate_reconstruction(encoder, pictures, **nothing) == {}
+    return found | {"everyone": everyone(found)}
 
 
 def gradients_of(encoder) -> dict[str, torch.Tensor]:
@@ -193,6 +245,12 @@ def all_cases(folder: str) -> dict:
             for kind, exchange in LOSSES
             for chunk in (step._LOGITS, CHUNK)
         },
+        "objectives": {
+            f"{case} {parts} {n}": objective(case, parts, n)
+            for case, parts in OBJECTIVES
+            for n in BATCHES
+        },
+        "reconstruction": {count: reconstruction(count) for count in (17, 2)},
         "order": order(),
         "evaluation": {count: evaluation(count) for count in (17, 2)},
     }
