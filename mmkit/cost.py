@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Sequence
 
+from .config import TrainingConfig
 from .data import Batch
 from .encoder import MultimodalEncoder
 from .losses import info_nce
@@ -20,9 +21,13 @@ def tower_flops(config, num_tokens: float) -> float:
     Matrix products only (8 D^2 + 4 D I per token, 4 N^2 D for attention); norms, softmax and
     activations are left out (a few per cent).
     """
+    return config.num_hidden_layers * _layer_flops(config, num_tokens)
+
+
+def _layer_flops(config, num_tokens: float) -> float:
     width, inner = config.hidden_size, config.intermediate_size
     per_token = 8 * width**2 + 4 * width * inner
-    return config.num_hidden_layers * (num_tokens * per_token + 4 * num_tokens**2 * width)
+    return num_tokens * per_token + 4 * num_tokens**2 * width
 
 
 def sample_flops(model: MultimodalEncoder, num_patches: float, num_words: float) -> float:
@@ -31,6 +36,38 @@ def sample_flops(model: MultimodalEncoder, num_patches: float, num_words: float)
     patch = 2 * 3 * model.patch_size**2 * vit.hidden_size * num_patches
     heads = 2 * model.embed_dim * (vit.hidden_size + bert.hidden_size)
     return patch + tower_flops(vit, num_patches + 1) + tower_flops(bert, num_words) + heads
+
+
+def put_back_flops(
+    model: MultimodalEncoder, num_patches: float, num_words: float, config: TrainingConfig
+) -> float:
+    """Forward FLOPs of one pair through the decoder's heads that the terms of a run need.
+
+    num_patches, num_words: as encoded, where the other modality looks at them. The own tokens of a
+    decoder are all patches, or all words. Matching fuses two wrong pairs for each that looks
+    across. The words' logits are left out.
+    """
+    if (decoder := model.decoder) is None:
+        return 0.0
+    across, flops = decoder.across, 0.0
+    if "pixels" in config.terms:
+        own = model.num_patches + 1
+        flops += _head_flops(decoder.pixel_layers, own, num_words * across)
+        flops += 2 * decoder.pixel_head.weight.numel() * model.num_patches
+    if "words" in config.terms or "matching" in config.terms:
+        pairs = 1 + 2 * config.cross_modal_ratio * ("matching" in config.terms)
+        flops += pairs * _head_flops(decoder.word_layers, num_words, (num_patches + 1) * across)
+    return flops
+
+
+def _head_flops(layers, own: float, other: float) -> float:
+    """A `TokenDecoder` over so many own tokens, and those of the other modality behind them."""
+    if layers is None:
+        return 0.0
+    entry = 2 * layers.embed.weight.numel() * own
+    if layers.other is not None:
+        entry += 2 * layers.other.weight.numel() * other
+    return entry + len(layers.layers) * _layer_flops(layers.config, own + other)
 
 
 def step_flops(

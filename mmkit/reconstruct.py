@@ -139,14 +139,24 @@ def _fill_pictures(
 def guesses(model: MultimodalEncoder, batch: Batch, back: PutBack, top: int = _TOP) -> list[dict]:
     """For each caption its pieces and, for each hidden one, the model's best guesses.
 
-    A list of {"pieces": [piece, …] without padding, "guesses": [{"position", "truth", "top":
-    [(piece, probability), …]}]}, for `mm.plots.word_guesses`.
+    A list of {"pieces": [(piece, kind), …] without padding, "guesses": [{"position", "truth",
+    "top": [(piece, probability), …]}]}, for `mm.plots.word_guesses`. kind: "end" ([CLS], [SEP]),
+    "seen", or "mask" for what was hidden, whatever stood in its place.
     """
-    piece_of = model.tokenizer.convert_ids_to_tokens
-    lines: list[dict] = []
-    for ids, valid in zip(batch.input_ids.tolist(), batch.valid.tolist(), strict=True):
+    piece_of, special = model.tokenizer.convert_ids_to_tokens, set(model.special_ids.tolist())
+    places = [] if back.word_places is None else back.word_places.tolist()
+    hidden, lines = {tuple(place) for place in places}, []
+    for row, (ids, valid) in enumerate(
+        zip(batch.input_ids.tolist(), batch.valid.tolist(), strict=True)
+    ):
         real = [i for i, counts in zip(ids, valid, strict=True) if counts]
-        lines.append({"pieces": piece_of(real), "guesses": []})
+        pieces = [
+            ("[mask]", "mask")
+            if (row, place) in hidden
+            else (piece_of([i])[0], "end" if i in special else "seen")
+            for place, i in enumerate(real)
+        ]
+        lines.append({"pieces": pieces, "guesses": []})
     if back.word_log_probs is None or back.word_labels is None or back.word_places is None:
         return lines
     best = back.word_log_probs.exp().topk(top, dim=1)

@@ -132,14 +132,14 @@ class RunWriter:
 
     def write_pictures(self, original, masked, put_back, step: int):
         """A strip of pictures (B, 3, H, W) uint8 each: put_back/STEP.png, and to TensorBoard."""
-        from torchvision.io import write_png
+        from PIL import Image
 
         from .reconstruction_plots import strip
 
         picture = strip(original, masked, put_back)
         folder = self._metrics.parent / "put_back"
         folder.mkdir(exist_ok=True)
-        write_png(picture, str(folder / f"{step:08d}.png"))
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{step:08d}.png")
         self._events.add_image("original, masked, put back", picture, step)
 
     def close(self):
