@@ -50,7 +50,7 @@ def put_back_flops(
     if (decoder := model.decoder) is None:
         return 0.0
     across, flops = decoder.across, 0.0
-    if "pixels" in config.terms:
+    if "pixels" in config.terms and decoder.pixel_head is not None:
         own = model.num_patches + 1
         flops += _head_flops(decoder.pixel_layers, own, num_words * across)
         flops += 2 * decoder.pixel_head.weight.numel() * model.num_patches

@@ -8,7 +8,8 @@ import math
 
 import torch
 
-from .cost import step_flops, tower_flops
+from .cost import put_back_flops, step_flops, tower_flops
+from .objective import PAIR_ENTROPY
 from .text_maskers import maskable_words
 
 
@@ -33,6 +34,7 @@ def effective_configuration(trainer) -> dict:
     micro = len(batch.split(config.gradient_accumulation_steps)[0]) * trainer.processes
     replay = exact and config.gradient_accumulation_steps > 1
     look = 0.0 if trainer.plan.ema is None else tower_flops(model.vit.config, patches / 4 + 1)
+    put_back = 3 * put_back_flops(model, encoded_patches, encoded_words, config)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "optimizer": " + ".join(type(o).__name__ for o in trainer.optimizers),
@@ -47,12 +49,31 @@ def effective_configuration(trainer) -> dict:
         "words_encoded": encoded_words,
         "text_mask_ratio": 0.0 if text is None else text.mask.sum().item() / max(1, maskable),
         "negatives": (pairs if exact else micro) - 1,
-        "gflop_per_pair": (step_flops(model, encoded_patches, encoded_words, replay) + look) / 1e9,
+        "gflop_per_pair": (
+            _tower_step_flops(trainer, encoded_patches, encoded_words, replay) + look + put_back
+        )
+        / 1e9,
         "precision": str(trainer.precision or torch.float32).removeprefix("torch."),
         "device": str(trainer.device),
         "processes": trainer.processes,
         "threads": torch.get_num_threads(),
     }
+
+
+def _tower_step_flops(trainer, patches: float, words: float, replay: bool) -> float:
+    """Both towers, as often as the terms need them: without contrast one of them may rest."""
+    config, model = trainer.config, trainer.model
+    both = {"contrastive", "matching"} & set(config.terms) or config.cross_modal
+    masked = step_flops(
+        model,
+        patches if both or "pixels" in config.terms else 0.0,
+        words if both or "words" in config.terms else 0.0,
+        replay and "contrastive" in config.terms and config.contrastive_view == "masked",
+    )
+    if "contrastive" not in config.terms or config.contrastive_view == "masked":
+        return masked
+    beside = step_flops(model, model.num_patches, words, replay)
+    return beside + masked * (len(config.terms) > 1)
 
 
 def describe(trainer) -> str:
@@ -74,18 +95,23 @@ def describe(trainer) -> str:
         "text mask": f"{config.text_mask}, {100 * e['text_mask_ratio']:.1f} % hidden "
         f"({config.text_mask_mode}{_schedule(config, 'text')}): "
         f"{e['words_encoded']:.1f} of {e['words']:.1f} tokens encoded",
+        "terms": _terms(trainer),
         "negatives": f"{e['negatives']:.0f} per pair{guessing(candidates)}",
         "cost": f"{e['gflop_per_pair']:.2f} GFLOP per pair and step",
         "machine": f"{e['device']}, {e['precision']}, processes: {e['processes']}, "
         f"threads: {e['threads']}",
     }
+    if config.terms == ["contrastive"]:
+        del lines["terms"]  # as everybody expects
+    if "contrastive" not in config.terms:
+        del lines["negatives"]
     if trainer.val is None:
         lines["validation"] = "none: best_model.pth is judged on the training loss"
     else:
         n = len(trainer.val)
-        lines["validation"] = (
-            f"{n:,} pictures as one pool{guessing(n)}; chance of R@1 {100 / n:.1f} %"
-        )
+        lines["validation"] = f"{n:,} pictures"
+        if "contrastive" in config.terms:
+            lines["validation"] += f" as one pool{guessing(n)}; chance of R@1 {100 / n:.1f} %"
     if tools := _tools(config):
         lines["tools"] = "; ".join(tools)
     if config.warmup_steps > e["steps"] / 2:
@@ -94,6 +120,29 @@ def describe(trainer) -> str:
             "rate hardly falls; lower warmup_steps, or train longer"
         )
     return "\n".join(f"{name:11} {words}" for name, words in lines.items())
+
+
+def _terms(trainer) -> str:
+    """The weighted terms of the loss and what each costs who knows nothing, in words."""
+    config, words = trainer.config, []
+    for term in config.terms:
+        schedule = getattr(config, f"{term}_schedule")
+        name = "own schedule" if callable(schedule) else schedule
+        how = "" if schedule == "constant" else f" ({name})"
+        words.append(f"{getattr(config, f'{term}_weight'):g} x {term}{how}")
+    line = " + ".join(words)
+    if "contrastive" in config.terms and config.contrastive_view == "unmasked":
+        line += "; contrast on an unmasked view"
+    if (decoder := trainer.model.decoder) is not None:
+        depths = {"pixel": decoder.pixel_layers, "word": decoder.word_layers}
+        layers = [f"{decoder.spec[f'{k}_depth']} for {k}s" for k, part in depths.items() if part]
+        line += f"; decoder layers: {', '.join(layers) or 'none'}, {decoder.spec['width']} wide"
+        if decoder.across:
+            share = 100 * config.cross_modal_ratio
+            line += f", look at the other modality in {share:.0f} % of the pairs"
+    if "matching" in config.terms:
+        line += f"; guessing a match costs {PAIR_ENTROPY:.2f}"
+    return line
 
 
 def _tools(config) -> list[str]:
