@@ -7,6 +7,7 @@ Walk-through: notebooks/02_masking.ipynb.
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from .config import TrainingConfig
 from .data import Batch
@@ -75,6 +76,21 @@ def step_flops(
 ) -> float:
     """Training FLOPs of one pair: forward once, backward twice that; `replay` adds a forward."""
     return (4 if replay else 3) * sample_flops(model, num_patches, num_words)
+
+
+def step_seconds(trainers: dict[str, Any], rounds: int = 5) -> dict[str, float]:
+    """Median seconds of a whole training step of each trainer ({name: trainer}).
+
+    They take turns, so that a busy moment does not hit one of them alone; a first round warms up.
+    Their weights are trained on by it.
+    """
+    times: dict[str, list[float]] = {name: [] for name in trainers}
+    for _ in range(rounds + 1):
+        for name, trainer in trainers.items():
+            batch, start = trainer.first_batch(), time.perf_counter()
+            trainer.train_step(batch, epoch=0)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def measure_ratios(

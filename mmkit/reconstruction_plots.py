@@ -5,18 +5,17 @@ which is a picture itself; `mm.plots` has them all. Shapes: B pictures of H x W 
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .figures import BLUE, KINDS, RED, new_figure, rectangle, show_picture, take_away, wrap
 
-__all__ = ["over_training", "put_back_grid", "strip", "word_guesses"]
+__all__ = ["over_training", "put_back_grid", "read_strips", "strip", "word_guesses"]
 
-GAP, GAP_GREY = (
-    2,
-    128,
-)  # of a strip: pixels, and their value (darker than HIDDEN)
+GAP, GAP_GREY = 2, 128  # of a strip: pixels, and their value (darker than HIDDEN)
 TEXT_WIDE, GUESS_WIDE = 104, 26  # of word_guesses, in characters: a line, and one word's guesses
 LETTER = 0.9  # the width of a piece's letter
 PIECE_MOST = 11  # characters of a guess that are shown
@@ -82,6 +81,33 @@ def strip(original: Tensor, masked: Tensor, put_back: Tensor) -> Tensor:
     rows = {"original": original, "masked": masked, "put back": put_back}
     _checked(rows)
     return _tile(list(rows.values()))
+
+
+def read_strips(folder: str | Path, count: int = 5) -> dict[str, Tensor]:
+    """The strips that a run kept in `put_back/`, cut into pictures again, for `over_training`.
+
+    {"original", "masked", "step 44", …: (B, 3, H, W) uint8}: `count` steps spread evenly over the
+    run, the last one among them. Raises FileNotFoundError where there are none.
+    """
+    from PIL import Image
+
+    paths = sorted((Path(folder) / "put_back").glob("*.png"))
+    if not paths:
+        raise FileNotFoundError(
+            f"no strips in {folder}/put_back; a run keeps them at each validation where "
+            "pixels_weight is above 0 and there is a validation set"
+        )
+    places = np.linspace(0, len(paths) - 1, min(count, len(paths))).round().astype(int)
+    strips: dict[str, Tensor] = {}
+    for path in [paths[place] for place in places]:
+        pixels = torch.from_numpy(np.asarray(Image.open(path)).copy()).permute(2, 0, 1)
+        side = (pixels.shape[1] - 2 * GAP) // 3
+        rows = []
+        for top in range(0, pixels.shape[1], side + GAP):
+            parts = pixels[:, top : top + side].split(side + GAP, dim=2)
+            rows.append(torch.stack([part[..., :side] for part in parts]))
+        strips |= {"original": rows[0], "masked": rows[1], f"step {int(path.stem)}": rows[2]}
+    return strips
 
 
 def _checked(named: dict[str, Tensor]) -> torch.Size:

@@ -525,3 +525,20 @@ def test_no_plot_is_without_a_test():
     ]
     assert [name for name in own if f"plots.{name}(" not in source] == []
     assert plt.get_fignums() == []
+
+
+def test_strips_that_a_run_kept_are_read_back(tmp_path):
+    """The very pictures, the first two rows once and the third of steps spread over the run."""
+    from PIL import Image
+
+    torch.manual_seed(0)
+    kept = {step: torch.randint(0, 256, (3, 5, 3, 7, 7), dtype=torch.uint8) for step in range(9)}
+    (tmp_path / "put_back").mkdir()
+    for step, parts in kept.items():
+        picture = Image.fromarray(plots.strip(*parts).permute(1, 2, 0).numpy())
+        picture.save(tmp_path / "put_back" / f"{step:08d}.png")
+    strips = plots.read_strips(tmp_path, 3)
+    assert [*strips] == ["original", "masked", "step 0", "step 4", "step 8"]
+    assert torch.equal(strips["step 4"], kept[4][2]) and torch.equal(strips["masked"], kept[8][1])
+    with pytest.raises(FileNotFoundError, match="no strips in"):
+        plots.read_strips(tmp_path / "nowhere")
