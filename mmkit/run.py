@@ -108,7 +108,8 @@ class RunWriter:
             _remove_run(path)
         path.mkdir(parents=True, exist_ok=True)
         kept = read_records(metrics) if step is not None and metrics.is_file() else []
-        kept = [record for record in kept if record["step"] <= step]
+        # What the terms do to each other is measured before a step: after a state of that number.
+        kept = [r for r in kept if r["step"] < step + (r["split"] != "terms")]
         unfinished = metrics.with_suffix(".tmp")
         unfinished.write_text("".join(json.dumps(record) + "\n" for record in kept))
         unfinished.replace(metrics)  # a kill in between loses nothing

@@ -166,15 +166,20 @@ def test_killed_between_best_and_last(forks, tmp_path):
     values = EVERYTHING | dict(num_epochs=2)
     assert forks.train(tmp_path, "whole", values)["status"] == 0
     # 3 changes at the start, 5 + 2 records; then best_model.pth: write, rename; the record; last/
-    places = {12: "rename best_model.pth", 13: "write metrics.jsonl",
-              14: "write state.pth (temporary)", 15: "rename state.pth"}  # fmt: skip
-    for number, place in places.items():
+    places = {"rename best_model.pth", "write metrics.jsonl", "write state.pth (temporary)",
+              "rename state.pth"}  # fmt: skip
+    seen = set()
+    for number in range(11, 21):
         name = f"killed{number}"
         reply = forks.train(tmp_path, name, values, die_at=[number, "before"])
-        assert reply["status"] == -9 and reply["notes"][-1][1] == f"dies at {place}"
+        assert reply["status"] == -9
+        seen.add(reply["notes"][-1][1].removeprefix("dies at "))
         reply = forks.train(tmp_path, name, values, resume=True)
         assert reply["status"] == 0 and "nothing to resume" in reply["log"], reply["log"]
         check_same(tmp_path, "whole", name)
+        if "rename state.pth" in seen:
+            break
+    assert places <= seen
 
 
 @pytest.mark.slow
