@@ -14,6 +14,7 @@ from .launch import launch
 from .losses import info_nce, sigmoid_loss
 from .masking import Masking, mask_noise
 from .openmoji import openmoji
+from .reconstruct import evaluate_reconstruction, put_back
 from .retrieval import Index, embed, embed_texts, evaluate, mean_recall, recall_at_k, zero_shot
 from .run import Run
 from .tokenizer import train_wordpiece
@@ -36,6 +37,7 @@ __all__ = [
     "embed",
     "embed_texts",
     "evaluate",
+    "evaluate_reconstruction",
     "info_nce",
     "launch",
     "load",
@@ -47,6 +49,7 @@ __all__ = [
     "optim",
     "plots",
     "probe",
+    "put_back",
     "recall_at_k",
     "retrieval",
     "sigmoid_loss",

@@ -316,18 +316,31 @@ class TrainingConfig:
         for term, kind in (("pixels", "image"), ("words", "text")):
             if not getattr(self, f"{term}_weight"):
                 continue
-            by_hand = kind == "image" and self.image_mask in ("painted", "layers")
-            ratios = (getattr(self, f"{kind}_mask_{which}") for which in ("ratio", "final_ratio"))
-            if not (by_hand or any(ratios)):
+            hides = [getattr(self, f"{kind}_mask_{which}") for which in ("ratio", "final_ratio")]
+            if kind == "image" and self.painted_mask is not None:
+                hides = [hidden for row in self.painted_mask for hidden in row]
+            if not any(hides):
                 example = 0.75 if kind == "image" else 0.3
                 raise ValueError(
                     f"{term}_weight={getattr(self, f'{term}_weight')!r} with {kind}_mask_ratio=0 "
-                    f"hides nothing that could be put back; take {kind}_mask_ratio={example}"
+                    f"(or an empty painted mask) hides nothing that could be put back; take "
+                    f"{kind}_mask_ratio={example}"
                 )
         if self.matching_weight and not self.cross_modal:
             raise ValueError(
                 f"matching_weight={self.matching_weight!r} needs cross_modal=True: a caption is "
                 "compared with a picture by looking at it"
+            )
+        put_back = [term for term in self.terms if term != "contrastive"]
+        if self.contrastive_view == "unmasked" and not put_back:
+            raise ValueError(
+                "contrastive_view='unmasked' with nothing to put back would hide nothing at all; "
+                "take image_mask_ratio=0, or a weight above 0 for pixels, words or matching"
+            )
+        if self.cross_modal and not put_back:
+            raise ValueError(
+                "cross_modal=True has no decoder to look across; give a weight above 0 to pixels, "
+                "words or matching"
             )
         rule = "in (0, 1]; to look at none of them: cross_modal=False"
         self._check("cross_modal_ratio", 0 < self.cross_modal_ratio <= 1, rule)
@@ -338,6 +351,13 @@ class TrainingConfig:
     def terms(self) -> list[str]:
         """The terms of the objective whose weight is above 0."""
         return [term for term in TERMS if getattr(self, f"{term}_weight")]
+
+    @property
+    def terms_change(self) -> bool:
+        """Whether the loss is of other terms, or of other weights, in another step."""
+        constants = ("constant", TERM_SCHEDULES["constant"])
+        changes = any(getattr(self, f"{term}_schedule") not in constants for term in self.terms)
+        return changes or bool(self.unmasked_epochs and {"pixels", "words"} & set(self.terms))
 
     def term_weights(self, progress: float) -> dict[str, float]:
         """Weights of the terms when a share `progress` of the steps is over; 0s are left out."""

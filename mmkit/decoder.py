@@ -351,7 +351,8 @@ def hard_negatives(
     logits = scale * similarity(image_features, text_features)
     picked = []
     for score, draw in ((logits, noise[:, :1]), (logits.T, noise[:, 1:])):
-        chance = score.masked_fill(~allowed, -math.inf).softmax(1).nan_to_num().cumsum(1)
+        score = score.double().masked_fill(~allowed, -math.inf)
+        chance = score.softmax(1).nan_to_num().cumsum(1)
         rank = (chance <= draw * chance[:, -1:]).sum(1)
         last = (allowed * torch.arange(len(groups), device=groups.device)).amax(1)
         picked.append(torch.minimum(rank, last))  # rounding may end one behind the last

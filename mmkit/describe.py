@@ -106,7 +106,10 @@ def describe(trainer) -> str:
     if "contrastive" not in config.terms:
         del lines["negatives"]
     if trainer.val is None:
-        lines["validation"] = "none: best_model.pth is judged on the training loss"
+        judged = "judged on the training loss"
+        if config.terms_change:
+            judged = "the last one (the terms of the training loss change)"
+        lines["validation"] = f"none: best_model.pth is {judged}"
     else:
         n = len(trainer.val)
         lines["validation"] = f"{n:,} pictures"

@@ -369,10 +369,9 @@ class MultimodalEncoder(nn.Module, Exportable):
         masked = features or wanted.put_back
         learns = contextlib.nullcontext if wanted.contrast else torch.no_grad
         image = text = image_features = text_features = None
-        if beside:  # first: a pass that wants features alone then draws the same dropout
-            with learns():
-                image_features = self.encode_image(batch.pixel_values)
-                text_features = self.encode_text(batch.input_ids, batch.valid)
+        if beside and wanted.contrast:  # first: for features alone the same dropout is drawn
+            image_features = self.encode_image(batch.pixel_values)
+            text_features = self.encode_text(batch.input_ids, batch.valid)
         if masked and (features or wanted.pixels or across):
             states = self.image_tokens(batch.pixel_values, image_masking, image_mode)
             real = _kept(image_masking, image_mode)
@@ -382,7 +381,10 @@ class MultimodalEncoder(nn.Module, Exportable):
             text = Encoded(*self.text_tokens(ids, valid, text_masking, text_mode),
                            text_masking, text_mode)  # fmt: skip
         with learns():
-            if features:
+            if beside and not wanted.contrast:  # last: autocast keeps what it casts in here
+                image_features = self.encode_image(batch.pixel_values)
+                text_features = self.encode_text(batch.input_ids, batch.valid)
+            elif features:
                 assert image is not None and text is not None and text.real is not None
                 image_features = self._image_features(
                     image.states, _kept(image_masking, image_mode)

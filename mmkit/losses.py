@@ -154,7 +154,7 @@ def masked_pixel_sum(
     if norm_pix_loss:
         target = normalize_patches(target)
     each = PIXEL_ERRORS[error](prediction.float(), target, reduction="none").mean(-1)  # (B, N)
-    return (each * mask).sum()
+    return each.masked_fill(~mask, 0.0).sum()  # a product would keep the NaN of a visible one
 
 
 def masked_pixel_loss(

@@ -30,16 +30,35 @@ from .precision import autocast_for
 from .running_mean import RunningMean
 
 
-def check_maskers(config: TrainingConfig, train: MultimodalDataset):
+def check_maskers(
+    config: TrainingConfig, train: MultimodalDataset, val: MultimodalDataset | None = None
+):
     """ValueError for a masker that is not known, or that these pictures cannot serve."""
     find_masker(config.image_mask, IMAGE_MASKERS)
     find_masker(config.text_mask, TEXT_MASKERS)
-    if config.image_mask == "layers" and train.layers is None:
+    seen = [train] if val is None or "pixels" not in config.terms else [train, val]
+    if config.image_mask == "layers" and any(data.layers is None for data in seen):
         raise ValueError(
             "image_mask='layers' needs drawings that know their layers, and these pictures do not; "
             "use the built-in ones (mm.openmoji), or another of "
             f"{', '.join(name for name in IMAGE_MASKERS if name != 'layers')}"
         )
+
+
+def validation_masks(config: TrainingConfig) -> dict[str, tuple]:
+    """What a validation hides: {"image_mask": (masker, ratio), "text_mask": …}.
+
+    A ratio that changes is taken at its start; one that starts at 0, at its end.
+    """
+    ratios = {
+        kind: getattr(config, f"{kind}_mask_ratio") or getattr(config, f"{kind}_mask_final_ratio")
+        for kind in ("image", "text")
+    }
+    painted = config.image_mask == "painted"
+    return {
+        "image_mask": (config.image_mask, config.painted_mask if painted else ratios["image"] or 0),
+        "text_mask": (config.text_mask, ratios["text"] or 0),
+    }
 
 
 class MaskPlan:
@@ -75,7 +94,7 @@ class MaskPlan:
         config, progress = self.config, epoch / max(1, self.masked_epochs - 1)
         if epoch >= self.masked_epochs:
             return False
-        if kind == "image" and config.image_mask in ("painted", "layers"):
+        if kind == "image" and config.painted_mask is not None:
             return True
         ratio = RATIO_SCHEDULES[getattr(config, f"{kind}_mask_schedule")]
         ends = (getattr(config, f"{kind}_mask_{which}") for which in ("ratio", "final_ratio"))

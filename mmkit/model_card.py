@@ -22,7 +22,9 @@ tags:
 _CHOICES = (
     "num_epochs max_steps batch_size optimizer learning_rate loss image_mask image_mask_ratio "
     "image_mask_mode image_mask_schedule image_mask_final_ratio text_mask text_mask_ratio "
-    "text_mask_mode text_mask_schedule text_mask_final_ratio unmasked_epochs ema_decay seed"
+    "text_mask_mode text_mask_schedule text_mask_final_ratio contrastive_weight pixels_weight "
+    "words_weight matching_weight contrastive_view cross_modal pixel_error norm_pix_loss "
+    "unmasked_epochs ema_decay seed"
 ).split()
 
 

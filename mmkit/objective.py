@@ -7,6 +7,7 @@ known before the forward pass, and with them the counts. Walk-through:
 notebooks/07_reconstruction.ipynb.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -68,15 +69,30 @@ class Objective:
                     f"{field}={wanted} is not what the model's decoder was built for; give "
                     f"{field}={decoder.spec[name]}, or set model.decoder = None for a new one"
                 )
+        for term, kind in (("pixels", "image"), ("words", "text")):
+            dropped = getattr(config, f"{kind}_mask_mode") == "drop"
+            if needed[term] and dropped and not decoder.spec[f"{term[:-1]}_depth"]:
+                raise ValueError(
+                    f"{kind}_mask_mode='drop' needs layers in the model's head for {term}, and it "
+                    "has none; take 'replace', or set model.decoder = None for a new one"
+                )
 
     def check_steps(self, total_steps: int, steps_per_epoch: int, plan: MaskPlan):
         """ValueError where a step of the run would learn nothing."""
+        hides = functools.cache(plan.hides)
         for step in range(total_steps):
-            terms, epoch = set(self.weights(step, total_steps)), step // steps_per_epoch
+            weights, epoch = self.weights(step, total_steps), step // steps_per_epoch
+            for term, weight in weights.items():
+                if not 0 < weight < math.inf:
+                    raise ValueError(
+                        f"{term}_schedule gives a weight of {weight} at step {step}; it must be a "
+                        "share in [0, 1] of the weight"
+                    )
+            terms = set(weights)
             idle = {
                 term
                 for term, kind in (("pixels", "image"), ("words", "text"))
-                if term in terms and not plan.hides(kind, epoch)
+                if term in terms and not hides(kind, epoch)
             }
             if not terms - idle:
                 hidden = " (nothing is hidden in it)" if idle else ""

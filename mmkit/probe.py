@@ -7,6 +7,7 @@ common it is. Pictures of one family are near copies of each other: they are dra
 interval, and never split between the choice of C and its check.
 Shapes: N training rows, M test rows, D width. Linear probes as in He et al. 2022
 (arXiv:2111.06377), kNN as in Caron et al. 2021 (arXiv:2104.14294); the readers are scikit-learn's.
+Walk-through: notebooks/07_reconstruction.ipynb.
 """
 
 import warnings

@@ -19,6 +19,7 @@ from .data import Batch, MultimodalDataset
 from .decoder import Wanted
 from .distributed import my_share, sum_over_processes
 from .encoder import EncoderOutput, MultimodalEncoder
+from .mask_plan import validation_masks
 from .masking import draw_maskings
 from .masks import Masking, mask_noise
 from .objective import num_pairs, term_sums
@@ -193,6 +194,7 @@ def evaluate_reconstruction(
     batch_size: int = 128,
     mixed_precision: str = "no",
     pixel_error: str = "mse",
+    view: str = "masked",
     baseline: Tensor | None = None,
 ) -> dict[str, float]:
     """How well hidden patches and words of a data set (canonical captions) are put back.
@@ -201,9 +203,12 @@ def evaluate_reconstruction(
     "pixel_error" (mean squared error of hidden patches, brightness in [0, 1]), "words_loss" (nats),
     "words_accuracy", "words_perplexity", "matching_loss" and "matching_accuracy" (two pairs in
     three are wrong: always saying so scores 0.667; candidates are those of a batch of this size on
-    one process). baseline (N, 3 * p * p), from `mean_patches(train)`, adds "mean_patch_error" (its
-    error on the same patches) and "visible_mean_error" (that of the mean visible patch of each
-    picture). The masks are those of `seed`, epoch 0. Several processes share the work.
+    one process, drawn by the features of the masked or the unmasked `view`). Pixels are clipped to
+    [0, 1]; of a model of norm_pix_loss they have the mean and deviation of the hidden patch itself,
+    so that its error is too good to be compared. baseline (N, 3 * p * p), from
+    `mean_patches(train)`, adds "mean_patch_error" (its error on the same patches) and
+    "visible_mean_error" (that of the mean visible patch of each picture). The masks are those of
+    `seed`, epoch 0. Several processes share the work.
     """
     decoder, device = _decoder(model), model.logit_scale.device
     dataset.use_tokenizer(model.tokenizer, model.max_length)
@@ -222,6 +227,7 @@ def evaluate_reconstruction(
             matching = decoder.spec["matching"] and sees == "right"
             wanted = Wanted(
                 contrast=False,
+                view=view,
                 pixels=decoder.spec["pixels"] and maskings[0] is not None,
                 words=decoder.spec["words"] and maskings[1] is not None,
                 matching=mask_noise(seed, 0, batch.sample_ids, 2, "matching") if matching else None,
@@ -306,11 +312,10 @@ def example_pictures(
     device = model.logit_scale.device
     rows = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long()
     batch = dataset.batch(rows).to(device)
-    kind = config.image_mask
-    ratio = config.painted_mask if kind == "painted" else config.image_mask_ratio
+    image = validation_masks(config)["image_mask"]
     with at_rest(model):
         masking, _ = draw_maskings(
-            batch, model, seed=config.seed, epoch=0, image=(kind, ratio), layers=dataset.layers
+            batch, model, seed=config.seed, epoch=0, image=image, layers=dataset.layers
         )
     back = put_back(model, batch, masking, image_mode=config.image_mask_mode)
     original = batch.pixel_values

@@ -2,6 +2,7 @@
 
 `mask` is True where a token is HIDDEN. Pictures are uint8. Each is f(data) -> Figure, but `strip`,
 which is a picture itself; `mm.plots` has them all. Shapes: B pictures of H x W pixels.
+Used by notebooks/07_reconstruction.ipynb.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,9 @@
 """What a run writes, and reading it back.
 
 runs/<name>/ holds best_model.pth, last/state.pth, config.json, metrics.jsonl and TensorBoard's
-event files. metrics.jsonl has one record a line: "split" is "train" (every `log_every` steps) or
-"val" (every `eval_every` epochs). Walk-through: notebooks/03_training.ipynb.
+event files. metrics.jsonl has one record a line: "split" is "train" (every `log_every` steps),
+"val" (every `eval_every` epochs) or "terms" (every `term_gradients_every` steps).
+Walk-through: notebooks/03_training.ipynb.
 """
 
 import json
@@ -140,7 +141,10 @@ class RunWriter:
         picture = strip(original, masked, put_back)
         folder = self._metrics.parent / "put_back"
         folder.mkdir(exist_ok=True)
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(folder / f"{step:08d}.png")
+        path = folder / f"{step:08d}.png"
+        unfinished = path.with_suffix(".tmp")
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(unfinished, "PNG")
+        unfinished.replace(path)  # a kill in between leaves no half of a picture
         self._events.add_image("original, masked, put back", picture, step)
 
     def close(self):

@@ -30,11 +30,11 @@ TOWERS = ("image", "text")
 TERMS = {"contrastive": BLUE, "pixels": ORANGE, "words": GREEN, "matching": PURPLE}
 LABELS = {  # of the axes of loss_terms
     "loss": "loss, all terms",
-    "loss/contrastive": "contrastive loss (nats)",
-    "loss/pixels": "pixel loss (squared error)",
-    "loss/words": "word loss (nats)",
-    "loss/matching": "matching loss (nats)",
-    "pixels_error": "error of hidden pixels",
+    "contrastive_loss": "contrastive loss (nats)",
+    "pixels_loss": "pixel loss (squared error, normalised)",
+    "words_loss": "word loss (nats)",
+    "matching_loss": "matching loss (nats)",
+    "pixel_error": "squared error of hidden pixels",
     "words_accuracy": "hidden words right (share)",
 }
 
@@ -267,7 +267,8 @@ def term_gradients(records: Sequence[dict], caption: str = ""):
 def _curves_of(records: Sequence[dict], prefix: str) -> dict[str, tuple[list, list]]:
     """{what follows the prefix: (steps, values)}."""
     names = dict.fromkeys(k.removeprefix(prefix) for r in records for k in r if prefix in k)
-    held = {name: [r for r in records if prefix + name in r] for name in names}
+    # A gradient that is zero has no angle; one that is not finite no length.
+    held = {name: [r for r in records if r.get(prefix + name) is not None] for name in names}
     return {n: ([r["step"] for r in rs], [r[prefix + n] for r in rs]) for n, rs in held.items()}
 
 

@@ -194,7 +194,7 @@ def fork(trainer, source: Path):
     """Start a run of its own from where another one stands (its folder, or a state.pth in it).
 
     Anything but `batch_size` may differ: with another one "the batches still to come" has no
-    meaning.
+    meaning. Where other terms need other heads, the decoder starts anew (or is gone).
     """
     path = source if source.is_file() else source / "last" / "state.pth"
     if path.resolve().is_relative_to(trainer.path.resolve()):
@@ -249,10 +249,23 @@ def _in_words(differing: dict[str, tuple]) -> str:
     return ", ".join(f"{k}: {then!r} -> {now!r}" for k, (then, now) in differing.items())
 
 
+def _other_heads(weights: dict, module) -> dict:
+    """Weights for `module` whose decoder is its own where the file has none, or another one."""
+    own = {k: v for k, v in module.state_dict().items() if k.startswith("decoder.")}
+    theirs = {k: v for k, v in weights.items() if k.startswith("decoder.")}
+    same = {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in theirs.items()}
+    return weights if same else {k: v for k, v in weights.items() if k not in theirs} | own
+
+
 def _put_back(trainer, state: dict, path: Path, forked: bool):
-    load_weights(trainer.model, state["model_state_dict"], path)
+    weights = _other_heads(state["model_state_dict"], trainer.model) if forked else None
+    other_heads = weights is not None and weights is not state["model_state_dict"]
+    if other_heads:
+        trainer.say("the decoder is not taken over: other heads are wanted here")
+    load_weights(trainer.model, weights or state["model_state_dict"], path)
     saved = state["optimizer_state_dict"]
-    same = [_shape(m) for m in saved] == [_shape(o.state_dict()) for o in trainer.optimizers]
+    same = not other_heads
+    same &= [_shape(m) for m in saved] == [_shape(o.state_dict()) for o in trainer.optimizers]
     if not same and not forked:
         raise ValueError(
             f"cannot resume {path.parent.parent} with another optimizer than it was saved with; "
@@ -273,7 +286,10 @@ def _put_back(trainer, state: dict, path: Path, forked: bool):
             state[name] = mean.start(module)
     trainer.plan.load_state_dict(state.get("ema"))
     if trainer.ema is not None:
-        trainer.ema.load_state_dict(state["weights_ema"])
+        mean = state["weights_ema"]
+        if forked:
+            mean |= {"weights": _other_heads(mean["weights"], trainer.model)}
+        trainer.ema.load_state_dict(mean)
     for name, default in _STANDING.items():
         setattr(trainer, name, state.get(name, default))
     if trainer.epoch_steps is None:  # a state that an older version wrote

@@ -140,7 +140,7 @@ class MaskedMultimodalTrainer:
                 f"batch_size={config.batch_size} is larger than the training set ({size} "
                 f"pictures); take at most {size}"
             )
-        check_maskers(config, self.train)
+        check_maskers(config, self.train, self.val)
         run_state.check_restarts(config)
 
     def _prepare_layers(self):
@@ -260,7 +260,9 @@ class MaskedMultimodalTrainer:
         ]
         number = {id(micro): i for i, micro in enumerate(micro_batches)}
         counts = objective.counts(micro_batches, self.drawn, wanted)
-        self.terms = {term: torch.zeros((), device=self.device) for term in weights}
+        # What hides nothing in this step is not a term that costs nothing: it is none.
+        active = [term for term in weights if counts.get(term, 1)]
+        self.terms = {term: torch.zeros((), device=self.device) for term in active}
 
         def features(micro: Batch) -> EncoderOutput:
             return self.encode(
@@ -271,8 +273,8 @@ class MaskedMultimodalTrainer:
             i = number[id(micro)]
             out = self.encode(micro, self.drawn[i], wanted[i])
             parts = objective.parts(out, micro, self.drawn[i], counts)
-            for term, part in parts.items():
-                self.terms[term] += part.detach()
+            for term in parts.keys() & self.terms.keys():
+                self.terms[term] += parts[term].detach()
             total = [weights[term] * part for term, part in parts.items()]
             return out, torch.stack(total).sum() if total else None
 
@@ -289,7 +291,8 @@ class MaskedMultimodalTrainer:
         )
         if "contrastive" in weights:
             self.terms["contrastive"] = contrast
-        return torch.stack([weight * self.terms[term] for term, weight in weights.items()]).sum()
+        total = [weights[term] * value for term, value in self.terms.items()]
+        return torch.stack(total).sum() if total else torch.zeros((), device=self.device)
 
     def train_step(self, batch: Batch, epoch: int) -> tuple[Tensor, float]:
         """One optimizer step: (this process's part of the loss, gradient norm before clipping)."""
@@ -465,7 +468,8 @@ class MaskedMultimodalTrainer:
         """Each term of the last step, not weighted, over all processes; {} for contrast alone."""
         if self.config.terms == ["contrastive"]:
             return {}
-        terms = sorted(self.terms)
+        if not (terms := sorted(self.terms)):
+            return {}
         total = sum_over_processes(torch.stack([self.terms[term].double() for term in terms]))
         return {f"{term}_loss": x for term, x in zip(terms, total.tolist(), strict=True)}
 
@@ -488,6 +492,8 @@ class MaskedMultimodalTrainer:
                 record |= validate(self.validated, self.val, config)
                 self._keep_pictures()
             better = record["loss"] is not None and record["loss"] < self.best_loss
+            if self.val is None and config.terms_change and train_loss is not None:
+                better = True  # its sums are of other terms than before: the last one is kept
             # Process 0 decides: on another kind of CPU the last bit of the loss may be another.
             better = bool(sum_over_processes(self.epoch_loss.new_tensor(better * (not self.rank))))
             if better:
@@ -505,7 +511,7 @@ class MaskedMultimodalTrainer:
             self.writer.write_pictures(*pictures, step=self.step)
 
     def measure_terms(self, batch: Batch, epoch: int) -> dict[str, float]:
-        """What the terms do to each other: see `gradients.compare_terms`.
+        """What the terms do to each other: see `term_gradients.compare_terms`.
 
         The gradient of each term alone, weighted as in the loss, on the towers that they share. The
         training goes on as if this had not been: no draw is used up, nothing is updated.
@@ -580,7 +586,7 @@ def train_model(
     resume=True goes on from the last checkpoint of the same run; with nothing to resume it starts
     anew and says so. resume="runs/other" starts this run from where that one stands, under another
     configuration. callbacks: functions f(trainer, record), called after each record that is
-    written (record["split"] is "train" or "val"); `trainer.stop()` in one ends the run. Runs inside
-    `mm.launch` or torchrun with as many processes as there are.
+    written (record["split"] is "train", "val", or "terms": their gradients); `trainer.stop()` in
+    one ends the run. Runs inside `mm.launch` or torchrun with as many processes as there are.
     """
     return MaskedMultimodalTrainer(config, train, val, model, resume, callbacks).fit()

@@ -1,7 +1,8 @@
 """What a run is judged by: the whole validation set as one pool, and what is put back of it.
 
 Contrast sees everything; pixels and words are hidden as in training, by masks that are the same at
-each validation. Walk-through: notebooks/03_training.ipynb, 07_reconstruction.
+each validation (but "attentive" ones, which go by the model that is validated).
+Walk-through: notebooks/03_training.ipynb, 07_reconstruction.
 """
 
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from .config import TrainingConfig
 from .data import MultimodalDataset
 from .encoder import MultimodalEncoder
+from .mask_plan import validation_masks
 from .reconstruct import evaluate_reconstruction
 from .retrieval import embed, score
 
@@ -31,14 +33,12 @@ def validate(
             record["contrastive_loss"] = found["loss"]
     if set(config.terms) - {"contrastive"}:
         # A ratio that rises from 0 is judged by its end: nothing hidden would count as learnt.
-        image = config.image_mask_ratio or config.image_mask_final_ratio or 0.0
-        text = config.text_mask_ratio or config.text_mask_final_ratio or 0.0
-        painted = config.image_mask == "painted"
+        masks: dict[str, Any] = validation_masks(config)
         found = evaluate_reconstruction(
             model,
             dataset,
-            image_mask=(config.image_mask, config.painted_mask if painted else image),
-            text_mask=(config.text_mask, text),
+            **masks,
+            view=config.contrastive_view,
             image_mode=config.image_mask_mode,
             text_mode=config.text_mask_mode,
             seed=config.seed,

@@ -105,11 +105,12 @@ def execute(path):
     clean(notebook)
     text = nbformat.writes(notebook)
     found = problems(notebook, path.name, len(text.encode()))
-    if not found:
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        unfinished.replace(path)
-    return found
+    unfinished = path.with_suffix(".refused" if found else ".tmp")
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    if found:  # kept beside, to look at what took so long to make
+        return [*found, f"what came out is in {unfinished.name}"]
+    unfinished.replace(path)
+    return []
 
 
 def main(paths):

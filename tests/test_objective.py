@@ -422,6 +422,10 @@ def test_a_ratio_that_rises_from_zero_is_validated_with_something_hidden(make_tr
         (dict(pixel_error="mae"), "pixel_error='mae' is not a choice"),
         (dict(contrastive_view="whole"), "known: masked, unmasked"),
         (dict(words_schedule="risng"), "words_schedule='risng' is not known; did you mean 'ris"),
+        (dict(pixels_weight=1, image_mask="layers", image_mask_ratio=0), "hides nothing"),
+        (dict(pixels_weight=1, image_mask="painted", painted_mask=[[0, 0]]), "hides nothing"),
+        (dict(contrastive_view="unmasked"), "would hide nothing at all"),
+        (dict(cross_modal=True), "has no decoder to look across"),
         (dict(term_gradients_every=0.5), "term_gradients_every=0.5 must be a whole number"),
     ],
 )
@@ -454,3 +458,75 @@ def test_other_micro_batches_are_another_run_where_there_is_matching(make_traine
     make_trainer(**ALL, **same, term_gradients_every=1)
     make_trainer(**BESIDE, gradient_accumulation_steps=2, max_steps=1).fit()
     make_trainer(**BESIDE, gradient_accumulation_steps=3, max_steps=1, resume=True)
+
+
+def test_a_share_that_is_none_is_refused(make_trainer):
+    """Below 0 a term would be climbed, and NaN is no number of steps."""
+    for share in (-0.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"pixels_schedule gives a weight of .* at step 1"):
+            make_trainer(**BESIDE, pixels_schedule=lambda p, x=share: x if p else 1.0, max_steps=3)
+
+
+# -- runs whose terms change -----------------------------------------------------------------
+
+
+def test_a_term_that_hides_nothing_is_not_logged(make_trainer, make_data):
+    """In unmasked epochs there are no pixels and no words to be wrong about."""
+    values = dict(batch_size=11, num_epochs=2, unmasked_epochs=1, log_every=1)
+    run = make_trainer(val=make_data(9, seed=1), **BESIDE | values).fit()
+    steps = [r for r in run.history if r["split"] == "train"]
+    assert len(steps) == 6
+    assert all("pixels_loss" in r and "words_loss" in r for r in steps[:3])
+    assert all("pixels_loss" not in r and "words_loss" not in r for r in steps[3:])
+    assert all(r["loss"] == pytest.approx(r["contrastive_loss"]) for r in steps[3:])
+
+
+def test_without_validation_the_last_of_changing_terms_is_kept(make_trainer, capsys):
+    """Reconstruction costs less than contrast: its epochs would stay the best for ever."""
+    first = dict(
+        pixels_schedule=lambda p: float(p < 0.5), contrastive_schedule=lambda p: float(p >= 0.5)
+    )
+    trainer = make_trainer(pixels_weight=0.1, num_epochs=4, image_mask_ratio=0.5, **first)
+    run = trainer.fit()
+    assert "best_model.pth is the last one" in capsys.readouterr().out
+    assert run.best["epoch"] == 3
+    weights = mm.load(run.path / "best_model.pth").state_dict()
+    assert all(torch.equal(weights[n], p) for n, p in trainer.model.state_dict().items())
+
+
+@pytest.mark.parametrize("there, here", [(False, True), (True, False)])
+def test_a_fork_may_have_other_terms(make_trainer, make_model, there, here):
+    """The towers go on from where they stood; a decoder that is wanted only here begins anew."""
+    terms = {True: BESIDE, False: {}}
+    common = dict(num_epochs=2, ema_decay=0.5)
+    source = make_trainer(run_name="source", **terms[there] | common)
+    source.fit()
+    values = terms[here] | common | dict(num_epochs=3, run_name="fork")
+    fork = make_trainer(resume=str(source.path), model=make_model(seed=1), **values)
+    before = source.model.state_dict()
+    for name, value in fork.model.state_dict().items():
+        assert name.startswith("decoder.") or torch.equal(value, before[name]), name
+    assert (fork.model.decoder is not None) == here
+    assert fork.fit().history[-1]["step"] == 3
+
+
+def test_a_strip_of_a_ratio_that_rises_hides_something(make_trainer, make_data):
+    """Its masks are those of the validation."""
+    from mmkit.reconstruct import example_pictures
+
+    rising = dict(image_mask_ratio=0.0, image_mask_schedule="linear", image_mask_final_ratio=0.6)
+    trainer = make_trainer(contrastive_weight=1, pixels_weight=1, num_epochs=3, **rising)
+    original, masked, back = example_pictures(trainer.model, make_data(9), trainer.config)
+    assert not torch.equal(original, masked) and not torch.equal(original, back)
+
+
+def test_layers_are_asked_of_the_validation_set_too(make_trainer, make_data):
+    """Before the run, not at the end of its first epoch."""
+    from mmkit.mask_plan import check_maskers
+
+    train, val = make_data(23), make_data(9)
+    train.layers = object()
+    layers = dict(image_mask="layers", image_mask_ratio=0.5)
+    check_maskers(mm.TrainingConfig(**layers), train, val)  # nothing is put back
+    with pytest.raises(ValueError, match="know their layers"):
+        check_maskers(mm.TrainingConfig(**layers, pixels_weight=1), train, val)

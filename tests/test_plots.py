@@ -479,12 +479,12 @@ def test_each_term_of_the_loss_has_its_panel():
     """Training thin, validation with points; what no run has is left out."""
 
     def made(scale):
-        train = [{"split": "train", "step": s, "loss": scale * s, "loss/words": 7} for s in (1, 2)]
+        train = [{"split": "train", "step": s, "loss": scale * s, "words_loss": 7} for s in (1, 2)]
         val = {"split": "val", "step": 2, "loss": 9 * scale, "words_accuracy": scale / 10}
         return Run(Path("x"), [*train, val], {})
 
     runs = {"one": made(1), "three": made(3)}
-    keys = ["loss", "loss/pixels", "loss/words", "words_accuracy"]
+    keys = ["loss", "pixels_loss", "words_loss", "words_accuracy"]
     figure = plots.loss_terms(runs, keys, {"loss": {"chance": 5}}, "take-away")
     axes = shown(figure, 3)
     assert [labels(ax) for ax in axes] == [
@@ -542,3 +542,21 @@ def test_strips_that_a_run_kept_are_read_back(tmp_path):
     assert torch.equal(strips["step 4"], kept[4][2]) and torch.equal(strips["masked"], kept[8][1])
     with pytest.raises(FileNotFoundError, match="no strips in"):
         plots.read_strips(tmp_path / "nowhere")
+
+
+def test_terms_of_a_real_run_have_their_panels(make_model, make_data, tmp_path):
+    """The keys that a trainer writes are those that the figures look for, and None is left out."""
+    values = dict(pixels_weight=1.0, words_weight=0.5, decoder_width=32, term_gradients_every=1)
+    config = mm.TrainingConfig(**DEFAULTS | values, max_steps=3, output_dir=str(tmp_path))
+    run = mm.train_model(config, make_data(23), make_data(9, seed=1), make_model())
+    axes = plots.loss_terms({"run": run}).axes
+    assert {ax.get_ylabel() for ax in axes} >= {
+        "loss, all terms", "contrastive loss (nats)", "word loss (nats)"
+    }  # fmt: skip
+    records = [r for r in run.history if r["split"] == "terms"]
+    assert len(records) == 3
+    for key in records[1]:
+        if key.startswith("gradient_"):
+            records[1][key] = None
+    curves = shown(plots.term_gradients(records), 4)[0].lines
+    assert all(len(curve.get_xdata()) == 2 for curve in curves)
