@@ -22,8 +22,10 @@ from .data import MultimodalDataset
 from .distributed import leave_group
 from .encoder import PRESETS, MultimodalEncoder
 from .export import read_config
+from .mask_plan import validation_masks
 from .model_card import training_facts
 from .openmoji import openmoji
+from .reconstruct import evaluate_reconstruction
 from .retrieval import Index, evaluate, mean_recall
 from .run import Run, newest_run
 from .trainer import train_model
@@ -60,23 +62,51 @@ def train(
         f"\n{run.path}: best epoch {best}, {seconds:.0f} s of training, "
         f"peak memory {_peak_gigabytes():.2f} GB"
     )
-    _print_scores(model, test, f"{split} test", masks)
+    if "contrastive" in config.terms:
+        _print_scores(model, test, f"{split} test", masks)
+    _print_reconstruction(model, test, config)
+    if "contrastive" in config.terms:
+        _draw_searches(model, test, split, run.path)
+    print(f"      {_python()} -m tensorboard.main --logdir {config.output_dir}")
+    print(f"pictures: {test.attribution}")
+
+
+def _draw_searches(model: MultimodalEncoder, test: MultimodalDataset, split: str, path: Path):
+    """Ten captions of the test split and what is found by them, as a picture; what to do next."""
     index = Index(model, test)
     queries = [*dict.fromkeys(text[0] for text in test.texts)][:: max(1, len(test) // 10)][:10]
     words = (
         f"Ten captions of the {split} test split, each with its nearest of {len(test)} pictures."
     )
-    grid = plots.save(
-        plots.search_results(index, queries, caption=words), run.path / "searches.png"
-    )
+    grid = plots.save(plots.search_results(index, queries, caption=words), path / "searches.png")
     print(f"\nten searches: {grid}")
     print("next: make lab (open 01_data.ipynb), or search all pictures by your own words:")
     print(
         f'      {_python()} -m mmkit search "a woman firefighter"'
-        f" --checkpoint {run.path}/best_model.pth"
+        f" --checkpoint {path}/best_model.pth"
     )
-    print(f"      {_python()} -m tensorboard.main --logdir {config.output_dir}")
-    print(f"pictures: {test.attribution}")
+
+
+def _print_reconstruction(
+    model: MultimodalEncoder, data: MultimodalDataset, config: TrainingConfig
+):
+    """What the decoder puts back, hidden as in a validation of the run; nothing without one."""
+    if model.decoder is None:
+        return
+    masks: dict = validation_masks(config)
+    modes: dict = dict(image_mode=config.image_mask_mode, text_mode=config.text_mask_mode)
+    print("\nput back (hidden as in training):")
+    looks = {"right": "its own", "none": "nothing", "wrong": "another's"}
+    for sees in looks if model.decoder.across else ("right",):
+        found = evaluate_reconstruction(model, data, sees=sees, **masks, **modes)
+        words = [f"pixel error {found['pixel_error']:.4f}"] if "pixel_error" in found else []
+        if "words_accuracy" in found:
+            words.append(f"words right {100 * found['words_accuracy']:.1f} %")
+            words.append(f"perplexity {found['words_perplexity']:.1f}")
+        if "matching_accuracy" in found:
+            words.append(f"pairs told {100 * found['matching_accuracy']:.1f} % (always no: 66.7)")
+        seen = f"decoder looks at {looks[sees]}" if model.decoder.across else ""
+        print(f"{seen:28}{', '.join(words)}")
 
 
 def _peak_gigabytes() -> float:

@@ -126,7 +126,7 @@ _FILES = """- `model.safetensors`: `vit.*` are the tensors of transformers' `ViT
   `text_projection.*` a layer norm (`0`) and a matrix without bias (`2`) into the common space;
   `image_mask_token` and `text_mask_token` stand where something is hidden; `logit_scale` is the log
   of the inverse temperature, `logit_bias` the sigmoid loss's; `pixel_stats` the mean and deviation
-  of each channel, of pixels in [0, 1].
+  of each channel, of pixels in [0, 1]; `decoder.*`, where there is one, puts back what is hidden.
 - `config.json`: under `architecture`, `vit` and `bert` are what `ViTConfig` and `BertConfig` take.
 - `tokenizer.json`, `tokenizer_config.json`: a fast tokenizer, for `tokenizers` and transformers.
 

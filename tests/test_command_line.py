@@ -64,6 +64,8 @@ def test_torchrun_trains_and_rank_0_scores(tmp_path):
     where = [
         "--max-steps",
         "1",
+        "--pixels-weight",
+        "1",
         "--batch-size",
         "16",
         "--output-dir",
@@ -75,6 +77,7 @@ def test_torchrun_trains_and_rank_0_scores(tmp_path):
     command = [torchrun, *words.split(), *map(str, where)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "put back (hidden as in training):\n" in done.stdout and "pixel error" in done.stdout
     assert "processes: 2" in done.stdout and done.stdout.count("compose test: ") == 1
     assert (tmp_path / "two/searches.png").is_file()
 

@@ -49,6 +49,47 @@ def test_training_learns_in_every_precision(make_model, make_data, tmp_path, pre
     assert run.history[-1]["loss"] < 1
 
 
+ALL_TERMS = dict(
+    pixels_weight=1.0, words_weight=0.3, matching_weight=0.3, cross_modal=True, decoder_width=32,
+    image_mask_ratio=0.5, text_mask_ratio=0.3,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_all_terms_learn_in_every_precision(make_model, make_data, tmp_path, precision):
+    """Each of them costs less at the end than at the start, and no step is skipped in float32."""
+    config = mm.TrainingConfig(
+        num_epochs=80, batch_size=23, learning_rate=5e-3, warmup_steps=3, eval_every=80,
+        log_every=1, mixed_precision=precision, output_dir=str(tmp_path),
+        run_name=precision, **ALL_TERMS,
+    )  # fmt: skip
+    data = make_data(23)
+    run = mm.train_model(config, data, data, make_model())
+    steps = [r for r in run.history if r["split"] == "train"]
+    for term in ("contrastive_loss", "pixels_loss", "words_loss"):
+        assert steps[-1][term] < 0.8 * steps[0][term], term
+    assert steps[-1]["skipped_steps"] <= (10 if precision == "fp16" else 0)
+
+
+def test_all_terms_in_pieces_have_the_gradient_of_the_whole(make_model, make_data, tmp_path):
+    """In micro-batches that of the whole batch (matching apart: its wrong pairs change)."""
+    values = ALL_TERMS | dict(matching_weight=0.0)
+
+    def gradients(parts):
+        config = mm.TrainingConfig(
+            batch_size=23, mixed_precision="no", gradient_accumulation_steps=parts,
+            output_dir=str(tmp_path), **values,
+        )  # fmt: skip
+        trainer = mm.MaskedMultimodalTrainer(config, make_data(23), None, make_model())
+        trainer.net.train()
+        trainer.gradients(trainer.first_batch(), 0)
+        named = trainer.model.named_parameters()
+        return torch.cat([p.grad.flatten().cpu() for _, p in named if p.grad is not None])
+
+    whole = gradients(1)
+    assert (gradients(4) - whole).norm() / whole.norm() < 1e-4
+
+
 def test_resume_is_bit_exact_with_deterministic_kernels(make_model, make_data, tmp_path):
     data = make_data(53)
 
