@@ -40,15 +40,15 @@ def put_back_grid(
     the format `number`, which says what they are.
     """
     count, _, height, width = _checked(columns)
-    side = 1.35 * height / width + (0.2 if numbers else 0.04)
-    figure = new_figure(1.4 * len(columns) + (1.6 if titles else 0.1), side * count + 0.75)
+    side = 0.76 * height / width + (0.2 if numbers else 0.04)
+    figure = new_figure(0.79 * len(columns) + (1.4 if titles else 0.1), side * count + 0.75)
     axes = figure.subplots(count, len(columns), squeeze=False)
     for line, (title, pictures) in zip(axes.T, columns.items(), strict=True):
         for row, (ax, picture) in enumerate(zip(line, pictures, strict=True)):
-            show_picture(ax, picture, "" if row else wrap(title, 20))
+            show_picture(ax, picture, "" if row else wrap(title, 11))
             if numbers and title in numbers:
                 ax.set_xlabel(number.format(float(numbers[title][row])), fontsize=7, labelpad=2)
-        line[0].title.set_fontsize(9)
+        line[0].title.set_fontsize(8)
     for ax, words in zip(axes[:, 0], titles or [""] * count, strict=True):
         ax.set_ylabel(wrap(words, 20, 6), rotation=0, ha="right", va="center", fontsize=8)
     take_away(figure, caption)
@@ -62,7 +62,7 @@ def over_training(strips: dict[str, Tensor], caption: str = ""):
     is left of them, then what is put back after each epoch.
     """
     count, _, height, width = _checked(strips)
-    figure = new_figure(1.0 * count + 1.2, 1.02 * height / width * len(strips) + 0.5)
+    figure = new_figure(0.64 * count + 1.2, 0.66 * height / width * len(strips) + 0.5)
     ax = figure.subplots()
     show_picture(ax, _tile(list(strips.values())))
     ax.spines[:].set_visible(False)

@@ -243,7 +243,7 @@ def term_gradients(records: Sequence[dict], caption: str = ""):
     towers = [t for t in TOWERS if any(f"/{t}/" in key for r in records for key in r)]
     if not towers:
         raise ValueError("no record has a key gradient_norm/<tower>/<term>; were they measured?")
-    figure = new_figure(10.4, 2.9 * len(towers) + 0.4)
+    figure = new_figure(9, 2.4 * len(towers) + 0.4)
     axes = figure.subplots(len(towers), 2, squeeze=False, sharex=True)
     pairs = dict.fromkeys(n for t in towers for n in _curves_of(records, f"gradient_cosine/{t}/"))
     for (left, right), tower in zip(axes, towers, strict=True):
