@@ -40,12 +40,16 @@ def sample_flops(model: MultimodalEncoder, num_patches: float, num_words: float)
 
 
 def put_back_flops(
-    model: MultimodalEncoder, num_patches: float, num_words: float, config: TrainingConfig
+    model: MultimodalEncoder,
+    num_patches: float,
+    num_words: float,
+    all_words: float,
+    config: TrainingConfig,
 ) -> float:
     """Forward FLOPs of one pair through the decoder's heads that the terms of a run need.
 
-    num_patches, num_words: as encoded, where the other modality looks at them. The own tokens of a
-    decoder are all patches, or all words. Matching fuses two wrong pairs for each that looks
+    num_patches, num_words: as encoded, for the other modality to look at; a head's own tokens are
+    all patches, or all words of the caption. Matching fuses two wrong pairs for each that looks
     across. The words' logits are left out.
     """
     if (decoder := model.decoder) is None:
@@ -57,7 +61,7 @@ def put_back_flops(
         flops += 2 * decoder.pixel_head.weight.numel() * model.num_patches
     if "words" in config.terms or "matching" in config.terms:
         pairs = 1 + 2 * config.cross_modal_ratio * ("matching" in config.terms)
-        flops += pairs * _head_flops(decoder.word_layers, num_words, (num_patches + 1) * across)
+        flops += pairs * _head_flops(decoder.word_layers, all_words, (num_patches + 1) * across)
     return flops
 
 

@@ -34,7 +34,8 @@ def effective_configuration(trainer) -> dict:
     micro = len(batch.split(config.gradient_accumulation_steps)[0]) * trainer.processes
     replay = exact and config.gradient_accumulation_steps > 1
     look = 0.0 if trainer.plan.ema is None else tower_flops(model.vit.config, patches / 4 + 1)
-    put_back = 3 * put_back_flops(model, encoded_patches, encoded_words, config)
+    flops = _tower_step_flops(config, model, (encoded_patches, encoded_words), words, replay) + look
+    flops += 3 * put_back_flops(model, encoded_patches, encoded_words, words, config)
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "optimizer": " + ".join(type(o).__name__ for o in trainer.optimizers),
@@ -49,10 +50,7 @@ def effective_configuration(trainer) -> dict:
         "words_encoded": encoded_words,
         "text_mask_ratio": 0.0 if text is None else text.mask.sum().item() / max(1, maskable),
         "negatives": (pairs if exact else micro) - 1,
-        "gflop_per_pair": (
-            _tower_step_flops(trainer, encoded_patches, encoded_words, replay) + look + put_back
-        )
-        / 1e9,
+        "gflop_per_pair": flops / 1e9,
         "precision": str(trainer.precision or torch.float32).removeprefix("torch."),
         "device": str(trainer.device),
         "processes": trainer.processes,
@@ -60,20 +58,26 @@ def effective_configuration(trainer) -> dict:
     }
 
 
-def _tower_step_flops(trainer, patches: float, words: float, replay: bool) -> float:
-    """Both towers, as often as the terms need them: without contrast one of them may rest."""
-    config, model = trainer.config, trainer.model
-    both = {"contrastive", "matching"} & set(config.terms) or config.cross_modal
-    masked = step_flops(
+def _tower_step_flops(
+    config, model, encoded: tuple[float, float], all_words: float, replay: bool
+) -> float:
+    """Both towers, as often as the terms need them; a tower that no term needs rests.
+
+    encoded: patches and words of the masked view; all_words: of the unmasked one.
+    """
+    (patches, words), terms = encoded, config.terms
+    contrast = "contrastive" in terms
+    beside = contrast and config.contrastive_view == "unmasked"
+    both = config.cross_modal or (contrast and not beside)
+    flops = step_flops(
         model,
-        patches if both or "pixels" in config.terms else 0.0,
-        words if both or "words" in config.terms else 0.0,
-        replay and "contrastive" in config.terms and config.contrastive_view == "masked",
+        patches if both or "pixels" in terms else 0.0,
+        words if both or "words" in terms else 0.0,
+        replay and contrast and not beside,
     )
-    if "contrastive" not in config.terms or config.contrastive_view == "masked":
-        return masked
-    beside = step_flops(model, model.num_patches, words, replay)
-    return beside + masked * (len(config.terms) > 1)
+    if beside:
+        flops += step_flops(model, model.num_patches, all_words, replay)
+    return flops
 
 
 def describe(trainer) -> str:

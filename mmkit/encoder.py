@@ -362,34 +362,8 @@ class MultimodalEncoder(nn.Module, Exportable):
         needs. Its "unmasked" view gives features of the whole pair, token states of the masked one.
         """
         wanted = wanted or Wanted()
-        across = self.decoder is not None and self.decoder.across
-        compared = wanted.contrast or wanted.matching is not None  # matching draws by the features
-        beside = compared and wanted.view == "unmasked"
-        features = compared and not beside
-        masked = features or wanted.put_back
-        learns = contextlib.nullcontext if wanted.contrast else torch.no_grad
-        image = text = image_features = text_features = None
-        if beside and wanted.contrast:  # first: for features alone the same dropout is drawn
-            image_features = self.encode_image(batch.pixel_values)
-            text_features = self.encode_text(batch.input_ids, batch.valid)
-        if masked and (features or wanted.pixels or across):
-            states = self.image_tokens(batch.pixel_values, image_masking, image_mode)
-            real = _kept(image_masking, image_mode)
-            image = Encoded(states, _with_class_token(real), image_masking, image_mode)
-        if masked and (features or wanted.words or wanted.matching is not None or across):
-            ids, valid = batch.input_ids, batch.valid
-            text = Encoded(*self.text_tokens(ids, valid, text_masking, text_mode),
-                           text_masking, text_mode)  # fmt: skip
-        with learns():
-            if beside and not wanted.contrast:  # last: autocast keeps what it casts in here
-                image_features = self.encode_image(batch.pixel_values)
-                text_features = self.encode_text(batch.input_ids, batch.valid)
-            elif features:
-                assert image is not None and text is not None and text.real is not None
-                image_features = self._image_features(
-                    image.states, _kept(image_masking, image_mode)
-                )
-                text_features = self._text_features(text.states, text.real)
+        masked = (image_masking, text_masking, image_mode, text_mode)
+        image, text, image_features, text_features = self._views(batch, masked, wanted)
         back = {}
         if wanted.put_back:
             if self.decoder is None:
@@ -410,6 +384,38 @@ class MultimodalEncoder(nn.Module, Exportable):
             bias,
             **back,
         )
+
+    def _views(self, batch: Batch, masked: tuple, wanted: Wanted) -> tuple:
+        """(image, text) `Encoded` of the masked view and (image, text) features; None = not needed.
+
+        masked: what `forward` is given of masks and modes.
+        """
+        image_masking, text_masking, image_mode, text_mode = masked
+        across = self.decoder is not None and self.decoder.across
+        compared = wanted.contrast or wanted.matching is not None  # matching draws by the features
+        beside = compared and wanted.view == "unmasked"
+        features = compared and not beside
+        both = features or (wanted.put_back and across)
+        image = text = image_features = text_features = None
+        if beside and wanted.contrast:  # first: for features alone the same dropout is drawn
+            image_features = self.encode_image(batch.pixel_values)
+            text_features = self.encode_text(batch.input_ids, batch.valid)
+        kept = _kept(image_masking, image_mode)
+        if both or wanted.pixels:
+            states = self.image_tokens(batch.pixel_values, image_masking, image_mode)
+            image = Encoded(states, _with_class_token(kept), image_masking, image_mode)
+        if both or wanted.words or wanted.matching is not None:
+            tokens = self.text_tokens(batch.input_ids, batch.valid, text_masking, text_mode)
+            text = Encoded(*tokens, text_masking, text_mode)
+        with contextlib.nullcontext() if wanted.contrast else torch.no_grad():
+            if beside and not wanted.contrast:  # last: autocast keeps what it casts in here
+                image_features = self.encode_image(batch.pixel_values)
+                text_features = self.encode_text(batch.input_ids, batch.valid)
+            elif features:
+                assert image is not None and text is not None and text.real is not None
+                image_features = self._image_features(image.states, kept)
+                text_features = self._text_features(text.states, text.real)
+        return image, text, image_features, text_features
 
     def architecture(self) -> dict:
         """What `from_architecture` needs to build the same encoder: plain values only."""

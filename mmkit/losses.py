@@ -137,16 +137,20 @@ def normalize_patches(patches: Tensor) -> Tensor:
 PIXEL_ERRORS = {"mse": F.mse_loss, "l1": F.l1_loss}  # MAE's, SimMIM's
 
 
-def masked_pixel_sum(
+def masked_pixel_loss(
     prediction: Tensor,
     patches: Tensor,
     mask: Tensor,
     norm_pix_loss: bool = False,
     error: str = "mse",
+    reduction: str = "mean",
 ) -> Tensor:
-    """Summed error of the hidden patches, each the mean over its values; see `masked_pixel_loss`.
+    """Error of the hidden patches: prediction, patches (B, N, 3 * p * p), mask (B, N) bool.
 
-    The sum over disjoint parts of a batch divided by all hidden patches is `masked_pixel_loss`.
+    error: "mse" (He et al. 2022, MAE) or "l1" (Xie et al. 2022, SimMIM), of a patch the mean over
+    its values. norm_pix_loss: the target is each patch with mean 0 and deviation 1. reduction:
+    "mean" over hidden patches (NaN where nothing is hidden), or their "sum": sums over the parts of
+    a batch, divided by all that is hidden, are its mean. Raises ValueError for another error.
     """
     if error not in PIXEL_ERRORS:
         raise ValueError(f"error={error!r} is not known; take one of {', '.join(PIXEL_ERRORS)}")
@@ -154,39 +158,29 @@ def masked_pixel_sum(
     if norm_pix_loss:
         target = normalize_patches(target)
     each = PIXEL_ERRORS[error](prediction.float(), target, reduction="none").mean(-1)  # (B, N)
-    return each.masked_fill(~mask, 0.0).sum()  # a product would keep the NaN of a visible one
+    total = each.masked_fill(~mask, 0.0).sum()  # a product would keep the NaN of a visible one
+    return total if reduction == "sum" else total / mask.sum()
 
 
-def masked_pixel_loss(
-    prediction: Tensor,
-    patches: Tensor,
-    mask: Tensor,
-    norm_pix_loss: bool = False,
-    error: str = "mse",
+def masked_token_loss(
+    logits: Tensor, labels: Tensor, mask: Tensor | None = None, reduction: str = "mean"
 ) -> Tensor:
-    """Mean error of the hidden patches: prediction, patches (B, N, 3 * p * p), mask (B, N) bool.
-
-    error: "mse" (He et al. 2022, MAE) or "l1" (Xie et al. 2022, SimMIM). norm_pix_loss: the target
-    is each patch with mean 0 and deviation 1. NaN where nothing is hidden.
-    """
-    return masked_pixel_sum(prediction, patches, mask, norm_pix_loss, error) / mask.sum()
-
-
-def masked_token_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean cross entropy of hidden words, in nats: logits (M, V), labels (M,).
+    """Cross entropy of hidden words, in nats: logits (M, V), labels (M,).
 
     With a mask (B, L) bool: logits (B, L, V) and labels (B, L), of which the hidden ones count.
-    exp of it is the perplexity. After Devlin et al. 2019 (BERT, arXiv:1810.04805).
+    exp of the mean is the perplexity. reduction: as `masked_pixel_loss`.
+    After Devlin et al. 2019 (BERT, arXiv:1810.04805).
     """
     if mask is not None:
         logits, labels = logits[mask], labels[mask]
-    return F.cross_entropy(logits.float(), labels)
+    return F.cross_entropy(logits.float(), labels, reduction=reduction)
 
 
-def matching_loss(logits: Tensor, match: Tensor) -> Tensor:
-    """Mean binary cross entropy of pairs, in nats: logits (P,), match (P,) 1.0 = a true pair.
+def matching_loss(logits: Tensor, match: Tensor, reduction: str = "mean") -> Tensor:
+    """Binary cross entropy of pairs, in nats: logits (P,), match (P,) 1.0 = a true pair.
 
     After Li et al. 2021 (ALBEF, arXiv:2107.07651). With one true pair in three, knowing nothing
-    but that costs 0.637 nats.
+    but that costs 0.637 nats. reduction: as `masked_pixel_loss`.
     """
-    return F.binary_cross_entropy_with_logits(logits.float(), match.float())
+    loss = F.binary_cross_entropy_with_logits
+    return loss(logits.float(), match.float(), reduction=reduction)

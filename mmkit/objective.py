@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .config import TrainingConfig
@@ -20,7 +19,7 @@ from .data import Batch
 from .decoder import Wanted
 from .distributed import sum_over_processes
 from .encoder import EncoderOutput, MultimodalEncoder
-from .losses import masked_pixel_sum
+from .losses import masked_pixel_loss, masked_token_loss, matching_loss
 from .mask_plan import MaskPlan
 from .masks import Masking, mask_noise
 from .patches import patchify
@@ -59,12 +58,12 @@ class Objective:
                 f"the model's decoder has no head for {', '.join(missing)}; call "
                 "model.add_decoder(...) with all heads, or set model.decoder = None for a new one"
             )
-        for name, wanted in (
-            ("across", config.cross_modal),
-            ("norm_pix_loss", config.norm_pix_loss),
-        ):
+        fields = {"across": "cross_modal"}
+        if needed["pixels"]:
+            fields["norm_pix_loss"] = "norm_pix_loss"
+        for name, field in fields.items():
+            wanted = getattr(config, field)
             if decoder.spec[name] != wanted:
-                field = "cross_modal" if name == "across" else name
                 raise ValueError(
                     f"{field}={wanted} is not what the model's decoder was built for; give "
                     f"{field}={decoder.spec[name]}, or set model.decoder = None for a new one"
@@ -130,26 +129,32 @@ class Objective:
 
     def counts(
         self, micro_batches: Sequence[Batch], drawn: Sequence[Maskings], wanted: Sequence[Wanted]
-    ) -> dict[str, float]:
-        """How many patches, words and pairs each term is a mean over, in the global batch."""
-        total = torch.zeros(3, dtype=torch.float64)
+    ) -> dict[str, int]:
+        """How many patches, words and pairs each term is a mean over, in the global batch.
+
+        {} for contrast alone, which then pays for no exchange between processes.
+        """
+        if self.config.terms == ["contrastive"]:
+            return {}
+        device = micro_batches[0].sample_ids.device
+        total = torch.zeros(3, dtype=torch.int64, device=device)
         for batch, (image, text), want in zip(micro_batches, drawn, wanted, strict=True):
             if want.pixels and image is not None:
-                total[0] += float(image.mask.sum())
+                total[0] += image.mask.sum()
             if want.words and text is not None:
-                total[1] += float(text.mask.sum())
+                total[1] += text.mask.sum()
             if want.matching is not None:
                 total[2] += num_pairs(batch.group_ids, want)
-        total = sum_over_processes(total.to(micro_batches[0].sample_ids.device))
-        return dict(zip(("pixels", "words", "matching"), total.tolist(), strict=True))
+        counts = sum_over_processes(total).tolist()  # a GPU is waited for once
+        return dict(zip(("pixels", "words", "matching"), counts, strict=True))
 
     def parts(
-        self, out: EncoderOutput, batch: Batch, maskings: Maskings, counts: dict[str, float]
+        self, out: EncoderOutput, batch: Batch, maskings: Maskings, counts: dict[str, int]
     ) -> dict[str, Tensor]:
         """Each term's part of the global mean that this micro-batch has; unweighted."""
         parts, sums = {}, term_sums(self.model, out, batch, maskings, self.config.pixel_error)
         for term, value in sums.items():
-            parts[term] = value / max(1.0, counts[term])
+            parts[term] = value / max(1, counts[term])
         return parts
 
 
@@ -166,24 +171,24 @@ def term_sums(
         patches = patchify(model.normalize(batch.pixel_values), model.patch_size)
         assert model.decoder is not None
         norm = model.decoder.norm_pix_loss
-        sums["pixels"] = masked_pixel_sum(out.pixels, patches, image.mask, norm, pixel_error)
+        sums["pixels"] = masked_pixel_loss(
+            out.pixels, patches, image.mask, norm, pixel_error, reduction="sum"
+        )
     if out.word_logits is not None and text is not None:
         labels = batch.input_ids[text.mask]
-        sums["words"] = F.cross_entropy(out.word_logits.float(), labels, reduction="sum")
+        sums["words"] = masked_token_loss(out.word_logits, labels, reduction="sum")
     if out.matching is not None and out.match is not None:
-        sums["matching"] = F.binary_cross_entropy_with_logits(
-            out.matching, out.match, reduction="sum"
-        )
+        sums["matching"] = matching_loss(out.matching, out.match, reduction="sum")
     return sums
 
 
-def num_pairs(groups: Tensor, wanted: Wanted) -> int:
+def num_pairs(groups: Tensor, wanted: Wanted) -> Tensor:
     """True and wrong pairs of a micro-batch: a wrong picture and a wrong caption for each row that
     looks across and has a row of another group beside it."""
     own = torch.arange(len(groups), device=groups.device)
     looking = torch.ones_like(own, dtype=torch.bool) if wanted.sees is None else wanted.sees == own
     other = (groups[:, None] != groups[None, :]).any(1)
-    return int(looking.sum() + 2 * (looking & other).sum())
+    return looking.sum() + 2 * (looking & other).sum()
 
 
 PAIR_ENTROPY = math.log(3) - 2 / 3 * math.log(2)  # nats of one true pair in three: 0.637

@@ -170,11 +170,19 @@ def guesses(model: MultimodalEncoder, batch: Batch, back: PutBack, top: int = _T
 
 
 def mean_patches(dataset: MultimodalDataset, patch_size: int, chunk: int = 256) -> Tensor:
-    """The mean patch at each place, (N, 3 * p * p), brightness in [0, 1]: what to predict of a
-    hidden patch without looking at the picture. dataset: the TRAINING set."""
+    """The mean patch at each place, (N, 3 * p * p), brightness in [0, 1].
+
+    What to predict of a hidden patch without looking at the picture. dataset: the TRAINING set.
+    Raises ValueError for pictures that a transform has normalised: their brightness is not known.
+    """
     total, count = torch.zeros(()), 0
     for rows in torch.arange(len(dataset)).split(chunk):
         pixels = dataset.batch(rows).pixel_values
+        if pixels.is_floating_point():
+            raise ValueError(
+                "these pictures are normalised already: their mean patch has no brightness; give a "
+                "data set whose transform returns uint8"
+            )
         patches = patchify(pixels.double() / 255, patch_size)
         total, count = total + patches.sum(0).cpu(), count + len(rows)
     return (total / count).float()
@@ -267,7 +275,7 @@ def _sums(
         found["words_seen"] = float(len(labels))
         found["words_right"] = float((out.word_logits.argmax(1) == labels).sum())
     if out.matching is not None:
-        found["pairs"] = num_pairs(batch.group_ids, wanted)
+        found["pairs"] = float(num_pairs(batch.group_ids, wanted))
         right = torch.eq(out.matching > 0, out.match == 1)
         found["matching_right"] = float(right.sum())
     return found

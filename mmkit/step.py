@@ -166,27 +166,37 @@ def backward(
     sizes = [len(batch) for batch in micro_batches]
     *pieces, last_piece = zip(image_grad.split(sizes), text_grad.split(sizes), strict=True)
 
-    def pull(out: EncoderOutput, rest: Tensor | None, piece: tuple[Tensor, Tensor], final: bool):
-        """Send the loss's gradient at the features of a micro-batch on into the parameters."""
-        surrogate = (out.image_features * piece[0]).sum() + (out.text_features * piece[1]).sum()
-        # logit_scale has ONE gradient per step; once per micro-batch would multiply it.
-        once = [g if final else torch.zeros_like(g) for g in scale_grads]
-        surrogate = surrogate + out.logit_scale * once[0] + out.logit_bias * once[1]
-        if rest is not None:
-            surrogate = surrogate + rest * world()[1]
-        grad_scale(surrogate).backward()
-
     with no_sync() if others or not synchronize else contextlib.nullcontext():
-        pull(kept, kept_rest, last_piece, final=not others)
+        _pull(kept, kept_rest, last_piece, None if others else scale_grads, grad_scale)
     del kept, kept_rest
     for i, (batch, piece) in enumerate(zip(others, pieces, strict=True)):
         final = i == len(others) - 1
         with contextlib.nullcontext() if final and synchronize else no_sync():
             set_random_states(states[i], device)
-            pull(*whole(batch), piece, final)
+            _pull(*whole(batch), piece, scale_grads if final else None, grad_scale)
     if others:
         set_random_states(afterwards, device)
     return loss.detach()
+
+
+def _pull(
+    out: EncoderOutput,
+    rest: Tensor | None,
+    piece: tuple[Tensor, Tensor],
+    scale_grads: list[Tensor] | None,
+    grad_scale: Callable[[Tensor], Tensor],
+):
+    """Send the loss's gradient at the features of a micro-batch on into the parameters.
+
+    scale_grads: of logit_scale and logit_bias, which have ONE gradient per step (once per
+    micro-batch would multiply it); None in all micro-batches but one. rest: the other terms.
+    """
+    surrogate = (out.image_features * piece[0]).sum() + (out.text_features * piece[1]).sum()
+    once = scale_grads or [torch.zeros_like(x) for x in (out.logit_scale, out.logit_bias)]
+    surrogate = surrogate + out.logit_scale * once[0] + out.logit_bias * once[1]
+    if rest is not None:
+        surrogate = surrogate + rest * world()[1]
+    grad_scale(surrogate).backward()
 
 
 def _backward_of_parts(whole, micro_batches: list[Batch], grad_scale, no_sync, synchronize: bool):

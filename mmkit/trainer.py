@@ -466,9 +466,8 @@ class MaskedMultimodalTrainer:
 
     def _terms_in_all(self) -> dict[str, float]:
         """Each term of the last step, not weighted, over all processes; {} for contrast alone."""
-        if self.config.terms == ["contrastive"]:
-            return {}
-        if not (terms := sorted(self.terms)):
+        terms = sorted(self.terms)
+        if self.config.terms == ["contrastive"] or not terms:
             return {}
         total = sum_over_processes(torch.stack([self.terms[term].double() for term in terms]))
         return {f"{term}_loss": x for term, x in zip(terms, total.tolist(), strict=True)}

@@ -32,7 +32,6 @@ def validate(
         if len(config.terms) > 1:
             record["contrastive_loss"] = found["loss"]
     if set(config.terms) - {"contrastive"}:
-        # A ratio that rises from 0 is judged by its end: nothing hidden would count as learnt.
         masks: dict[str, Any] = validation_masks(config)
         found = evaluate_reconstruction(
             model,
