@@ -1,0 +1,54 @@
+"""Where pictures lie: in files, in members of tar shards, in a column of a table.
+
+Such a store of pictures answers two questions about picture i: `name(i)`, what a message calls it,
+and `open(i)`, its bytes as a binary file. Nothing here decodes.
+Walk-through: notebooks/08_your_own_pictures.ipynb.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import BinaryIO, Protocol
+
+
+class Refused(ValueError):
+    """A row that cannot be used.
+
+    reason: two or three words under which a report counts it; the message says the rest.
+    """
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(reason, message)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.args[1]
+
+
+class PictureStore(Protocol):
+    """What a data set asks of the place its pictures lie in."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str:
+        """What a message calls picture i; files with this name are the same picture."""
+        ...
+
+    def open(self, i: int) -> BinaryIO:
+        """The bytes of picture i; raises OSError or `Refused`."""
+        ...
+
+
+class Files:
+    """Pictures in files of their own."""
+
+    def __init__(self, paths: Sequence[str | os.PathLike]):
+        self.paths = [os.fspath(path) for path in paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, i: int) -> str:
+        return self.paths[i]
+
+    def open(self, i: int) -> BinaryIO:
+        return open(self.paths[i], "rb")
