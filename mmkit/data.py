@@ -7,20 +7,26 @@ Walk-through: notebooks/01_data.ipynb.
 """
 
 import contextlib
+import copy
+import functools
 import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .pictures import read_picture, square
+from .captions import clean_captions, groups_of
+from .masks import mask_noise
+from .picture_cache import content_hashes, decode_once, room_for
+from .picture_files import Files, PictureStore
+from .pictures import Reading, as_png, read_picture, square
 from .tokenizer import encode_texts, special_ids, train_wordpiece
 
 
@@ -57,32 +63,6 @@ class Batch:
         return [self[int(part[0]) : int(part[-1]) + 1] for part in rows]
 
 
-def _captions(row: int, text) -> list[str]:
-    """The captions of a row; ValueError for what holds no words (None, or a table's NaN, say)."""
-    captions = [text] if isinstance(text, str) else list(text) if isinstance(text, Iterable) else []
-    if not captions or any(not isinstance(c, str) or not c.strip() for c in captions):
-        raise ValueError(f"the text of row {row} is empty or not a string: {text!r}; give words")
-    return captions
-
-
-def _groups(keys_of: Sequence[Sequence]) -> Tensor:
-    """Rows that share a key, directly or through others, get one id (union-find)."""
-    parent = list(range(len(keys_of)))
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    first: dict = {}
-    for row, keys in enumerate(keys_of):
-        for key in keys:
-            a, b = root(first.setdefault(key, row)), root(row)
-            parent[max(a, b)] = min(a, b)
-    return torch.tensor([root(i) for i in range(len(keys_of))], dtype=torch.int64)
-
-
 class MultimodalDataset:
     """Pictures and their captions.
 
@@ -101,7 +81,13 @@ class MultimodalDataset:
     name = attribution = ""
     layers: Any = None  # DrawingLayers: what each pixel is part of; only built-in pictures know it
     transform: Any = None  # PIL image -> tensor; pictures that are decoded already have none
-    _paths: Sequence[Path] = ()
+    report: Any = None  # of the source it was loaded from: see sources.py
+    reading = Reading()  # limits and background of picture files
+    side: int | None = None  # pixels of the square that is cut; None where a transform is given
+    cache_dir: str | os.PathLike | None = None  # where decoded pictures are kept, and how many may
+    cache_gigabytes = 0.0  # be; 0 = none: each epoch decodes them anew
+    places: Any = None  # where each row stands in its source, for messages: (source, line numbers)
+    _store: Any = None  # PictureStore: where the encoded pictures are
     _pixels: Any  # (N, 3, H, W) uint8: a tensor, or a memory-mapped array; None = decode
 
     def __init__(
@@ -116,24 +102,52 @@ class MultimodalDataset:
         for row, path in enumerate(image_paths):
             if not isinstance(path, str | os.PathLike):
                 raise ValueError(f"the picture of row {row} is {path!r}; give the path of a file")
-        self._paths = [Path(p) for p in image_paths]
-        if len(self._paths) != len(texts):
+        self._store = Files(image_paths)
+        if len(self._store) != len(texts):
             raise ValueError(
-                f"{len(self._paths)} image_paths but {len(texts)} texts; give one text (or one "
+                f"{len(self._store)} image_paths but {len(texts)} texts; give one text (or one "
                 "list of texts) per picture"
             )
-        for row, path in enumerate(self._paths):
-            if not path.is_file():
+        for row, path in enumerate(self._store.paths):
+            if not os.path.isfile(path):
                 raise FileNotFoundError(
                     f"picture {path} (row {row}) does not exist; check the path or leave it out"
                 )
+        self._shape(transform, image_size)
+        paths = [[("path", path)] for path in map(os.path.realpath, self._store.paths)]
+        self._start(texts, tokenizer, same_picture=paths)
+        if device is not None:
+            self.keep_on(device)
+
+    @classmethod
+    def from_store(
+        cls,
+        store: PictureStore,
+        texts: Sequence[str | Sequence[str]],
+        *,
+        same_picture: Sequence[str] | None = None,
+        transform: Callable | None = None,
+        image_size: int = 64,
+        tokenizer=None,
+        meta: list[dict] | None = None,
+    ) -> "MultimodalDataset":
+        """A dataset of encoded pictures wherever they lie; what every way in of sources.py makes.
+
+        same_picture: a key for each row, equal for equal pictures (None: their names in the store).
+        """
+        self = cls.__new__(cls)
+        self._store = store
+        self._shape(transform, image_size)
+        names = same_picture or [store.name(i) for i in range(len(store))]
+        self._start(texts, tokenizer, meta=meta, same_picture=[[("path", name)] for name in names])
+        return self
+
+    def _shape(self, transform: Callable | None, image_size: int):
+        """What becomes of a picture once it is read."""
         if image_size < 1:
             raise ValueError(f"image_size={image_size} must be at least 1 pixel")
         self.transform = transform or square(image_size)
-        paths = [[("path", path)] for path in map(os.path.realpath, self._paths)]
-        self._start(texts, tokenizer, same_picture=paths)
-        if device is not None:
-            self._pixels = self._decode_all(range(len(self))).to(device)
+        self.side = None if transform else image_size
 
     @classmethod
     def from_pixels(
@@ -160,22 +174,24 @@ class MultimodalDataset:
             raise ValueError(f"{count} pictures but {len(texts)} texts; give one text per picture")
         rows = np.arange(count) if rows is None else np.asarray(rows)
         self._start(texts, tokenizer, sample_ids, meta, [[("row", int(r))] for r in rows])
-        self._pixels, self._rows = pixels, rows
+        self._pixels, self._pixel_rows = pixels, rows
         if device is not None and torch.device(device).type != "cpu":
-            self._pixels = self._take(np.arange(count)).to(device)
-            self._rows = np.arange(count)
+            self.keep_on(device)
         return self
 
     def _start(self, texts, tokenizer, sample_ids=None, meta=None, same_picture=()):
         """The part that files and decoded pictures share: captions, ids, groups."""
-        self.texts = [_captions(row, text) for row, text in enumerate(texts)]
+        self.texts = [clean_captions(f"row {row}", text) for row, text in enumerate(texts)]
         if not self.texts:
             raise ValueError("the dataset is empty; give at least one picture and its text")
         ids = torch.arange(len(self.texts)) if sample_ids is None else torch.as_tensor(sample_ids)
         self.sample_ids = ids.to(torch.int64)
-        self.group_ids = _groups([[*k, *c] for k, c in zip(same_picture, self.texts, strict=True)])
+        self.group_ids = groups_of(
+            [[*k, *c] for k, c in zip(same_picture, self.texts, strict=True)]
+        )
         self.meta = meta or [{} for _ in self.texts]
-        self._pixels, self._rows = None, np.arange(len(self.texts))
+        self._pixels = None
+        self._rows = self._pixel_rows = np.arange(len(self.texts))  # in the store, in the pixels
         self._tokenizer, self.given_tokenizer = tokenizer, tokenizer is not None
         self.max_length, self._encoded = 77, None  # CLIP's length; a model sets its own
 
@@ -215,15 +231,47 @@ class MultimodalDataset:
 
     # -- pictures ----------------------------------------------------------------------------
 
+    def place(self, row: int) -> str:
+        """What a message calls a row: "row 3", or "pairs.csv, line 7"."""
+        if self.places is None:
+            return f"row {row}"
+        source, lines = self.places
+        return f"{source}, line {lines[self._rows[row]]}"
+
+    def picture_name(self, row: int) -> str:
+        """What a message calls the picture of a row: its path, or the member of a shard."""
+        return self._store.name(int(self._rows[row])) if self._store else f"picture {row}"
+
+    def picture_file(self, row: int) -> BinaryIO:
+        """The encoded bytes of a row's picture; a PNG of one that is there decoded only."""
+        if self._store:
+            return self._store.open(int(self._rows[row]))
+        return as_png(self._take(np.array([row]))[0])
+
+    def content_hashes(self) -> list[str]:
+        """32 hex digits for each picture, equal for equal bytes (of decoded ones: equal pixels).
+
+        Files are read once; their hashes are remembered in `cache_dir` until they change.
+        """
+        if self._store:
+            return content_hashes(self._store, self._rows.tolist(), self.cache_dir)
+        rows = range(len(self))
+        pictures = (self._take(np.array([row]))[0].cpu().numpy() for row in rows)
+        return [hashlib.blake2b(p.tobytes(), digest_size=16).hexdigest() for p in pictures]
+
     def _decode(self, row: int, noise: float | None = None) -> Tensor:
-        path = self._paths[self._rows[row]]
+        i, where = int(self._rows[row]), self.place(row)
+        options: dict = dict(side=self.side, reading=self.reading, name=self._store.name(i))
+        picture = read_picture(functools.partial(self._store.open, i), where, **options)
+        if self.side is not None:  # the square is cut without a draw
+            return self.transform(picture)
         with _drawing_by(noise):
-            picture = self.transform(read_picture(path, row))
+            picture = self.transform(picture)
         if not isinstance(picture, Tensor) or picture.ndim != 3 or picture.shape[0] != 3:
             got = tuple(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__
             raise ValueError(
-                f"the transform gave {got} for picture {path} (row {row}); it must give a tensor "
-                "(3, H, W) of one size for all pictures"
+                f"the transform gave {got} for picture {options['name']} ({where}); it must give a "
+                "tensor (3, H, W) of one size for all pictures"
             )
         return picture
 
@@ -234,8 +282,8 @@ class MultimodalDataset:
             if picture.shape != pictures[0].shape:
                 raise ValueError(
                     f"the transform gave {tuple(picture.shape)} for picture "
-                    f"{self._paths[self._rows[row]]} (row {row}) and {tuple(pictures[0].shape)} "
-                    "for another; it must give one size for all pictures"
+                    f"{self.picture_name(row)} ({self.place(row)}) and "
+                    f"{tuple(pictures[0].shape)} for another; it must give one size for all"
                 )
         return torch.stack(pictures)
 
@@ -243,10 +291,77 @@ class MultimodalDataset:
         """Pictures of these rows as one tensor (B, 3, H, W)."""
         if self._pixels is None:
             return self._decode_all(rows.tolist(), noise)
-        picked = self._rows[rows]
+        picked = self._pixel_rows[rows]
         if isinstance(self._pixels, Tensor):
             return self._pixels[torch.from_numpy(picked).to(self._pixels.device)]
         return torch.from_numpy(np.ascontiguousarray(self._pixels[picked]))
+
+    def keep_on(self, device: str | torch.device) -> "MultimodalDataset":
+        """Decode all pictures now and keep them there ("cpu", "cuda"); returns itself."""
+        everything = np.arange(len(self))
+        self._pixels, self._pixel_rows = self._take(everything).to(device), everything
+        return self
+
+    def cached(
+        self,
+        num_workers: int = 0,
+        cache_dir: str | os.PathLike | None = None,
+        max_gigabytes: float = 20.0,
+    ) -> "MultimodalDataset":
+        """Decode all pictures once, into memory-mapped files; returns itself.
+
+        The files lie in `cache_dir` (None: see `picture_cache.cache_folder`), are found again by
+        the pictures' content, and are shared by all processes. Raises ValueError where that would
+        take more than max_gigabytes or most of the free disk, where a transform of one's own is
+        given, and for a picture that cannot be decoded.
+        """
+        self.cache_dir, self.cache_gigabytes = cache_dir or self.cache_dir, max_gigabytes
+        if why := self.why_not_cached():
+            raise ValueError(f"the pictures cannot be cached: {why}")
+        for row in self.decode_into_cache(num_workers):
+            self._pixels = None
+            self._decode(row)  # raises, naming file and row
+            raise RuntimeError(f"{self.picture_name(row)} could not be decoded before; try again")
+        return self
+
+    def why_not_cached(self) -> str:
+        """ "" where decoded pictures can be kept in files, else why not, in words."""
+        if self.side is None:
+            return "a transform of one's own may draw, and may give floats"
+        return room_for(len(self), self.side, self.cache_gigabytes, self.cache_dir)
+
+    def decode_into_cache(self, num_workers: int = 0) -> list[int]:
+        """As `cached`; returns the rows that could not be decoded, whose pictures are black now."""
+        if self.resident:
+            return []
+        assert self.side is not None
+        hashes = self.content_hashes()
+        self._pixels, failed = decode_once(
+            hashes, self._lean(), self.side, repr(self.reading), num_workers, self.cache_dir
+        )
+        self._pixel_rows = np.arange(len(self))
+        return failed
+
+    def prepare(self, num_workers: int = 0) -> str:
+        """Make ready for a training: fill the cache that was asked for. Says what it did, or ""."""
+        if self.resident or not self.cache_gigabytes:
+            return ""
+        if why := self.why_not_cached():
+            return f"pictures are decoded anew in each epoch: {why}"
+        started = time.perf_counter()
+        self.cached(num_workers, self.cache_dir, self.cache_gigabytes)
+        return (
+            f"{len(self):,} pictures decoded once ({self._pixels.nbytes / 1e9:.2f} GB in "
+            f"{self._pixels.folder}), {time.perf_counter() - started:.1f} s"
+        )
+
+    def _lean(self) -> Callable[[int], np.ndarray]:
+        """What a worker needs to decode a row: no captions, no ids."""
+        view = copy.copy(self)
+        view.texts = view.meta = []
+        view._encoded = view._tokenizer = view.report = None
+        view.sample_ids = view.group_ids = torch.empty(0)
+        return functools.partial(_decoded_array, view)
 
     def fingerprint(self) -> str:
         """16 hex digits that change with any id or caption: is this the set a run was made with?"""
@@ -290,6 +405,26 @@ class MultimodalDataset:
         for start in range(0, len(self), batch_size):
             yield self.batch(range(start, min(start + batch_size, len(self))))
 
+    def epoch_rows(self, seed: int, epoch: int, steps: int) -> list[Tensor]:
+        """The rows of each batch of an epoch: every picture once, sizes differing by at most one.
+
+        The order depends on seed and epoch alone. Pictures in shards are read a few shards at a
+        time (`shards.shard_order`).
+        """
+        noise = mask_noise(seed, epoch, self.sample_ids, 1, "order")[:, 0]
+        order = getattr(self._store, "order", None)
+        if order is not None and not self.resident:
+            return order(self._rows, noise, steps, seed, epoch)
+        return list(noise.argsort(stable=True).tensor_split(steps))
+
+    def cut_captions(self) -> int:
+        """How many captions are longer than `max_length` pieces, and lose their end."""
+        _, lengths, _, _ = self.encoded_captions()
+        full = (lengths == self.max_length).nonzero()[:, 0].tolist()
+        flat = [c for captions in self.texts for c in captions]
+        encoded = self.tokenizer([flat[i] for i in full])["input_ids"] if full else []
+        return sum(len(ids) > self.max_length for ids in encoded)
+
     def subset(self, rows: Sequence[int] | np.ndarray) -> "MultimodalDataset":
         """The dataset of these rows: same ids, same groups, same tokenizer, nothing copied."""
         rows = np.asarray(rows, dtype=np.int64)
@@ -299,7 +434,8 @@ class MultimodalDataset:
         part.__dict__.update(self.__dict__)
         part.texts, part.meta = [self.texts[r] for r in rows], [self.meta[r] for r in rows]
         part.sample_ids, part.group_ids = self.sample_ids[rows], self.group_ids[rows]
-        part._rows, part._tokenizer, part._encoded = self._rows[rows], self.tokenizer, None
+        part._rows, part._pixel_rows = self._rows[rows], self._pixel_rows[rows]
+        part._tokenizer, part._encoded = self.tokenizer, None
         return part
 
     def __repr__(self) -> str:
@@ -307,6 +443,10 @@ class MultimodalDataset:
         captions = sum(map(len, self.texts))
         name = f"{self.name}: " if self.name else ""
         return f"MultimodalDataset({name}{len(self):,} pictures {shape}, {captions:,} captions)"
+
+
+def _decoded_array(dataset: MultimodalDataset, row: int) -> np.ndarray:
+    return dataset._decode(row).numpy()
 
 
 @contextlib.contextmanager

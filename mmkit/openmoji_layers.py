@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from .openmoji_drawings import (
-    cache_folder,
     cached_array,
     checked_size,
     drawing_path,
     rasterize,
     read_table,
 )
+from .picture_cache import cache_folder
 
 LAYERS = ("line", "color", "skin", "hair")
 MIN_SHARE = 0.002  # of the pixels, 8 of 64 x 64: less is an edge or a glint, not a thing to hide

@@ -37,6 +37,10 @@ class PictureStore(Protocol):
         """The bytes of picture i; raises OSError or `Refused`."""
         ...
 
+    def stamp(self, i: int) -> str:
+        """What changes whenever its bytes may have: "size:time in ns"; "" where nobody knows."""
+        ...
+
 
 class Files:
     """Pictures in files of their own."""
@@ -52,3 +56,10 @@ class Files:
 
     def open(self, i: int) -> BinaryIO:
         return open(self.paths[i], "rb")
+
+    def stamp(self, i: int) -> str:
+        try:
+            facts = os.stat(self.paths[i])
+        except (OSError, ValueError):
+            return ""
+        return f"{facts.st_size}:{facts.st_mtime_ns}"

@@ -4,74 +4,249 @@ Pictures are uint8 until they are on the device. Shapes: B batch, H x W pixels.
 Walk-through: notebooks/01_data.ipynb.
 """
 
+import contextlib
+import functools
+import io
 import os
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .picture_files import Refused
 
-def read_picture(path: str | os.PathLike, row: int | None = None):
+# Formats by content, never by name. EPS, PDF and the like start other programs: left out.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA")
+_NOT_PICTURES = {  # how files begin that are often saved under a picture's name
+    b"<!doctype": "a web page",
+    b"<html": "a web page",
+    b"<?xml": "XML (an SVG drawing, perhaps)",
+    b"<svg": "an SVG drawing",
+    b"%pdf": "a PDF document",
+    b"%!ps": "a PostScript document",
+    b"version https://git-lfs": "a Git LFS pointer (fetch it by git lfs pull)",
+    b"pk\x03\x04": "a zip archive",
+    b"{": "JSON text",
+}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How picture files are read, and what is refused before it is decoded.
+
+    Raises ValueError for limits below 1.
+    """
+
+    background: tuple[int, int, int] = (255, 255, 255)  # under transparent pixels, 0-255
+    max_pixels: int = 64_000_000  # width x height; a decoded picture of this size takes 0.3 GB
+    max_aspect: float = 20.0  # longer side over shorter side
+    max_bytes: int = 512_000_000  # of the file
+
+    def __post_init__(self):
+        for name in ("max_pixels", "max_aspect", "max_bytes"):
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1")
+
+
+def read_picture(
+    source: str | os.PathLike | BinaryIO | Callable[[], BinaryIO],
+    row: int | str | None = None,
+    *,
+    side: int | None = None,
+    reading: Reading = Reading(),
+    name: str | None = None,
+):
     """Decode a picture file to an RGB PIL image as a person would see it.
 
-    EXIF rotation is applied, alpha is laid over white, 16-bit and float grey values are scaled to 8
-    bits. Raises FileNotFoundError or ValueError naming file and row.
+    EXIF rotation is applied, alpha is laid over the background, 16-bit and float grey values are
+    scaled to 8 bits, of an animation the first frame is taken. side: only a square of so many
+    pixels is wanted, so that a JPEG may be decoded at a half, a quarter or an eighth of its size,
+    never below twice that side. Raises FileNotFoundError or `Refused` (a ValueError) naming file
+    and row.
     """
-    from PIL import Image
+    with _opened(source, row, name) as (file, where), _refusing(where):
+        picture = _open(file, where, reading)
+        if side is not None and picture.format in ("JPEG", "MPO"):
+            picture.draft("RGB" if picture.mode == "YCbCr" else picture.mode, (2 * side, 2 * side))
+        picture.load()
+        return as_seen(picture, reading.background)
 
-    where = f"{path}" + (f" (row {row})" if row is not None else "")
-    if not Path(path).is_file():
+
+def check_picture(
+    source: str | os.PathLike | BinaryIO | Callable[[], BinaryIO],
+    row: int | str | None = None,
+    *,
+    reading: Reading = Reading(),
+    name: str | None = None,
+) -> tuple[int, int]:
+    """(width, height) from a file's head, upright; refuses what `read_picture` would, unread.
+
+    Of a JPEG, PNG, WebP or GIF it looks whether the end is there, which is what a broken download
+    lacks; where it is not, and for other formats, the picture is decoded. Damage in the middle is
+    only found by decoding.
+    """
+    with _opened(source, row, name) as (file, where), _refusing(where):
+        picture = _open(file, where, reading)
+        kind, size = picture.format, picture.size
+        turned = kind in ("JPEG", "MPO", "TIFF", "WEBP") and picture.getexif().get(0x0112, 1) >= 5
+        if not _has_its_end(file, kind):
+            picture.load()
+            as_seen(picture, reading.background)
+        return size[::-1] if turned else size
+
+
+@contextlib.contextmanager
+def _opened(source, row: int | str | None, name: str | None) -> Iterator[tuple[BinaryIO, str]]:
+    """The file, and what messages call it."""
+    where = str(name or source)
+    if row is not None:
+        where += f" ({row if isinstance(row, str) else f'row {row}'})"
+    if hasattr(source, "read"):
+        yield source, where
+        return
+    try:
+        file = source() if callable(source) else open(source, "rb")
+    except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(
             f"picture {where} does not exist; check the path or leave the row out"
-        )
+        ) from None
+    except Refused as error:
+        raise Refused(error.reason, f"picture {where}: {error}") from None
+    except (IsADirectoryError, ValueError) as error:  # a path with NUL in it
+        raise Refused("not a file", f"picture {where} is not a file ({error})") from None
+    with file:
+        yield file, where
+
+
+@contextlib.contextmanager
+def _refusing(where: str) -> Iterator[None]:
+    """Whatever the decoder raises becomes a `Refused` that names the picture."""
+    from PIL import Image
+
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            return as_seen(picture)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).replace(str(path), "the file")
-        message = (
-            f"picture {where} cannot be read ({reason}); replace the file or leave the row out"
-        )
-        raise ValueError(message) from None
+        yield
+    except Refused:
+        raise
+    except (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError,
+            MemoryError, RuntimeError, Image.DecompressionBombError) as error:  # fmt: skip
+        cut = "truncated" in str(error) or "end of file" in str(error).lower()
+        raise _refused("truncated" if cut else "damaged", where, str(error)) from None
 
 
-def as_seen(picture):
-    """A PIL image as a person sees it: upright, RGB, alpha over white, wide values scaled.
+def _refused(reason: str, where: str, why: str) -> Refused:
+    return Refused(
+        reason, f"picture {where} cannot be read ({why}); replace the file or leave the row out"
+    )
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Those of FORMATS that the installed Pillow knows."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _open(file: BinaryIO, where: str, reading: Reading):
+    """A PIL image whose head is read and whose limits are kept; its pixels are not decoded."""
+    from PIL import Image, UnidentifiedImageError
+
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if size == 0:
+        raise _refused("empty file", where, "the file has 0 bytes")
+    if size > reading.max_bytes:
+        raise _refused("too large", where, f"{size:,} bytes, max_bytes is {reading.max_bytes:,}")
+    try:
+        picture = Image.open(file, formats=_formats())
+    except UnidentifiedImageError:
+        file.seek(0)
+        head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+        known = (what for begin, what in _NOT_PICTURES.items() if head.startswith(begin))
+        why = next((f"it is {what}" for what in known), "its format is not known")
+        raise _refused("not a picture", where, why) from None
+    except Image.DecompressionBombError:
+        raise _refused("too many pixels", where, "more pixels than can be decoded") from None
+    width, height = picture.size
+    if width * height > reading.max_pixels:
+        words = f"{width} x {height} pixels, max_pixels is {reading.max_pixels:,}"
+        raise _refused("too many pixels", where, words)
+    if max(width, height) > reading.max_aspect * min(width, height):
+        words = f"{width} x {height} pixels, one side more than {reading.max_aspect:g} the other"
+        raise _refused("too thin", where, words)
+    return picture
+
+
+def _has_its_end(file: BinaryIO, kind: str) -> bool:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 64))
+    tail = file.read()
+    if kind == "WEBP":
+        file.seek(4)
+        return int.from_bytes(file.read(4), "little") + 8 <= size
+    ends = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND", "GIF": b"\x3b"}
+    return kind in ends and ends[kind] in tail[-16:]
+
+
+def as_png(pixels: Tensor) -> BinaryIO:
+    """A decoded picture, uint8 (3, H, W), as the bytes of a PNG file."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(file, "PNG")
+    file.seek(0)
+    return file
+
+
+def as_seen(picture, background: tuple[int, int, int] = (255, 255, 255)):
+    """A PIL image as a person sees it: upright, RGB, alpha over `background`, wide values scaled.
 
     16-bit grey is divided by its full range, so that pictures of one series stay comparable; 32-bit
     and float grey, which have no range of their own, are taken for 0-1, 0-255 or 0-65,535 by their
-    largest value. (PIL's own conversion clips all of these to white.)
+    largest value. (PIL's own conversion clips all of these to white.) Raises ValueError for values
+    that are negative or not finite.
     """
     from PIL import Image, ImageOps
 
     picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):  # I;16, I;16B, I (32 bits), F
-        values = np.asarray(picture).astype(np.float64)
+        values = np.asarray(picture)
+        top = float(values.max())
+        if not (np.isfinite(top) and np.isfinite(values.min()) and values.min() >= 0):
+            raise ValueError("it holds values below 0 or not finite; scale them to 0-1")
         ranges = [65535.0] if picture.mode.startswith("I;16") else [1.0, 255.0, 65535.0]
         if picture.mode == "I":
             ranges = ranges[1:]
-        top = next((r for r in ranges if values.max() <= r), ranges[-1])
-        grey = np.clip(values / top * 255 + 0.5, 0, 255).astype(np.uint8)
+        limit = next((r for r in ranges if top <= r), top)
+        grey = (values * np.float32(255 / limit) + np.float32(0.5)).clip(0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
-    if "A" in picture.getbands() or "transparency" in picture.info:
+    if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, picture)
+        under = Image.new("RGBA", picture.size, (*background, 255))
+        picture = Image.alpha_composite(under, picture)
     return picture.convert("RGB")
 
 
-def square(image_size: int) -> Callable:
-    """CLIP's way to a square: the shorter side becomes `image_size`, then the centre is cut out.
+@dataclass(frozen=True)
+class square:
+    """CLIP's way to a square: the shorter side becomes `side`, the centre is cut out (bicubic).
 
-    Returns a function PIL -> uint8 (3, image_size, image_size).
+    A function PIL -> uint8 (3, side, side). The centre is cut first, so that a thin picture never
+    takes more memory than a square one.
     """
-    from torchvision.transforms import InterpolationMode, v2
 
-    resize = v2.Resize(image_size, InterpolationMode.BICUBIC, antialias=True)
-    return v2.Compose([resize, v2.CenterCrop(image_size), v2.PILToTensor()])
+    side: int
+
+    def __call__(self, picture: Any) -> Tensor:
+        from PIL import Image, ImageOps
+
+        size = (self.side, self.side)
+        fitted = ImageOps.fit(picture, size, method=Image.Resampling.BICUBIC)
+        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
 
 
 def shift_pictures(pixel_values: Tensor, noise: Tensor, fraction: float = 1 / 16) -> Tensor:

@@ -214,10 +214,9 @@ class MaskedMultimodalTrainer:
         Every picture once, in an order that depends on seed and epoch alone; batches of nearly
         equal size, so that no step sees only a handful of negatives.
         """
-        ids, seed = self.train.sample_ids, self.config.seed
-        order = mask_noise(seed, epoch, ids, 1, "order")[:, 0].argsort(stable=True)
-        captions = mask_noise(seed, epoch, ids, 1, "caption")[:, 0]
-        shares = [my_share(rows)[0] for rows in order.tensor_split(self.steps_per_epoch)]
+        seed, batches = self.config.seed, self.steps_per_epoch
+        captions = mask_noise(seed, epoch, self.train.sample_ids, 1, "caption")[:, 0]
+        shares = [my_share(rows)[0] for rows in self.train.epoch_rows(seed, epoch, batches)]
         return [(rows, captions[rows]) for rows in shares]
 
     def first_batch(self) -> Batch:
@@ -356,6 +355,9 @@ class MaskedMultimodalTrainer:
 
     def fit(self) -> Run:
         """Train to the end; returns the `Run`."""
+        for data in (self.train, self.val):
+            if data is not None and (done := data.prepare(self.config.num_workers)):
+                self.say(done)
         self.say(describe(self))
         if self.rank == 0:
             settings = self.config.to_dict() | {"run_name": self.path.name}
