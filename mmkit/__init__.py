@@ -17,6 +17,17 @@ from .openmoji import openmoji
 from .reconstruct import evaluate_reconstruction, put_back
 from .retrieval import Index, embed, embed_texts, evaluate, mean_recall, recall_at_k, zero_shot
 from .run import Run
+from .sources import (
+    from_class_folders,
+    from_coco,
+    from_flickr30k,
+    from_folder,
+    from_hub,
+    from_lists,
+    from_shards,
+    from_table,
+    load_data,
+)
 from .tokenizer import train_wordpiece
 from .trainer import MaskedMultimodalTrainer, train_model
 
@@ -38,9 +49,18 @@ __all__ = [
     "embed_texts",
     "evaluate",
     "evaluate_reconstruction",
+    "from_class_folders",
+    "from_coco",
+    "from_flickr30k",
+    "from_folder",
+    "from_hub",
+    "from_lists",
+    "from_shards",
+    "from_table",
     "info_nce",
     "launch",
     "load",
+    "load_data",
     "losses",
     "mask_noise",
     "masking",

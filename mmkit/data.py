@@ -25,7 +25,7 @@ from torch import Tensor
 from .captions import clean_captions, groups_of
 from .masks import mask_noise
 from .picture_cache import content_hashes, decode_once, room_for
-from .picture_files import Files, PictureStore
+from .picture_files import Files, PictureStore, Refused
 from .pictures import Reading, as_png, read_picture, square
 from .tokenizer import encode_texts, special_ids, train_wordpiece
 
@@ -86,7 +86,7 @@ class MultimodalDataset:
     side: int | None = None  # pixels of the square that is cut; None where a transform is given
     cache_dir: str | os.PathLike | None = None  # where decoded pictures are kept, and how many may
     cache_gigabytes = 0.0  # be; 0 = none: each epoch decodes them anew
-    places: Any = None  # where each row stands in its source, for messages: (source, line numbers)
+    places: Any = None  # where each row stands in its source: ("pairs.csv, line", numbers)
     _store: Any = None  # PictureStore: where the encoded pictures are
     _pixels: Any  # (N, 3, H, W) uint8: a tensor, or a memory-mapped array; None = decode
 
@@ -125,7 +125,7 @@ class MultimodalDataset:
         store: PictureStore,
         texts: Sequence[str | Sequence[str]],
         *,
-        same_picture: Sequence[str] | None = None,
+        rows: np.ndarray | None = None,
         transform: Callable | None = None,
         image_size: int = 64,
         tokenizer=None,
@@ -133,13 +133,15 @@ class MultimodalDataset:
     ) -> "MultimodalDataset":
         """A dataset of encoded pictures wherever they lie; what every way in of sources.py makes.
 
-        same_picture: a key for each row, equal for equal pictures (None: their names in the store).
+        rows picks the picture of each text (None: all, in order).
         """
         self = cls.__new__(cls)
         self._store = store
         self._shape(transform, image_size)
-        names = same_picture or [store.name(i) for i in range(len(store))]
-        self._start(texts, tokenizer, meta=meta, same_picture=[[("path", name)] for name in names])
+        rows = np.arange(len(store)) if rows is None else np.asarray(rows)
+        same = [[("path", store.name(i))] for i in rows.tolist()]
+        self._start(texts, tokenizer, meta=meta, same_picture=same)
+        self._rows = rows
         return self
 
     def _shape(self, transform: Callable | None, image_size: int):
@@ -191,7 +193,8 @@ class MultimodalDataset:
         )
         self.meta = meta or [{} for _ in self.texts]
         self._pixels = None
-        self._rows = self._pixel_rows = np.arange(len(self.texts))  # in the store, in the pixels
+        # of each row: its place in the store, in the decoded pixels, in what was loaded
+        self._rows = self._pixel_rows = self._place_rows = np.arange(len(self.texts))
         self._tokenizer, self.given_tokenizer = tokenizer, tokenizer is not None
         self.max_length, self._encoded = 77, None  # CLIP's length; a model sets its own
 
@@ -235,8 +238,8 @@ class MultimodalDataset:
         """What a message calls a row: "row 3", or "pairs.csv, line 7"."""
         if self.places is None:
             return f"row {row}"
-        source, lines = self.places
-        return f"{source}, line {lines[self._rows[row]]}"
+        source, numbers = self.places
+        return f"{source} {numbers[self._place_rows[row]]}"
 
     def picture_name(self, row: int) -> str:
         """What a message calls the picture of a row: its path, or the member of a shard."""
@@ -247,6 +250,12 @@ class MultimodalDataset:
         if self._store:
             return self._store.open(int(self._rows[row]))
         return as_png(self._take(np.array([row]))[0])
+
+    def same_pictures(self, keys: Sequence) -> None:
+        """Join pictures with equal keys (one each) and equal captions, into groups anew."""
+        self.group_ids = groups_of(
+            [[("same", key), *c] for key, c in zip(keys, self.texts, strict=True)]
+        )
 
     def content_hashes(self) -> list[str]:
         """32 hex digits for each picture, equal for equal bytes (of decoded ones: equal pixels).
@@ -342,6 +351,18 @@ class MultimodalDataset:
         self._pixel_rows = np.arange(len(self))
         return failed
 
+    def rows_that_fail(self, num_workers: int = 0) -> list[int]:
+        """Decode every picture once, into the cache where one may be kept; rows that cannot be."""
+        if self.cache_gigabytes and not self.why_not_cached():
+            return self.decode_into_cache(num_workers)
+        view = _Decodes(self._lean())
+        parts = torch.arange(len(self)).split(256)
+        loader = torch.utils.data.DataLoader(
+            view, sampler=parts, batch_size=None, num_workers=num_workers,
+            generator=torch.Generator(),
+        )  # fmt: skip
+        return [row for failed in loader for row in failed]
+
     def prepare(self, num_workers: int = 0) -> str:
         """Make ready for a training: fill the cache that was asked for. Says what it did, or ""."""
         if self.resident or not self.cache_gigabytes:
@@ -434,7 +455,8 @@ class MultimodalDataset:
         part.__dict__.update(self.__dict__)
         part.texts, part.meta = [self.texts[r] for r in rows], [self.meta[r] for r in rows]
         part.sample_ids, part.group_ids = self.sample_ids[rows], self.group_ids[rows]
-        part._rows, part._pixel_rows = self._rows[rows], self._pixel_rows[rows]
+        for name in ("_rows", "_pixel_rows", "_place_rows"):
+            setattr(part, name, getattr(self, name)[rows])
         part._tokenizer, part._encoded = self.tokenizer, None
         return part
 
@@ -443,6 +465,22 @@ class MultimodalDataset:
         captions = sum(map(len, self.texts))
         name = f"{self.name}: " if self.name else ""
         return f"MultimodalDataset({name}{len(self):,} pictures {shape}, {captions:,} captions)"
+
+
+class _Decodes(torch.utils.data.Dataset):
+    """A map-style view whose item is the rows, of those asked for, that cannot be decoded."""
+
+    def __init__(self, decode: Callable[[int], np.ndarray]):
+        self.decode = decode
+
+    def __getitem__(self, rows: Tensor) -> list[int]:
+        failed = []
+        for row in rows.tolist():
+            try:
+                self.decode(row)
+            except (Refused, OSError):
+                failed.append(row)
+        return failed
 
 
 def _decoded_array(dataset: MultimodalDataset, row: int) -> np.ndarray:

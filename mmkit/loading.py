@@ -1,0 +1,272 @@
+"""What all ways in share: rows that were found become a data set and a report.
+
+Every row is checked before anything is trained: its captions, its path, its picture. Whatever is
+wrong with it is a `Refused`, raised or counted. The ways in themselves are in sources.py.
+Walk-through: notebooks/08_your_own_pictures.ipynb.
+"""
+
+import functools
+import os
+import stat
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .captions import clean_captions
+from .data import MultimodalDataset
+from .picture_files import Files, PictureStore, Refused
+from .pictures import Reading, check_picture
+from .report import Report, count_captions
+
+HASH_BYTES = 20_000_000_000  # sources up to this size are searched for identical pictures
+
+
+@dataclass
+class Options:
+    """What every way in takes beside its source.
+
+    on_error: "raise" stops at the first bad row, naming file and line; "skip" leaves bad rows out,
+    and stops where they are more than the share `max_skipped` of all. check: "head" looks at each
+    picture's head and end, "decode" decodes it (which also finds damage in the middle); None takes
+    "decode" with on_error="skip", for what is skipped must be known beforehand. cache_gigabytes:
+    decoded pictures are kept in files up to this size, decoded at the first training; 0 = never.
+    num_workers: processes that decode.
+    """
+
+    image_size: int = 64
+    transform: Callable | None = None
+    tokenizer: Any = None
+    device: str | torch.device | None = None
+    on_error: str = "raise"
+    max_skipped: float = 0.1
+    check: str | None = None
+    reading: Reading = field(default_factory=Reading)
+    cache_gigabytes: float = 20.0
+    cache_dir: str | os.PathLike | None = None
+    num_workers: int = 2
+
+    def __post_init__(self):
+        choices = {"on_error": ("raise", "skip"), "check": (None, "head", "decode")}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                names = ", ".join(map(repr, known))
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a choice; take {names}")
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(
+                f"max_skipped={self.max_skipped!r} must be in [0, 1]; it is a share of the rows"
+            )
+        if self.check is None:
+            self.check = "decode" if self.on_error == "skip" else "head"
+
+
+@dataclass
+class Found:
+    """What a way in found, an entry per row; a row that is `Refused` has no picture."""
+
+    source: str
+    unit: str = (
+        "line"  # what a row is: "line" of a table, "picture" of a folder, "sample" of shards
+    )
+    lines: list[int] = field(default_factory=list)
+    pictures: list[Any] = field(default_factory=list)  # a path, a number in a store, or Refused
+    texts: list[Any] = field(default_factory=list)
+    meta: list[dict] = field(default_factory=list)
+
+    def add(self, line: int, picture, text=None, meta: dict | None = None) -> None:
+        self.lines.append(line)
+        self.pictures.append(picture)
+        self.texts.append(text)
+        self.meta.append(meta or {})
+
+
+# ---- files within a folder -----------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def _real_folder(path: str) -> str:
+    return os.path.realpath(path)
+
+
+def within(root: str, written, where: str) -> str:
+    """The real path of the picture that a row names, under the folder `root`.
+
+    Raises Refused for what is no path, is not there, is no file, or leaves the folder (by "..", an
+    absolute path or a link).
+    """
+    if not isinstance(written, str | os.PathLike) or not str(written).strip():
+        raise Refused("no picture", f"{where} names no picture: {written!r}")
+    text = os.fspath(written).strip()
+    if any(ord(c) < 32 for c in text):
+        raise Refused("not a path", f"{where}: {text!r} holds control characters")
+    if text.lower().startswith(("http://", "https://", "s3://", "gs://", "data:")):
+        raise Refused(
+            "a web address", f"{where}: {text[:80]} is not a file; download first (img2dataset)"
+        )
+    if text.lower().startswith("file://"):
+        text = text[7:]
+    variants = [text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)]
+    variants += [text.replace("\\", "/")] if "\\" in text else []
+    for variant in dict.fromkeys(variants):  # as another system may have written the name
+        folder, name = os.path.split(os.path.join(root, variant))
+        path = os.path.join(_real_folder(folder), name)
+        try:
+            facts = os.lstat(path)
+            if stat.S_ISLNK(facts.st_mode) or name in ("", ".", ".."):
+                path = os.path.realpath(path)
+                facts = os.stat(path)
+        except (OSError, ValueError):
+            continue
+        real_root = _real_folder(root)
+        if not path.startswith(real_root.rstrip(os.sep) + os.sep):
+            raise Refused(
+                "outside the folder",
+                f"{where}: {text} leads to {path}, outside {root}; move it there, or give a root "
+                "that holds all pictures",
+            )
+        if not stat.S_ISREG(facts.st_mode):
+            raise Refused("not a file", f"{where}: {path} is not a file")
+        return path
+    raise Refused("missing", f"{where}: {os.path.join(root, text)} does not exist")
+
+
+# ---- what all ways in share ----------------------------------------------------------------------
+
+
+def load(
+    found: Found, options: Options, store: PictureStore | None = None, root: str | None = None
+) -> MultimodalDataset:
+    """The data set of what was found: every row checked, merged by picture, and counted.
+
+    store: where pictures given as numbers lie; without one they are paths under `root` (None:
+    anywhere).
+    """
+    report = Report(found.source, rows=len(found.lines), decoded=options.check == "decode")
+    refuse = functools.partial(_refuse, report, options)
+    kept: dict[Any, int] = {}  # picture -> its place below
+    texts: list[list[str]] = []
+    meta, lines, rows_of, sizes = [], [], [], []
+    for line, picture, text, facts in zip(
+        found.lines, found.pictures, found.texts, found.meta, strict=True
+    ):
+        where = f"{found.source}, {found.unit} {line}"
+        try:
+            if isinstance(picture, Refused):
+                raise picture
+            captions = clean_captions(where, text)
+            if store is None:
+                picture = _path(root, picture, where)
+            if picture not in kept:
+                sizes.append(_look(store, picture, where, options.reading))
+                kept[picture] = len(texts)
+                texts.append([])
+                meta.append(facts)
+                lines.append(line)
+                rows_of.append(0)
+            place = kept[picture]
+            texts[place] += [caption for caption in captions if caption not in texts[place]]
+            rows_of[place] += 1
+        except (Refused, FileNotFoundError) as error:
+            refuse(error)
+    if not texts:
+        raise ValueError(f"{found.source}: {_nothing(report)}")
+    if store is None:
+        store, keep = Files(list(kept)), None
+    else:
+        keep = np.array(list(kept), np.int64)
+    data = _dataset(store, keep, texts, meta, np.array(lines), found, options, report)
+    return _decoded(data, rows_of, np.array(sizes), options, report, refuse)
+
+
+def _refuse(report: Report, options: Options, error: Exception, rows: int = 1) -> None:
+    """Raise it, or count it; too many of them are an error of their own."""
+    if options.on_error == "raise":
+        raise error
+    reason = getattr(error, "reason", "missing")
+    for _ in range(rows):
+        report.skip(Refused(reason, str(error)))
+
+
+def _nothing(report: Report) -> str:
+    if not report.rows:
+        return "no row was found; is it the right file or folder?"
+    words = "; ".join(messages[0] for messages in report.examples.values())
+    return f"none of {report.rows:,} rows can be loaded: {words}"
+
+
+def _path(root: str | None, written, where: str) -> str:
+    if root is None and isinstance(written, str | os.PathLike) and str(written).strip():
+        return within(os.sep, os.path.abspath(written), where)
+    return within(root or os.sep, written, where)
+
+
+def _look(store: PictureStore | None, picture, where: str, reading: Reading) -> tuple[int, ...]:
+    """(width, height, bytes) of a picture from its head."""
+    if store is None:
+        width, height = check_picture(picture, where, reading=reading)
+        return width, height, os.path.getsize(picture)
+    with store.open(picture) as file:
+        width, height = check_picture(file, where, reading=reading, name=store.name(picture))
+        return width, height, file.seek(0, os.SEEK_END)
+
+
+def _dataset(store, keep, texts, meta, lines, found, options, report) -> MultimodalDataset:
+    """The data set of the rows whose heads are in order, identical pictures in one group."""
+    data = MultimodalDataset.from_store(
+        store,
+        texts,
+        rows=keep,
+        transform=options.transform,
+        image_size=options.image_size,
+        tokenizer=options.tokenizer,
+        meta=meta,
+    )
+    data.name = Path(found.source).name
+    data.places = (f"{found.source}, {found.unit}", lines)
+    data.reading, data.report = options.reading, report
+    data.cache_dir, data.cache_gigabytes = options.cache_dir, options.cache_gigabytes
+    return data
+
+
+def _decoded(
+    data: MultimodalDataset, rows_of: list[int], sizes: np.ndarray, options: Options,
+    report: Report, refuse: Callable,
+) -> MultimodalDataset:  # fmt: skip
+    """The data set without pictures that cannot be decoded, if asked; the report filled in."""
+    failed: dict[int, Exception] = {}
+    if options.check == "decode":
+        for row in data.rows_that_fail(options.num_workers):
+            try:
+                data._decode(row)
+            except (Refused, OSError) as error:
+                failed[row] = error
+                refuse(error, rows_of[row])
+    good = [row for row in range(len(data)) if row not in failed]
+    if not good:
+        raise ValueError(f"{report.source}: {_nothing(report)}")
+    tokenizer_given = data.given_tokenizer
+    if failed:
+        data._tokenizer = data._tokenizer if tokenizer_given else False  # of the good ones only
+        data = data.subset(good)
+        data._tokenizer = data._tokenizer or None
+        sizes, rows_of = sizes[good], [rows_of[row] for row in good]
+    report.loaded, report.pictures = sum(rows_of), len(data)
+    assert report.loaded + sum(report.skipped.values()) == report.rows
+    report.widths, report.heights = sizes[:, 0].tolist(), sizes[:, 1].tolist()
+    report.bytes = int(sizes[:, 2].sum())
+    count_captions(report, data.texts)
+    if report.bytes <= HASH_BYTES:
+        hashes = data.content_hashes()
+        report.identical_pictures = len(hashes) - len(set(hashes))
+        data.same_pictures(hashes)
+    if report.skipped_share > options.max_skipped:
+        raise ValueError(
+            f"{report.source}: {sum(report.skipped.values()):,} of {report.rows:,} rows "
+            f"({100 * report.skipped_share:.1f} %) cannot be loaded, more than max_skipped="
+            f"{options.max_skipped:g}. {'; '.join(m[0] for m in report.examples.values())}"
+        )
+    return data if options.device is None else data.keep_on(options.device)

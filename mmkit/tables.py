@@ -1,0 +1,245 @@
+"""Read tables of pictures and captions: CSV, TSV, JSON lines; every row is given or refused.
+
+A row is (line, {column: value}) or (line, Refused); what makes a whole table unreadable (its
+encoding, its separator, a quote that never ends) is a ValueError that says the remedy.
+Walk-through: notebooks/08_your_own_pictures.ipynb.
+"""
+
+import codecs
+import csv
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import nearest
+from .picture_files import Refused
+
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+_MARKS = {  # byte order marks; the longer ones first, as UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+Row = tuple[int, dict[str, Any] | Refused]
+
+
+def find_encoding(path: str | os.PathLike, encoding: str | None = None) -> str:
+    """The encoding of a text file: the one given, by its byte order mark, else UTF-8.
+
+    Raises ValueError for an unknown name, and for what is not text at all.
+    """
+    if encoding is not None:
+        try:
+            return codecs.lookup(encoding).name
+        except LookupError:
+            raise ValueError(
+                f"encoding={encoding!r} is not known; try 'utf-8', 'cp1252' or 'latin-1'"
+            ) from None
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    for mark, name in _MARKS.items():
+        if head.startswith(mark):
+            return name
+    if head[1::2].count(0) > len(head) // 4 or head[::2].count(0) > len(head) // 4:
+        little = head[1::2].count(0) > head[::2].count(0)
+        raise ValueError(
+            f"{path} looks like UTF-16 without a byte order mark; give encoding="
+            f"'utf-16-{'le' if little else 'be'}'"
+        )
+    return "utf-8"
+
+
+def _lines(path: str | os.PathLike, encoding: str) -> Iterator[str]:
+    """The lines of a text file with their ends; ValueError naming the line that cannot be read."""
+    number = 0
+    with open(path, encoding=encoding, newline="") as file:
+        try:
+            for line in file:
+                number += 1
+                yield line
+        except UnicodeError as error:
+            number = _undecodable(path, encoding) or number + 1
+            raise ValueError(
+                f"{path}, line {number}: this is not {encoding} ({error}); save the file as UTF-8, "
+                "or give its encoding, encoding='cp1252' say"
+            ) from None
+
+
+def _undecodable(path: str | os.PathLike, encoding: str) -> int:
+    """The first line that cannot be read; 0 where lines cannot be told apart by bytes."""
+    if not encoding.startswith(("utf-8", "utf_8", "ascii")):
+        return 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 0
+
+
+def read_lines(path: str | os.PathLike, encoding: str | None = None) -> list[str]:
+    """The lines of a small text file that are not blank; ValueError where it is no text."""
+    lines = [line.strip() for line in _lines(path, find_encoding(path, encoding))]
+    return [line for line in lines if line]
+
+
+# ---- CSV and TSV ---------------------------------------------------------------------------------
+
+
+def read_csv(
+    path: str | os.PathLike,
+    *,
+    encoding: str | None = None,
+    separator: str | None = None,
+    quotes: bool = True,
+) -> tuple[list[str], Iterator[Row]]:
+    """(columns, rows) of a table whose first line names its columns.
+
+    separator: None recognises comma, semicolon, tab and bar. quotes: a field may stand in double
+    quotes and then hold separators and line ends; False takes quotes for letters. A row with more
+    or fewer fields than the header, or with broken quotes, is refused.
+    """
+    found = find_encoding(path, encoding)
+    separator = separator or _separator(path, found, quotes)
+    lines = _lines(path, found)
+    first = next(lines, "")
+    skipped = first.lower().startswith("sep=")  # what spreadsheets write for each other
+    reader = _reader(lines if skipped else itertools.chain([first], lines), separator, quotes)
+    columns = [name.strip() for name in next(reader, [])]
+    twice = {name for name in columns if columns.count(name) > 1}
+    if not columns or twice:
+        why = f"column {min(twice)!r} stands there twice" if twice else "it is empty"
+        raise ValueError(f"{path} has no usable first line: {why}; it must name the columns")
+    return columns, _csv_rows(path, reader, columns, int(skipped))
+
+
+def _reader(lines: Iterable[str], separator: str, quotes: bool):
+    if quotes:
+        return csv.reader(lines, delimiter=separator, strict=True)
+    return csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_NONE)
+
+
+def _csv_rows(path, reader, columns: list[str], before: int) -> Iterator[Row]:
+    while True:
+        line = reader.line_num + 1 + before
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if "end of data" in str(error) or "field limit" in str(error):
+                raise ValueError(
+                    f"{path}: a double quote in line {line} is never closed; mend it, or give "
+                    "quotes=False where quotes are only letters"
+                ) from None
+            yield line, Refused("broken quotes", f"{path}, line {line}: {error}; or quotes=False")
+            continue
+        if len(fields) == len(columns):
+            yield line, dict(zip(columns, fields, strict=True))
+        elif fields:  # a blank line is no row
+            yield (
+                line,
+                Refused(
+                    "wrong number of fields",
+                    f"{path}, line {line} has {len(fields)} fields, the first line {len(columns)}; "
+                    "is there a separator in a caption without quotes?",
+                ),
+            )
+
+
+def _separator(path, encoding: str, quotes: bool) -> str:
+    """The one that cuts the header and the next lines into equally many fields, two at least."""
+    lines = list(itertools.islice(_lines(path, encoding), 50))
+    if lines and lines[0].lower().startswith("sep="):
+        return lines[0][4:5]
+    best, most = "", (0.0, 0)
+    for separator in SEPARATORS:
+        try:
+            rows = [row for row in _reader(lines, separator, quotes) if row]
+        except csv.Error:
+            rows = [row for row in csv.reader(lines, delimiter=separator) if row]
+        width = len(rows[0]) if rows else 0
+        if width >= 2:
+            alike = sum(len(row) == width for row in rows) / len(rows)
+            tab_file = separator == "\t" and str(path).endswith((".tsv", ".tab"))
+            most, best = max((most, best), ((alike + tab_file, width), separator))
+    if not best:
+        known = ", ".join(SEPARATORS.values())
+        raise ValueError(
+            f"{path} has one column under every known separator ({known}); it needs one for the "
+            "picture and one for the text; give separator=…"
+        )
+    return best
+
+
+# ---- JSON lines ----------------------------------------------------------------------------------
+
+
+def read_jsonl(
+    path: str | os.PathLike, *, encoding: str | None = None
+) -> tuple[list[str], Iterator[Row]]:
+    """(columns, rows) of a file with one JSON object per line; columns are those of the first."""
+    columns: list[str] = []
+    for _, row in _json_rows(path, encoding):
+        if isinstance(row, dict):
+            columns = list(row)
+            break
+    return columns, _json_rows(path, encoding)
+
+
+def _json_rows(path, encoding: str | None) -> Iterator[Row]:
+    for number, line in enumerate(_lines(path, find_encoding(path, encoding)), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            if not isinstance(value, dict):
+                raise ValueError(f"it is {type(value).__name__}, not an object with columns")
+            yield number, value
+        except (ValueError, RecursionError) as error:
+            why = "nested too deep" if isinstance(error, RecursionError) else str(error)
+            yield number, Refused("not JSON", f"{path}, line {number} is not one object: {why}")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The value of a JSON file; ValueError in words where it is not one."""
+    try:
+        text = Path(path).read_text(encoding=find_encoding(path))
+        return json.loads(text)
+    except UnicodeError:
+        raise ValueError(f"{path} is not UTF-8 text; it should be a JSON file") from None
+    except (ValueError, RecursionError) as error:
+        why = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path} is not a JSON file: {why}") from None
+
+
+# ---- columns -------------------------------------------------------------------------------------
+
+IMAGE_COLUMNS = "image image_path img path file file_name filename filepath picture".split()
+TEXT_COLUMNS = "text caption captions title sentence sentences".split()
+
+
+def pick_column(columns: Sequence[str], wanted: str | None, kind: str, source: str) -> str:
+    """The column of the pictures ("image") or texts ("text"): the one asked for, or the only one
+    that is usually called so.
+    """
+    if wanted is not None:
+        if wanted not in columns:
+            raise ValueError(f"{source} has no column {wanted!r}; {nearest(wanted, columns)}")
+        return wanted
+    usual = IMAGE_COLUMNS if kind == "image" else TEXT_COLUMNS
+    found = [column for column in columns if column.lower() in usual]
+    if len(found) != 1:
+        shown = ", ".join(map(repr, columns[:20])) or "none"
+        why = "several could be" if found else "none is called as usual"
+        raise ValueError(
+            f"{source}: which column holds the {kind}? {why} (columns: {shown}); give {kind}='…'. "
+            "The first line of a table must name its columns"
+        )
+    return found[0]
