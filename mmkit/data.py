@@ -12,7 +12,9 @@ import functools
 import hashlib
 import json
 import os
+import queue
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -516,15 +518,51 @@ class _BatchView(torch.utils.data.Dataset):
         return self.dataset.batch(*key)
 
 
+def _ahead(batches: Iterator[Batch], pin: bool, depth: int = 2) -> Iterator[Batch]:
+    """The same batches, up to `depth` of them made by a thread before they are asked for."""
+    ready: queue.Queue = queue.Queue(depth)
+    stopped = threading.Event()
+
+    def put(item) -> bool:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=0.1)
+                return True
+        return False
+
+    def work():
+        try:
+            for batch in batches:
+                if not put(batch.pin_memory() if pin else batch):
+                    return
+            put(None)
+        except BaseException as error:  # raised where the batch is waited for
+            put(error)
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stopped.set()
+        worker.join()
+
+
 def load_batches(
     dataset: MultimodalDataset, keys: list, num_workers: int, pin: bool
 ) -> Iterator[Batch]:
     """Batches for `keys`, a list of (rows, caption_noise), in that order.
 
-    Pictures that must be decoded are decoded by `num_workers` processes; resident ones need none.
+    Pictures that must be decoded are decoded by `num_workers` processes; those of a memory-mapped
+    file are collected by a thread; those in memory need neither.
     """
-    if dataset.resident or num_workers == 0:
+    if isinstance(dataset._pixels, Tensor) or (num_workers == 0 and not dataset.resident):
         return (dataset.batch(*key) for key in keys)
+    if dataset.resident:
+        return _ahead((dataset.batch(*key) for key in keys), pin)
     dataset.encoded_captions()  # once here, not once per worker
     loader = torch.utils.data.DataLoader(
         _BatchView(dataset), sampler=keys, batch_size=None, num_workers=num_workers, pin_memory=pin,

@@ -105,6 +105,11 @@ def describe(trainer) -> str:
         "machine": f"{e['device']}, {e['precision']}, processes: {e['processes']}, "
         f"threads: {e['threads']}",
     }
+    if cut := trainer.train.cut_captions():
+        lines["data"] += (
+            f"; {cut:,} captions are longer than {trainer.train.max_length} word pieces"
+        )
+        lines["data"] += " and are cut"
     if config.terms == ["contrastive"]:
         del lines["terms"]  # as everybody expects
     if "contrastive" not in config.terms:

@@ -33,6 +33,7 @@ from .mask_plots import *  # noqa: F403  (mm.plots has all pictures)
 from .reconstruction_plots import *  # noqa: F403
 from .retrieval import Features, Index
 from .run_plots import *  # noqa: F403
+from .source_plots import *  # noqa: F403
 
 
 def picture_grid(

@@ -118,6 +118,7 @@ class MaskedMultimodalTrainer:
         self.seed_own_draws()
         self.best_loss, self.seconds, self._mark = math.inf, 0.0, time.perf_counter()
         self.epoch_loss, self.epoch_steps = torch.zeros((), device=self.device), 0
+        self.epoch_waited = 0.0  # share of this epoch's training that went by without a batch
         self.plan = MaskPlan(config, self.model, train, self.num_epochs)
         self.objective.check_steps(self.total_steps, self.steps_per_epoch, self.plan)
         self.terms: dict[str, Tensor] = {}  # this process's parts of the last step's terms
@@ -399,9 +400,11 @@ class MaskedMultimodalTrainer:
             else:
                 thaw(self.frozen.pop(tower, []))
         waited, since = 0.0, self.step
-        before = started = time.perf_counter()
+        before = started = epoch_started = time.perf_counter()
+        self.epoch_waited = 0.0
         for batch in load_batches(self.train, keys, config.num_workers, self.device.type == "cuda"):
-            waited += time.perf_counter() - before
+            waiting = time.perf_counter() - before
+            waited, self.epoch_waited = waited + waiting, self.epoch_waited + waiting
             batch = batch.to(self.device)
             if config.term_gradients_every and self.step % config.term_gradients_every == 0:
                 self._write("terms", epoch, self.measure_terms(batch, epoch))
@@ -420,6 +423,7 @@ class MaskedMultimodalTrainer:
             if self.stopping:
                 break
             before = time.perf_counter()
+        self.epoch_waited /= max(1e-9, time.perf_counter() - epoch_started)
         self._end_epoch(epoch)
 
     def clock(self):
@@ -489,6 +493,7 @@ class MaskedMultimodalTrainer:
         last = self.stopping or self.step == self.total_steps
         if (epoch + 1) % config.eval_every == 0 or last:
             record: dict[str, Any] = {"loss": train_loss, "train_loss": train_loss}
+            record["waiting_for_data"] = self.epoch_waited  # share of the epoch's training time
             if self.val is not None:
                 record |= validate(self.validated, self.val, config)
                 self._keep_pictures()
@@ -548,7 +553,8 @@ class MaskedMultimodalTrainer:
         for term in ("words", "matching"):
             if f"{term}_accuracy" in record:
                 words += f"  {term} {100 * record[f'{term}_accuracy']:4.1f} %"
-        self.say(f"{words}  {self.seconds:6.1f} s{'  best' if better else ''}")
+        waited = f"  waited for data {100 * self.epoch_waited:.1f} %"
+        self.say(f"{words}  {self.seconds:6.1f} s{waited}{'  best' if better else ''}")
 
     def _progress(self):
         """A progress bar in a terminal or a notebook, on rank 0; nothing of it stays at the end."""

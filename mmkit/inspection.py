@@ -1,0 +1,72 @@
+"""Look at a source before anything is trained on it.
+
+Walk-through: notebooks/08_your_own_pictures.ipynb.
+"""
+
+import dataclasses
+import os
+
+import numpy as np
+
+from .data import MultimodalDataset
+from .report import Report, count_captions
+from .sources import load_data
+
+BLANK = 2.0  # of 255: pictures whose standard deviation is below it are of nearly one colour
+
+
+def inspect(
+    source: str | os.PathLike | MultimodalDataset,
+    *,
+    max_length: int = 77,
+    near: bool = True,
+    **options,
+) -> Report:
+    """What would be loaded from a source, and what is odd about it; nothing is trained.
+
+    source: anything that `load_data` takes, or a data set. Every picture is decoded; bad rows are
+    counted, however many. max_length: word pieces that the model will read (tiny 32, small 64, base
+    and CLIP 77). near: also look for nearly equal pictures and captions. options: of that way in.
+    Raises ValueError where nothing can be loaded.
+    """
+    if isinstance(source, MultimodalDataset):
+        data = source
+    else:
+        options = {"on_error": "skip", "max_skipped": 1.0, "check": "decode"} | options
+        data = load_data(source, **options)
+    report = dataclasses.replace(data.report) if data.report else _of_decoded(data)
+    flat = [caption for captions in data.texts for caption in captions]
+    pieces = data.tokenizer(flat)["input_ids"]
+    report.caption_pieces, report.max_length = [len(ids) for ids in pieces], max_length
+    unknown, ends = data.tokenizer.unk_token_id, set(data.tokenizer.all_special_ids)
+    total = sum(i == unknown or i not in ends for ids in pieces for i in ids)
+    report.unknown_pieces = sum(i == unknown for ids in pieces for i in ids) / max(1, total)
+    report.blank = _blank(data)
+    if near:
+        from .duplicates import find_duplicates
+
+        report.duplicates = find_duplicates(data)
+    return report
+
+
+def _of_decoded(data: MultimodalDataset) -> Report:
+    """The report of a data set that no way in has made: all of it was loaded."""
+    count = len(data)
+    report = Report(data.name or "the data set", count, count, pictures=count)
+    shape = data[0]["image"].shape
+    report.heights, report.widths = [shape[1]] * count, [shape[2]] * count
+    report.decoded = data.resident
+    hashes = data.content_hashes()
+    report.identical_pictures = count - len(set(hashes))
+    count_captions(report, data.texts)
+    return report
+
+
+def _blank(data: MultimodalDataset) -> list[str]:
+    """Names of the pictures of nearly one colour: black, white, an empty frame."""
+    names = []
+    for rows in np.array_split(np.arange(len(data)), max(1, len(data) // 256)):
+        pixels = data.batch(rows).pixel_values.float()
+        flat = (pixels - pixels.mean((-2, -1), keepdim=True)).square().mean((1, 2, 3)).sqrt()
+        names += [data.picture_name(row) for row in rows[(flat < BLANK).cpu().numpy()]]
+    return names
