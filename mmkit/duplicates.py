@@ -1,0 +1,211 @@
+"""Find pictures and captions that occur twice: in a batch they are negatives that are positives.
+
+Pictures are compared by near_pictures.py, captions here: by what is left without case and
+punctuation, and by their words. Shapes: N pictures, M captions, B batch.
+Walk-through: notebooks/08_your_own_pictures.ipynb.
+"""
+
+import hashlib
+import unicodedata
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data import MultimodalDataset
+from .near_pictures import NEAR, Clusters, exact_duplicates, near_duplicates, picture_signature
+
+# ---- captions ------------------------------------------------------------------------------------
+
+# Not all that Unicode calls punctuation: "keycap #" and "keycap *", C and C# are different.
+_MARKS = ".,;:!?\"'`()[]{}<>-_/\\|~\u2010\u2011\u2012\u2013\u2014\u2018\u2019\u201c\u201d\u201e"
+_MARKS += "\u00ab\u00bb\u2026\u00bf\u00a1\u3001\u3002\u300c\u300d\u30fb"
+_TO_SPACES = str.maketrans(dict.fromkeys(_MARKS, " "))
+
+
+def caption_key(text: str) -> str:
+    """The caption without what does not change its meaning: case, width, punctuation, spaces.
+
+    "A dog, running!" and "a dog running" have one key. Of punctuation alone all is kept.
+    """
+    plain = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(plain.translate(_TO_SPACES).split()) or plain.strip()
+
+
+def near_caption_groups(texts: Sequence[str], min_words: int = 6) -> np.ndarray:
+    """(M,) int64: captions of the same words in any order, or with one word more, get one number.
+
+    One word more counts from `min_words` on: "a dog" and "a wet dog" say different things. A word
+    that is exchanged always counts as a difference: colours, numbers and names are such words. As
+    groups are what pairs connect, "... red" and "... blue" meet where "..." is a caption, too.
+    Looks up every caption without each of its words: as fast as the words are many.
+    """
+    bags = [_bag(text) for text in texts]
+    number = exact_duplicates(bags)
+    unique = dict(zip(bags, number.tolist(), strict=True))
+    a, b = [], []
+    for bag, i in unique.items():
+        if len(bag) > min_words:
+            for left_out in range(len(bag)):
+                shorter = unique.get(bag[:left_out] + bag[left_out + 1 :])
+                if shorter is not None:
+                    a.append(i)
+                    b.append(shorter)
+    clusters = Clusters(len(unique))
+    if a:
+        clusters.link(torch.tensor(a), torch.tensor(b))
+    return exact_duplicates(clusters.label.numpy()[number].tolist())
+
+
+def _bag(text: str) -> tuple[str, ...]:
+    """Its words, sorted. "medium-dark" is one word, or it would be "medium" and one word more."""
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    words = [word.strip(_MARKS) for word in plain.split()]
+    return tuple(sorted(word for word in words if word)) or (plain.strip(),)
+
+
+def rows_that_share(keys_of: Sequence[Sequence[Hashable]]) -> np.ndarray:
+    """(N,) int64: rows that share a key, directly or through others, get one number."""
+    flat = exact_duplicates([key for keys in keys_of for key in keys])
+    row = np.repeat(np.arange(len(keys_of)), [len(keys) for keys in keys_of])
+    clusters = Clusters(len(keys_of) + len(flat))  # rows first, then keys
+    clusters.link(torch.from_numpy(row), torch.from_numpy(flat + len(keys_of)))
+    return exact_duplicates(clusters.label[: len(keys_of)].tolist())
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Duplicates:
+    """How much of a data set occurs twice. Numbers of pictures count all copies, the first too."""
+
+    pictures: int  # N
+    captions: int  # M, of all pictures together
+    exact_pictures: int  # pictures that have an exact copy
+    near_pictures: int  # pictures that have a near-duplicate, exact copies included
+    near_clusters: int  # clusters of two and more that they form
+    exact_captions: int  # captions that occur again, after `caption_key`
+    near_captions: int  # captions that occur again by `near_caption_groups`, those included
+    pairs: int  # pairs of pictures that share a cluster or a caption group
+    unknown_pairs: int  # those with different group_ids: the loss pushes them apart
+    examples: list[list[int]]  # rows of the largest clusters of pictures
+
+    def per_batch(self, batch_size: int) -> float:
+        """Expected number of false negatives, pairs not known as equal, in a random batch.
+
+        By pairs: B pictures drawn without putting back hold a given pair with the chance
+        B (B - 1) / (N (N - 1)). Raises ValueError unless 1 <= batch_size <= N.
+        """
+        if not 1 <= batch_size <= self.pictures:
+            raise ValueError(f"batch_size={batch_size} must be between 1 and {self.pictures}")
+        of_all = max(self.pictures * (self.pictures - 1), 1)
+        return self.unknown_pairs * batch_size * (batch_size - 1) / of_all
+
+    def __str__(self) -> str:
+        batch = min(256, self.pictures)
+        return (
+            f"{self.pictures:,} pictures: {self.exact_pictures:,} have an exact copy, "
+            f"{self.near_pictures:,} a near-duplicate ({self.near_clusters:,} clusters). "
+            f"{self.captions:,} captions: {self.exact_captions:,} occur again, "
+            f"{self.near_captions:,} nearly. Expected false negatives in a random batch of "
+            f"{batch}: {self.per_batch(batch):.2f} pairs."
+        )
+
+
+def count_duplicates(
+    texts: Sequence[Sequence[str]],
+    hashes: Sequence[Hashable],
+    signature: Tensor,
+    group_ids: Tensor | None = None,
+    threshold: float = NEAR,
+) -> Duplicates:
+    """The `Duplicates` of N pictures with lists of captions, content hashes and signatures.
+
+    group_ids (N,): pairs that are known to be correct for each other; None: none is known.
+    Raises ValueError for unequal numbers.
+    """
+    if not len(texts) == len(hashes) == len(signature):
+        raise ValueError(
+            f"{len(texts)} texts, {len(hashes)} hashes and {len(signature)} signatures; give one "
+            "of each per picture"
+        )
+    flat = [caption for captions in texts for caption in captions]
+    exact = exact_duplicates(hashes)
+    near = _joined(exact, near_duplicates(signature, threshold))
+    # Bags drop some punctuation that keys keep, and the other way round: one group by either.
+    keys = exact_duplicates([caption_key(caption) for caption in flat])
+    wordings = _joined(keys, near_caption_groups(flat))
+    ends = np.cumsum([len(captions) for captions in texts])[:-1]
+    wording = rows_that_share([part.tolist() for part in np.split(wordings, ends)])
+    known = np.arange(len(texts)) if group_ids is None else group_ids.cpu().numpy()
+    every = _pairs(near) + _pairs(wording) - _pairs(near, wording)
+    known_ones = _pairs(near, known) + _pairs(wording, known) - _pairs(near, wording, known)
+    size = np.bincount(near)
+    largest = [c for c in np.argsort(-size, kind="stable")[:5] if size[c] > 1]
+    return Duplicates(
+        pictures=len(texts),
+        captions=len(flat),
+        exact_pictures=_repeated(exact),
+        near_pictures=_repeated(near),
+        near_clusters=int((size > 1).sum()),
+        exact_captions=_repeated(keys),
+        near_captions=_repeated(wordings),
+        pairs=every,
+        unknown_pairs=every - known_ones,
+        examples=[np.flatnonzero(near == c).tolist() for c in largest],
+    )
+
+
+def _joined(*groupings: np.ndarray) -> np.ndarray:
+    """What any of several groupings (N,) connects."""
+    rows = zip(*(grouping.tolist() for grouping in groupings), strict=True)
+    return rows_that_share([list(enumerate(numbers)) for numbers in rows])
+
+
+def _repeated(group: np.ndarray) -> int:
+    """How many are in groups of two or more."""
+    size = np.bincount(group)
+    return int(size[size > 1].sum())
+
+
+def _pairs(*groupings: np.ndarray) -> int:
+    """Pairs that are together in each of the groupings."""
+    size = np.unique(np.stack(groupings), axis=1, return_counts=True)[1].astype(np.int64)
+    return int((size * (size - 1) // 2).sum())
+
+
+# ---- data sets -----------------------------------------------------------------------------------
+
+
+def content_hashes(dataset: MultimodalDataset) -> list | None:
+    """The data set's own hashes of its picture files, None where it has none."""
+    own = getattr(dataset, "content_hashes", None)
+    return None if own is None else list(own())
+
+
+def read_pictures(dataset: MultimodalDataset, batch_size: int = 256) -> tuple[list[str], Tensor]:
+    """Every picture once: hashes of the decoded pixels (N,) and signatures (N, 771) on the CPU."""
+    hashes, signatures = [], []
+    for start in range(0, len(dataset), batch_size):
+        pixels = dataset._take(np.arange(start, min(start + batch_size, len(dataset))))
+        signatures.append(picture_signature(pixels).cpu())
+        shape = str(tuple(pixels.shape[1:])).encode()
+        for picture in pixels.cpu().numpy():
+            hashes.append(hashlib.sha256(shape + picture.tobytes()).hexdigest())
+    return hashes, torch.cat(signatures)
+
+
+def find_duplicates(
+    dataset: MultimodalDataset, hashes: Sequence[Hashable] | None = None, threshold: float = NEAR
+) -> Duplicates:
+    """The `Duplicates` of a data set, reading every picture once.
+
+    hashes: of each picture's content; None asks the data set for those of its files, else takes
+    those of the decoded pictures.
+    """
+    pixels, signature = read_pictures(dataset)
+    hashes = hashes or content_hashes(dataset) or pixels
+    return count_duplicates(dataset.texts, hashes, signature, dataset.group_ids, threshold)

@@ -1,0 +1,170 @@
+"""Which pictures are one picture saved twice: clusters of equal and of nearly equal ones.
+
+Two pictures are near-duplicates where one could be the other saved again: resized, recompressed, a
+little brighter, 2 % cut off. A picture becomes a thumbnail without brightness and contrast; those
+that are alike on 8 x 8 cells are laid over each other, and what still differs must be small in
+every place, not only on average: two drawings may differ in a hand. A cluster is what such pairs
+connect. Shapes: N pictures, B batch, P pairs, K numbers of a thumbnail.
+Walk-through: notebooks/08_your_own_pictures.ipynb.
+"""
+
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+SIDE = 16  # cells of a thumbnail along each side
+COARSE = 0.2  # root mean square difference on 8 x 8 cells, in standard deviations of the picture
+NEAR = 0.4  # what may differ in any one place once laid over each other, in the same unit
+MEAN_COLOUR = 0.125  # mean colours may differ by this share of the range: "slightly brighter"
+NEIGHBOURS = 32  # a picture is laid over at most so many of those alike, in each tile
+_ROWS, _COLUMNS, _PAIRS = 1024, 4096, 8192  # sizes of tiles: about 200 MB at a time
+
+
+def picture_signature(pixel_values: Tensor) -> Tensor:
+    """What of a picture outlives saving it again: float16 (B, 771), on the device of the pictures.
+
+    pixel_values (B, 3, H, W) uint8, or float where a transform has normalised already (taken to
+    have a mean near 0 and a spread near 1). A thumbnail 3 x 16 x 16, each colour less its mean, all
+    divided by their standard deviation (at least 8 of 255, or noise would fill an empty picture);
+    then the three mean colours, 0 to 1. Raises ValueError for another shape.
+    """
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+        raise ValueError(f"pictures of shape {tuple(pixel_values.shape)}; give (B, 3, H, W)")
+    pixels = pixel_values.float()
+    if pixel_values.is_floating_point():
+        pixels = pixels * 57 + 118  # back to about 0..255 from ImageNet's mean and spread
+    small = F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True)
+    mean = small.mean((2, 3), keepdim=True)
+    flat = (small - mean).flatten(1)
+    flat = flat / flat.pow(2).mean(1, keepdim=True).sqrt().clamp(min=8)
+    return torch.cat([flat, mean.flatten(1) / 255], 1).half()
+
+
+def exact_duplicates(keys: Sequence[Hashable]) -> np.ndarray:
+    """(N,) int64: equal keys get one number, the numbers in order of first appearance."""
+    first: dict[Hashable, int] = {}
+    return np.array([first.setdefault(key, len(first)) for key in keys], dtype=np.int64)
+
+
+def near_duplicates(signature: Tensor, threshold: float = NEAR) -> np.ndarray:
+    """(N,) int64: pictures that near-duplicate pairs connect get one number, by first appearance.
+
+    signature (N, 771) of `picture_signature`. threshold: the largest difference in one place, in
+    standard deviations; 0 joins equal signatures only. Pictures are sorted along their main
+    direction, so that only neighbours on it are compared; equal ones are one to begin with, and
+    pairs that are connected already are not looked at. The worst case, N alike but different,
+    compares N * N / 2 times 192 numbers, in bounded memory. Raises ValueError below 0.
+    """
+    if not threshold >= 0:
+        raise ValueError(f"threshold={threshold} must be at least 0; {NEAR} is a good start")
+    signature = signature.half().cpu()
+    same = exact_duplicates([row.tobytes() for row in signature.numpy()])
+    if threshold == 0:
+        return same
+    signature = signature[np.unique(same, return_index=True)[1]]
+    coarse = F.avg_pool2d(signature[:, :-3].float().view(-1, 3, SIDE, SIDE), 2).flatten(1)
+    coarse = coarse / coarse.shape[1] ** 0.5  # so that a distance is a root mean square
+    place = _main_direction(coarse)
+    order = place.argsort(stable=True)
+    clusters = Clusters(len(order))
+    _link_all(signature[order], coarse[order], place[order], threshold, clusters)
+    label = np.empty(len(order), np.int64)
+    label[order.numpy()] = clusters.label.numpy()
+    return exact_duplicates(label[same].tolist())
+
+
+class Clusters:
+    """Connected components that grow by links; `label` (N,) says which one a picture is in."""
+
+    def __init__(self, count: int):
+        self.label = torch.arange(count)
+
+    def link(self, a: Tensor, b: Tensor) -> None:
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        count = len(self.label)
+        ends = self.label[a].numpy(), self.label[b].numpy()
+        graph = coo_array((np.ones(len(a), np.int8), ends), shape=(count, count))
+        joined = connected_components(graph, directed=False)[1]
+        self.label = torch.from_numpy(joined).long()[self.label]
+
+
+def _main_direction(coarse: Tensor) -> Tensor:
+    """(N,) place of each picture along the direction in which they differ most.
+
+    Places differ by at most as much as the pictures do.
+    """
+    centred = coarse - coarse.mean(0)
+    direction = torch.linalg.eigh(centred.T.double() @ centred.double())[1][:, -1]
+    return centred @ direction.float()
+
+
+def _link_all(signature, coarse, place, threshold: float, clusters: Clusters) -> None:
+    """Link all near-duplicates; pictures are in the order of their places."""
+    length = coarse.pow(2).sum(1)
+    for start in range(0, len(coarse), _ROWS):
+        rows = torch.arange(start, min(start + _ROWS, len(coarse)))
+        end = int(torch.searchsorted(place, place[rows[-1]] + COARSE + 1e-4, right=True))
+        for first in range(start, end, _COLUMNS):
+            columns = torch.arange(first, min(first + _COLUMNS, end))
+            mine, theirs = clusters.label[rows], clusters.label[columns]
+            if mine.min() == mine.max() == theirs.min() == theirs.max():
+                continue
+            product = coarse[rows] @ coarse[columns].T
+            distance = length[rows, None] + length[columns] - 2 * product  # squared
+            new = (rows[:, None] < columns) & (mine[:, None] != theirs)
+            a, b = _nearest(distance, *torch.where((distance <= COARSE**2) & new))
+            for pair in range(0, len(a), _PAIRS):
+                left, right = rows[a[pair : pair + _PAIRS]], columns[b[pair : pair + _PAIRS]]
+                apart = clusters.label[left] != clusters.label[right]
+                left, right = left[apart], right[apart]
+                near = _is_near(signature[left], signature[right], threshold)
+                if near.any():
+                    clusters.link(left[near], right[near])
+
+
+def _nearest(distance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the pairs (a, b) the nearest `NEIGHBOURS` of each a, all nearest ones first."""
+    by_distance = distance[a, b].argsort(stable=True)
+    by_row = by_distance[a[by_distance].argsort(stable=True)]
+    counts = torch.bincount(a, minlength=len(distance))
+    rank = torch.arange(len(a)) - (counts.cumsum(0) - counts)[a[by_row]]
+    first = rank.argsort(stable=True)[: int((rank < NEIGHBOURS).sum())]
+    return a[by_row[first]], b[by_row[first]]
+
+
+def _is_near(left: Tensor, right: Tensor, threshold: float) -> Tensor:
+    """(P,) bool for P pairs of signatures: of one colour, and alike in every place once aligned."""
+    near = (left[:, -3:].float() - right[:, -3:].float()).abs().amax(1) <= MEAN_COLOUR
+    a, b = (x[:, :-3].float().view(-1, 3, SIDE, SIDE) for x in (left, right))
+    alike = _largest_place(a - b) <= threshold
+    unsure = torch.where(near & ~alike)[0]
+    if len(unsure):
+        alike[unsure] = _largest_place(_unexplained(a[unsure], b[unsure])) <= threshold
+    return near & alike
+
+
+def _largest_place(difference: Tensor) -> Tensor:
+    """(P,) the largest length of a colour difference, averaged over 2 x 2 cells."""
+    return F.avg_pool2d(difference, 2, 1).pow(2).sum(1).sqrt().flatten(1).amax(1)
+
+
+def _unexplained(a: Tensor, b: Tensor) -> Tensor:
+    """What of a - b no small shift, zoom and change of contrast explains (Lucas & Kanade 1981).
+
+    Least squares on the gradients of the mean picture; a small ridge keeps flat pictures still.
+    """
+    mean = (a + b) / 2
+    padded = F.pad(mean, (1, 1, 1, 1), mode="replicate")
+    right = (padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]) / 2
+    down = (padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]) / 2
+    x = torch.arange(SIDE) / SIDE - 0.5
+    parts = torch.stack([right, down, x * right, x[:, None] * down, mean], 1).flatten(2)  # (P,5,K)
+    difference = (a - b).flatten(1)
+    ridge = torch.diag(torch.tensor([2e-4, 2e-4, 2e-4, 2e-4, 5e-4])) * parts.shape[2]
+    weights = torch.linalg.solve(parts @ parts.mT + ridge, parts @ difference[:, :, None])
+    return (difference - (weights.mT @ parts)[:, 0]).view_as(a)
