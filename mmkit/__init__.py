@@ -10,6 +10,7 @@ from .config import TrainingConfig
 from .data import Batch, MultimodalDataset
 from .describe import describe
 from .encoder import EncoderOutput, MultimodalEncoder
+from .inspection import inspect
 from .launch import launch
 from .losses import info_nce, sigmoid_loss
 from .masking import Masking, mask_noise
@@ -28,6 +29,7 @@ from .sources import (
     from_table,
     load_data,
 )
+from .splits import overlap, split
 from .tokenizer import train_wordpiece
 from .trainer import MaskedMultimodalTrainer, train_model
 
@@ -58,6 +60,7 @@ __all__ = [
     "from_shards",
     "from_table",
     "info_nce",
+    "inspect",
     "launch",
     "load",
     "load_data",
@@ -67,12 +70,14 @@ __all__ = [
     "mean_recall",
     "openmoji",
     "optim",
+    "overlap",
     "plots",
     "probe",
     "put_back",
     "recall_at_k",
     "retrieval",
     "sigmoid_loss",
+    "split",
     "train_model",
     "train_wordpiece",
     "widgets",

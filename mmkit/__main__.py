@@ -1,9 +1,10 @@
-"""The command line: python -m mmkit train | evaluate | search | export.
+"""The command line: python -m mmkit inspect | train | evaluate | search | export.
 
 Every field of `TrainingConfig` is a flag of `train`, made from the dataclass by tyro. Runs under
 torchrun as it is. Walk-through: README.md.
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
@@ -22,33 +23,95 @@ from .data import MultimodalDataset
 from .distributed import leave_group
 from .encoder import PRESETS, MultimodalEncoder
 from .export import read_config
+from .inspection import inspect
 from .mask_plan import validation_masks
 from .model_card import training_facts
 from .openmoji import openmoji
 from .reconstruct import evaluate_reconstruction
 from .retrieval import Index, evaluate, mean_recall
 from .run import Run, newest_run
+from .sources import load_data
+from .splits import split as split_by
 from .trainer import train_model
 
 Split = Literal["compose", "concept", "random"]
 
 
+@dataclasses.dataclass
+class Source:
+    """Pictures of your own, as `mm.load_data` takes them."""
+
+    data: str = ""  # a table, a folder, tar shards, a hub data set; none = the built-in pictures
+    image: str | None = None  # column of the pictures (found by its usual names)
+    text: str | None = None  # column of the texts, or suffix of them in shards
+    root: str | None = None  # folder under which the pictures of a table are (the table's own)
+    group: str = "near"  # never divided: near-duplicates, or what has one value in this column
+
+    def load(self, **options) -> MultimodalDataset:
+        """The data set; options: of its way in."""
+        given = {name: getattr(self, name) for name in ("image", "text", "root")}
+        options |= {name: value for name, value in given.items() if value is not None}
+        if self.group not in ("near", "content", "caption"):
+            options["meta"] = [self.group]
+        return load_data(self.data, **options)
+
+
+def inspect_(
+    source: Annotated[str, tyro.conf.Positional],
+    image: str | None = None,
+    text: str | None = None,
+    root: str | None = None,
+    image_size: int = 64,
+    max_length: int = 77,
+    near: bool = True,
+    json: str = "",
+    figure: str = "",
+) -> None:
+    """Report what would be loaded from a source, and what is odd about it; nothing is trained.
+
+    Args:
+        source: A table, a folder, tar shards, a hub data set.
+        image: Column of the pictures (found by its usual names).
+        text: Column of the texts, or their suffix in shards.
+        root: Folder under which the pictures of a table are (the table's own).
+        image_size: Pixels at which pictures are compared.
+        max_length: Word pieces that the model will read (tiny 32, small 64, base 77).
+        near: Also look for nearly equal pictures and captions.
+        json: File for the report as JSON.
+        figure: File for the report as a picture.
+    """
+    named = Source(source, image, text, root)
+    data = named.load(image_size=image_size, on_error="skip", max_skipped=1.0)
+    report = inspect(data, max_length=max_length, near=near)
+    print(report)
+    if json:
+        print(f"\nwritten: {report.save(json)}")
+    if figure:
+        words = f"What {source} holds."
+        print(f"written: {plots.save(plots.source_report(report, words), figure)}")
+
+
 def train(
     config: Annotated[TrainingConfig, tyro.conf.arg(name="")],
+    source: Annotated[Source, tyro.conf.arg(name="")],
     split: Split = "compose",
+    on_error: Literal["raise", "skip"] = "raise",
     resume: bool = False,
     fork: str = "",
 ) -> None:
-    """Train on the built-in pictures, score the test split, draw ten searches.
+    """Train on the built-in pictures or your own, score the test part, draw ten searches.
 
     Args:
         config: The whole recipe.
+        source: The pictures.
         split: How the built-in pictures are divided ("random" leaks, for teaching).
+        on_error: Whether a row of your own that cannot be loaded stops all or is left out.
         resume: Go on from the last checkpoint of the run (run_name; without one, the newest run).
         fork: Folder of a run to start from where that one stands; all but batch_size may differ.
     """
     size = PRESETS[config.preset]["image"] if config.preset in PRESETS else 64
-    training, val, test = openmoji(image_size=size, split=split)
+    training, val, test = _parts(source, size, split, on_error, config)
+    name = f"{split} test" if not source.data else "test part"
     own = Path(config.output_dir) / config.run_name / "last" / "state.pth"
     go_on: bool | str = resume and (own.is_file() or not fork)  # a fork that was killed goes on
     run = train_model(config, training, val, resume=go_on or fork)
@@ -63,28 +126,38 @@ def train(
         f"peak memory {_peak_gigabytes():.2f} GB"
     )
     if "contrastive" in config.terms:
-        _print_scores(model, test, f"{split} test", masks)
+        _print_scores(model, test, name, masks)
     _print_reconstruction(model, test, config)
     if "contrastive" in config.terms:
-        _draw_searches(model, test, split, run.path)
+        _draw_searches(model, test, name, run.path, source)
     print(f"      {_python()} -m tensorboard.main --logdir {config.output_dir}")
-    print(f"pictures: {test.attribution}")
+    if test.attribution:
+        print(f"pictures: {test.attribution}")
 
 
-def _draw_searches(model: MultimodalEncoder, test: MultimodalDataset, split: str, path: Path):
+def _parts(source: Source, size: int, split: Split, on_error: str, config: TrainingConfig):
+    """(train, val, test) of the built-in pictures, or of one's own."""
+    if not source.data:
+        return openmoji(image_size=size, split=split)
+    workers = config.num_workers
+    data = source.load(image_size=size, on_error=on_error, num_workers=workers)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{data.report}\n")
+    return split_by(data, by=source.group, seed=config.seed)
+
+
+def _draw_searches(
+    model: MultimodalEncoder, test: MultimodalDataset, name: str, path: Path, source: Source
+):
     """Ten captions of the test split and what is found by them, as a picture; what to do next."""
     index = Index(model, test)
     queries = [*dict.fromkeys(text[0] for text in test.texts)][:: max(1, len(test) // 10)][:10]
-    words = (
-        f"Ten captions of the {split} test split, each with its nearest of {len(test)} pictures."
-    )
+    words = f"Ten captions of the {name}, each with its nearest of {len(test)} pictures."
     grid = plots.save(plots.search_results(index, queries, caption=words), path / "searches.png")
     print(f"\nten searches: {grid}")
     print("next: make lab (open 01_data.ipynb), or search all pictures by your own words:")
-    print(
-        f'      {_python()} -m mmkit search "a woman firefighter"'
-        f" --checkpoint {path}/best_model.pth"
-    )
+    words = f'"{queries[0]}" --data {source.data}' if source.data else '"a woman firefighter"'
+    print(f"      {_python()} -m mmkit search {words} --checkpoint {path}/best_model.pth")
 
 
 def _print_reconstruction(
@@ -189,21 +262,25 @@ def _evaluate(
 
 def search(
     query: Annotated[str, tyro.conf.Positional],
+    source: Annotated[Source, tyro.conf.arg(name="")],
     checkpoint: str = "",
     k: int = 10,
     out: str = "search.png",
 ) -> None:
-    """Find built-in pictures by words, or by a picture file.
+    """Find pictures, the built-in ones or your own, by words or by a picture file.
 
     Args:
         query: Words, or the path of a picture.
+        source: The pictures.
         checkpoint: A best_model.pth; the newest run's if not given.
         k: How many pictures.
         out: Where the grid of results is written.
     """
     model = load(_checkpoint(checkpoint))
     found = []
-    for data in openmoji(image_size=model.image_size):
+    size = model.image_size
+    parts = [source.load(image_size=size)] if source.data else openmoji(image_size=size)
+    for data in parts:
         found += [
             (hit, data[hit.row]["image"])
             for hit in Index(model, data).search(query, min(k, len(data)))
@@ -212,7 +289,7 @@ def search(
     for hit, _ in found:
         print(f"{hit.score:.3f}  {hit.text}")
     titles = [f"{hit.score:.2f} {hit.text}" for hit, _ in found]
-    words = f"Nearest to {query!r} among all built-in pictures (cosine)."
+    words = f"Nearest to {query!r} among all {source.data or 'built-in'} pictures (cosine)."
     print(
         plots.save(plots.picture_grid([image for _, image in found], titles, 5, None, words), out)
     )
@@ -235,6 +312,7 @@ def export(out: str, checkpoint: str = "") -> None:
 def main() -> None:
     """Run one of the commands; a wrong input is one line of words, not a traceback."""
     commands: dict[str, Callable] = {
+        "inspect": inspect_,
         "train": train,
         "evaluate": _evaluate,
         "search": search,

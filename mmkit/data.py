@@ -259,6 +259,13 @@ class MultimodalDataset:
             [[("same", key), *c] for key, c in zip(keys, self.texts, strict=True)]
         )
 
+    @property
+    def expensive(self) -> bool:
+        """True where comparing all pictures would mean reading more than they are worth."""
+        if self.report is None:
+            return self._store is not None and len(self) > 200_000
+        return self.report.identical_pictures is None
+
     def content_hashes(self) -> list[str]:
         """32 hex digits for each picture, equal for equal bytes (of decoded ones: equal pixels).
 

@@ -9,6 +9,7 @@ import os
 import numpy as np
 
 from .data import MultimodalDataset
+from .duplicates import find_duplicates
 from .report import Report, count_captions
 from .sources import load_data
 
@@ -43,8 +44,6 @@ def inspect(
     report.unknown_pieces = sum(i == unknown for ids in pieces for i in ids) / max(1, total)
     report.blank = _blank(data)
     if near:
-        from .duplicates import find_duplicates
-
         report.duplicates = find_duplicates(data)
     return report
 
@@ -66,7 +65,7 @@ def _blank(data: MultimodalDataset) -> list[str]:
     """Names of the pictures of nearly one colour: black, white, an empty frame."""
     names = []
     for rows in np.array_split(np.arange(len(data)), max(1, len(data) // 256)):
-        pixels = data.batch(rows).pixel_values.float()
+        pixels = data.batch(rows.tolist()).pixel_values.float()
         flat = (pixels - pixels.mean((-2, -1), keepdim=True)).square().mean((1, 2, 3)).sqrt()
         names += [data.picture_name(row) for row in rows[(flat < BLANK).cpu().numpy()]]
     return names

@@ -4,6 +4,7 @@
 notebooks/08_your_own_pictures.ipynb.
 """
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -128,7 +129,7 @@ class Report:
         values |= {name: quantiles(x) for name, x in spreads.items()}
         values["cut_captions"] = self.cut_captions
         if self.duplicates is not None:
-            values["duplicates"] = self.duplicates.to_dict()
+            values["duplicates"] = dataclasses.asdict(self.duplicates)
         return values
 
     def save(self, path) -> Path:

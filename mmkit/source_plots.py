@@ -20,8 +20,7 @@ def source_report(report: Report, caption: str = ""):
     axes = figure.subplots(2, 2)
     _rows(axes[0, 0], report)
     _histogram(axes[0, 1], np.minimum(report.widths, report.heights), "shorter side (px)", BLUE)
-    aspects = report.aspects if len(report.widths) else []
-    _histogram(axes[1, 0], aspects, "width / height", GREEN, log=True)
+    _histogram(axes[1, 0], report.aspects, "width / height", GREEN, log=True)
     ax = axes[1, 1]
     if len(report.caption_pieces):
         _whole_numbers(ax, report.caption_pieces, "caption, word pieces with both ends", ORANGE)
@@ -63,7 +62,11 @@ def _histogram(ax, values, label: str, colour: str, log: bool = False):
         ax.hist(values, bins=bins, color=colour)
     if log:
         ax.set_xscale("log")
-        ticks = [t for t in (0.1, 0.25, 0.5, 1, 2, 4, 10) if not len(values) or low <= t <= high]
+        ticks = [
+            t
+            for t in (0.1, 0.2, 0.33, 0.5, 0.75, 1, 1.33, 2, 3, 5, 10)
+            if not len(values) or low <= t <= high
+        ]
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
     ax.set(xlabel=label, ylabel="pictures")

@@ -34,6 +34,7 @@ from .precision import autocast_for, pick_precision
 from .reconstruct import example_pictures
 from .run import Run, RunWriter, newest_run
 from .running_mean import RunningMean
+from .splits import overlap
 from .step import backward, naive_backward, random_states, set_random_states
 from .term_gradients import compare_terms, tower_gradients
 from .text_maskers import maskable_words
@@ -360,6 +361,7 @@ class MaskedMultimodalTrainer:
             if data is not None and (done := data.prepare(self.config.num_workers)):
                 self.say(done)
         self.say(describe(self))
+        self._warn_of_overlap()
         if self.rank == 0:
             settings = self.config.to_dict() | {"run_name": self.path.name}
             self.writer = RunWriter(self.path, settings, self.step if self.resumed else None)
@@ -555,6 +557,13 @@ class MaskedMultimodalTrainer:
                 words += f"  {term} {100 * record[f'{term}_accuracy']:4.1f} %"
         waited = f"  waited for data {100 * self.epoch_waited:.1f} %"
         self.say(f"{words}  {self.seconds:6.1f} s{waited}{'  best' if better else ''}")
+
+    def _warn_of_overlap(self):
+        """Say what training and validation set share: scores on it flatter."""
+        if self.val is None or self.rank or any(data.expensive for data in (self.train, self.val)):
+            return
+        if found := overlap(self.train, self.val, near=False, names=("training", "validation")):
+            self.say(f"beware      {found}")
 
     def _progress(self):
         """A progress bar in a terminal or a notebook, on rank 0; nothing of it stays at the end."""

@@ -269,7 +269,7 @@ def test_what_cannot_be_split_is_said_in_words(make_data):
         scenes(1).repeat(9, 1, 1, 1), texts_for(9), tokenizer=data.tokenizer
     )
     with pytest.raises(
-        ValueError, match="(val|test|train) would be empty: 9 pictures are 1 groups"
+        ValueError, match=r"(val|test|train) would be empty: 9 pictures are 1 groups"
     ):
         split(same)
     data.meta = [{"artist": "a", "year": 1} for _ in range(23)]
