@@ -11,6 +11,8 @@ from .data import MultimodalDataset
 from .figures import BLUE, GREEN, ORANGE, RED, new_figure, plain_axes, show_picture, take_away, wrap
 from .report import Report
 
+ASPECTS = (0.05, 0.1, 0.2, 0.33, 0.5, 0.75, 1, 1.33, 2, 3, 5, 10, 20)  # marked on their axis
+
 __all__ = ["same_pictures", "source_report"]
 
 
@@ -60,14 +62,10 @@ def _histogram(ax, values, label: str, colour: str, log: bool = False):
         low, high = (low * 0.95, high * 1.05) if low == high else (low, high)
         bins = np.geomspace(low, high, 31) if log else np.linspace(low, high, 31)
         ax.hist(values, bins=bins, color=colour)
-    if log:
+    if log and len(values):
         ax.set_xscale("log")
-        ticks = [
-            t
-            for t in (0.1, 0.2, 0.33, 0.5, 0.75, 1, 1.33, 2, 3, 5, 10)
-            if not len(values) or low <= t <= high
-        ]
-        ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+        ticks = [tick for tick in ASPECTS if low <= tick <= high]
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
     ax.set(xlabel=label, ylabel="pictures")
     plain_axes(ax)
