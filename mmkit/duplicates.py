@@ -37,25 +37,25 @@ def caption_key(text: str) -> str:
 def near_caption_groups(texts: Sequence[str], min_words: int = 6) -> np.ndarray:
     """(M,) int64: captions of the same words in any order, or with one word more, get one number.
 
-    One word more counts from `min_words` on: "a dog" and "a wet dog" say different things. A word
-    that is exchanged always counts as a difference: colours, numbers and names are such words. As
-    groups are what pairs connect, "... red" and "... blue" meet where "..." is a caption, too.
-    Looks up every caption without each of its words: as fast as the words are many.
+    One word more counts from `min_words` on ("a dog" and "a wet dog" say different things), and
+    only where one caption alone has it: "a woman with dark skin tone running", "... swimming" and
+    "... surfing" are no copies of "a woman with dark skin tone". An exchanged word always counts
+    as a difference: colours, numbers and names are such words. Every caption is looked up without
+    each of its words, so that the time grows with the number of words: 250,000 take 2 s.
     """
     bags = [_bag(text) for text in texts]
     number = exact_duplicates(bags)
     unique = dict(zip(bags, number.tolist(), strict=True))
-    a, b = [], []
+    longer_ones: dict[int, set[int]] = {}  # of each caption those that have one word more
     for bag, i in unique.items():
-        if len(bag) > min_words:
-            for left_out in range(len(bag)):
-                shorter = unique.get(bag[:left_out] + bag[left_out + 1 :])
-                if shorter is not None:
-                    a.append(i)
-                    b.append(shorter)
+        for left_out in range(len(bag)) if len(bag) > min_words else ():
+            shorter = unique.get(bag[:left_out] + bag[left_out + 1 :])
+            if shorter is not None:
+                longer_ones.setdefault(shorter, set()).add(i)
+    links = [(short, *longer) for short, longer in longer_ones.items() if len(longer) == 1]
     clusters = Clusters(len(unique))
-    if a:
-        clusters.link(torch.tensor(a), torch.tensor(b))
+    if links:
+        clusters.link(*torch.tensor(links).T)
     return exact_duplicates(clusters.label.numpy()[number].tolist())
 
 
@@ -89,7 +89,8 @@ class Duplicates:
     near_clusters: int  # clusters of two and more that they form
     exact_captions: int  # captions that occur again, after `caption_key`
     near_captions: int  # captions that occur again by `near_caption_groups`, those included
-    pairs: int  # pairs of pictures that share a cluster or a caption group
+    # Near captions do not count here: one word may be all that tells two pictures apart.
+    pairs: int  # pairs of pictures that share a cluster or a caption by `caption_key`
     unknown_pairs: int  # those with different group_ids: the loss pushes them apart
     examples: list[list[int]]  # rows of the largest clusters of pictures
 
@@ -135,11 +136,9 @@ def count_duplicates(
     flat = [caption for captions in texts for caption in captions]
     exact = exact_duplicates(hashes)
     near = _joined(exact, near_duplicates(signature, threshold))
-    # Bags drop some punctuation that keys keep, and the other way round: one group by either.
     keys = exact_duplicates([caption_key(caption) for caption in flat])
-    wordings = _joined(keys, near_caption_groups(flat))
     ends = np.cumsum([len(captions) for captions in texts])[:-1]
-    wording = rows_that_share([part.tolist() for part in np.split(wordings, ends)])
+    wording = rows_that_share([part.tolist() for part in np.split(keys, ends)])
     known = np.arange(len(texts)) if group_ids is None else group_ids.cpu().numpy()
     every = _pairs(near) + _pairs(wording) - _pairs(near, wording)
     known_ones = _pairs(near, known) + _pairs(wording, known) - _pairs(near, wording, known)
@@ -152,7 +151,7 @@ def count_duplicates(
         near_pictures=_repeated(near),
         near_clusters=int((size > 1).sum()),
         exact_captions=_repeated(keys),
-        near_captions=_repeated(wordings),
+        near_captions=_repeated(_joined(keys, near_caption_groups(flat))),
         pairs=every,
         unknown_pairs=every - known_ones,
         examples=[np.flatnonzero(near == c).tolist() for c in largest],

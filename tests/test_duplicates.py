@@ -157,6 +157,16 @@ def test_tiles_and_copies_lose_nothing(monkeypatch, drawings):
     assert near_duplicates(torch.cat([signature] * 2)).tolist() == whole.tolist() * 2
 
 
+def test_many_alike_are_one_cluster_though_few_pairs_are_looked_at(monkeypatch):
+    monkeypatch.setattr("mmkit.near_pictures.NEIGHBOURS", 2)
+    monkeypatch.setattr("mmkit.near_pictures._ROWS", 41)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(301, 771, generator=generator) * 0.01
+    two = torch.randn(2, 771, generator=generator)[torch.arange(301) % 2]
+    group = near_duplicates(two * torch.tensor([1.0] * 768 + [0.1] * 3) + noise)
+    assert group.tolist() == [i % 2 for i in range(301)]
+
+
 def test_pictures_without_content_go_by_their_colour():
     colours = torch.tensor([[255, 255, 255], [0, 0, 0], [200, 0, 0], [203, 2, 0]])
     pixels = colours.to(torch.uint8)[:, :, None, None].expand(4, 3, 13, 17)
@@ -208,8 +218,11 @@ def test_near_captions_have_the_same_words_or_one_more():
         "a woman with medium-dark skin tone waving her hand",  # one word is another
         "a dog",
         "a wet dog",  # too short for one word more
+        "a woman with dark skin tone",
+        "a woman with dark skin tone swimming",  # of two that extend one caption neither is a copy
+        "a woman with dark skin tone surfing",
     ]
-    assert near_caption_groups(texts).tolist() == [0, 0, 0, 0, 1, 2, 3, 4, 5]
+    assert near_caption_groups(texts).tolist() == [0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]
 
 
 def test_rows_that_share_a_key_are_connected():

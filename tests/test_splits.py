@@ -237,19 +237,22 @@ def test_a_warning_has_numbers_rows_and_a_remedy(tokenizer):
 
 
 def test_the_built_in_splits_are_what_they_say():
-    """ "random" leaks; "compose" and "concept" leave only variants that the eye can tell apart."""
-    share = {}
+    """By the eye's measure all leak: "concept" least; "compose" shares variants by design.
+
+    "compose" tests on toned people, whose variants of another gender or tone are trained on: there
+    most near pictures differ in what the caption names, the gender or the tone.
+    """
+    near = {}
     for name in ("random", "compose", "concept"):
         train, _, test = openmoji(split=name, device="cpu")
         found = overlap(train, test)
-        share[name] = found.near / len(test)
         assert found.exact == 0 and found.captions == 0 and found
-    print(share)
-    assert share["random"] > 2 * share["concept"]
+        near[name] = found.near / len(test)
+    assert near["random"] > 2 * near["concept"] and near["compose"] > 2 * near["concept"], near
 
 
 def test_near_groups_of_drawings_stay_whole():
-    data = openmoji(device="cpu")[0].subset(range(400, 900))
+    data = openmoji(device="cpu")[0].subset(range(0, 2800, 2))
     parts = split(data, 0.2, 0.2)
     part = part_of(parts)
     group = near_duplicates(read_pictures(data)[1])
