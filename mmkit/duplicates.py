@@ -5,7 +5,6 @@ punctuation, and by their words. Shapes: N pictures, M captions, B batch.
 Walk-through: notebooks/08_your_own_pictures.ipynb.
 """
 
-import hashlib
 import unicodedata
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -179,22 +178,11 @@ def _pairs(*groupings: np.ndarray) -> int:
 # ---- data sets -----------------------------------------------------------------------------------
 
 
-def content_hashes(dataset: MultimodalDataset) -> list | None:
-    """The data set's own hashes of its picture files, None where it has none."""
-    own = getattr(dataset, "content_hashes", None)
-    return None if own is None else list(own())
-
-
-def read_pictures(dataset: MultimodalDataset, batch_size: int = 256) -> tuple[list[str], Tensor]:
-    """Every picture once: hashes of the decoded pixels (N,) and signatures (N, 771) on the CPU."""
-    hashes, signatures = [], []
-    for start in range(0, len(dataset), batch_size):
-        pixels = dataset._take(np.arange(start, min(start + batch_size, len(dataset))))
-        signatures.append(picture_signature(pixels).cpu())
-        shape = str(tuple(pixels.shape[1:])).encode()
-        for picture in pixels.cpu().numpy():
-            hashes.append(hashlib.sha256(shape + picture.tobytes()).hexdigest())
-    return hashes, torch.cat(signatures)
+def signatures(dataset: MultimodalDataset, batch_size: int = 256) -> Tensor:
+    """Signatures (N, 771) of all pictures, on the CPU; each is read once, and cached if wanted."""
+    dataset.prepare(num_workers=2)
+    rows = np.array_split(np.arange(len(dataset)), -(-len(dataset) // batch_size))
+    return torch.cat([picture_signature(dataset._take(part)).cpu() for part in rows])
 
 
 def find_duplicates(
@@ -202,9 +190,9 @@ def find_duplicates(
 ) -> Duplicates:
     """The `Duplicates` of a data set, reading every picture once.
 
-    hashes: of each picture's content; None asks the data set for those of its files, else takes
-    those of the decoded pictures.
+    hashes: of each picture's content (None: `dataset.content_hashes()`).
     """
-    pixels, signature = read_pictures(dataset)
-    hashes = hashes or content_hashes(dataset) or pixels
-    return count_duplicates(dataset.texts, hashes, signature, dataset.group_ids, threshold)
+    hashes = hashes or dataset.content_hashes()
+    return count_duplicates(
+        dataset.texts, hashes, signatures(dataset), dataset.group_ids, threshold
+    )

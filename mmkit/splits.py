@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .data import MultimodalDataset
-from .duplicates import caption_key, content_hashes, read_pictures, rows_that_share
+from .duplicates import caption_key, rows_that_share, signatures
 from .near_pictures import NEAR, exact_duplicates, near_duplicates
 
 Parts = tuple[MultimodalDataset, MultimodalDataset | None, MultimodalDataset | None]
@@ -43,9 +43,8 @@ def split(
 
     A group's part is a hash of (seed, the smallest content hash in it): another order, other names
     and more pictures move no group but those that the new pictures join. hashes: of each picture's
-    content; None asks the data set for those of its files, else takes those of the decoded pixels
-    (which depend on the picture size). Unless the data set was given a tokenizer, one is trained on
-    the captions of the training part; all parts share it.
+    content (None: `dataset.content_hashes()`). Unless the data set was given a tokenizer, one is
+    trained on the captions of the training part; all parts share it.
 
     Raises ValueError for impossible shares, an unknown key, a missing value, or an empty part.
     """
@@ -73,13 +72,10 @@ def _caption_groups(texts: Sequence[Sequence[str]]) -> list[int]:
 
 def _pictures(dataset, hashes, near: bool, threshold: float):
     """Content hashes of all rows, and clusters of near-duplicates ([]: not asked for)."""
-    hashes = content_hashes(dataset) if hashes is None else list(hashes)
-    if hashes is not None and len(hashes) != len(dataset):
+    hashes = dataset.content_hashes() if hashes is None else list(hashes)
+    if len(hashes) != len(dataset):
         raise ValueError(f"{len(hashes)} hashes for {len(dataset)} pictures; give one per picture")
-    if hashes is not None and not near:
-        return hashes, []
-    pixels, signature = read_pictures(dataset)
-    return hashes or pixels, near_duplicates(signature, threshold).tolist() if near else []
+    return hashes, near_duplicates(signatures(dataset), threshold).tolist() if near else []
 
 
 def _values(meta: Sequence[dict], key: str) -> list[Hashable]:
@@ -162,7 +158,7 @@ class Overlap:
     """What test pictures have in common with training ones; true if that is a reason to warn."""
 
     pictures: int  # in the test part
-    exact: int | None  # of these, equal to a training picture; None: not compared
+    exact: int  # of these, equal to a training picture
     near: int | None  # near-duplicates of one, without the equal ones; None: not compared
     captions: int  # those with a caption that a training picture has, too, after `caption_key`
     class_prompts: bool  # captions are names of classes: shared by design, no reason to warn
@@ -186,11 +182,10 @@ class Overlap:
                 share = f"({100 * count / self.pictures:.1f} %)"
                 rows = f" ({test} row = {train} row: {pairs})" if pairs else ""
                 said.append(f"{count:,} of {self.pictures:,} {test} pictures {share} {what}{rows}")
-        skipped = [name for name in ("exact", "near") if getattr(self, name) is None]
-        note = f" Not compared: {' and '.join(skipped)} pictures." if skipped else ""
+        note = " Near-duplicates were not looked for." if self.near is None else ""
         if not said:
             return f"No overlap of {train} and {test} found.{note}"
-        advice = f"Scores on {test} flatter; mmkit.splits.split keeps such pictures together."
+        advice = f"Scores on {test} flatter; mm.split keeps such pictures together."
         return f"{'; '.join(said)}. {advice}{note}"
 
 
@@ -204,35 +199,27 @@ def overlap(
 ) -> Overlap:
     """Which test pictures and captions are also in training: an `Overlap`; print it.
 
-    near=False is quick: hashes only, and where a data set has none and is not resident, so that it
-    would have to be decoded, pictures are not compared. hashes: of (train, test); None asks the
-    data sets for those of their files, else takes those of the decoded pixels.
+    near=False is quick: files are compared by their bytes and not decoded. hashes: of (train,
+    test); None: `dataset.content_hashes()` of each. A file and a picture given as pixels are never
+    equal, but may be near.
     """
     first = len(train)
     parts = (train, test)
-    own: list = (
-        [content_hashes(part) for part in parts] if hashes is None else list(map(list, hashes))
-    )
-    together = None
-    if near or (any(h is None for h in own) and all(part.resident for part in parts)):
-        read = [read_pictures(part) for part in parts]
-        if any(h is None for h in own):
-            own = [pixels for pixels, _ in read]  # of one kind, or none would be equal
-        if near:
-            together = near_duplicates(torch.cat([signature for _, signature in read]), threshold)
-    known = None if own[0] is None or own[1] is None else exact_duplicates(own[0] + own[1])
-    exact = None if known is None else _shared(known, first)
-    equal = {row for _, row in exact or []}
-    alike = None if together is None else _shared(together, first)
-    alike = alike and [pair for pair in alike if pair[1] not in equal]
+    own = [part.content_hashes() for part in parts] if hashes is None else list(map(list, hashes))
+    exact = _shared(exact_duplicates([*own[0], *own[1]]), first)
+    alike = None
+    if near:
+        together = torch.cat([signatures(part) for part in parts])
+        equal = {row for _, row in exact}
+        pairs = _shared(near_duplicates(together, threshold), first)
+        alike = [pair for pair in pairs if pair[1] not in equal]
     texts = [*train.texts, *test.texts]
     found = {"exact": exact, "near": alike, "captions": _shared_captions(texts, first)}
-    count = {kind: None if pairs is None else len(pairs) for kind, pairs in found.items()}
     return Overlap(
         pictures=len(test),
-        exact=count["exact"],
-        near=count["near"],
-        captions=count["captions"] or 0,
+        exact=len(exact),
+        near=None if alike is None else len(alike),
+        captions=len(found["captions"] or []),
         class_prompts=class_prompts(texts),
         examples={kind: pairs[:5] for kind, pairs in found.items() if pairs},
         names=names,

@@ -15,8 +15,10 @@ from mmkit.duplicates import (
     count_duplicates,
     find_duplicates,
     near_caption_groups,
-    read_pictures,
     rows_that_share,
+)
+from mmkit.duplicates import (
+    signatures as signatures_of,
 )
 from mmkit.near_pictures import (
     COARSE,
@@ -98,7 +100,7 @@ def test_a_photograph_saved_again_is_near_and_no_other_is(change):
 def drawings():
     """All parts of the built-in set at 64 px: (signature, meta, captions)."""
     parts = openmoji(split="random", device="cpu")
-    signature = torch.cat([read_pictures(part)[1] for part in parts])
+    signature = torch.cat([signatures_of(part) for part in parts])
     meta = [facts for part in parts for facts in part.meta]
     return signature, meta, [captions for part in parts for captions in part.texts]
 

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from mmkit import MultimodalDataset, openmoji
-from mmkit.duplicates import read_pictures
+from mmkit.duplicates import signatures
 from mmkit.near_pictures import near_duplicates
 from mmkit.splits import class_prompts, overlap, split
 
-from .conftest import captions
 from .test_duplicates import as_pixels, brighter, jpeg, photographs, smaller
 
 PARTS = ("train", "val", "test")
@@ -206,21 +205,6 @@ def test_hashes_of_files_are_taken_where_there_are_any(tokenizer):
     assert Counter(part_of(by_hand)[f"scene number {i}"] for i in range(0, 60, 20)).total() == 3
 
 
-def test_a_quick_look_decodes_nothing(make_data):
-    data = make_data(23)
-
-    class Lazy(MultimodalDataset):
-        resident = property(lambda self: False)
-
-        def _take(self, rows, noise=None):
-            raise AssertionError("decoded")
-
-    lazy = Lazy.from_pixels(data._pixels, captions(23), tokenizer=data.tokenizer)
-    found = overlap(lazy.subset(range(20)), lazy.subset(range(20, 23)), near=False)
-    assert found.exact is None and found.near is None
-    assert "Not compared: exact and near pictures" in str(found)
-
-
 def test_a_warning_has_numbers_rows_and_a_remedy(tokenizer):
     pixels = scenes(20)
     train = MultimodalDataset.from_pixels(pixels[:15], texts_for(15), tokenizer=tokenizer)
@@ -232,7 +216,7 @@ def test_a_warning_has_numbers_rows_and_a_remedy(tokenizer):
     said = str(found)
     assert "1 of 8 validation pictures (12.5 %) are also in training" in said
     assert "2 of 8 validation pictures (25.0 %) are near-duplicates" in said
-    assert "validation row = training row: 6 = 7, 7 = 8" in said and "splits.split" in said
+    assert "validation row = training row: 6 = 7, 7 = 8" in said and "mm.split" in said
     assert overlap(train, test, near=False).exact == 1
 
 
@@ -255,7 +239,7 @@ def test_near_groups_of_drawings_stay_whole():
     data = openmoji(device="cpu")[0].subset(range(0, 2800, 2))
     parts = split(data, 0.2, 0.2)
     part = part_of(parts)
-    group = near_duplicates(read_pictures(data)[1])
+    group = near_duplicates(signatures(data))
     sides = [{part[data.texts[i][0]] for i in np.flatnonzero(group == g)} for g in set(group)]
     assert all(len(side) == 1 for side in sides) and len(group) > len(sides) + 20
 
