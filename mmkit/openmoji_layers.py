@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .cache import cache_folder
 from .openmoji_drawings import (
-    cache_folder,
     cached_array,
     checked_size,
     drawing_path,
