@@ -8,13 +8,14 @@ Walk-through: notebooks/01_data.ipynb.
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -247,6 +248,18 @@ class MultimodalDataset:
         if isinstance(self._pixels, Tensor):
             return self._pixels[torch.from_numpy(picked).to(self._pixels.device)]
         return torch.from_numpy(np.ascontiguousarray(self._pixels[picked]))
+
+    def picture_file(self, row: int) -> BinaryIO:
+        """The bytes of a picture as it lies on the disk; a PNG where only pixels are known."""
+        if len(self._paths):
+            return open(self._paths[self._rows[row]], "rb")
+        from PIL import Image
+
+        pixels = self._take(np.array([row]))[0].permute(1, 2, 0)  # (3, H, W) -> (H, W, 3)
+        file = io.BytesIO()
+        Image.fromarray(pixels.cpu().numpy()).save(file, "PNG")
+        file.seek(0)
+        return file
 
     def fingerprint(self) -> str:
         """16 hex digits that change with any id or caption: is this the set a run was made with?"""
