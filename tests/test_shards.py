@@ -155,6 +155,10 @@ def test_every_sample_is_a_row(make_shards):
     assert [store.open(i).read() for i in range(9)] == [picture(i) for i in range(9)]
 
 
+def test_the_limit_of_a_header_is_for_one_member_not_for_all(make_shards):
+    assert len(read_index(make_shards(200))) == 200
+
+
 @FEW
 @given(st.text("ab./_", max_size=9))
 def test_names_are_split_as_webdataset_splits_them(name):
