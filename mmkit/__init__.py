@@ -18,6 +18,7 @@ from .openmoji import openmoji
 from .reconstruct import evaluate_reconstruction, put_back
 from .retrieval import Index, embed, embed_texts, evaluate, mean_recall, recall_at_k, zero_shot
 from .run import Run
+from .shards import write_shards
 from .sources import (
     from_class_folders,
     from_coco,
@@ -81,5 +82,6 @@ __all__ = [
     "train_model",
     "train_wordpiece",
     "widgets",
+    "write_shards",
     "zero_shot",
 ]

@@ -443,7 +443,7 @@ class MultimodalDataset:
         """
         noise = mask_noise(seed, epoch, self.sample_ids, 1, "order")[:, 0]
         order = getattr(self._store, "order", None)
-        if order is not None and not self.resident:
+        if order is not None:
             return order(self._rows, noise, steps, seed, epoch)
         return list(noise.argsort(stable=True).tensor_split(steps))
 

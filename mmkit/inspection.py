@@ -54,7 +54,7 @@ def _of_decoded(data: MultimodalDataset) -> Report:
     report = Report(data.name or "the data set", count, count, pictures=count)
     shape = data[0]["image"].shape
     report.heights, report.widths = [shape[1]] * count, [shape[2]] * count
-    report.decoded = data.resident
+    report.checked = "decode" if data.resident else "none"
     hashes = data.content_hashes()
     report.identical_pictures = count - len(set(hashes))
     count_captions(report, data.texts)

