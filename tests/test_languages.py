@@ -340,32 +340,38 @@ def test_a_word_that_means_different_things_makes_no_false_negative(cache):
     assert len(set(train.group_ids.tolist())) > 0.98 * len(train)
 
 
-def test_a_german_query_finds_what_its_english_twin_finds(both, tmp_path):
-    """One model, two languages: 192 pictures, chance 0.5 % at rank 1."""
-    train = both[0].subset(range(0, 2811, 15))
-    config = mm.TrainingConfig(
-        num_epochs=40, batch_size=94, image_mask_ratio=0.0, learning_rate=2e-3,
-        warmup_steps=10, eval_every=40, output_dir=str(tmp_path), mixed_precision="no",
-    )  # fmt: skip
-    torch.manual_seed(0)
+def test_a_german_query_finds_what_its_english_twin_finds(both, cache, tmp_path):
+    """One model, one vocabulary, two languages: of 94 pictures, by chance one would be found."""
     from transformers import BertConfig, ViTConfig
 
+    train = both[0].subset(range(0, 2811, 30))
+    config = mm.TrainingConfig(
+        num_epochs=20, batch_size=24, image_mask_ratio=0.0, warmup_steps=10, mixed_precision="no",
+        output_dir=str(tmp_path),
+    )  # fmt: skip
     tower = dict(hidden_size=64, num_attention_heads=2, intermediate_size=128)
-    words = len(train.tokenizer)
+    words = dict(vocab_size=len(train.tokenizer), max_position_embeddings=32)
+    torch.manual_seed(0)
     model = MultimodalEncoder(
         ViTConfig(image_size=32, patch_size=8, num_hidden_layers=2, **tower),
-        BertConfig(vocab_size=words, num_hidden_layers=2, max_position_embeddings=32, **tower),
+        BertConfig(num_hidden_layers=1, **words, **tower),
         train.tokenizer,
         embed_dim=64,
     )
-    mm.train_model(config, train, model=model)
+    trainer = mm.MaskedMultimodalTrainer(config, train, model=model)
+    trainer.net.train()
+    for epoch in range(config.num_epochs):  # not `fit`, which writes a checkpoint per epoch
+        for keys in trainer.epoch_batches(epoch):
+            trainer.train_step(train.batch(*keys), epoch)
+            trainer.step += 1
     index = mm.Index(model.eval(), train)
-    place = torch.arange(len(train))
-    found = {}
-    for number, name in enumerate(("en", "de")):
-        queries = [texts[number - len(texts)] if number else texts[0] for texts in train.texts]
-        scores = mm.embed_texts(model, queries) @ index.features.image_features.T
-        found[name] = scores.argmax(1)
-    for name in found:
-        assert (found[name] == place).float().mean() > 0.5, name
-    assert (found["en"] == found["de"]).float().mean() > 0.5
+    found = {
+        name: [index.search(texts[place], 1)[0].row for texts in train.texts]
+        for name, place in (("en", 0), ("de", -1))
+    }
+    rows = range(len(train))
+    for name, hits in found.items():  # 0.82 and 0.85 when this was written
+        assert sum(map(int.__eq__, hits, rows)) > 0.5 * len(train), name
+    assert sum(map(int.__eq__, found["en"], found["de"])) > 0.5 * len(train)
+    german = mm.openmoji(32, language="de", cache_dir=cache)[0].subset(range(0, 2811, 30))
+    assert mm.mean_recall(mm.evaluate(model, german), 1) > 0.5  # a language scored by itself
