@@ -145,7 +145,8 @@ def unknown_share(tokenizer, texts: Sequence[str]) -> float:
     unknown, lost, total = _unknown_ids(tokenizer), 0, 0
     each = zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     for text, ids, places in each:
-        read, unread = set(), set()  # places in the text; SentencePiece's mark shares its word's
+        read: set[int] = set()  # places in the text
+        unread: set[int] = set()  # SentencePiece's mark of a word stands on its first letter, too
         for number, place in zip(ids, places, strict=True):
             (unread if number in unknown else read).update(range(*place))
         signs = [n for n, c in enumerate(text) if unicodedata.category(c)[0] not in "ZC"]
