@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import class_attention, key_mask
+from .backbones import checkpoint_config, load_tower, pixel_statistics
 from .config import nearest
 from .data import Batch
 from .decoder import Encoded, MultimodalDecoder, Wanted
@@ -24,6 +25,7 @@ from .export import Exportable
 from .masks import Masking
 from .patches import patchify, pick_tokens
 from .tokenizer import (
+    check_padding,
     continues_word,
     special_ids,
     tokenizer_from_state,
@@ -140,15 +142,12 @@ class MultimodalEncoder(nn.Module, Exportable):
         Weights are drawn from torch's generator: `torch.manual_seed` before it makes them
         repeatable.
         """
-        from transformers import BertConfig, ViTConfig
+        from transformers import BertConfig
 
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is not known; {nearest(name, PRESETS)}")
-        size = PRESETS[name]
-        drop = dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
-        vit = ViTConfig(
-            image_size=size["image"], patch_size=size["patch"], **_tower(*size["vit"]), **drop
-        )
+        size, drop = PRESETS[name], _drop(dropout)
+        vit = _preset_vit(name, dropout)
         vocab = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
         bert = BertConfig(
             max_position_embeddings=size["length"], **vocab, **_tower(*size["bert"]), **drop
@@ -156,33 +155,28 @@ class MultimodalEncoder(nn.Module, Exportable):
         return cls(vit, bert, tokenizer, size["embed_dim"], dropout, temperature, pooling)
 
     @classmethod
-    def from_backbones(
-        cls, image_backbone: str, text_backbone: str, *, embed_dim: int = 256, **options
-    ):
+    def from_backbones(cls, image_backbone, text_backbone: str, *, embed_dim: int = 256, **options):
         """Pretrained towers by hub name or local folder (a ViT and a BERT with its tokenizer).
 
-        Pixel statistics come from the checkpoint's own preprocessor. options: dropout (of the
-        projections), temperature, pooling. Reads safetensors or weights-only files, never code.
+        image_backbone may also be a preset's name or a ViTConfig: a new ViT of that size beside a
+        pretrained BERT, such as the one of `mm.minilm()`, which needs no network. Pixel statistics
+        come from the checkpoint's own preprocessor. options: dropout (of the projections and of a
+        preset's new ViT; a checkpoint keeps its towers' own), temperature, pooling (take the one
+        that the BERT was trained with: "mean" for sentence-transformers). Reads safetensors or
+        weights-only files, never code.
         """
-        from transformers import AutoConfig, AutoTokenizer, BertModel, ViTModel
+        from transformers import AutoTokenizer, BertModel, ViTModel
 
-        safe = dict(trust_remote_code=False)  # never asks whether to
-        configs = [AutoConfig.from_pretrained(n, **safe) for n in (image_backbone, text_backbone)]
-        for config, kind, name in zip(
-            configs, ("vit", "bert"), (image_backbone, text_backbone), strict=True
-        ):
-            if config.model_type != kind:
-                raise ValueError(
-                    f"{name!r} is a {config.model_type!r} checkpoint; give a {kind!r} one"
-                )
-            config._attn_implementation = "sdpa"  # the file may name a kernel to fetch and run
-        tokenizer = AutoTokenizer.from_pretrained(text_backbone, **safe)
-        options = _pixel_statistics(image_backbone) | options
-        model = cls(configs[0], configs[1], tokenizer, embed_dim, **options)
-        # float32 also where the file is half precision: master weights, and one type for all.
-        options = dict(add_pooling_layer=False, dtype=torch.float32)
-        model.vit = ViTModel.from_pretrained(image_backbone, config=configs[0], **options)
-        model.bert = BertModel.from_pretrained(text_backbone, config=configs[1], **options)
+        text_config = checkpoint_config(text_backbone, "bert")
+        new = _new_vit(image_backbone, options.get("dropout", 0.0))
+        image_config = new or checkpoint_config(image_backbone, "vit")
+        if new is None:
+            options = pixel_statistics(image_backbone) | options
+        tokenizer = AutoTokenizer.from_pretrained(text_backbone, trust_remote_code=False)
+        model = cls(image_config, text_config, tokenizer, embed_dim, **options)
+        if new is None:
+            model.vit = load_tower(ViTModel, image_backbone, image_config)
+        model.bert = load_tower(BertModel, text_backbone, text_config)
         return model
 
     def to_device(self, device) -> "MultimodalEncoder":
@@ -468,6 +462,31 @@ def _tower(width: int, depth: int, heads: int) -> dict:
     return dict(zip(names, (width, depth, heads, 4 * width), strict=True))
 
 
+def _drop(dropout: float) -> dict:
+    return dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+
+
+def _preset_vit(name: str, dropout: float):
+    """The ViTConfig of a preset."""
+    from transformers import ViTConfig
+
+    size = PRESETS[name]
+    sides = dict(image_size=size["image"], patch_size=size["patch"])
+    return ViTConfig(**sides, **_tower(*size["vit"]), **_drop(dropout))
+
+
+def _new_vit(backbone, dropout: float):
+    """The config of a ViT without weights: a preset's, or one that is given; None = a checkpoint's.
+
+    A folder that is called like a preset is meant by "./tiny".
+    """
+    from transformers import ViTConfig
+
+    if isinstance(backbone, ViTConfig):
+        return backbone
+    return _preset_vit(backbone, dropout) if backbone in PRESETS else None
+
+
 def _plain(config) -> dict:
     """A transformers config as plain values that differ from the defaults."""
     import json
@@ -497,14 +516,9 @@ def _check_towers(vit_config, bert_config, tokenizer, pooling: str):
         )
     if pooling not in ("mean", "cls"):
         raise ValueError(f"pooling={pooling!r} is not known; {nearest(pooling, ('mean', 'cls'))}")
-
-
-def _pixel_statistics(name: str) -> dict:
-    """Mean and deviation per channel that a checkpoint was trained with; {} if it does not say."""
-    from transformers import ImageProcessingMixin
-
-    try:
-        values, _ = ImageProcessingMixin.get_image_processor_dict(name)
-        return {"image_mean": values["image_mean"], "image_std": values["image_std"]}
-    except (OSError, KeyError):
-        return {}
+    check_padding(tokenizer)
+    if pooling == "cls" and tokenizer("a")["input_ids"][0] not in special_ids(tokenizer):
+        raise ValueError(
+            "pooling='cls' takes the first token, which is a word here: the tokenizer puts no "
+            "token before the words; use pooling='mean'"
+        )

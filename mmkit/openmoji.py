@@ -10,6 +10,7 @@ Walk-through: notebooks/01_data.ipynb.
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +103,7 @@ def _split_rows(table: list[dict[str, str]], split: str) -> list[list[int]]:
 def openmoji(
     image_size: int = 64,
     split: str = "compose",
-    language: str = "en",
+    language: str | Sequence[str] = "en",
     device="cpu",
     tokenizer=None,
     cache_dir: str | Path | None = None,
@@ -115,7 +116,10 @@ def openmoji(
     not with medium skin tone); "concept" holds out whole families (no lollipop at all), with the
     same training set; "random" LEAKS, to teach why the other two exist: variants of one drawing
     fall on both sides, and its test scores flatter.
-    language: one of `emoji_names.LANGUAGES`; English captions are phrases, others plain names.
+    language: one of `emoji_names.LANGUAGES`; English captions are phrases, others plain names. Or
+    several: each picture then has its captions in all of them, those of the first one first, and
+    training draws one per epoch, so that one model is searched in any. To score a language by
+    itself: `mm.evaluate(model, mm.openmoji(language="de")[2])`.
     tokenizer: None trains one on the training captions; val and test share it.
     device: where the decoded uint8 pictures live; on "cpu" they stay a memory-mapped file.
 
@@ -126,9 +130,7 @@ def openmoji(
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not known; choose one of {', '.join(SPLITS)}")
-    if language not in LANGUAGES:
-        known = ", ".join(LANGUAGES)
-        raise ValueError(f"language={language!r} is not known; choose one of {known}")
+    languages = _languages(language)
     table = read_table()
     _check_packages(table)
     pixels = render([entry["codepoints"] for entry in table], image_size, cache_dir)
@@ -139,7 +141,7 @@ def openmoji(
         """The data set of these rows of the table."""
         return MultimodalDataset.from_pixels(
             pixels,
-            [_captions(table[row], language) for row in rows],
+            [_captions(table[row], *languages) for row in rows],
             rows=np.array(rows),
             sample_ids=rows,
             tokenizer=tokenizer,
@@ -158,9 +160,20 @@ def openmoji(
     return train, val, test
 
 
-def _captions(entry: dict[str, str], language: str) -> list[str]:
+def _languages(language: str | Sequence[str]) -> list[str]:
+    """The languages asked for, without repeats; ValueError for none and for an unknown one."""
+    languages = [language] if isinstance(language, str) else list(dict.fromkeys(language))
+    for name in languages or [""]:
+        if name not in LANGUAGES:
+            known = ", ".join(LANGUAGES)
+            raise ValueError(f"language={name!r} is not known; choose from {known}")
+    return languages
+
+
+def _captions(entry: dict[str, str], *languages: str) -> list[str]:
     """Every correct caption of one picture, without repeats, the canonical one first."""
-    return list(dict.fromkeys(caption(stem, language) for stem in _emoji_of(entry)))
+    stems = _emoji_of(entry)
+    return list(dict.fromkeys(caption(stem, name) for name in languages for stem in stems))
 
 
 def _facts(entry: dict[str, str]) -> dict[str, str]:

@@ -2,12 +2,15 @@
 
 `train_wordpiece` learns a WordPiece vocabulary from the captions themselves (Schuster & Nakajima
 2012, the algorithm BERT uses), so that a small data set needs no download; any Hugging Face
-tokenizer works in its place. Both are saved inside a checkpoint as plain text.
+tokenizer works in its place. Both are saved inside a checkpoint as plain text. `unknown_share` says
+how much of the captions a tokenizer cannot read.
 Shapes: B batch, L text length. `valid` is True for a REAL token. Walk-through:
 notebooks/01_data.ipynb.
 """
 
 import json
+import re
+import unicodedata
 from collections.abc import Sequence
 
 import torch
@@ -22,13 +25,17 @@ SPECIAL_TOKENS = {
 }
 # All that a tokenizer may have; the last is a list, of those that it has besides.
 TOKEN_NAMES = (*SPECIAL_TOKENS, "bos_token", "eos_token", "extra_special_tokens")
+# Chinese characters, each of which BERT's normalizer makes a word of its own.
+_IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f]")
 
 
-def train_wordpiece(texts: Sequence[str], vocab_size: int = 4096):
+def train_wordpiece(texts: Sequence[str], vocab_size: int | None = None):
     """Train a lower-casing WordPiece on captions; returns a Hugging Face fast tokenizer.
 
+    vocab_size: pieces at most. None = 4,096, or three times what single letters take where that is
+    more: captions in many scripts have thousands of letters, and words would be spelled with them.
     The same captions give the same vocabulary and the same ids, whatever their order. Raises
-    ValueError without texts.
+    ValueError without texts, or where vocab_size does not hold the letters.
     """
     from tokenizers import (
         Tokenizer,
@@ -45,6 +52,14 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int = 4096):
     unique, special = sorted(set(texts)), list(SPECIAL_TOKENS.values())
     normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
     letters = sorted({c for text in unique for c in normalizer.normalize_str(text)} - {" "})
+    inner = [f"##{letter}" for letter in letters if not _IDEOGRAPH.match(letter)]
+    needed = len(special) + len(letters) + len(inner)
+    vocab_size = vocab_size or max(4096, 3 * needed)
+    if vocab_size < needed:
+        raise ValueError(
+            f"vocab_size={vocab_size} does not hold the single letters of the captions, which take "
+            f"{needed} pieces; give more, or None"
+        )
 
     def untrained(vocab):
         tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=SPECIAL_TOKENS["unk_token"]))
@@ -62,7 +77,7 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int = 4096):
         vocab_size=vocab_size,
         min_frequency=1,
         initial_alphabet=letters,
-        special_tokens=special + [f"##{letter}" for letter in letters],
+        special_tokens=special + inner,
         show_progress=False,
     )
     raw = untrained({})
@@ -95,16 +110,67 @@ def encode_texts(tokenizer, texts: Sequence[str], max_length: int) -> tuple[Tens
     """Word pieces of captions: `(input_ids (B, L) int64, valid (B, L) bool)`.
 
     L is the longest caption's length, at most `max_length`; longer ones are cut, their end token
-    kept.
+    kept. Raises ValueError for a tokenizer that cannot pad.
     """
+    check_padding(tokenizer)
     options = dict(padding=True, padding_side="right", truncation=True, max_length=max_length)
     encoded = tokenizer(list(texts), return_tensors="pt", **options)
     return encoded["input_ids"].long(), encoded["attention_mask"].bool()
 
 
+def check_padding(tokenizer) -> None:
+    """ValueError for a tokenizer without a padding token, such as GPT-2's."""
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            "the tokenizer has no padding token, and captions of a batch differ in length; call "
+            "tokenizer.add_special_tokens({'pad_token': '[PAD]'}) before building data and model"
+        )
+
+
+def unknown_share(tokenizer, texts: Sequence[str]) -> float:
+    """Which fraction of the texts a tokenizer cannot read: 0 = it keeps all, 1 = none.
+
+    Of letters, digits and signs (no blanks, no invisible ones), those in an unknown piece or in
+    none. Not of pieces: WordPiece makes ONE [UNK] of a whole unknown word. What a tokenizer drops
+    counts too (an uncased BERT drops Thai vowel signs); a letter that it only changes does not
+    (e for é). Raises ValueError without texts, or for a tokenizer that is not a fast one.
+    """
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError(f"texts={texts!r}: give a list of at least one text")
+    if not tokenizer.is_fast:
+        name = type(tokenizer).__name__
+        raise ValueError(f"{name} does not say where its pieces stand; use its fast version")
+    options = dict(add_special_tokens=False, truncation=False, padding=False, verbose=False)
+    encoded = tokenizer(list(texts), return_offsets_mapping=True, **options)
+    unknown, lost, total = _unknown_ids(tokenizer), 0, 0
+    each = zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    for text, ids, places in each:
+        read: set[int] = set()  # places in the text
+        unread: set[int] = set()  # SentencePiece's mark of a word stands on its first letter, too
+        for number, place in zip(ids, places, strict=True):
+            (unread if number in unknown else read).update(range(*place))
+        signs = [n for n, c in enumerate(text) if unicodedata.category(c)[0] not in "ZC"]
+        total += len(signs)
+        lost += sum(place not in read - unread for place in signs)
+    return lost / max(1, total)
+
+
+def _unknown_ids(tokenizer) -> set[int]:
+    """Ids that stand for what is not in the vocabulary; empty for byte-level tokenizers."""
+    model = tokenizer.backend_tokenizer.model  # a bare `tokenizers` file may name it only here
+    name = getattr(model, "unk_token", None)
+    ids = {getattr(model, "unk_id", None), tokenizer.unk_token_id}
+    return (ids | {tokenizer.backend_tokenizer.token_to_id(name or "")}) - {None}
+
+
 def special_ids(tokenizer) -> Tensor:
-    """Ids that are never hidden ([CLS], [SEP], [PAD], [MASK]), sorted; [UNK] may be hidden."""
-    keep = {i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id}
+    """Ids that are never hidden ([CLS], [SEP], [PAD], [MASK]), sorted; [UNK] may be hidden.
+
+    Unless it is an end or the padding, too: GPT-2 has one token for all of these.
+    """
+    roles = ("pad", "cls", "sep", "mask", "bos", "eos")
+    ends = {getattr(tokenizer, f"{role}_token_id") for role in roles}
+    keep = {i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id or i in ends}
     return torch.tensor(sorted(keep), dtype=torch.int64, device="cpu")  # under "meta", too
 
 
