@@ -5,6 +5,7 @@ hidden. Importing this never touches CUDA, nor transformers' model code.
 """
 
 from . import cost, losses, masking, optim, plots, probe, retrieval, widgets
+from .backbones import minilm
 from .checkpoint import load
 from .config import TrainingConfig
 from .data import Batch, MultimodalDataset
@@ -31,7 +32,7 @@ from .sources import (
     load_data,
 )
 from .splits import overlap, split
-from .tokenizer import train_wordpiece
+from .tokenizer import train_wordpiece, unknown_share
 from .trainer import MaskedMultimodalTrainer, train_model
 
 __version__ = "0.1.0"
@@ -69,6 +70,7 @@ __all__ = [
     "mask_noise",
     "masking",
     "mean_recall",
+    "minilm",
     "openmoji",
     "optim",
     "overlap",
@@ -81,6 +83,7 @@ __all__ = [
     "split",
     "train_model",
     "train_wordpiece",
+    "unknown_share",
     "widgets",
     "write_shards",
     "zero_shot",

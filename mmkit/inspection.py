@@ -12,6 +12,7 @@ from .data import MultimodalDataset
 from .duplicates import find_duplicates
 from .report import Report, count_captions
 from .sources import load_data
+from .tokenizer import unknown_share
 
 BLANK = 2.0  # of 255: pictures whose standard deviation is below it are of nearly one colour
 
@@ -37,11 +38,8 @@ def inspect(
         data = load_data(source, **options)
     report = dataclasses.replace(data.report) if data.report else _of_decoded(data)
     flat = [caption for captions in data.texts for caption in captions]
-    pieces = data.tokenizer(flat)["input_ids"]
-    report.caption_pieces, report.max_length = [len(ids) for ids in pieces], max_length
-    unknown, ends = data.tokenizer.unk_token_id, set(data.tokenizer.all_special_ids)
-    total = sum(i == unknown or i not in ends for ids in pieces for i in ids)
-    report.unknown_pieces = sum(i == unknown for ids in pieces for i in ids) / max(1, total)
+    report.caption_pieces = [len(ids) for ids in data.tokenizer(flat)["input_ids"]]
+    report.max_length, report.unknown = max_length, unknown_share(data.tokenizer, flat)
     report.blank = _blank(data)
     if near:
         report.duplicates = find_duplicates(data)

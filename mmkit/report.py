@@ -20,7 +20,7 @@ CHECKS = {"decode": "each decoded", "head": "heads and ends looked at"}  # in wo
 EXAMPLES = 5  # messages kept for each reason
 _PLAIN = (  # fields that go to JSON as they are
     "source rows loaded skipped examples pictures captions checked bytes identical_pictures "
-    "shared_captions max_length unknown_pieces blank"
+    "shared_captions max_length unknown blank"
 ).split()
 
 
@@ -45,7 +45,7 @@ class Report:
     # what `mm.inspect` adds
     caption_pieces: Sequence[int] = ()  # of each caption, ends included
     max_length: int = 0  # pieces that a model reads
-    unknown_pieces: float = 0.0  # share of word pieces that the tokenizer does not know
+    unknown: float = 0.0  # share of the captions' letters that the tokenizer does not know
     blank: list[str] = field(default_factory=list)  # names of pictures of nearly one colour
     duplicates: Any = None  # duplicates.Duplicates
 
@@ -91,7 +91,7 @@ class Report:
         if len(self.caption_pieces):
             cut = f"; {self.cut_captions:,} are longer than {self.max_length} and are cut"
             rows.append(("  pieces", _spread(self.caption_pieces, "") + cut))
-            rows.append(("  unknown pieces", f"{100 * self.unknown_pieces:.1f} %"))
+            rows.append(("  unknown letters", f"{100 * self.unknown:.1f} %"))
         if self.duplicates is not None:
             rows += [("duplicates", line) for line in str(self.duplicates).splitlines()]
         return rows
