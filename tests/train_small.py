@@ -1,7 +1,7 @@
 """A small real training for tests that need a process of its own (to kill it, or to have two).
 
 python -m tests.train_small FOLDER NAME '{"num_epochs": 3}' [--resume] [--kill-at 7]
-    [--kill-in-write 2] [--processes 2] [--record]
+    [--kill-in-write 2] [--processes 2] [--record] [--shards]
 """
 
 import argparse
@@ -52,6 +52,13 @@ def data_in_files(folder: Path, count: int) -> mm.MultimodalDataset:
         if not path.exists():
             write_png(item["image"], str(path))
     return mm.MultimodalDataset(paths, captions(count), transform=jittered)
+
+
+def data_in_shards(folder: Path, count: int) -> mm.MultimodalDataset:
+    """The same pictures in tar shards of 7, streamed."""
+    if not folder.exists():
+        mm.write_shards(data(count), folder, samples_per_shard=7)
+    return mm.from_shards(folder, image_size=15, cache_dir=folder.parent / "cache")
 
 
 def model(tokenizer, dropout: float) -> mm.MultimodalEncoder:
@@ -117,9 +124,12 @@ def run(
     kill_at: int = -1,
     record: bool = False,
     files: bool = False,
+    shards: bool = False,
 ) -> None:
     config = mm.TrainingConfig(**DEFAULTS | dict(output_dir=folder, run_name=name) | values)
     train = data_in_files(Path(folder) / "pictures", 53) if files else data(53)
+    if shards:
+        train = data_in_shards(Path(folder) / "shards", 53)
     trainer = Dying(config, train, data(17, seed=1), model(train.tokenizer, config.dropout), resume)
     trainer.kill_at, trainer.record = kill_at, record
     trainer.fit()
@@ -140,11 +150,12 @@ def main():
     parser.add_argument("--kill-in-write", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--record", action="store_true")
+    parser.add_argument("--shards", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.kill_in_write:
         die_in_write(args.kill_in_write)
-    options = (args.resume, args.kill_at, args.record)
+    options = (args.resume, args.kill_at, args.record, False, args.shards)
     launch(args.folder, args.name, args.values, *options, processes=args.processes)
 
 
