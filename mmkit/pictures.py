@@ -212,7 +212,8 @@ def as_seen(picture, background: tuple[int, int, int] = (255, 255, 255)):
     """
     from PIL import Image, ImageOps
 
-    picture = ImageOps.exif_transpose(picture)
+    if picture.getexif().get(0x0112, 1) != 1:  # exif_transpose copies an upright picture, too
+        picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):  # I;16, I;16B, I (32 bits), F
         values = np.asarray(picture)
         top = float(values.max())
@@ -228,7 +229,7 @@ def as_seen(picture, background: tuple[int, int, int] = (255, 255, 255)):
         picture = picture.convert("RGBA")
         under = Image.new("RGBA", picture.size, (*background, 255))
         picture = Image.alpha_composite(under, picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,9 @@ class square:
 
         size = (self.side, self.side)
         fitted = ImageOps.fit(picture, size, method=Image.Resampling.BICUBIC)
-        return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).contiguous()
+        # the bytes themselves: np.array(fitted) copies them once more
+        pixels = np.frombuffer(fitted.tobytes(), np.uint8).reshape(*size, 3)
+        return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))  # (3, S, S)
 
 
 def shift_pictures(pixel_values: Tensor, noise: Tensor, fraction: float = 1 / 16) -> Tensor:
