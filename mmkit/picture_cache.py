@@ -237,7 +237,7 @@ def decode_once(
     per_chunk = max(1, CHUNK_BYTES // (3 * side * side))
     starts = range(0, len(hashes), per_chunk)
     rows = [range(start, min(start + per_chunk, len(hashes))) for start in starts]
-    tail = f"{side} {how} pillow {PIL.__version__}"
+    tail = f"{side} {how} pillow {PIL.__version__} torch {torch.__version__}"
     keys = [" ".join([*hashes[r.start : r.stop], tail]).encode() for r in rows]
     names = [f"{hashlib.blake2b(key, digest_size=16).hexdigest()}.npy" for key in keys]
     chunks = _Chunks(decode, rows, [folder / name for name in names], side)

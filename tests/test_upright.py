@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 from mmkit.pictures import as_seen, read_picture, square
@@ -34,10 +35,13 @@ def test_an_upright_rgb_picture_is_itself():
     assert as_seen(picture) is picture
 
 
-def test_a_square_is_what_pillow_fits_and_may_be_written_to():
-    picture = noise(23, 17)
+@pytest.mark.parametrize("size", [(97, 97), (131, 97), (59, 83), (11, 11), (5, 7)])
+def test_a_square_is_what_pillow_makes_of_the_centre(size):
+    """Of a smooth picture and of noise, larger and smaller than the square."""
+    short, picture = min(size), noise(*size)
+    left, top = (size[0] - short) // 2, (size[1] - short) // 2
+    centre = picture.crop((left, top, left + short, top + short))
+    expected = np.array(centre.resize((11, 11), Image.Resampling.BICUBIC)).astype(int)
     pixels = square(11)(picture)
-    expected = np.array(ImageOps.fit(picture, (11, 11), method=Image.Resampling.BICUBIC))
-    np.testing.assert_array_equal(pixels.permute(1, 2, 0).numpy(), expected)
-    assert pixels.is_contiguous()
-    pixels += 1  # of memory of its own: PyTorch warns of what is read-only
+    assert pixels.dtype == torch.uint8 and pixels.shape == (3, 11, 11) and pixels.is_contiguous()
+    assert np.abs(pixels.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1

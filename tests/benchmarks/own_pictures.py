@@ -6,9 +6,8 @@
 The pictures (about 160 pixels, 7 KB) are made once in that folder; all are read from the system's
 page cache, so that what is measured is work, not the disk. Every way reads the same part in turn,
 in another order each round, by two processes into 64-pixel squares; ratios are taken within a
-round. Memory is that of all processes together, a page shared by n of them counted once (Linux's
-PSS), in a fresh process per cell, by what the process was doing. Writes results/own_pictures.json
-and .png.
+round. Memory is that of all processes together, a page shared by n of them counted once, in a fresh
+process per cell, by what the process was doing. Writes results/own_pictures.json and .png.
 """
 
 import argparse
@@ -100,12 +99,12 @@ def cell(kind: str, table: str, steps: int) -> None:
             time.sleep(2.1)  # hashes of files that are younger are not remembered
             with timed("index again"):
                 data = mm.from_table(table, **options)
-            with timed("captions"):
-                data.encoded_captions()
+        with timed("captions"):
+            data.encoded_captions()
+        if kind != "stream":
             with timed("first epoch"):
                 data.cached(WORKERS)
         if kind in ("cache", "stream"):
-            data.encoded_captions()
             for epoch in range(EPOCHS if kind == "cache" else 1):
                 with timed("epoch from the cache" if kind == "cache" else "epoch, streamed"):
                     count = sum(
@@ -123,7 +122,6 @@ def cell(kind: str, table: str, steps: int) -> None:
 
 def train(data: mm.MultimodalDataset, scratch: str, steps: int) -> None:
     """The tiny preset from the cache: its share of waiting, from metrics.jsonl."""
-    data.cached(WORKERS)
     config = mm.TrainingConfig(
         max_steps=steps, batch_size=BATCH, image_mask_ratio=0.5, output_dir=scratch, run_name="run",
         log_every=10,
@@ -148,55 +146,58 @@ def tree(pid: int) -> list[int]:
 
 
 def memory(pid: int) -> dict[str, float]:
-    """Megabytes of a tree of processes: all of it, its own pages, mapped files, shared memory."""
-    sums = dict.fromkeys(("Pss", "Pss_Anon", "Pss_File", "Pss_Shmem"), 0.0)
-    for one in tree(pid):
+    """Megabytes of a tree of processes: its own pages, shared memory, mapped files, all of it.
+
+    A page of its own that n processes share counts once. Mapped files are those of the first
+    process: Linux divides theirs by all that map them, other people's processes too.
+    """
+    sums = dict.fromkeys(("own", "shared", "files"), 0.0)
+    names = {"Pss_Anon": "own", "Pss_Shmem": "shared", "RssFile": "files"}
+    paths = [f"/proc/{one}/smaps_rollup" for one in tree(pid)] + [f"/proc/{pid}/status"]
+    for path in paths:
         with contextlib.suppress(OSError):  # it has ended meanwhile
-            for line in Path(f"/proc/{one}/smaps_rollup").read_text().splitlines():
+            for line in Path(path).read_text().splitlines():
                 name, _, value = line.partition(":")
-                if name in sums:
-                    sums[name] += int(value.split()[0]) * 1024 / 1e6
-    return sums
+                if name in names:
+                    sums[names[name]] += int(value.split()[0]) * 1024 / 1e6
+    return sums | {"all": sum(sums.values())}
 
 
 def watched(kind: str, table: Path, steps: int = STEPS) -> dict:
     """A cell's results, and its highest memory in each phase."""
     words = [sys.executable, "-m", "tests.benchmarks.own_pictures", "--cell", kind, str(table)]
-    with (
-        tempfile.TemporaryFile("w+") as log,
-        tempfile.TemporaryFile("w+") as errors,
-        subprocess.Popen([*words, str(steps)], stdout=log, stderr=errors) as process,
-    ):
-        peaks: dict[str, dict] = {}
+    peaks: dict[str, dict] = {}
+    results: dict[str, list] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        log, errors = Path(folder) / "log", Path(folder) / "errors"
+        with open(log, "w") as out, open(errors, "w") as err:
+            process = subprocess.Popen([*words, str(steps)], stdout=out, stderr=err)
         phase = "start"
         while process.poll() is None:
-            now = memory(process.pid)
-            for fact in facts_of(log):
-                phase = fact.get("phase", phase)
-            if now["Pss"] > peaks.get(phase, {"Pss": 0.0})["Pss"]:
+            now, before = memory(process.pid), phase
+            phase = next((f["phase"] for f in reversed(facts_of(log)) if "phase" in f), phase)
+            if phase == before and now["all"] > peaks.get(phase, {"all": 0.0})["all"]:
                 peaks[phase] = now
             time.sleep(0.15)
-        errors.seek(0)
         if process.returncode:
-            raise RuntimeError(f"{kind} of {table} failed:\n{errors.read()[-3000:]}")
-        results: dict[str, list] = {}
+            raise RuntimeError(f"{kind} of {table} failed:\n{errors.read_text()[-3000:]}")
         for fact in facts_of(log):
             for name, value in fact.get("result", {}).items():
                 results.setdefault(name, []).append(value)
-    print(kind, table.name, {p: round(m["Pss"]) for p, m in peaks.items()}, results, flush=True)
+    print(kind, table.name, {p: round(m["all"]) for p, m in peaks.items()}, results, flush=True)
     return {"kind": kind, "peaks": peaks} | results
 
 
-def facts_of(log) -> list[dict]:
+def facts_of(log: Path) -> list[dict]:
     """What a cell has said so far."""
-    log.seek(0)
-    return [json.loads(line) for line in log.read().splitlines() if line.startswith("{")]
+    lines = log.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("\n")]
 
 
 def above_model(found: dict) -> float:
     """Megabytes that the highest phase takes beyond libraries and model."""
-    base = found["peaks"]["libraries and model"]["Pss"]
-    return max(peak["Pss"] for phase, peak in found["peaks"].items() if phase != "start") - base
+    base = found["peaks"]["libraries and model"]["all"]
+    return max(peak["all"] for phase, peak in found["peaks"].items() if phase != "start") - base
 
 
 def first_rows(folder: Path, count: int) -> Path:
@@ -229,7 +230,7 @@ def memory_rows(found: dict[str, dict]) -> list[dict]:
         for phase, peak in one["peaks"].items():
             if phase not in ("start", "between", "libraries and model"):
                 above = {key: peak[key] - base[key] for key in base}
-                rows.append({"cell": name, "phase": phase, "MB": peak["Pss"], "above": above})
+                rows.append({"cell": name, "phase": phase, "MB": peak["all"], "above": above})
     return rows
 
 
@@ -300,7 +301,7 @@ def picture(rows: list[dict], memories: list[dict], count: int):
     left.margins(x=0.15)
     for y, row in enumerate(reversed(memories)):
         start = 0.0
-        for part, colour in (("Pss_Anon", BLUE), ("Pss_File", SKY), ("Pss_Shmem", ORANGE)):
+        for part, colour in (("own", BLUE), ("files", SKY), ("shared", ORANGE)):
             right.barh(y, max(0.0, row["above"][part]), left=start, color=colour)
             start += max(0.0, row["above"][part])
     names = [f"{row['phase']} ({int(row['cell'].split()[1]):,})" for row in reversed(memories)]
@@ -350,7 +351,7 @@ def main():
            **{f"{ours} / this": row[f"{ours} / this"]["median"] for ours in OURS}}
           for row in rows])  # fmt: skip
     print()
-    show([{"goal": name, **facts} for name, facts in goals.items()])
+    show([{"what": name, **facts} for name, facts in goals.items()])
     record = {
         "machine": about | versions | {"rounds": options.rounds},
         "goals": goals,
