@@ -30,6 +30,7 @@ from .picture_files import PictureStore, Refused
 
 CHUNK_BYTES = 32_000_000
 RESIDENT_BYTES = 256_000_000  # of mapped pages that this process keeps before it lets them go
+FAULT_BYTES = 65_536  # that Linux maps around a page that is touched
 FREE_SHARE = 0.8  # of the disk's free room that a cache may take
 
 
@@ -149,7 +150,8 @@ class CachedPictures:
         for chunk in np.unique(chunks):
             mine = chunks == chunk
             out[mine] = self._map(int(chunk))[places[mine]]
-        self._touched += out.nbytes
+        # a first touch maps the page's neighbours, too: FAULT_BYTES of them
+        self._touched += len(rows) * (out[:1].nbytes + FAULT_BYTES)
         if self._touched > RESIDENT_BYTES:
             self._touched = 0
             for mapped in self._maps.values():

@@ -1,6 +1,6 @@
 """One's own pictures: indexed, decoded, kept, trained on; beside Pillow, torchvision, open_clip.
 
-    python -m tests.benchmarks.own_pictures --folder DIR    # 50,000 pictures, about 12 minutes
+    python -m tests.benchmarks.own_pictures --folder DIR    # 50,000 pictures, about 7 minutes
     pip install -e ".[bench]" webdataset                    # the others; without them: left out
 
 The pictures (about 160 pixels, 7 KB) are made once in that folder; all are read from the system's
@@ -31,12 +31,12 @@ from tests.benchmarks.picture_ways import BATCH, SIDE, WORKERS, all_ways, keys_o
 
 GOALS = {
     "indexing, seconds": ("below", 20.0),
-    "first epoch / the best that decodes alone": ("at least", 0.9),
+    "first epoch / Pillow alone": ("at least", 0.9),
+    "first epoch / torchvision alone": ("at least", 0.9),
     "later epochs / first epoch": ("at least", 10.0),
     "memory above the model's, MB": ("below", 1000.0),
     "waiting for data, % of a training from the cache": ("below", 3.0),
 }
-ALONE = ("Pillow alone", "torchvision alone")
 OURS = ("mmkit, into the cache", "mmkit, streamed")
 EPOCHS, STEPS, TOKENIZER_CAPTIONS = 3, 150, ["a red card over the coffee"]
 
@@ -62,7 +62,7 @@ def rate_rows(found: dict[str, list[float]]) -> list[dict]:
     """Medians, and our ratio to each within a round."""
     rows = []
     for name, values in found.items():
-        row: dict = {"way": name, "pictures a second": spread(values)}
+        row: dict = {"way": name, "pictures a second": spread(values), "each round": values}
         for ours in OURS:
             ratios = [a / b for a, b in zip(found[ours], values, strict=True)]
             row[f"{ours} / this"] = spread(ratios)
@@ -246,33 +246,31 @@ def growth(found: dict[str, dict], count: int) -> dict[str, float]:
 
 
 def reached(found: dict[str, list[float]], of: dict[str, dict], count: int) -> dict[str, dict]:
-    """Each goal with what was measured and whether it is reached."""
+    """Each goal with what was measured (of our two ways the slower) and whether it is reached."""
     cache, train = of[f"cache {count}"], of[f"train {count}"]
-    best = [max(values) for values in zip(*(found[n] for n in ALONE if n in found), strict=True)]
     first = {
-        ours: spread([a / b for a, b in zip(found[ours], best, strict=True)])["median"]
-        for ours in OURS
+        f"first epoch / {name}": min(
+            spread([a / b for a, b in zip(found[ours], found[name], strict=True)])["median"]
+            for ours in OURS
+        )
+        for name in ("Pillow alone", "torchvision alone")
+        if name in found
     }
     epoch = spread(cache["epoch from the cache, seconds"])["median"]
     # above the small run of the same training: the model's own activations are in both
     memories = [above_model(of[f"{kind} {count}"]) for kind in ("cache", "stream")]
     memories.append(above_model(train) - above_model(of[f"train {count // 10}"]))
     waiting = train["waiting"][0]
-    values = dict(
-        zip(
-            GOALS,
-            (
-                cache["index, seconds"][0],
-                min(first.values()),
-                cache["first epoch, seconds"][0] / epoch,
-                max(memories),
-                100 * sum(waiting) / len(waiting),
-            ),
-            strict=True,
-        )
-    )
+    values = first | {
+        "indexing, seconds": cache["index, seconds"][0],
+        "later epochs / first epoch": cache["first epoch, seconds"][0] / epoch,
+        "memory above the model's, MB": max(memories),
+        "waiting for data, % of a training from the cache": 100 * sum(waiting) / len(waiting),
+    }
     table = {}
     for name, (way, limit) in GOALS.items():
+        if name not in values:
+            continue
         good = values[name] < limit if way == "below" else values[name] >= limit
         table[name] = {"goal": f"{way} {limit:g}", "measured": values[name], "reached": good}
     return table
@@ -329,6 +327,24 @@ def rounded(value):
     return round(value, 3) if isinstance(value, float) else value
 
 
+def report(found: dict, of: dict, about: dict, count: int, output: Path) -> None:
+    """Print the tables, write the record and the figure."""
+    goals, rows, memories = reached(found, of, count), rate_rows(found), memory_rows(of)
+    print()
+    show([{"way": row["way"], "a second": row["pictures a second"]["median"],
+           **{f"{ours} / this": row[f"{ours} / this"]["median"] for ours in OURS}}
+          for row in rows])  # fmt: skip
+    print()
+    show([{"what": name, **facts} for name, facts in goals.items()])
+    record = {"machine": about, "goals": goals, "pictures_a_second": rows, "cells": of}
+    record["growth"] = growth(of, count)
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "own_pictures.json"
+    path.write_text(json.dumps(rounded(record), indent=1) + "\n")
+    picture(rows, memories, count).savefig(path.with_suffix(".png"), dpi=110)
+    print(f"written: {path.name} and {path.with_suffix('.png').name}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "own_pictures")
@@ -341,29 +357,11 @@ def main():
     if options.cell:
         kind, table, steps = options.cell
         return cell(kind, table, int(steps))
-    about, count = machine(), options.count
-    folder = make(options.folder, count)
-    found, versions = rates(folder, count, options.rounds)
-    of = cells(folder, count, options.steps)
-    goals, rows, memories = reached(found, of, count), rate_rows(found), memory_rows(of)
-    print()
-    show([{"way": row["way"], "a second": row["pictures a second"]["median"],
-           **{f"{ours} / this": row[f"{ours} / this"]["median"] for ours in OURS}}
-          for row in rows])  # fmt: skip
-    print()
-    show([{"what": name, **facts} for name, facts in goals.items()])
-    record = {
-        "machine": about | versions | {"rounds": options.rounds},
-        "goals": goals,
-        "pictures_a_second": rows,
-        "cells": of,
-        "growth": growth(of, count),
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "own_pictures.json"
-    path.write_text(json.dumps(rounded(record), indent=1) + "\n")
-    picture(rows, memories, count).savefig(path.with_suffix(".png"), dpi=110)
-    print(f"written: {path.name} and {path.with_suffix('.png').name}")
+    about = machine() | {"rounds": options.rounds}
+    folder = make(options.folder, options.count)
+    found, versions = rates(folder, options.count, options.rounds)
+    of = cells(folder, options.count, options.steps)
+    report(found, of, about | versions, options.count, options.output)
 
 
 if __name__ == "__main__":

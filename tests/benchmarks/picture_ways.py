@@ -193,7 +193,7 @@ def shards(folder: Path, scratch: Path) -> mm.MultimodalDataset:
 
 
 def parts_of(count: int, rounds: int) -> list[range]:
-    """Ranges of whole shards, one per round, of equal size; all pictures in all."""
-    size = max(2 * PER_SHARD, count // rounds // PER_SHARD * PER_SHARD)
+    """Ranges of whole shards, one per round, each of the same size, 8,000 pictures at most."""
+    size = max(2 * PER_SHARD, min(8000, count // rounds) // PER_SHARD * PER_SHARD)
     starts = itertools.cycle(range(0, max(1, count - size + 1), size))
     return [range(start, min(start + size, count)) for start in itertools.islice(starts, rounds)]
