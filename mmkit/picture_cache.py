@@ -30,6 +30,7 @@ from .picture_files import PictureStore, Refused
 
 CHUNK_BYTES = 32_000_000
 RESIDENT_BYTES = 256_000_000  # of mapped pages that this process keeps before it lets them go
+FAULT_BYTES = 65_536  # that Linux maps around a page that is touched
 FREE_SHARE = 0.8  # of the disk's free room that a cache may take
 
 
@@ -139,7 +140,8 @@ class CachedPictures:
         for chunk in np.unique(chunks):
             mine = chunks == chunk
             out[mine] = self._map(int(chunk))[places[mine]]
-        self._touched += out.nbytes
+        # a first touch maps the page's neighbours, too: FAULT_BYTES of them
+        self._touched += len(rows) * (out[:1].nbytes + FAULT_BYTES)
         if self._touched > RESIDENT_BYTES:
             self._touched = 0
             for mapped in self._maps.values():
@@ -213,7 +215,7 @@ def decode_once(
     per_chunk = max(1, CHUNK_BYTES // (3 * side * side))
     starts = range(0, len(hashes), per_chunk)
     rows = [range(start, min(start + per_chunk, len(hashes))) for start in starts]
-    tail = f"{side} {how} pillow {PIL.__version__}"
+    tail = f"{side} {how} pillow {PIL.__version__} torch {torch.__version__}"
     keys = [" ".join([*hashes[r.start : r.stop], tail]).encode() for r in rows]
     names = [f"{hashlib.blake2b(key, digest_size=16).hexdigest()}.npy" for key in keys]
     chunks = _Chunks(decode, rows, [folder / name for name in names], side)
