@@ -18,8 +18,22 @@ def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
     """
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmkit"
     folder = Path(cache_dir or os.environ.get("MMKIT_CACHE") or default).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError while the cache is written says which file it was, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the cache cannot write {path} ({error.strerror}); give cache_dir=… (or set "
+            "MMKIT_CACHE to) a folder with room that can be written, or cache_gigabytes=0",
+        ) from None
 
 
 @contextlib.contextmanager
@@ -27,10 +41,12 @@ def renamed(path: Path) -> Iterator[BinaryIO]:
     """A file that gets its name when it is whole and on the disk."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            with open(temporary, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

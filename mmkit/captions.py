@@ -24,8 +24,9 @@ def clean_caption(text: str) -> str:
     Half a letter (a lone surrogate, from a broken file) becomes the replacement mark. "" where
     nothing is left.
     """
-    text = unicodedata.normalize("NFC", text.encode("utf-8", "replace").decode("utf-8"))
-    return " ".join(_NOTHING.sub("", _UNSEEN.sub(" ", text)).split())
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    text = " ".join(_NOTHING.sub("", _UNSEEN.sub(" ", text)).split())
+    return unicodedata.normalize("NFC", text)  # last: what was apart may have come together
 
 
 def clean_captions(where: str, text) -> list[str]:
@@ -33,7 +34,8 @@ def clean_captions(where: str, text) -> list[str]:
 
     Raises Refused for what holds no words: None, a number, white space, an empty list.
     """
-    raw = [text] if isinstance(text, str) else list(text) if isinstance(text, Iterable) else []
+    listed = isinstance(text, Iterable) and not isinstance(text, dict | set)  # they have no order
+    raw = [text] if isinstance(text, str) else list(text) if listed else []
     captions = [clean_caption(c) if isinstance(c, str) else "" for c in raw]
     if not captions or not all(captions):
         shown = repr(text) if len(repr(text)) < 80 else repr(text)[:77] + "..."

@@ -207,7 +207,12 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Multimo
     if "architecture" not in state or "model_state_dict" not in state:
         known = ", ".join(sorted(map(str, state))[:6])
         raise ValueError(f"{path} is no mmkit model (it has {known}); give a best_model.pth")
-    model = MultimodalEncoder.from_architecture(state["architecture"])
+    try:
+        model = MultimodalEncoder.from_architecture(state["architecture"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} has an architecture that cannot be built ({error!r}); use a file mmkit wrote"
+        ) from None
     load_weights(model, state["model_state_dict"], path)
     return model.to_device(device).eval()
 

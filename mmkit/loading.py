@@ -23,6 +23,8 @@ from .picture_files import Files, PictureStore, Refused
 from .pictures import Reading, check_picture
 from .report import Report, count_captions
 
+# Of a picture that could be decoded now, but not when all were (a disk or memory was at its end).
+TRY_AGAIN = "the picture could not be decoded at first; load the data once more"
 HASH_BYTES = 20_000_000_000  # sources up to this size are searched for identical pictures
 
 
@@ -99,22 +101,20 @@ def within(root: str, written, where: str) -> str:
     absolute path or a link).
     """
     if not isinstance(written, str | os.PathLike) or not str(written).strip():
-        raise Refused("no picture", f"{where} names no picture: {written!r}")
-    text = os.fspath(written).strip()
+        raise Refused("no picture", f"{where} names no picture: {_short(repr(written))}")
+    text = os.fspath(written)
     if any(ord(c) < 32 for c in text):
-        raise Refused("not a path", f"{where}: {text!r} holds control characters")
-    if text.lower().startswith(("http://", "https://", "s3://", "gs://", "data:")):
+        raise Refused("not a path", f"{where}: {_short(repr(text))} holds control characters")
+    if text.strip().lower().startswith(("http://", "https://", "s3://", "gs://", "data:")):
         raise Refused(
             "a web address", f"{where}: {text[:80]} is not a file; download first (img2dataset)"
         )
-    if text.lower().startswith("file://"):
-        text = text[7:]
-    variants = [text, unicodedata.normalize("NFC", text), unicodedata.normalize("NFD", text)]
-    variants += [text.replace("\\", "/")] if "\\" in text else []
-    for variant in dict.fromkeys(variants):  # as another system may have written the name
+    if text.strip().lower().startswith("file://"):
+        text = text.strip()[7:]
+    for variant in _variants(text):
         folder, name = os.path.split(os.path.join(root, variant))
-        path = os.path.join(_real_folder(folder), name)
         try:
+            path = os.path.join(_real_folder(folder), name)
             facts = os.lstat(path)
             if stat.S_ISLNK(facts.st_mode) or name in ("", ".", ".."):
                 path = os.path.realpath(path)
@@ -122,16 +122,29 @@ def within(root: str, written, where: str) -> str:
         except (OSError, ValueError):
             continue
         real_root = _real_folder(root)
-        if not path.startswith(real_root.rstrip(os.sep) + os.sep):
+        if path != real_root and not path.startswith(real_root.rstrip(os.sep) + os.sep):
             raise Refused(
                 "outside the folder",
-                f"{where}: {text} leads to {path}, outside {root}; move it there, or give a root "
-                "that holds all pictures",
+                f"{where}: {_short(text)} leads to {path}, outside {root}; move it there, or give "
+                "a root that holds all pictures",
             )
         if not stat.S_ISREG(facts.st_mode):
             raise Refused("not a file", f"{where}: {path} is not a file")
         return path
-    raise Refused("missing", f"{where}: {os.path.join(root, text)} does not exist")
+    raise Refused("missing", f"{where}: {_short(os.path.join(root, text), 500)} does not exist")
+
+
+def _variants(text: str) -> list[str]:
+    """A path as it is written, and as another system may have meant it."""
+    stripped = text.strip()
+    variants = [text, stripped, *(unicodedata.normalize(f, stripped) for f in ("NFC", "NFD"))]
+    if "\\" in stripped:
+        variants.append(stripped.replace("\\", "/"))
+    return list(dict.fromkeys(variants))
+
+
+def _short(text: str, most: int = 100) -> str:
+    return text if len(text) <= most else text[:most] + "..."
 
 
 # ---- what all ways in share ----------------------------------------------------------------------
@@ -145,6 +158,7 @@ def load(
     store: where pictures given as numbers lie; without one they are paths under `root` (None:
     anywhere).
     """
+    _real_folder.cache_clear()  # a link may have been set anew since the last time
     report = Report(found.source, rows=len(found.lines), checked=options.check or "")
     refuse = functools.partial(_refuse, report, options)
     kept: dict[Any, int] = {}  # picture -> its place below
@@ -245,11 +259,13 @@ def _decoded(
     failed: dict[int, Exception] = {}
     if options.check == "decode":
         for row in data.rows_that_fail(options.num_workers):
+            error: Exception = Refused("damaged", f"{data.place(row)}: {TRY_AGAIN}")
             try:
                 data._decode(row)
-            except (Refused, OSError) as error:
-                failed[row] = error
-                refuse(error, rows_of[row])
+            except (Refused, OSError) as why:
+                error = why
+            failed[row] = error
+            refuse(error, rows_of[row])
     good = [row for row in range(len(data)) if row not in failed]
     if not good:
         raise ValueError(f"{report.source}: {_nothing(report)}")

@@ -25,7 +25,7 @@ import PIL
 import torch
 from tqdm import tqdm
 
-from .cache import cache_folder, renamed
+from .cache import cache_folder, renamed, writing
 from .picture_files import PictureStore, Refused
 
 CHUNK_BYTES = 32_000_000
@@ -56,8 +56,11 @@ def content_hashes(
 
     They are remembered, by name and stamp (size and time of change), in one small data base.
     """
-    names = [(store.name(i), store.stamp(i)) for i in rows]
-    with contextlib.closing(_memory(cache_folder(cache_dir))) as memory:
+    # sqlite takes no half letters, which stand for the bytes of file names that are no text
+    names = [
+        (store.name(i).encode("utf-8", "backslashreplace").decode(), store.stamp(i)) for i in rows
+    ]
+    with contextlib.closing(_memory(cache_dir)) as memory:
         known = _recall(memory, [name for name, stamp in names if stamp])
         hashes, new = [], []
         just_now = time.time_ns() - 2_000_000_000  # may change once more within one tick
@@ -76,18 +79,18 @@ def content_hashes(
     return hashes
 
 
-def _memory(folder: Path) -> sqlite3.Connection:
+def _memory(cache_dir: str | os.PathLike | None) -> sqlite3.Connection:
     """The data base of remembered hashes; a damaged one is made anew, or kept in memory only."""
     table = "CREATE TABLE IF NOT EXISTS hashes (name TEXT PRIMARY KEY, stamp TEXT, hash TEXT)"
-    path = folder / "content.sqlite"
     for _ in range(2):
         try:
+            path = cache_folder(cache_dir) / "content.sqlite"
             memory = sqlite3.connect(path, timeout=30)
             memory.execute(table)
             return memory
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):  # locked, or a read-only folder
-                break
+        except (sqlite3.OperationalError, OSError):  # locked, or a read-only folder
+            break
+        except sqlite3.DatabaseError:
             path.unlink(missing_ok=True)
     memory = sqlite3.connect(":memory:")
     memory.execute(table)
@@ -176,9 +179,24 @@ class _Chunks(torch.utils.data.Dataset):
         return k
 
     def complete(self, k: int) -> bool:
-        """Whether chunk k is there; one that something has cut since is not."""
+        """Whether chunk k is there; one that something has cut since is not, nor one with a
+        picture that can be decoded by now (a disk or memory was at its end then).
+        """
         path, pixels = self.paths[k], 3 * self.side * self.side * len(self.rows[k])
-        return path.is_file() and path.stat().st_size > pixels and _failed(path).is_file()
+        if not path.is_file() or path.stat().st_size <= pixels:
+            return False
+        try:
+            failed = json.loads(_failed(path).read_text())
+        except (OSError, ValueError):
+            return False
+        return not any(self.decodes(self.rows[k][place]) for place in failed)
+
+    def decodes(self, row: int) -> bool:
+        try:
+            self.decode(row)
+        except (Refused, OSError):
+            return False
+        return True
 
 
 def _failed(path: Path) -> Path:
@@ -189,7 +207,10 @@ def _failed(path: Path) -> Path:
 def room_for(count: int, side: int, max_gigabytes: float, cache_dir=None) -> str:
     """ "" where so many pictures may be cached, else why not, in words."""
     needed = count * 3 * side * side / 1e9
-    free = shutil.disk_usage(cache_folder(cache_dir)).free / 1e9
+    try:
+        free = shutil.disk_usage(cache_folder(cache_dir)).free / 1e9
+    except OSError as error:
+        return str(error.strerror)
     if needed > max_gigabytes:
         return f"{needed:.1f} GB decoded is more than cache_gigabytes={max_gigabytes:g}"
     if needed > FREE_SHARE * free:
@@ -211,7 +232,8 @@ def decode_once(
     pictures, and the numbers of those that could not be decoded, which are black there.
     """
     folder = cache_folder(cache_dir) / "pictures"
-    folder.mkdir(exist_ok=True)
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
     per_chunk = max(1, CHUNK_BYTES // (3 * side * side))
     starts = range(0, len(hashes), per_chunk)
     rows = [range(start, min(start + per_chunk, len(hashes))) for start in starts]
@@ -245,7 +267,9 @@ def _decode_chunks(chunks: _Chunks, missing: list[int], num_workers: int) -> Non
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with open(path, "a") as file:
+    with contextlib.ExitStack() as stack:
+        with writing(path):
+            file = stack.enter_context(open(path, "a"))
         with contextlib.suppress(OSError):  # a file system without locks: then both decode
             fcntl.flock(file, fcntl.LOCK_EX)
         yield

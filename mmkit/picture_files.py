@@ -17,6 +17,8 @@ class Refused(ValueError):
     """
 
     def __init__(self, reason: str, message: str):
+        # file names may hold bytes that are no text; a message can always be printed
+        message = message.encode("utf-8", "backslashreplace").decode("utf-8")
         super().__init__(reason, message)
         self.reason = reason
 
@@ -38,7 +40,7 @@ class PictureStore(Protocol):
         ...
 
     def stamp(self, i: int) -> str:
-        """What changes whenever its bytes may have: "size:time in ns"; "" where nobody knows."""
+        """What changes whenever its bytes may have, "…:time in ns"; "" where nobody knows."""
         ...
 
 
@@ -62,4 +64,5 @@ class Files:
             facts = os.stat(self.paths[i])
         except (OSError, ValueError):
             return ""
-        return f"{facts.st_size}:{facts.st_mtime_ns}"
+        # the time of change cannot be set, as that of writing is by tar, rsync and cp -p
+        return f"{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}"

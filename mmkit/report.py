@@ -136,7 +136,8 @@ class Report:
     def save(self, path) -> Path:
         """Write `to_dict()` as a JSON file."""
         path = Path(path)
-        path.write_text(json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+        path.write_text(text, "utf-8", "backslashreplace")  # of file names that are no text
         return path
 
 

@@ -7,10 +7,12 @@ is given. Walk-through: notebooks/08_your_own_pictures.ipynb.
 
 import io
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .config import nearest
 from .data import MultimodalDataset
 from .loading import Found, Options, load, within
 from .picture_cache import cache_folder
@@ -59,7 +61,7 @@ def from_table(
     be a list. meta: columns kept in `data.meta`, to split by, say. root: the folder under which the
     pictures are (None: the table's own). encoding, separator, quotes: see `tables.read_csv`.
     """
-    path = _existing(path)
+    path = _file(path)
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return from_hub(path, image=image, text=text, meta=meta, root=root, **options)
@@ -92,6 +94,13 @@ def _existing(path: str | os.PathLike) -> Path:
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; check the path")
+    return path
+
+
+def _file(path: str | os.PathLike) -> Path:
+    path = _existing(path)
+    if not path.is_file():  # to read from a pipe would wait for ever
+        raise ValueError(f"{path} is not a file; for a folder take load_data")
     return path
 
 
@@ -214,9 +223,12 @@ def from_hub(
     options_ = Options(**options)
     table, name = _hub_table(datasets, source, split, options_)
     if hasattr(table, "keys"):
-        raise ValueError(f"{name} has splits {', '.join(table)}; give split='…'")
-    if not hasattr(table, "select_columns") or not hasattr(table, "__len__"):
+        raise ValueError(f"{name} has splits {', '.join(map(str, table))}; give split='…'")
+    if not hasattr(table, "select_columns"):
+        raise ValueError(f"{name} is {type(table).__name__}, not a data set of `datasets`")
+    if not hasattr(table, "__len__"):
         raise ValueError(f"{name} is a stream; give a data set with a length (streaming=False)")
+    table = table.with_format(None)  # plain values, whatever format was set
     picture_of = pick_column(table.column_names, image, "image", name)
     names = [text] if isinstance(text, str) or text is None else list(text)
     text_of = [pick_column(table.column_names, wanted, "text", name) for wanted in names]
@@ -243,10 +255,20 @@ def _datasets():
     return datasets
 
 
+class UnknownSplit(ValueError):
+    """A split that a data set does not have."""
+
+
+def _known_split(split: str | None, known: Iterable, name: str) -> None:
+    if split is not None and split not in known:
+        raise UnknownSplit(f"{name} has no split {split!r}; {nearest(split, known)}")
+
+
 def _hub_table(datasets, source, split: str | None, options: Options) -> tuple[Any, str]:
     """(the table or its splits, what messages call it)."""
     if not isinstance(source, str | os.PathLike):
         if split is not None and hasattr(source, "keys"):
+            _known_split(split, source, "the data set")
             source = source[split]
         return source, "the data set"
     path, name = Path(source), str(source)
@@ -256,12 +278,13 @@ def _hub_table(datasets, source, split: str | None, options: Options) -> tuple[A
             return datasets.Dataset.from_parquet(name, cache_dir=cache), name
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             table = datasets.load_from_disk(name)
-            return (table[split] if split and hasattr(table, "keys") else table), name
+            return _hub_table(datasets, table, split, options)[0], name
         return datasets.load_dataset(name, split=split, cache_dir=cache), name
-    except FileNotFoundError:
+    except (FileNotFoundError, UnknownSplit):
         raise
     except Exception as error:  # of many kinds, from many libraries
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        below = error.__cause__ or error  # what datasets wraps says more than the wrapping
+        lines = str(below).strip().splitlines() or [type(below).__name__]
         raise ValueError(f"{name} cannot be read as a data set: {lines[-1]}") from None
 
 
@@ -272,7 +295,7 @@ def from_coco(
     annotations: str | os.PathLike, images: str | os.PathLike, **options
 ) -> MultimodalDataset:
     """COCO captions as published: captions_train2017.json and the folder train2017."""
-    found, value = Found(str(annotations), "entry"), read_json(_existing(annotations))
+    found, value = Found(str(annotations), "entry"), read_json(_file(annotations))
     try:
         captions: dict[Any, list[str]] = {}
         for one in value["annotations"]:
@@ -302,15 +325,19 @@ def from_flickr30k(
 
     split: "train", "val", "test" of the JSON file (None: all).
     """
-    path, found = _existing(annotations), Found(str(annotations))
+    path, found = _file(annotations), Found(str(annotations))
     if path.suffix == ".token" or path.name.endswith(".token.txt"):
-        for line, words in enumerate(read_lines(path), 1):
+        for line, words in enumerate(read_lines(path, blank=True), 1):
+            if not words:
+                continue
             name, tab, caption = words.partition("\t")
             why = Refused("no caption", f"{path}, line {line}: no tab in {words[:60]!r}")
             found.add(line, name.rpartition("#")[0] or name if tab else why, caption)
         return load(found, Options(**options), root=str(_folder(images)))
     try:
-        for line, picture in enumerate(read_json(path)["images"], 1):
+        pictures = read_json(path)["images"]
+        _known_split(split, {picture.get("split") for picture in pictures}, str(path))
+        for line, picture in enumerate(pictures, 1):
             if split is None or picture.get("split") == split:
                 name = os.path.join(picture.get("filepath", ""), picture["filename"])
                 texts = [sentence["raw"] for sentence in picture["sentences"]]
@@ -371,7 +398,7 @@ def load_data(source, **options) -> MultimodalDataset:
             else from_hub(source, **options)
         )
     text, path = os.fspath(source), Path(source).expanduser()
-    if text.startswith("pipe:") or ".tar" in text:
+    if text.startswith("pipe:") or re.search(r"\.(tar|tgz)\b", text):
         return from_shards(text, **options)
     if path.is_file():
         return from_table(path, **options)
@@ -384,7 +411,7 @@ def load_data(source, **options) -> MultimodalDataset:
         return from_shards(path, **options)
     if names & {"state.json", "dataset_dict.json"} or any(n.endswith(".parquet") for n in names):
         return from_hub(path, **options)
-    pictures = _pictures_under(path)
-    if pictures and not any(name.endswith(".txt") for name in names):
+    pictures = [os.path.splitext(path / name)[0] for name in _pictures_under(path)]
+    if pictures and not any(os.path.isfile(f"{picture}.txt") for picture in pictures):
         return from_class_folders(path, **options)
     return from_folder(path, **options)

@@ -35,8 +35,9 @@ def find_encoding(path: str | os.PathLike, encoding: str | None = None) -> str:
     """
     if encoding is not None:
         try:
+            "".encode(encoding)  # LookupError for what codecs knows but is no text, too: "rot13"
             return codecs.lookup(encoding).name
-        except LookupError:
+        except (LookupError, ValueError):
             raise ValueError(
                 f"encoding={encoding!r} is not known; try 'utf-8', 'cp1252' or 'latin-1'"
             ) from None
@@ -45,6 +46,8 @@ def find_encoding(path: str | os.PathLike, encoding: str | None = None) -> str:
     for mark, name in _MARKS.items():
         if head.startswith(mark):
             return name
+    if head.startswith(b"PK\x03\x04"):
+        raise ValueError(f"{path} is a zip archive (a spreadsheet, perhaps); save it as CSV")
     if head[1::2].count(0) > len(head) // 4 or head[::2].count(0) > len(head) // 4:
         little = head[1::2].count(0) > head[::2].count(0)
         raise ValueError(
@@ -61,7 +64,8 @@ def _lines(path: str | os.PathLike, encoding: str) -> Iterator[str]:
         try:
             for line in file:
                 number += 1
-                yield line
+                # with encoding="utf-8" given, a byte order mark is not taken off by itself
+                yield line.removeprefix("\ufeff") if number == 1 else line
         except UnicodeError as error:
             number = _undecodable(path, encoding) or number + 1
             raise ValueError(
@@ -83,10 +87,10 @@ def _undecodable(path: str | os.PathLike, encoding: str) -> int:
     return 0
 
 
-def read_lines(path: str | os.PathLike, encoding: str | None = None) -> list[str]:
-    """The lines of a small text file that are not blank; ValueError where it is no text."""
+def read_lines(path: str | os.PathLike, encoding: str | None = None, blank=False) -> list[str]:
+    """The lines of a small text file, without blank ones; ValueError where it is no text."""
     lines = [line.strip() for line in _lines(path, find_encoding(path, encoding))]
-    return [line for line in lines if line]
+    return [line for line in lines if line or blank]
 
 
 # ---- CSV and TSV ---------------------------------------------------------------------------------
@@ -106,23 +110,39 @@ def read_csv(
     or fewer fields than the header, or with broken quotes, is refused.
     """
     found = find_encoding(path, encoding)
-    separator = separator or _separator(path, found, quotes)
+    separator = _separator(path, found, quotes) if separator is None else separator
+    if len(separator) != 1 or separator in '"\r\n':
+        raise ValueError(f"{path}: separator={separator!r} is not one character between fields")
     lines = _lines(path, found)
     first = next(lines, "")
     skipped = first.lower().startswith("sep=")  # what spreadsheets write for each other
     reader = _reader(lines if skipped else itertools.chain([first], lines), separator, quotes)
-    columns = [name.strip() for name in next(reader, [])]
+    before, why = int(skipped), ""
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        _check_quotes(path, error, 1 + before, reader.line_num + before)
+        columns, why = [], str(error)
     twice = {name for name in columns if columns.count(name) > 1}
     if not columns or twice:
-        why = f"column {min(twice)!r} stands there twice" if twice else "it is empty"
+        why = f"column {min(twice)!r} stands there twice" if twice else why or "it is empty"
         raise ValueError(f"{path} has no usable first line: {why}; it must name the columns")
-    return columns, _csv_rows(path, reader, columns, int(skipped))
+    return columns, _csv_rows(path, reader, columns, before)
 
 
 def _reader(lines: Iterable[str], separator: str, quotes: bool):
     if quotes:
         return csv.reader(lines, delimiter=separator, strict=True)
     return csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_NONE)
+
+
+def _check_quotes(path, error: csv.Error, line: int, last: int) -> None:
+    """Raise where an open quote has eaten the table from this line on, to the end or too far."""
+    if "end of data" in str(error) or ("limit" in str(error) and last > line):
+        raise ValueError(
+            f"{path}: a double quote in line {line} is never closed; mend it, or give "
+            "quotes=False where quotes are only letters"
+        ) from None
 
 
 def _csv_rows(path, reader, columns: list[str], before: int) -> Iterator[Row]:
@@ -133,12 +153,12 @@ def _csv_rows(path, reader, columns: list[str], before: int) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            if "end of data" in str(error) or "field limit" in str(error):
-                raise ValueError(
-                    f"{path}: a double quote in line {line} is never closed; mend it, or give "
-                    "quotes=False where quotes are only letters"
-                ) from None
-            yield line, Refused("broken quotes", f"{path}, line {line}: {error}; or quotes=False")
+            last = reader.line_num + before
+            _check_quotes(path, error, line, last)
+            lines = f"line {line}" if line == last else f"lines {line} to {last}"
+            kind = "too long" if "limit" in str(error) else "broken quotes"
+            why = f"{path}, {lines}: {error}; give quotes=False where quotes are only letters"
+            yield line, Refused(kind, why)
             continue
         if len(fields) == len(columns):
             yield line, dict(zip(columns, fields, strict=True))
@@ -156,19 +176,20 @@ def _csv_rows(path, reader, columns: list[str], before: int) -> Iterator[Row]:
 def _separator(path, encoding: str, quotes: bool) -> str:
     """The one that cuts the header and the next lines into equally many fields, two at least."""
     lines = list(itertools.islice(_lines(path, encoding), 50))
-    if lines and lines[0].lower().startswith("sep="):
-        return lines[0][4:5]
-    best, most = "", (0.0, 0)
+    if not lines:
+        return ","
+    if lines[0].lower().startswith("sep="):
+        return lines[0].rstrip("\r\n")[4:5]
+    best, most, any_row = "", (0.0, 0), False
     for separator in SEPARATORS:
-        try:
-            rows = [row for row in _reader(lines, separator, quotes) if row]
-        except csv.Error:
-            rows = [row for row in csv.reader(lines, delimiter=separator) if row]
-        width = len(rows[0]) if rows else 0
+        rows = _some_rows(lines, separator, quotes)
+        width, any_row = len(rows[0]) if rows else 0, any_row or bool(rows)
         if width >= 2:
             alike = sum(len(row) == width for row in rows) / len(rows)
             tab_file = separator == "\t" and str(path).endswith((".tsv", ".tab"))
             most, best = max((most, best), ((alike + tab_file, width), separator))
+    if not any_row:
+        return ","  # nothing can be read: whoever reads it says why
     if not best:
         known = ", ".join(SEPARATORS.values())
         raise ValueError(
@@ -176,6 +197,18 @@ def _separator(path, encoding: str, quotes: bool) -> str:
             "picture and one for the text; give separator=…"
         )
     return best
+
+
+def _some_rows(lines: list[str], separator: str, quotes: bool) -> list[list[str]]:
+    """The rows that can be read; of broken quotes it is not the place to complain."""
+    rows, reader = [], _reader(lines, separator, quotes)
+    while True:
+        try:
+            rows.append(next(reader))
+        except StopIteration:
+            return [row for row in rows if row]
+        except csv.Error:
+            continue
 
 
 # ---- JSON lines ----------------------------------------------------------------------------------

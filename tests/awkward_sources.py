@@ -1,0 +1,209 @@
+"""Awkward parquet files, data sets of `datasets`, and folders."""
+
+import os
+from pathlib import Path
+
+from PIL import Image
+
+import mmkit as mm
+from tests.awkward import RED, Case, Maker, captions, one_colour, shows, source
+
+# ---- parquet, the hub ----------------------------------------------------------------------------
+
+
+def parquet(columns: dict, name: str = "pairs.parquet", **how) -> Maker:
+    """A parquet file; values "a.png" and so on in `columns` are paths beside it."""
+
+    def prepare(folder: Path):
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table(columns), folder / name)
+        return lambda **options: mm.from_table(folder / name, **how, **options)
+
+    return source(prepare)
+
+
+def hub(make_set, **how) -> Maker:
+    """A data set object, made of `datasets` and the folder."""
+
+    def prepare(folder: Path):
+        import datasets
+
+        made = make_set(datasets, folder)
+        return lambda **options: mm.from_hub(made, root=folder, **how, **options)
+
+    return source(prepare)
+
+
+def pairs(datasets, folder: Path, **more):
+    return datasets.Dataset.from_dict({"image": ["a.png", "b.png"], "text": ["one", "two"], **more})
+
+
+def splits(datasets, folder):
+    return datasets.DatasetDict(train=pairs(datasets, folder))
+
+
+def decoded(datasets, folder):
+    """Pictures as PIL images, in tensors' format."""
+    files = [str(folder / "a.png"), Image.new("RGB", (9, 9), RED)]
+    kinds = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
+    made = datasets.Dataset.from_dict({"image": files, "text": ["one", "two"]}, features=kinds)
+    return made.with_format("numpy")
+
+
+def saved(make_set, name: str = "saved", **how) -> Maker:
+    def prepare(folder: Path):
+        import datasets
+
+        make_set(datasets, folder).save_to_disk(folder / name)
+        return lambda **options: mm.load_data(folder / name, **how, **options)
+
+    return source(prepare)
+
+
+PNG = one_colour("PNG")
+TWO = {"image": ["a.png", "b.png"], "text": ["one", "two"]}
+
+# fmt: off
+HUB = [
+    Case("parquet with paths", parquet(TWO), "load", check=captions("one", "two")),
+    Case("parquet with bytes", parquet(TWO | {"image": [PNG, PNG]}), "load", check=shows(RED)),
+    Case("parquet with bytes and paths in one",
+         parquet(TWO | {"image": [{"bytes": None, "path": "a.png"}, {"bytes": PNG, "path": "x"}]}),
+         "load", check=shows(RED)),
+    Case("parquet with lists of captions", parquet(TWO | {"text": [["one"], ["two", "three"]]}),
+         "load", check=captions("one", ["two", "three"])),
+    Case("parquet with a picture that is null", parquet(TWO | {"image": ["a.png", None]}), "skip",
+         "row 1.* is empty"),
+    Case("parquet with a caption that is null", parquet(TWO | {"text": ["one", None]}), "skip",
+         "row 1 is empty or not a string: .*None"),
+    Case("parquet with numbers for pictures", parquet(TWO | {"image": [1, 2]}), "reject",
+         "holds int, not a picture"),
+    Case("parquet with bytes of something else", parquet(TWO | {"image": [PNG, b"<html>"]}), "skip",
+         "image of row 1 .*it is a web page"),
+    Case("parquet with a path that leaves", parquet(TWO | {"image": ["a.png", "/etc/hostname"]}),
+         "skip", "leads to /etc/hostname, outside"),
+    Case("parquet without rows", parquet({"image": [], "text": []}), "reject",
+         "no row was found|cannot be read as a data set"),
+    Case("parquet, cut off",
+         source(lambda f: cut_off(parquet(TWO)(f), f / "pairs.parquet")), "reject",
+         "pairs.parquet cannot be read as a data set"),
+    Case("parquet with a column misspelt", parquet(TWO, text="texts"), "reject",
+         "no column 'texts'; did you mean 'text'"),
+    Case("a data set of pictures", hub(decoded), "load", check=shows(RED)),
+    Case("a data set with splits", hub(splits), "reject", "has splits train; give split='…'"),
+    Case("a data set with splits, one given", hub(splits, split="train"), "load",
+         check=captions("one", "two")),
+    Case("a split that is not there", hub(splits, split="trian"), "reject",
+         "no split 'trian'; did you mean 'train'"),
+    Case("a stream", hub(lambda *a: pairs(*a).to_iterable_dataset()), "reject",
+         r"is a stream; give a data set with a length \(streaming=False\)"),
+    Case("no data set", hub(lambda *a: 7), "reject", "is int, not a data set"),
+    Case("a data set with an odd column", hub(pairs, text="words"), "reject", "no column 'words'"),
+    Case("a saved data set", saved(lambda d, f: decoded(d, f).with_format(None)), "load",
+         check=shows(RED)),
+    Case("a saved data set with splits", saved(splits), "reject", "has splits train"),
+    Case("a saved split that is not there", saved(splits, split="x"), "reject", "no split 'x'"),
+    Case("a saved data set that is cut off",
+         source(lambda f: cut_off(saved(pairs)(f), *(f / "saved").glob("*.arrow"))), "reject",
+         "saved cannot be read as a data set"),
+]
+# fmt: on
+
+
+def cut_off(load, *paths: Path):
+    """The same, its files half as long."""
+    for path in paths:
+        os.truncate(path, path.stat().st_size // 2)
+    return load
+
+
+# ---- folders -------------------------------------------------------------------------------------
+
+
+def tree(files: dict[str, object], way="from_folder", **how) -> Maker:
+    """A folder with these files: "A" is the plain red picture; a str is written as UTF-8."""
+
+    def make(folder: Path):
+        for name, content in files.items():
+            path = folder / "in" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = content.encode() if isinstance(content, str) else content
+            path.write_bytes(content)
+        return lambda **options: getattr(mm, way)(folder / "in", **how, **options)
+
+    return make
+
+
+def words_that_leave(folder: Path):
+    load = tree({"a.png": PNG, "a.txt": "one", "b.png": PNG})(folder)
+    (folder / "b.txt").write_text("secret")
+    (folder / "in/b.txt").symlink_to("../b.txt")
+    return load
+
+
+def words_in_a_pipe(folder: Path):
+    load = tree({"a.png": PNG, "a.txt": "one", "b.png": PNG})(folder)
+    os.mkfifo(folder / "in/b.txt")
+    return load
+
+
+def name_of_no_letters(folder: Path):
+    """A file that an old system named in another encoding."""
+    load = tree({"a.png": PNG, "a.txt": "one"})(folder)
+    for end, content in ((b".png", PNG), (b".txt", b"two")):
+        Path(os.fsdecode(os.fsencode(folder / "in/gr") + b"\xfcn" + end)).write_bytes(content)
+    return load
+
+
+A = {"a.png": PNG, "a.txt": "one"}
+CLASSES = {"cat/1.png": PNG, "guide_dog/1.png": one_colour("PNG", colour=0)}
+
+# fmt: off
+FOLDERS = [
+    Case("lines of a .txt", tree(A | {"a.txt": "\ufeffone\r\n\r\ntwo\n"}), "load",
+         check=captions(["one", "two"])),
+    Case("hidden files, other files, .txt of no picture",
+         tree(A | {"._a.png": b"x", ".git/b.png": b"x", "notes.md": "x", "b.txt": "x"}), "load",
+         check=captions("one")),
+    Case("an ending in capitals", tree({"A.PNG": PNG, "A.txt": "one"}), "load",
+         check=captions("one")),
+    Case("no .txt", tree(A | {"b.png": PNG}), "skip", "b.png has no b.txt beside it"),
+    Case("an empty .txt", tree(A | {"b.png": PNG, "b.txt": " \n"}), "skip", "picture 2 is empty"),
+    Case("a .txt of other letters", tree(A | {"b.png": PNG, "b.txt": b"gr\xfcn"}), "skip",
+         "b.txt, line 1: this is not utf-8"),
+    Case("a .txt that is a link and leaves", words_that_leave, "skip", "b.txt, outside"),
+    Case("a .txt that is a pipe", words_in_a_pipe, "skip", "b.txt is not a file"),
+    Case("a name in another encoding", name_of_no_letters, "load", check=captions("one", "two")),
+    Case("an empty folder", tree({"notes.md": "x"}), "reject", "no row was found"),
+    Case("a folder that is a file",
+         source(lambda f: lambda **options: mm.from_folder(f / "a.png", **options)), "reject",
+         "a.png is not a folder; for a table take from_table"),
+    Case("a folder that is not there",
+         source(lambda f: lambda **options: mm.load_data(f / "gone", **options)), "reject",
+         "gone does not exist"),
+    Case("a table that is a folder",
+         source(lambda f: lambda **options: mm.from_table(f, **options)), "reject",
+         "is not a file; .*load_data"),
+    Case("a table that is a pipe",
+         source(lambda f: (os.mkfifo(f / "p.csv"),
+                           lambda **options: mm.from_table(f / "p.csv", **options))[1]),
+         "reject", "p.csv is not a file"),
+    Case("folders of classes", tree(CLASSES, "from_class_folders"), "load",
+         check=captions("a photo of a cat", "a photo of a guide dog")),
+    Case("folders of classes, and a text about them",
+         tree(CLASSES | {"README.txt": "x"}, "load_data"), "load",
+         check=captions("a photo of a cat", "a photo of a guide dog")),
+    Case("a folder called .tar-something",
+         tree({"my.targets/a.png": PNG, "my.targets/a.txt": "one"}, "load_data"), "load",
+         check=captions("one")),
+    Case("a picture in no class", tree(CLASSES | {"x.png": PNG}, "from_class_folders"), "skip",
+         "x.png: it lies beside the folders of the classes", loaded=2),
+    Case("a class with nothing in it",
+         tree(CLASSES | {"eel/notes.md": "x"}, "from_class_folders"), "load",
+         check=captions("a photo of a cat", "a photo of a guide dog")),
+    Case("a template without {}", tree(CLASSES, "from_class_folders", templates="a photo"),
+         "reject", "each needs {} for the name of the class"),
+]
+# fmt: on

@@ -1,0 +1,287 @@
+"""What is cached is decoded once, never wrong, never half, and within its bounds."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+import mmkit as mm
+from mmkit import data as data_module
+from mmkit import picture_cache
+from tests.test_sources import (
+    NAMES,
+    OPTIONS,
+    SIDE,
+    TEXTS,
+    by_hand,
+    folder,
+    lists,
+    parquet,
+    pictures,
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MMKIT_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Seven pictures of different sizes."""
+    return pictures(tmp_path / "pictures")
+
+
+@pytest.fixture
+def decodes(monkeypatch):
+    """Names of the pictures that this process has decoded."""
+    names, read = [], data_module.read_picture
+
+    def counted(*args, **options):
+        names.append(options["name"])
+        return read(*args, **options)
+
+    monkeypatch.setattr(data_module, "read_picture", counted)
+    return names
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(picture_cache, "CHUNK_BYTES", 2 * 3 * SIDE * SIDE)  # 2, 2, 2, 1 pictures
+
+
+def files_of(cache):
+    return sorted(path.name for path in (cache / "pictures").iterdir() if path.suffix != ".lock")
+
+
+def test_a_picture_is_decoded_once_wherever_it_lies(root, decodes):
+    lists(root, **OPTIONS).cached()
+    assert len(decodes) == 7
+    folder(root, **OPTIONS).cached()
+    parquet(lambda path, name: path.read_bytes())(root, **OPTIONS).cached()
+    moved = shutil.move(root, root.parent / "moved")
+    data = folder(moved, **OPTIONS).cached()
+    assert len(decodes) == 7
+    assert torch.equal(data.batch(range(7)).pixel_values, by_hand(moved))
+    folder(moved, **OPTIONS | dict(image_size=SIDE + 1)).cached()  # another size is another thing
+    assert len(decodes) == 14
+
+
+def test_a_changed_picture_is_noticed(root, decodes, monkeypatch):
+    """Even one of the same length and time of writing, as cp -p and rsync leave it."""
+    later = time.time_ns() + 10**10  # long after all was written: hashes are remembered
+    monkeypatch.setattr(picture_cache.time, "time_ns", lambda: later)
+    hashed, content_hash = [], picture_cache.content_hash
+    monkeypatch.setattr(
+        picture_cache, "content_hash", lambda *args: hashed.append(args) or content_hash(*args)
+    )
+    for name in NAMES:
+        Image.open(root / name).save(root / f"{name}.bmp")
+    paths = [root / f"{name}.bmp" for name in NAMES]
+    make = lambda: mm.from_lists(paths, TEXTS, **OPTIONS).cached()  # noqa: E731
+    make(), make()
+    assert len(decodes) == len(hashed) == 7
+    facts, content = paths[2].stat(), bytearray(paths[2].read_bytes())
+    content[60:] = bytes(255 - value for value in content[60:])
+    paths[2].write_bytes(content)
+    os.utime(paths[2], ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert paths[2].stat().st_size == facts.st_size
+    seen = make().batch([2]).pixel_values[0]
+    expected = ImageOps.fit(Image.open(paths[2]), (SIDE, SIDE), 3)
+    assert torch.equal(seen, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+    assert len(hashed) == 8
+
+
+def test_a_fill_that_stops_leaves_nothing_half(root, cache, small_chunks, decodes, monkeypatch):
+    data, decode = lists(root, **OPTIONS), mm.MultimodalDataset._decode
+
+    def stop(self, row, noise=None):
+        if row == 3:
+            raise KeyboardInterrupt
+        return decode(self, row, noise)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mm.MultimodalDataset, "_decode", stop)
+        with pytest.raises(KeyboardInterrupt):
+            data.cached()
+    assert len(files_of(cache)) == 2 and len(decodes) == 3  # one chunk and its list of failures
+    del decodes[:]
+    assert torch.equal(data.cached().batch(range(7)).pixel_values, by_hand(root))
+    assert len(decodes) == 5 and len(files_of(cache)) == 8
+
+
+def test_a_fill_that_is_killed_leaves_nothing_half(root, cache, small_chunks):
+    """SIGKILL when the third file is written but has no name yet."""
+
+    def fill():
+        torch.set_num_threads(1)
+        replace, count = os.replace, [0]
+
+        def killed(*names):
+            count[0] += 1
+            if count[0] == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*names)
+
+        picture_cache.os.replace = killed
+        lists(root, **OPTIONS).cached()
+
+    process = multiprocessing.get_context("fork").Process(target=fill)
+    process.start()
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL
+    assert [name.endswith((".npy", ".json")) for name in files_of(cache)].count(True) == 3
+    data = lists(root, **OPTIONS).cached()
+    assert torch.equal(data.batch(range(7)).pixel_values, by_hand(root))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+def test_a_file_of_the_cache_that_is_cut_off_is_made_anew(root, cache, small_chunks, suffix):
+    lists(root, **OPTIONS).cached()
+    path = min((cache / "pictures").glob(f"*{suffix}"))
+    os.truncate(path, path.stat().st_size // 2)
+    data = lists(root, **OPTIONS).cached()
+    assert torch.equal(data.batch(range(7)).pixel_values, by_hand(root))
+
+
+def test_two_processes_decode_once(root, cache, small_chunks):
+    read, log = data_module.read_picture, root / "log"
+
+    def slow(*args, **options):
+        time.sleep(0.03)
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()} {options['name']}\n")
+        return read(*args, **options)
+
+    def fill():
+        torch.set_num_threads(1)
+        data_module.read_picture = slow
+        data = lists(root, **OPTIONS).cached()
+        assert torch.equal(data.batch(range(7)).pixel_values, by_hand(root))
+
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=fill) for _ in range(2)]
+    [process.start() for process in both]
+    [process.join(30) for process in both]
+    assert [process.exitcode for process in both] == [0, 0]
+    assert len(log.read_text().splitlines()) == 7
+
+
+def test_a_picture_that_could_not_be_decoded_once_is_tried_again(root, monkeypatch):
+    """A disk that failed for a moment is remembered neither as a black picture nor as a bad one."""
+    read, failing = data_module.read_picture, [NAMES[4]]
+
+    def sometimes(*args, **options):
+        if failing and options["name"].endswith(failing[0]):
+            failing.pop()
+            raise OSError(5, "Input/output error")
+        return read(*args, **options)
+
+    monkeypatch.setattr(data_module, "read_picture", sometimes)
+    options = OPTIONS | dict(on_error="skip", max_skipped=1.0)
+    first = lists(root, **options)
+    assert first.report.skipped == {"damaged": 1} and len(first) == 6
+    assert "load the data once more" in first.report.examples["damaged"][0]
+    again = lists(root, **options)
+    assert not again.report.skipped
+    assert torch.equal(again.batch(range(7)).pixel_values, by_hand(root))
+    failing.append(NAMES[4])
+    data = lists(root, **OPTIONS | dict(cache_dir=root / "other"))
+    with pytest.raises(RuntimeError, match="could not be decoded before; try again"):
+        data.cached()
+    assert torch.equal(data.cached().batch(range(7)).pixel_values, by_hand(root))
+
+
+def test_a_bad_picture_in_the_cache_is_left_out_each_time(root, decodes):
+    (root / NAMES[1]).write_bytes(b"<html>")
+    (root / NAMES[5]).write_bytes((root / NAMES[5]).read_bytes()[:-40])
+    options = OPTIONS | dict(on_error="skip", max_skipped=1.0)
+    for _ in range(2):
+        data = lists(root, **options)
+        assert data.report.skipped == {"not a picture": 1, "truncated": 1}
+        good = [0, 2, 3, 4, 6]
+        assert data.resident and data.texts == [TEXTS[i] for i in good]
+        (root / NAMES[1]).unlink()  # what is gone is another reason
+        (root / NAMES[1]).write_bytes(b"<html>")
+        expected = [ImageOps.fit(Image.open(root / NAMES[i]), (SIDE, SIDE), 3) for i in good]
+        expected = torch.from_numpy(np.stack(expected)).permute(0, 3, 1, 2)
+        assert torch.equal(data.batch(range(5)).pixel_values, expected)
+
+
+def test_a_cache_has_its_bound(root, cache):
+    bound = 7 * 3 * SIDE * SIDE / 1e9
+    data = lists(root, **OPTIONS | dict(cache_gigabytes=0.9 * bound))
+    assert "decoded anew in each epoch" in data.prepare() and not data.resident
+    with pytest.raises(ValueError, match=r"cannot be cached: .* is more than cache_gigabytes"):
+        data.cached(max_gigabytes=0.9 * bound)
+    assert not (cache / "pictures").exists()
+    none = lists(root, **OPTIONS | dict(cache_gigabytes=0))
+    assert none.prepare() == "" and not none.resident
+    data = lists(root, **OPTIONS | dict(cache_gigabytes=1.1 * bound))
+    assert "7 pictures decoded once" in data.prepare() and data.resident
+
+
+@pytest.mark.parametrize("damage", ["other", "cut", "folder"])
+def test_remembered_hashes_that_are_damaged_are_forgotten(root, cache, damage, decodes):
+    path = cache / "content.sqlite"
+    lists(root, **OPTIONS).cached()
+    if damage == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_bytes(b"nothing" * 999 if damage == "other" else path.read_bytes()[:3000])
+    data = lists(root, **OPTIONS).cached()
+    assert len(decodes) == 7
+    assert torch.equal(data.batch(range(7)).pixel_values, by_hand(root))
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_done_without(root, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    options = OPTIONS | dict(cache_dir=tmp_path / "file/cache")
+    data = lists(root, **options)
+    assert "the cache cannot write" in data.prepare() and not data.resident
+    assert torch.equal(data.batch(range(7)).pixel_values, by_hand(root))
+    with pytest.raises(ValueError, match=r"cannot be cached: the cache cannot write .*file/cache"):
+        data.cached()
+    assert lists(root, **options | dict(on_error="skip")).report.loaded == 7
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    data = lists(root, **OPTIONS | dict(cache_dir=tmp_path / "full"))
+    monkeypatch.setattr(picture_cache.os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device\); give cache_dir=.* or cache_gi"):
+        data.prepare()
+    assert not list((tmp_path / "full/pictures").glob("*.tmp"))
+    assert not list((tmp_path / "full/pictures").glob(".*"))
+
+
+def resident(path) -> int:
+    """Bytes of a mapped file that are in this process's memory."""
+    found, mine = 0, False
+    for line in open("/proc/self/smaps"):
+        if "-" in line.split()[0]:
+            mine = line.rstrip().endswith(str(path))
+        elif mine and line.startswith("Rss:"):
+            found += 1024 * int(line.split()[1])
+    return found
+
+
+def test_memory_of_mapped_pictures_is_let_go(root, cache, monkeypatch):
+    side = 400  # 3.4 MB of decoded pictures
+    data = lists(root, **OPTIONS | dict(image_size=side)).cached()
+    (path,) = (cache / "pictures").glob("*.npy")
+    data.batch(range(7))
+    assert resident(path) > 7 * 3 * side * side * 0.9
+    monkeypatch.setattr(picture_cache, "RESIDENT_BYTES", 3 * side * side)
+    before = data.batch(range(7)).pixel_values
+    assert resident(path) < 3 * side * side
+    assert torch.equal(data.batch(range(7)).pixel_values, before)
