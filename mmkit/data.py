@@ -29,7 +29,7 @@ from .masks import mask_noise
 from .picture_cache import content_hashes, decode_once, room_for
 from .picture_files import Files, PictureStore, Refused
 from .pictures import Reading, as_png, read_picture, square
-from .tokenizer import encode_texts, special_ids, train_wordpiece
+from .tokenizer import encode_texts, piece_counts, special_ids, train_wordpiece
 
 
 @dataclass
@@ -215,12 +215,12 @@ class MultimodalDataset:
             self._tokenizer, self.max_length, self._encoded = tokenizer, max_length, None
 
     def encoded_captions(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All captions: ids (M, L), length (M,), first row of each picture (N,), number (N,)."""
+        """All captions: ids (M, L) int32, length (M,); of pictures (N,) the first and how many."""
         if self._encoded is None:
             flat = [c for captions in self.texts for c in captions]
             input_ids, valid = encode_texts(self.tokenizer, flat, self.max_length)
             counts = torch.tensor([len(c) for c in self.texts])
-            self._encoded = (input_ids, valid.sum(1), counts.cumsum(0) - counts, counts)
+            self._encoded = (input_ids.int(), valid.sum(1), counts.cumsum(0) - counts, counts)
         return self._encoded
 
     def piece_frequency(self) -> Tensor:
@@ -427,7 +427,12 @@ class MultimodalDataset:
         length = lengths[which]
         longest = int(length.max())
         valid = torch.arange(longest) < length[:, None]
-        ids = (input_ids[which, :longest], valid, self.sample_ids[rows], self.group_ids[rows])
+        ids = (
+            input_ids[which, :longest].long(),
+            valid,
+            self.sample_ids[rows],
+            self.group_ids[rows],
+        )
         return Batch(pixels, *(x.to(pixels.device) for x in ids))
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -452,8 +457,9 @@ class MultimodalDataset:
         _, lengths, _, _ = self.encoded_captions()
         full = (lengths == self.max_length).nonzero()[:, 0].tolist()
         flat = [c for captions in self.texts for c in captions]
-        encoded = self.tokenizer([flat[i] for i in full])["input_ids"] if full else []
-        return sum(len(ids) > self.max_length for ids in encoded)
+        return sum(
+            n > self.max_length for n in piece_counts(self.tokenizer, [flat[i] for i in full])
+        )
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> "MultimodalDataset":
         """The dataset of these rows: same ids, same groups, same tokenizer, nothing copied."""

@@ -12,7 +12,7 @@ from .data import MultimodalDataset
 from .duplicates import find_duplicates
 from .report import Report, count_captions
 from .sources import load_data
-from .tokenizer import unknown_share
+from .tokenizer import piece_counts, unknown_share
 
 BLANK = 2.0  # of 255: pictures whose standard deviation is below it are of nearly one colour
 
@@ -38,7 +38,7 @@ def inspect(
         data = load_data(source, **options)
     report = dataclasses.replace(data.report) if data.report else _of_decoded(data)
     flat = [caption for captions in data.texts for caption in captions]
-    report.caption_pieces = [len(ids) for ids in data.tokenizer(flat)["input_ids"]]
+    report.caption_pieces = piece_counts(data.tokenizer, flat)
     report.max_length, report.unknown = max_length, unknown_share(data.tokenizer, flat)
     report.blank = _blank(data)
     if near:

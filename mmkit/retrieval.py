@@ -142,7 +142,7 @@ def of_captions(
         rows = captions[part]
         longest = int(lengths[rows].max())
         valid = torch.arange(longest) < lengths[rows, None]
-        ids, owner = input_ids[rows, :longest], picture[rows]
+        ids, owner = input_ids[rows, :longest].long(), picture[rows]
         # No pixels are needed here: the ids stand in for them.
         batch = Batch(ids, ids, valid, dataset.sample_ids[owner], owner).to(device)
         with at_rest(model), autocast:

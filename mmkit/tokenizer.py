@@ -8,10 +8,11 @@ Shapes: B batch, L text length. `valid` is True for a REAL token. Walk-through:
 notebooks/01_data.ipynb.
 """
 
+import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -113,9 +114,30 @@ def encode_texts(tokenizer, texts: Sequence[str], max_length: int) -> tuple[Tens
     kept. Raises ValueError for a tokenizer that cannot pad.
     """
     check_padding(tokenizer)
-    options = dict(padding=True, padding_side="right", truncation=True, max_length=max_length)
-    encoded = tokenizer(list(texts), return_tensors="pt", **options)
-    return encoded["input_ids"].long(), encoded["attention_mask"].bool()
+    options: dict = dict(padding=True, padding_side="right", truncation=True, max_length=max_length)
+    ids, lengths = [], []
+    for block in _blocks(texts):
+        encoded = tokenizer(block, return_tensors="pt", **options)
+        ids.append(encoded["input_ids"].long())
+        lengths.append(encoded["attention_mask"].sum(1))
+    longest = max(part.shape[1] for part in ids)
+    padded = [
+        torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=tokenizer.pad_token_id)
+        for part in ids
+    ]
+    return torch.cat(padded), torch.arange(longest) < torch.cat(lengths)[:, None]
+
+
+def _blocks(texts: Sequence[str]) -> Iterator[list[str]]:
+    """All texts, so many at a time as a tokenizer may hold: it takes 8 KB of memory for each."""
+    for start in range(0, len(texts), 8192):
+        yield list(texts[start : start + 8192])
+
+
+def piece_counts(tokenizer, texts: Sequence[str]) -> list[int]:
+    """How many word pieces each text has, both ends included, nothing cut."""
+    options: dict = dict(truncation=False, padding=False, verbose=False)
+    return [len(x) for part in _blocks(texts) for x in tokenizer(part, **options)["input_ids"]]
 
 
 def check_padding(tokenizer) -> None:
@@ -141,10 +163,10 @@ def unknown_share(tokenizer, texts: Sequence[str]) -> float:
         name = type(tokenizer).__name__
         raise ValueError(f"{name} does not say where its pieces stand; use its fast version")
     options = dict(add_special_tokens=False, truncation=False, padding=False, verbose=False)
-    encoded = tokenizer(list(texts), return_offsets_mapping=True, **options)
     unknown, lost, total = _unknown_ids(tokenizer), 0, 0
-    each = zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    for text, ids, places in each:
+    parts = ((b, tokenizer(b, return_offsets_mapping=True, **options)) for b in _blocks(texts))
+    each = (zip(b, e["input_ids"], e["offset_mapping"], strict=True) for b, e in parts)
+    for text, ids, places in itertools.chain.from_iterable(each):
         read: set[int] = set()  # places in the text
         unread: set[int] = set()  # SentencePiece's mark of a word stands on its first letter, too
         for number, place in zip(ids, places, strict=True):

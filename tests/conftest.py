@@ -17,6 +17,17 @@ def captions(count: int) -> list[str]:
     return texts
 
 
+def centre_square(picture, side: int) -> torch.Tensor:
+    """(3, side, side) uint8: the centre of a PIL picture, resized by torchvision."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.v2 import functional as F
+
+    short = min(picture.size)
+    left, top = ((length - short) // 2 for length in picture.size)
+    pixels = F.pil_to_tensor(picture.crop((left, top, left + short, top + short)))
+    return F.resize(pixels, [side, side], InterpolationMode.BICUBIC, antialias=True)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return train_wordpiece(captions(64))

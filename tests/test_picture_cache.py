@@ -6,14 +6,14 @@ import shutil
 import signal
 import time
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 import mmkit as mm
 from mmkit import data as data_module
 from mmkit import picture_cache
+from tests.conftest import centre_square
 from tests.test_sources import (
     NAMES,
     OPTIONS,
@@ -95,8 +95,7 @@ def test_a_changed_picture_is_noticed(root, decodes, monkeypatch):
     os.utime(paths[2], ns=(facts.st_atime_ns, facts.st_mtime_ns))
     assert paths[2].stat().st_size == facts.st_size
     seen = make().batch([2]).pixel_values[0]
-    expected = ImageOps.fit(Image.open(paths[2]), (SIDE, SIDE), 3)
-    assert torch.equal(seen, torch.from_numpy(np.array(expected)).permute(2, 0, 1))
+    assert torch.equal(seen, centre_square(Image.open(paths[2]), SIDE))
     assert len(hashed) == 8
 
 
@@ -211,9 +210,8 @@ def test_a_bad_picture_in_the_cache_is_left_out_each_time(root, decodes):
         assert data.resident and data.texts == [TEXTS[i] for i in good]
         (root / NAMES[1]).unlink()  # what is gone is another reason
         (root / NAMES[1]).write_bytes(b"<html>")
-        expected = [ImageOps.fit(Image.open(root / NAMES[i]), (SIDE, SIDE), 3) for i in good]
-        expected = torch.from_numpy(np.stack(expected)).permute(0, 3, 1, 2)
-        assert torch.equal(data.batch(range(5)).pixel_values, expected)
+        expected = [centre_square(Image.open(root / NAMES[i]), SIDE) for i in good]
+        assert torch.equal(data.batch(range(5)).pixel_values, torch.stack(expected))
 
 
 def test_a_cache_has_its_bound(root, cache):

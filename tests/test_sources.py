@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 import mmkit as mm
 from mmkit.data import load_batches
 from mmkit.picture_files import Refused
-from tests.conftest import captions
+from tests.conftest import captions, centre_square
 from tests.train_small import DEFAULTS
 
 SIDE = 8
@@ -174,8 +174,7 @@ WAYS = {
 
 def by_hand(root):
     """What each way must give: (7, 3, 8, 8) uint8."""
-    seen = [ImageOps.fit(Image.open(root / name), (SIDE, SIDE), 3) for name in NAMES]
-    return torch.from_numpy(np.stack(seen)).permute(0, 3, 1, 2)
+    return torch.stack([centre_square(Image.open(root / name), SIDE) for name in NAMES])
 
 
 ROWS, NOISE = torch.tensor([3, 0, 6, 2, 5]), torch.tensor([0.9, 0.1, 0.6, 0.7, 0.2])
