@@ -180,16 +180,16 @@ def _separator(path, encoding: str, quotes: bool) -> str:
         return ","
     if lines[0].lower().startswith("sep="):
         return lines[0].rstrip("\r\n")[4:5]
-    best, most, any_row = "", (0.0, 0), False
+    best, most, unreadable = "", (0.0, 0), ""
     for separator in SEPARATORS:
         rows = _some_rows(lines, separator, quotes)
-        width, any_row = len(rows[0]) if rows else 0, any_row or bool(rows)
+        width, unreadable = len(rows[0]) if rows else 0, unreadable or separator * (not rows)
         if width >= 2:
             alike = sum(len(row) == width for row in rows) / len(rows)
             tab_file = separator == "\t" and str(path).endswith((".tsv", ".tab"))
             most, best = max((most, best), ((alike + tab_file, width), separator))
-    if not any_row:
-        return ","  # nothing can be read: whoever reads it says why
+    if not best and unreadable:
+        return unreadable  # a quote that never ends: whoever reads it says why
     if not best:
         known = ", ".join(SEPARATORS.values())
         raise ValueError(
