@@ -8,6 +8,7 @@ import contextlib
 import functools
 import io
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -149,9 +150,11 @@ def _refused(reason: str, where: str, why: str) -> Refused:
 
 @functools.cache
 def _formats() -> list[str]:
-    """Those of FORMATS that the installed Pillow knows."""
+    """Those of FORMATS that the installed Pillow knows; asked for once, before the first file."""
     from PIL import Image
 
+    # `Reading.max_pixels` is the limit here; Pillow's warning would come beside our own words.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 

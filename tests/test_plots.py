@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 import mmkit as mm
 from mmkit import plots
 from mmkit.patches import patchify
+from mmkit.report import Report
 from mmkit.run import Run
 from tests.train_small import DEFAULTS
 
@@ -500,6 +501,36 @@ def test_each_term_of_the_loss_has_its_panel():
     assert labels(shown(plots.loss_terms(runs, {"loss": "sum (nats)"}), 1)[0])[1] == "sum (nats)"
     with pytest.raises(ValueError, match="no record has one of"):
         plots.loss_terms(runs, ["loss/pixels"])
+
+
+def test_a_report_at_a_glance():
+    """A bar for what was loaded and for each reason, a mark at the model's limit."""
+    report = Report("pairs.csv", rows=13, loaded=8, skipped={"missing": 3, "truncated": 2})
+    report.widths, report.heights = [200, 100, 50], [100, 100, 100]
+    report.caption_words, report.caption_pieces, report.max_length = [2, 5, 5], [4, 7, 9], 7
+    axes = shown(plots.source_report(report, "take-away"), 4)
+    assert [bar.get_width() for bar in axes[0].patches] == [2, 3, 8]  # from below
+    assert [t.get_text() for t in axes[0].get_yticklabels()] == ["truncated", "missing", "loaded"]
+    assert "red: skipped" in labels(axes[0])[0] and labels(axes[1]) == (
+        "shorter side (px)",
+        "pictures",
+    )
+    assert sum(bar.get_height() for bar in axes[1].patches) == 3
+    assert axes[2].get_xscale() == "log" and labels(axes[2])[0] == "width / height"
+    assert "1 are cut" in axes[3].texts[0].get_text()
+    assert {b.get_x() + b.get_width() / 2 for b in axes[3].patches if b.get_height()} == {4, 7, 9}
+    report.caption_pieces = []
+    bars = shown(plots.source_report(report), 4)[3].patches
+    assert [b.get_height() for b in bars if b.get_height()] == [1, 2]  # words
+
+
+def test_groups_of_pictures_stand_in_lines(emoji):
+    figure = plots.same_pictures(emoji, [[3, 4, 5], [7, 8]], "take-away", most=3)
+    axes = shown(figure, 5)
+    assert np.array_equal(axes[3].images[0].get_array(), emoji[7]["image"].permute(1, 2, 0))
+    assert axes[1].get_title().split("\n")[0] in emoji[4]["text"]
+    assert axes[1].get_title() != axes[2].get_title()
+    shown(plots.same_pictures(emoji, []), 0)  # nothing occurs twice
 
 
 def test_the_colours_are_there_for_readers():
