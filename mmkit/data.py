@@ -90,7 +90,7 @@ class MultimodalDataset:
     cache_gigabytes = 0.0  # be; 0 = none: each epoch decodes them anew
     places: Any = None  # where each row stands in its source: ("pairs.csv, line", numbers)
     _store: Any = None  # PictureStore: where the encoded pictures are
-    _pixels: Any  # (N, 3, H, W) uint8: a tensor, or a memory-mapped array; None = decode
+    _pixels: Any  # (N, 3, H, W) uint8: a tensor, an array, or cached files; None = decode
 
     def __init__(
         self,
@@ -326,7 +326,7 @@ class MultimodalDataset:
         cache_dir: str | os.PathLike | None = None,
         max_gigabytes: float = 20.0,
     ) -> "MultimodalDataset":
-        """Decode all pictures once, into memory-mapped files; returns itself.
+        """Decode all pictures once, into cached files; returns itself.
 
         The files lie in `cache_dir` (None: see `picture_cache.cache_folder`), are found again by
         the pictures' content, and are shared by all processes. Raises ValueError where that would
@@ -569,7 +569,7 @@ def load_batches(
 ) -> Iterator[Batch]:
     """Batches for `keys`, a list of (rows, caption_noise), in that order.
 
-    Pictures that must be decoded are decoded by `num_workers` processes; those of a memory-mapped
+    Pictures that must be decoded are decoded by `num_workers` processes; those of a cached
     file are collected by a thread; those in memory need neither.
     """
     if isinstance(dataset._pixels, Tensor) or (num_workers == 0 and not dataset.resident):

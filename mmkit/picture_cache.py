@@ -1,4 +1,4 @@
-"""Pictures decoded once, into memory-mapped files that all processes share.
+"""Pictures decoded once, into files that all processes share.
 
 The pictures of a data set are cut into chunks of 32 MB. A chunk's file is keyed by the content of
 its pictures (not by their names), by size and by how they are read, and gets its name only when it
@@ -10,9 +10,9 @@ Walk-through: notebooks/08_your_own_pictures.ipynb.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import sqlite3
@@ -29,8 +29,7 @@ from .cache import cache_folder, renamed, writing
 from .picture_files import PictureStore, Refused
 
 CHUNK_BYTES = 32_000_000
-RESIDENT_BYTES = 256_000_000  # of mapped pages that this process keeps before it lets them go
-FAULT_BYTES = 65_536  # that Linux maps around a page that is touched
+OPEN_CHUNKS = 128  # per data set and process; the system allows 1,024 files or so
 FREE_SHARE = 0.8  # of the disk's free room that a cache may take
 
 
@@ -111,44 +110,60 @@ def _recall(memory: sqlite3.Connection, names: list[str]) -> dict[str, tuple[str
 # ---- the decoded pictures ------------------------------------------------------------------------
 
 
+class _Chunk:
+    """An open chunk file, closed when nobody reads it any more.
+
+    Reading by offset needs no place in the file: threads and forked processes may share it.
+    """
+
+    def __init__(self, path: Path):
+        self.number = os.open(path, os.O_RDONLY)
+        with open(self.number, "rb", closefd=False) as file:
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+            self.start = file.tell()
+
+    def __del__(self):
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
 class CachedPictures:
     """uint8 (N, 3, S, S) in chunk files; `pictures[rows]` gives an array of these rows.
 
-    At most about RESIDENT_BYTES of mapped pages stay with the process, however many pictures there
-    are; the rest stays in the system's own cache, from where it comes back without a read.
+    What is read comes from the system's own cache of the files, which all processes share; a
+    process keeps nothing of it. (Mapped into memory, each touch of a picture would count up to 2 MB
+    around it as this process's own: Linux maps whole folios.)
     """
 
     def __init__(self, paths: list[Path], per_chunk: int, count: int, side: int):
         self.paths, self.per_chunk = paths, per_chunk
         self.shape = (count, 3, side, side)
         self.folder, self.nbytes = paths[0].parent, count * 3 * side * side
-        self._maps: dict[int, np.ndarray] = {}
-        self._touched = 0
+        self._start()
+
+    def _start(self) -> None:
+        self._opened = functools.lru_cache(OPEN_CHUNKS)(_Chunk)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_maps": {}}
+        return {name: value for name, value in vars(self).items() if name != "_opened"}
 
-    def _map(self, chunk: int) -> np.ndarray:
-        if chunk not in self._maps:
-            self._maps[chunk] = np.load(self.paths[chunk], mmap_mode="r")
-        return self._maps[chunk]
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._start()
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        rows = np.asarray(rows)
         out = np.empty((len(rows), *self.shape[1:]), np.uint8)
-        chunks, places = np.divmod(rows, self.per_chunk)
-        for chunk in np.unique(chunks):
-            mine = chunks == chunk
-            out[mine] = self._map(int(chunk))[places[mine]]
-        # a first touch maps the page's neighbours, too: FAULT_BYTES of them
-        self._touched += len(rows) * (out[:1].nbytes + FAULT_BYTES)
-        if self._touched > RESIDENT_BYTES:
-            self._touched = 0
-            for mapped in self._maps.values():
-                mapped._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
+        size = self.nbytes // self.shape[0]
+        for picture, row in zip(out, np.asarray(rows).tolist(), strict=True):
+            number, place = divmod(row, self.per_chunk)
+            chunk = self._opened(self.paths[number])  # ours until we are done, though evicted
+            if os.preadv(chunk.number, [picture], chunk.start + place * size) < size:
+                path = self.paths[number]
+                raise OSError(f"{path} was cut off while in use; remove it and start again")
         return out
 
 

@@ -2,9 +2,12 @@
 
 import multiprocessing
 import os
+import pickle
+import re
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -262,24 +265,33 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(root, monkeypat
     assert not list((tmp_path / "full/pictures").glob(".*"))
 
 
-def resident(path) -> int:
-    """Bytes of a mapped file that are in this process's memory."""
-    found, mine = 0, False
-    for line in open("/proc/self/smaps"):
-        if "-" in line.split()[0]:
-            mine = line.rstrip().endswith(str(path))
-        elif mine and line.startswith("Rss:"):
-            found += 1024 * int(line.split()[1])
-    return found
+def own_memory() -> int:
+    """Bytes that count as this process's: its pages and the files mapped into it."""
+    found = re.search(r"VmRSS:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found.group(1))
 
 
-def test_memory_of_mapped_pictures_is_let_go(root, cache, monkeypatch):
-    side = 400  # 3.4 MB of decoded pictures
+def test_pictures_that_are_read_do_not_stay_in_memory(root, cache):
+    side = 1600  # 54 MB of decoded pictures
     data = lists(root, **OPTIONS | dict(image_size=side)).cached()
+    data.batch([0])
+    before = own_memory()
+    pictures = [data.batch([row]).pixel_values for row in range(7)]
+    with_all = own_memory() - before
+    assert with_all > 6 * pictures[0].numel()  # these are ours
+    assert torch.equal(torch.cat(pictures), data.batch(range(7)).pixel_values)
+    del pictures
+    for row in range(7):
+        data.batch([row])
+    assert own_memory() - before < 3 * side * side * 3
+
+
+def test_a_cached_file_that_is_cut_off_while_in_use_is_said(root, cache):
+    data = lists(root, **OPTIONS).cached()
     (path,) = (cache / "pictures").glob("*.npy")
-    data.batch(range(7))
-    assert resident(path) > 7 * 3 * side * side * 0.9
-    monkeypatch.setattr(picture_cache, "RESIDENT_BYTES", 3 * side * side)
-    before = data.batch(range(7)).pixel_values
-    assert resident(path) < 3 * side * side
-    assert torch.equal(data.batch(range(7)).pixel_values, before)
+    assert torch.equal(data.batch([6, 0]).pixel_values, by_hand(root)[[6, 0]])
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(OSError, match="was cut off while in use; remove it"):
+        data.batch([6])
+    again = pickle.loads(pickle.dumps(data._pixels))[[0]]
+    assert torch.equal(torch.from_numpy(again), by_hand(root)[:1])
