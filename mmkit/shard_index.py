@@ -60,10 +60,17 @@ def _expand(name: str) -> Iterator[str]:
         if not paths:
             what = "no file fits" if glob.has_magic(one) else "there is no file"
             where = "" if one == name else f" (of {name})"
-            remedy = "" if "://" not in one else f'; from elsewhere: "pipe:curl -fsL {one}"'
+            remedy = f'; from elsewhere: "{_fetching(one)}"' if "://" in one else ""
             raise FileNotFoundError(f"shards: {what} {one}{where}; check the path{remedy}")
         for path in paths:
             yield from _shards_of(path)
+
+
+def _fetching(url: str) -> str:
+    """The command that writes what lies at a web address."""
+    if url.startswith("s3://"):
+        return f"pipe:aws s3 cp {url} -"
+    return f"pipe:gsutil cat {url}" if url.startswith("gs://") else f"pipe:curl -fsL {url}"
 
 
 def _alternatives(name: str) -> list[str]:
@@ -76,6 +83,14 @@ def _alternatives(name: str) -> list[str]:
         return list(braceexpand(name))
     except ValueError:
         return [name]
+
+
+def name_of(source: str | os.PathLike | Sequence[str | os.PathLike]) -> str:
+    """What messages call the shards that were named: the name, or the first of several."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    names = [os.fspath(name) for name in source]
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _shards_of(path: str) -> list[str]:

@@ -275,8 +275,15 @@ def _damage(headers: _Headers, count: int, end: int, cut_off: bool, why: str) ->
     return Refused("damaged shard", f"the tar is damaged after byte {end:,} ({why})")
 
 
+_COMPRESSED = {b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
 def _what_instead(headers: _Headers) -> str:
     start = os.pread(headers.fd, 40, 0)
+    for mark, name in _COMPRESSED.items():
+        if start.startswith(mark):
+            command = f"{name} -dc FILE"
+            return f"it is compressed by {name}; unpack it, or give 'pipe:{command}' (gzip is read)"
     seems = "an empty file" if not headers.size else f"it begins {start!r}"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         seems = "it is a web page, perhaps one that says why there was no download"
