@@ -20,7 +20,7 @@ CHECKS = {"decode": "each decoded", "head": "heads and ends looked at"}  # in wo
 EXAMPLES = 5  # messages kept for each reason
 _PLAIN = (  # fields that go to JSON as they are
     "source rows loaded skipped examples pictures captions checked bytes identical_pictures "
-    "shared_captions max_length unknown blank"
+    "shared_captions blank_captions max_length unknown blank"
 ).split()
 
 
@@ -42,6 +42,7 @@ class Report:
     caption_words: Sequence[int] = ()  # of each caption
     identical_pictures: int | None = None  # that equal an earlier one byte for byte; None = unknown
     shared_captions: int = 0  # captions that more than one picture has
+    blank_captions: int = 0  # without words, left out of rows that have others
     # what `mm.inspect` adds
     caption_pieces: Sequence[int] = ()  # of each caption, ends included
     max_length: int = 0  # pieces that a model reads
@@ -86,6 +87,8 @@ class Report:
         rows.append(
             ("captions", f"{self.captions:,}; {self.shared_captions:,} of several pictures")
         )
+        if self.blank_captions:
+            rows.append(("  blank", f"{self.blank_captions:,} of rows with others, left out"))
         if len(self.caption_words):
             rows.append(("  words", _spread(self.caption_words, "")))
         if len(self.caption_pieces):
