@@ -202,6 +202,33 @@ def same(batch, reference):
         assert torch.equal(getattr(batch, name), getattr(reference, name)), name
 
 
+# ---- names -------------------------------------------------------------------------------------
+
+
+def test_the_hub_is_not_asked_for_what_is_a_path(root, monkeypatch):
+    """A file's ending, or a folder that is there, says so; whatever else has one slash is asked."""
+    asked = []
+    monkeypatch.setattr("mmkit.sources.from_hub", lambda name, **_: asked.append(name))
+    monkeypatch.chdir(root)
+    for name in ("data/pairz.csv", "data/x.JPG", "bird/nothing", "./x", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="does not exist; check the path"):
+            mm.load_data(name)
+    mm.load_data("user/set-v1.5")
+    assert asked == ["user/set-v1.5"]
+
+
+def test_a_data_set_of_shards_has_a_name_to_read(root, tmp_path):
+    paths = mm.write_shards(folder(root), tmp_path / "birds", 3)
+    for source, name in (
+        (paths, "00000.tar and 2 more"),
+        (paths[:1], "00000.tar"),
+        (tmp_path / "birds", "birds"),
+        (f"{tmp_path}/birds/*.tar", "birds/*.tar"),
+        (f"{tmp_path}/birds/{{00000..00002}}.tar", "birds/{00000..00002}.tar"),
+    ):
+        assert mm.load_data(source, **OPTIONS).name == name
+
+
 # ---- training, the report -----------------------------------------------------------------------
 
 
