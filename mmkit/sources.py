@@ -16,17 +16,17 @@ from .folders import (
     PICTURE_SUFFIXES,
     Tree,
     existing_file,
-    existing_folder,
     from_class_folders,
     from_folder,
     look_through,
 )
-from .hub import from_hub, known_split
+from .hub import from_hub
 from .loading import Found, Options, load
 from .picture_files import Refused
+from .published import from_coco, from_flickr30k
 from .shard_index import name_of
 from .shards import TarMembers, read_index
-from .tables import Row, listed, pick_column, read_csv, read_json, read_jsonl, read_lines
+from .tables import Row, listed, pick_column, read_csv, read_jsonl
 
 __all__ = [
     "from_class_folders",
@@ -126,73 +126,6 @@ def _rows_of(frame) -> Iterator[Row]:
     return enumerate({str(name): value for name, value in row.items()} for row in rows)
 
 
-# ---- as COCO and Flickr30k are published ---------------------------------------------------------
-
-
-def from_coco(
-    annotations: str | os.PathLike, images: str | os.PathLike, **options
-) -> MultimodalDataset:
-    """COCO captions as published: captions_train2017.json and the folder train2017."""
-    options_ = Options.named(from_coco, options)
-    found, value = Found(str(annotations), "entry"), read_json(existing_file(annotations))
-    found.hint = f"is {images} the folder of its pictures?"
-    try:
-        captions: dict[Any, list[str]] = {}
-        for one in value["annotations"]:
-            captions.setdefault(one["image_id"], []).append(one["caption"])
-        for line, picture in enumerate(value["images"], 1):
-            facts = {"image_id": picture["id"]}
-            found.add(line, picture["file_name"], captions.pop(picture["id"], []), facts)
-        for line, (number, texts) in enumerate(captions.items(), len(found.lines) + 1):
-            why = f"{annotations}: no picture has the id {number!r} of {texts[0]!r}"
-            found.add(line, Refused("no picture", why))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{annotations} is not in the form of COCO captions (images with id and file_name, "
-            f"annotations with image_id and caption): {error!r}"
-        ) from None
-    return load(found, options_, root=str(existing_folder(images)))
-
-
-def from_flickr30k(
-    annotations: str | os.PathLike,
-    images: str | os.PathLike,
-    split: str | None = None,
-    **options,
-) -> MultimodalDataset:
-    """Flickr30k as published: dataset_flickr30k.json (Karpathy's splits; dataset_coco.json and
-    dataset_flickr8k.json, too) or results_20130124.token, and the folder of its pictures.
-
-    split: "train", "val", "test" of the JSON file (None: all).
-    """
-    options_ = Options.named(from_flickr30k, options)
-    path, root = existing_file(annotations), str(existing_folder(images))
-    found = Found(str(annotations), hint=f"is {images} the folder of its pictures?")
-    if path.suffix == ".token" or path.name.endswith(".token.txt"):
-        known_split(split, None, str(path))
-        for line, words in enumerate(read_lines(path, blank=True), 1):
-            if not words:
-                continue
-            name, tab, caption = words.partition("\t")
-            why = Refused("no caption", f"{path}, line {line}: no tab in {words[:60]!r}")
-            found.add(line, name.rpartition("#")[0] or name if tab else why, caption)
-        return load(found, options_, root=root)
-    try:
-        pictures = read_json(path)["images"]
-        known_split(split, {picture.get("split") for picture in pictures}, str(path))
-        for line, picture in enumerate(pictures, 1):
-            if split is None or picture.get("split") == split:
-                name = os.path.join(picture.get("filepath", ""), picture["filename"])
-                texts = [sentence["raw"] for sentence in picture["sentences"]]
-                found.add(line, name, texts, {"split": picture.get("split")})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not in the form of Karpathy's splits (images with filename and sentences "
-            f"with raw): {error!r}"
-        ) from None
-    return load(found, options_, root=root)
-
-
 # ---- tar shards ----------------------------------------------------------------------------------
 
 
@@ -232,6 +165,7 @@ _TABLES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".token", ".par
 _FILES = {*_TABLES, *PICTURE_SUFFIXES, ".txt", ".zip", ".gz", ".xlsx", ".xls", ".arrow", ".npz"}
 _SPLITS = re.compile(r"(train|training|val|valid|validation|test|testing|dev)[-_ ]?\d*")
 _NO_CLASSES = re.compile(r"(images?|imgs?|pictures?|pics?|photos?|data|jpe?gs?|pngs?)[-_ ]?\d*")
+Way = tuple[Callable[..., MultimodalDataset], Any]
 FORMS = (
     "a folder may have a .txt beside each picture, a folder of pictures per class, tar shards, or "
     "parquet files; captions in a table are loaded by mm.from_table(table, root=folder)"
@@ -248,48 +182,58 @@ def load_data(source, **options) -> MultimodalDataset:
     is a table. options: of that way in. For COCO and Flickr30k, which are two paths each, there are
     `from_coco` and `from_flickr30k`; for a list of paths and one of texts, `from_lists`.
     """
+    way, source = way_in(source)
+    return way(source, **options)
+
+
+def way_in(source) -> Way:
+    """(the way in that reads a source, what it is given), for whoever asks which options it has.
+
+    Raises FileNotFoundError for what is not there, ValueError for what could be several things.
+    """
     if not isinstance(source, str | os.PathLike):
-        return _of_object(source, options)
+        return _of_object(source)
     text, path = os.fspath(source), Path(source).expanduser()
     if text.startswith("pipe:"):
-        return from_shards(text, **options)
+        return from_shards, text
     if path.is_dir():
-        return _of_folder(path, options)
+        return _of_folder(path)
     if path.exists():
-        return _of_file(path, options)
+        return _of_file(path)
     if re.search(r"\.(tar|tgz)\b", text) if "://" in text else _TARS.search(text.rstrip("}]")):
-        return from_shards(text, **options)
+        return from_shards, text
     if "://" in text:
         raise ValueError(f"{text} is a web address; download it first, then give its path")
     may_be_hub = text.count("/") == 1 and not text.startswith((".", "/", "~"))
     if may_be_hub and path.suffix.lower() not in _FILES and not path.parent.exists():
-        return from_hub(text, **options)
+        return from_hub, text
     hub = "" if "/" in text or path.suffix else f", or take mm.from_hub({text!r})"
     raise FileNotFoundError(f"{source} does not exist; check the path{hub}")
 
 
-def _of_object(source, options: dict) -> MultimodalDataset:
-    """The data set of what is no path."""
+def _of_object(source) -> Way:
+    """The way in of what is no path."""
     if _is_frame(source):
-        return from_table(source, **options)
+        return from_table, source
     if not isinstance(source, list | tuple):
-        return from_hub(source, **options)
-    if not all(isinstance(name, str | os.PathLike) for name in source):
+        return from_hub, source
+    others = [name for name in source if not isinstance(name, str | os.PathLike)]
+    if others:
         raise ValueError(
-            f"a {type(source).__name__} of {type(source[0]).__name__} is no list of shards; for a "
+            f"a {type(source).__name__} of {type(others[0]).__name__} is no list of shards; for a "
             "list of paths and one of texts take mm.from_lists(paths, texts)"
         )
     if source and all(Path(name).suffix.lower() in PICTURE_SUFFIXES for name in source):
         raise ValueError(
             f"{name_of(source)} are pictures without captions; take mm.from_lists(paths, texts)"
         )
-    return from_shards(source, **options)
+    return from_shards, source
 
 
-def _of_file(path: Path, options: dict) -> MultimodalDataset:
-    """The data set of a file, by its ending."""
+def _of_file(path: Path) -> Way:
+    """The way in of a file, by its ending."""
     if _TARS.search(path.name):
-        return from_shards(path, **options)
+        return from_shards, path
     if path.suffix.lower() in PICTURE_SUFFIXES:
         raise ValueError(
             f"{path} is one picture; give the folder that it is in, or take "
@@ -299,13 +243,13 @@ def _of_file(path: Path, options: dict) -> MultimodalDataset:
         raise ValueError(
             f"{path} has the form of Flickr30k; take mm.from_flickr30k({str(path)!r}, folder)"
         )
-    return from_table(path, **options)
+    return from_table, path
 
 
-def _of_folder(folder: Path, options: dict) -> MultimodalDataset:
-    """The data set of a folder, by what lies in it; ValueError where that could be several."""
+def _of_folder(folder: Path) -> Way:
+    """The way in of a folder, by what lies in it; ValueError where that could be several."""
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        return from_hub(folder, **options)
+        return from_hub, folder
     tree = look_through(folder)
     shards, parquet = _at_top(tree)
     pictures = [picture for picture, refused in tree.pictures if not refused]
@@ -319,13 +263,13 @@ def _of_folder(folder: Path, options: dict) -> MultimodalDataset:
         calls = " or ".join(f"mm.{way.__name__}({str(folder)!r})" for way in there)
         raise ValueError(f"{folder} holds {' and '.join(there.values())}; choose: take {calls}")
     if shards or parquet:
-        return next(iter(there))(folder, **options)
+        return next(iter(there)), folder
     if any(tree.words_of(picture) for picture in pictures):
-        return from_folder(folder, **options)
+        return from_folder, folder
     if pictures:
         _check_classes(folder, tree, pictures)
-        return from_class_folders(folder, **options)
-    return _of_no_pictures(folder, tree, options)
+        return from_class_folders, folder
+    return _of_no_pictures(folder, tree)
 
 
 def _at_top(tree: Tree) -> tuple[list[str], list[str]]:
@@ -393,10 +337,10 @@ def _call_for(table: Path, folder: Path) -> str:
     return f"mm.from_table({name}, root={where})"
 
 
-def _of_no_pictures(folder: Path, tree: Tree, options: dict) -> MultimodalDataset:
+def _of_no_pictures(folder: Path, tree: Tree) -> Way:
     """Of a folder with no pictures and nothing at its top: parquet below, or words about it."""
     if any(name.lower().endswith(".parquet") for name in tree.others):
-        return from_hub(folder, **options)
+        return from_hub, folder
     shards = [name for name in tree.others if _TARS.search(name)]
     if shards:
         pattern = str(folder / os.path.dirname(shards[0]) / "*.tar")
@@ -409,5 +353,5 @@ def _of_no_pictures(folder: Path, tree: Tree, options: dict) -> MultimodalDatase
         call = f"mm.load_data({str(folder / tables[0])!r})"
         raise ValueError(f"{folder} holds no pictures but {tables[0]}; take {call}")
     if tree.pictures:
-        return from_folder(folder, **options)  # which says why each is not read
+        return from_folder, folder  # which says why each is not read
     raise ValueError(f"{folder} holds no pictures; {FORMS}")
