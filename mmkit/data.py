@@ -355,8 +355,9 @@ class MultimodalDataset:
         assert self.side is not None
         hashes = self.content_hashes()
         self._pixels, failed = decode_once(
-            hashes, self._lean(), self.side, repr(self.reading), num_workers, self.cache_dir
-        )
+            hashes, self._lean(), self.side, repr(self.reading), num_workers, self.cache_dir,
+            self.cache_gigabytes,
+        )  # fmt: skip
         self._pixel_rows = np.arange(len(self))
         return failed
 
