@@ -8,7 +8,7 @@ is given. Walk-through: notebooks/08_your_own_pictures.ipynb.
 import io
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -422,27 +422,32 @@ def load_data(source, **options) -> MultimodalDataset:
     folder per class is told by its content. options: of that way in. For COCO and Flickr30k, which
     are two paths each, there are `from_coco` and `from_flickr30k`.
     """
+    way, source = way_in(source)
+    return way(source, **options)
+
+
+def way_in(source) -> tuple[Callable[..., MultimodalDataset], Any]:
+    """(the way in that reads a source, what it is given); FileNotFoundError for what is not there.
+
+    For whoever asks what options a source has.
+    """
     if not isinstance(source, str | os.PathLike):
-        return (
-            from_shards(source, **options)
-            if isinstance(source, list | tuple)
-            else from_hub(source, **options)
-        )
+        return from_shards if isinstance(source, list | tuple) else from_hub, source
     text, path = os.fspath(source), Path(source).expanduser()
     if text.startswith("pipe:") or re.search(r"\.(tar|tgz)\b", text):
-        return from_shards(text, **options)
+        return from_shards, text
     if path.is_file():
-        return from_table(path, **options)
+        return from_table, path
     if not path.is_dir():
         if text.count("/") == 1 and not text.startswith((".", "/", "~")):
-            return from_hub(text, **options)
+            return from_hub, text
         raise FileNotFoundError(f"{source} does not exist; check the path")
     names = {name for _, _, names in os.walk(path) for name in names}
     if any(name.endswith((".tar", ".tar.gz", ".tgz")) for name in names):
-        return from_shards(path, **options)
+        return from_shards, path
     if names & {"state.json", "dataset_dict.json"} or any(n.endswith(".parquet") for n in names):
-        return from_hub(path, **options)
+        return from_hub, path
     pictures = [os.path.splitext(path / name)[0] for name in _pictures_under(path)]
     if pictures and not any(os.path.isfile(f"{picture}.txt") for picture in pictures):
-        return from_class_folders(path, **options)
-    return from_folder(path, **options)
+        return from_class_folders, path
+    return from_folder, path
