@@ -16,6 +16,7 @@ from .launch import launch
 from .losses import info_nce, sigmoid_loss
 from .masking import Masking, mask_noise
 from .openmoji import openmoji
+from .pictures import Reading
 from .reconstruct import evaluate_reconstruction, put_back
 from .retrieval import Index, embed, embed_texts, evaluate, mean_recall, recall_at_k, zero_shot
 from .run import Run
@@ -45,6 +46,7 @@ __all__ = [
     "Masking",
     "MultimodalDataset",
     "MultimodalEncoder",
+    "Reading",
     "Run",
     "TrainingConfig",
     "cost",

@@ -31,6 +31,8 @@ from .picture_files import Files, PictureStore, Refused
 from .pictures import Reading, as_png, read_picture, square
 from .tokenizer import encode_texts, piece_counts, special_ids, train_wordpiece
 
+HASH_BYTES = 20_000_000_000  # sources up to this size are searched for identical pictures
+
 
 @dataclass
 class Batch:
@@ -262,9 +264,9 @@ class MultimodalDataset:
     @property
     def expensive(self) -> bool:
         """True where comparing all pictures would mean reading more than they are worth."""
-        if self.report is None:
+        if self.report is None or not self.report.bytes:
             return self._store is not None and len(self) > 200_000
-        return self.report.identical_pictures is None
+        return self.report.bytes > HASH_BYTES
 
     def content_hashes(self) -> list[str]:
         """32 hex digits for each picture, equal for equal bytes (of decoded ones: equal pixels).
@@ -355,8 +357,9 @@ class MultimodalDataset:
         assert self.side is not None
         hashes = self.content_hashes()
         self._pixels, failed = decode_once(
-            hashes, self._lean(), self.side, repr(self.reading), num_workers, self.cache_dir
-        )
+            hashes, self._lean(), self.side, repr(self.reading), num_workers, self.cache_dir,
+            self.cache_gigabytes,
+        )  # fmt: skip
         self._pixel_rows = np.arange(len(self))
         return failed
 
@@ -364,6 +367,8 @@ class MultimodalDataset:
         """Decode every picture once, into the cache where one may be kept; rows that cannot be."""
         if self.cache_gigabytes and not self.why_not_cached():
             return self.decode_into_cache(num_workers)
+        with contextlib.suppress(Refused, OSError):
+            self._decode(0, 0.0)  # a transform that fails says so here, in its own words
         view = _Decodes(self._lean())
         parts = torch.arange(len(self)).split(256)
         loader = torch.utils.data.DataLoader(
@@ -473,6 +478,8 @@ class MultimodalDataset:
         for name in ("_rows", "_pixel_rows", "_place_rows"):
             setattr(part, name, getattr(self, name)[rows])
         part._tokenizer, part._encoded = self.tokenizer, None
+        if self.report is not None:
+            part.report = self.report.part(rows.tolist(), part.texts)
         return part
 
     def __repr__(self) -> str:
@@ -577,6 +584,8 @@ def load_batches(
     if dataset.resident:
         return _ahead((dataset.batch(*key) for key in keys), pin)
     dataset.encoded_captions()  # once here, not once per worker
+    for rows, noise in keys[:1]:  # what fails at once says so here, in its own words
+        dataset.batch(rows[:1], noise[:1])
     loader = torch.utils.data.DataLoader(
         _BatchView(dataset), sampler=keys, batch_size=None, num_workers=num_workers, pin_memory=pin,
         generator=torch.Generator(),  # or each start of workers would move the draws of dropout

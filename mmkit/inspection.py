@@ -7,6 +7,7 @@ import dataclasses
 import os
 
 import numpy as np
+import torch
 
 from .data import MultimodalDataset
 from .duplicates import find_duplicates
@@ -37,6 +38,9 @@ def inspect(
         options = {"on_error": "skip", "max_skipped": 1.0, "check": "decode"} | options
         data = load_data(source, **options)
     report = dataclasses.replace(data.report) if data.report else _of_decoded(data)
+    if report.identical_pictures is None and not data.expensive:  # of a part, nobody has looked
+        hashes = data.content_hashes()
+        report.identical_pictures = len(hashes) - len(set(hashes))
     flat = [caption for captions in data.texts for caption in captions]
     report.caption_pieces = piece_counts(data.tokenizer, flat)
     report.max_length, report.unknown = max_length, unknown_share(data.tokenizer, flat)
@@ -53,8 +57,6 @@ def _of_decoded(data: MultimodalDataset) -> Report:
     shape = data[0]["image"].shape
     report.heights, report.widths = [shape[1]] * count, [shape[2]] * count
     report.checked = "decode" if data.resident else "none"
-    hashes = data.content_hashes()
-    report.identical_pictures = count - len(set(hashes))
     count_captions(report, data.texts)
     return report
 
@@ -63,7 +65,14 @@ def _blank(data: MultimodalDataset) -> list[str]:
     """Names of the pictures of nearly one colour: black, white, an empty frame."""
     names = []
     for rows in np.array_split(np.arange(len(data)), max(1, len(data) // 256)):
-        pixels = data.batch(rows.tolist()).pixel_values.float()
+        pixels = _of_255(data.batch(rows.tolist()).pixel_values)
         flat = (pixels - pixels.mean((-2, -1), keepdim=True)).square().mean((1, 2, 3)).sqrt()
         names += [data.picture_name(row) for row in rows[(flat < BLANK).cpu().numpy()]]
     return names
+
+
+def _of_255(pixels: torch.Tensor) -> torch.Tensor:
+    """Pictures as floats on the scale of 0 to 255, also where a transform gives other numbers."""
+    if not pixels.is_floating_point():
+        return pixels.float()
+    return pixels * (255 if 0 <= pixels.min() and pixels.max() <= 1 else 57)  # else normalised

@@ -18,14 +18,13 @@ import numpy as np
 import torch
 
 from .captions import clean_captions
-from .data import MultimodalDataset
+from .data import HASH_BYTES, MultimodalDataset
 from .picture_files import Files, PictureStore, Refused
 from .pictures import Reading, check_picture
 from .report import Report, count_captions
 
 # Of a picture that could be decoded now, but not when all were (a disk or memory was at its end).
 TRY_AGAIN = "the picture could not be decoded at first; load the data once more"
-HASH_BYTES = 20_000_000_000  # sources up to this size are searched for identical pictures
 
 
 @dataclass
@@ -274,12 +273,13 @@ def _decoded(
         data._tokenizer = data._tokenizer if tokenizer_given else False  # of the good ones only
         data = data.subset(good)
         data._tokenizer = data._tokenizer or None
+        data.report = report  # of all rows, not of a part
         sizes, rows_of = sizes[good], [rows_of[row] for row in good]
     report.loaded, report.pictures = sum(rows_of), len(data)
     assert report.loaded + sum(report.skipped.values()) == report.rows
     if options.check != "none":
         report.widths, report.heights = sizes[:, 0].tolist(), sizes[:, 1].tolist()
-    report.bytes = int(sizes[:, 2].sum())
+    report.file_sizes = sizes[:, 2].tolist()
     count_captions(report, data.texts)
     if options.check != "none" and report.bytes <= HASH_BYTES:
         hashes = data.content_hashes()

@@ -1,10 +1,10 @@
 """Pictures decoded once, into files that all processes share.
 
-The pictures of a data set are cut into chunks of 32 MB. A chunk's file is keyed by the content of
-its pictures (not by their names), by size and by how they are read, and gets its name only when it
-is complete; so a second run, a second process or a copy of the data finds it, and a killed one
-never leaves half of it. Nothing is ever removed from the folder: it says its size, and the user
-may empty it at any time.
+A picture is found again by its content (not by its name), by its size and by how it is read: a
+second run, another split, a copy of the data decode nothing. Decoded pictures lie in chunks of up
+to 32 MB; the list of its pictures is written when the chunk is whole, so that a killed process
+never leaves half of one. Where the folder would grow beyond its limit, the chunks that were not
+used for longest go, but none that was used within a day; the user may empty it at any time.
 Walk-through: notebooks/08_your_own_pictures.ipynb.
 """
 
@@ -31,6 +31,7 @@ from .picture_files import PictureStore, Refused
 CHUNK_BYTES = 32_000_000
 OPEN_CHUNKS = 128  # per data set and process; the system allows 1,024 files or so
 FREE_SHARE = 0.8  # of the disk's free room that a cache may take
+SPARED_SECONDS = 86_400  # a chunk that was used since then is not removed
 
 
 # ---- content -------------------------------------------------------------------------------------
@@ -131,15 +132,19 @@ class _Chunk:
 class CachedPictures:
     """uint8 (N, 3, S, S) in chunk files; `pictures[rows]` gives an array of these rows.
 
-    What is read comes from the system's own cache of the files, which all processes share; a
-    process keeps nothing of it. (Mapped into memory, each touch of a picture would count up to 2 MB
-    around it as this process's own: Linux maps whole folios.)
+    where: (file, place in it) of each picture; a place of -1 is a black picture. What is read comes
+    from the system's own cache of the files, which all processes share; a process keeps nothing of
+    it. (Mapped into memory, each touch of a picture would count up to 2 MB around it as this
+    process's own: Linux maps whole folios.)
     """
 
-    def __init__(self, paths: list[Path], per_chunk: int, count: int, side: int):
-        self.paths, self.per_chunk = paths, per_chunk
-        self.shape = (count, 3, side, side)
-        self.folder, self.nbytes = paths[0].parent, count * 3 * side * side
+    def __init__(self, where: Sequence[tuple[Path, int]], folder: Path, side: int):
+        self.shape = (len(where), 3, side, side)
+        self.folder, self.nbytes = folder, len(where) * 3 * side * side
+        numbers = {path: number for number, path in enumerate({path: 0 for path, _ in where})}
+        self.paths = list(numbers)
+        self.chunk = np.array([numbers[path] for path, _ in where], np.int32)
+        self.place = np.array([place for _, place in where], np.int32)
         self._start()
 
     def _start(self) -> None:
@@ -156,12 +161,13 @@ class CachedPictures:
         self._start()
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
-        out = np.empty((len(rows), *self.shape[1:]), np.uint8)
-        size = self.nbytes // self.shape[0]
-        for picture, row in zip(out, np.asarray(rows).tolist(), strict=True):
-            number, place = divmod(row, self.per_chunk)
+        out = np.zeros((len(rows), *self.shape[1:]), np.uint8)
+        size = out[:1].nbytes
+        for picture, number, place in zip(out, self.chunk[rows], self.place[rows], strict=True):
+            if place < 0:
+                continue
             chunk = self._opened(self.paths[number])  # ours until we are done, though evicted
-            if os.preadv(chunk.number, [picture], chunk.start + place * size) < size:
+            if os.preadv(chunk.number, [picture.data], chunk.start + int(place) * size) < size:
                 path = self.paths[number]
                 raise OSError(f"{path} was cut off while in use; remove it and start again")
         return out
@@ -171,52 +177,69 @@ Decode = Callable[[int], np.ndarray]  # row -> uint8 (3, S, S); raises Refused o
 
 
 class _Chunks(torch.utils.data.Dataset):
-    """Item k: chunk k is decoded and written."""
+    """Item k: chunk k is decoded and written; the rows of it that cannot be decoded."""
 
-    def __init__(self, decode: Decode, rows: list[range], paths: list[Path], side: int):
-        self.decode, self.rows, self.paths, self.side = decode, rows, paths, side
+    def __init__(
+        self, decode: Decode, rows: list[list[int]], hashes: Sequence[str], folder: Path, side: int
+    ):
+        self.decode, self.rows, self.hashes = decode, rows, hashes
+        self.folder, self.side = folder, side
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, k: int) -> int:
-        pixels = np.zeros((len(self.rows[k]), 3, self.side, self.side), np.uint8)
+    def __getitem__(self, k: int) -> list[int]:
+        pixels = np.empty((len(self.rows[k]), 3, self.side, self.side), np.uint8)
+        good: list[str] = []
         failed = []
-        for place, row in enumerate(self.rows[k]):
+        for row in self.rows[k]:
             try:
-                pixels[place] = self.decode(row)
+                pixels[len(good)] = self.decode(row)
+                good.append(self.hashes[row])
             except (Refused, OSError):
-                failed.append(place)
-        with renamed(_failed(self.paths[k])) as file:
-            file.write(json.dumps(failed).encode())
-        with renamed(self.paths[k]) as file:  # last: it says that all is there
-            np.save(file, pixels)
-        return k
+                failed.append(row)
+        if good:
+            name = hashlib.blake2b(" ".join(good).encode(), digest_size=16).hexdigest()
+            path = self.folder / f"{name}.npy"
+            with renamed(path) as file:
+                np.save(file, pixels[: len(good)])
+            facts = {"bytes": path.stat().st_size, "pictures": good}
+            with renamed(path.with_suffix(".json")) as file:  # last: it says that all is there
+                file.write(json.dumps(facts).encode())
+        return failed
 
-    def complete(self, k: int) -> bool:
-        """Whether chunk k is there; one that something has cut since is not, nor one with a
-        picture that can be decoded by now (a disk or memory was at its end then).
-        """
-        path, pixels = self.paths[k], 3 * self.side * self.side * len(self.rows[k])
-        if not path.is_file() or path.stat().st_size <= pixels:
-            return False
+
+def _places(folder: Path) -> dict[str, tuple[Path, int]]:
+    """Where each picture of a folder of chunks is; a chunk that was cut off does not count."""
+    places: dict[str, tuple[Path, int]] = {}
+    for listed in sorted(folder.glob("*.json")):
+        path = listed.with_suffix(".npy")
         try:
-            failed = json.loads(_failed(path).read_text())
-        except (OSError, ValueError):
-            return False
-        return not any(self.decodes(self.rows[k][place]) for place in failed)
-
-    def decodes(self, row: int) -> bool:
-        try:
-            self.decode(row)
-        except (Refused, OSError):
-            return False
-        return True
+            facts = json.loads(listed.read_text())
+            if path.stat().st_size == facts["bytes"]:
+                places |= {key: (path, place) for place, key in enumerate(facts["pictures"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return places
 
 
-def _failed(path: Path) -> Path:
-    """The file beside a chunk that lists its places with no picture."""
-    return path.with_suffix(".json")
+def _drop_oldest(folder: Path, needed: int, max_bytes: float, in_use: set[Path]) -> None:
+    """Make room for `needed` bytes under max_bytes: chunks not used for longest go first."""
+    chunks = []
+    for path in folder.rglob("*.npy"):
+        with contextlib.suppress(OSError):  # another process was faster
+            listed = path.with_suffix(".json")
+            used = (listed if listed.exists() else path).stat().st_mtime
+            chunks.append((used, path, path.stat().st_size))
+    total = needed + sum(size for _, _, size in chunks)
+    for used, path, size in sorted(chunks):
+        if total <= max_bytes or used > time.time() - SPARED_SECONDS:
+            return
+        if path not in in_use:
+            for one in (path.with_suffix(".json"), path):  # the list first: no list, no chunk
+                with contextlib.suppress(OSError):
+                    one.unlink()
+            total -= size
 
 
 def room_for(count: int, side: int, max_gigabytes: float, cache_dir=None) -> str:
@@ -240,44 +263,64 @@ def decode_once(
     how: str,
     num_workers: int = 0,
     cache_dir: str | os.PathLike | None = None,
+    max_gigabytes: float = 20.0,
 ) -> tuple[CachedPictures, list[int]]:
     """Pictures from the cache, those that are not there yet decoded into it by worker processes.
 
-    hashes: of the content of each picture. how: what else the pixels depend on. Returns the
-    pictures, and the numbers of those that could not be decoded, which are black there.
+    hashes: of the content of each picture. how: what else the pixels depend on. max_gigabytes: of
+    the folder, others' pictures included. Returns the pictures, and the numbers of those that could
+    not be decoded, which are black there; they are tried again each time.
     """
-    folder = cache_folder(cache_dir) / "pictures"
+    everything = cache_folder(cache_dir) / "pictures"
+    how = f"{side} {how} pillow {PIL.__version__} torch {torch.__version__}"
+    folder = everything / hashlib.blake2b(how.encode(), digest_size=8).hexdigest()
     with writing(folder):
-        folder.mkdir(exist_ok=True)
-    per_chunk = max(1, CHUNK_BYTES // (3 * side * side))
-    starts = range(0, len(hashes), per_chunk)
-    rows = [range(start, min(start + per_chunk, len(hashes))) for start in starts]
-    tail = f"{side} {how} pillow {PIL.__version__} torch {torch.__version__}"
-    keys = [" ".join([*hashes[r.start : r.stop], tail]).encode() for r in rows]
-    names = [f"{hashlib.blake2b(key, digest_size=16).hexdigest()}.npy" for key in keys]
-    chunks = _Chunks(decode, rows, [folder / name for name in names], side)
-    if not all(map(chunks.complete, range(len(chunks)))):
-        with _locked(folder / f"{names[0]}.lock"):  # one process decodes, the others then find it
-            missing = [k for k in range(len(chunks)) if not chunks.complete(k)]
-            _decode_chunks(chunks, missing, num_workers)
-    failed = [
-        chunk.start + place
-        for chunk, path in zip(rows, chunks.paths, strict=True)
-        for place in json.loads(_failed(path).read_text())
-    ]
-    return CachedPictures(chunks.paths, per_chunk, len(hashes), side), failed
+        folder.mkdir(parents=True, exist_ok=True)
+    places, failed = _places(folder), []
+    if any(key not in places for key in hashes):
+        with _locked(folder / "lock"):  # one process decodes, the others then find it
+            places = _places(folder)
+            missing = [row for key, row in _first_rows(hashes).items() if key not in places]
+            in_use = {places[key][0] for key in hashes if key in places}
+            size = 3 * side * side * len(missing)
+            _drop_oldest(everything, size, 1e9 * max_gigabytes, in_use)
+            failed = _decode_chunks(decode, missing, hashes, folder, side, num_workers)
+            places = _places(folder)
+    nowhere = (Path(), -1)
+    where = [places.get(key, nowhere) for key in hashes]
+    for path in {path for path, place in where if place >= 0}:
+        with contextlib.suppress(OSError):  # a folder that can only be read
+            os.utime(path.with_suffix(".json"))
+    lost = {hashes[row] for row in failed}
+    return CachedPictures(where, folder, side), [i for i, key in enumerate(hashes) if key in lost]
 
 
-def _decode_chunks(chunks: _Chunks, missing: list[int], num_workers: int) -> None:
+def _first_rows(hashes: Sequence[str]) -> dict[str, int]:
+    """The first row of each content."""
+    first: dict[str, int] = {}
+    for row, key in enumerate(hashes):
+        first.setdefault(key, row)
+    return first
+
+
+def _decode_chunks(
+    decode: Decode, missing: list[int], hashes: Sequence[str], folder: Path, side: int, workers: int
+) -> list[int]:
+    """Decode these rows into chunks, equally many for each worker; rows that cannot be decoded."""
     if not missing:
-        return
+        return []
+    workers = min(workers, len(missing))
+    per_chunk = max(1, CHUNK_BYTES // (3 * side * side))
+    turns = -(-len(missing) // (per_chunk * max(1, workers)))
+    per_chunk = -(-len(missing) // (turns * max(1, workers)))
+    rows = [missing[start : start + per_chunk] for start in range(0, len(missing), per_chunk)]
     loader = torch.utils.data.DataLoader(
-        chunks, sampler=missing, batch_size=None, num_workers=min(num_workers, len(missing)),
+        _Chunks(decode, rows, hashes, folder, side), batch_size=None, num_workers=workers,
         generator=torch.Generator(),  # or it would move the draws of dropout
     )  # fmt: skip
-    words = f"decoding {sum(len(chunks.rows[k]) for k in missing):,} pictures, once"
-    for _ in tqdm(loader, desc=words, total=len(missing), delay=2, leave=False):
-        pass
+    words = f"decoding {len(missing):,} pictures, once"
+    bar = tqdm(loader, desc=words, total=len(rows), delay=2, leave=False)
+    return [row for failed in bar for row in failed]
 
 
 @contextlib.contextmanager

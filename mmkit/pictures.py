@@ -41,7 +41,7 @@ _TURNABLE = ("JPEG", "MPO", "TIFF", "WEBP")  # formats whose head says how the c
 class Reading:
     """How picture files are read, and what is refused before it is decoded.
 
-    Raises ValueError for limits below 1.
+    Raises ValueError for limits below 1, and for a background that is no colour.
     """
 
     background: tuple[int, int, int] = (255, 255, 255)  # under transparent pixels, 0-255
@@ -53,6 +53,13 @@ class Reading:
         for name in ("max_pixels", "max_aspect", "max_bytes"):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1")
+        colour = self.background
+        if not (
+            isinstance(colour, tuple | list)
+            and len(colour) == 3
+            and all(isinstance(part, int) and 0 <= part <= 255 for part in colour)
+        ):
+            raise ValueError(f"background={colour!r} must be three numbers, 0 to 255 each")
 
 
 def read_picture(
@@ -217,8 +224,9 @@ def as_seen(picture, background: tuple[int, int, int] = (255, 255, 255)):
 
     16-bit grey is divided by its full range, so that pictures of one series stay comparable; 32-bit
     and float grey, which have no range of their own, are taken for 0-1, 0-255 or 0-65,535 by their
-    largest value. (PIL's own conversion clips all of these to white.) Raises ValueError for values
-    that are negative or not finite.
+    largest value (resampling may leave it a little above), and by that value itself where it fills
+    less than a thirty-second of the range. (PIL's own conversion clips all of these to white.)
+    Raises ValueError for values that are negative or not finite.
     """
     from PIL import Image, ImageOps
 
@@ -226,13 +234,10 @@ def as_seen(picture, background: tuple[int, int, int] = (255, 255, 255)):
         picture = ImageOps.exif_transpose(picture)
     if picture.mode.startswith(("I", "F")):  # I;16, I;16B, I (32 bits), F
         values = np.asarray(picture)
-        top = float(values.max())
-        if not (np.isfinite(top) and np.isfinite(values.min()) and values.min() >= 0):
+        top, bottom = float(values.max()), float(values.min())
+        if not (np.isfinite(top) and np.isfinite(bottom) and bottom >= -0.05 * abs(top)):
             raise ValueError("it holds values below 0 or not finite; scale them to 0-1")
-        ranges = [65535.0] if picture.mode.startswith("I;16") else [1.0, 255.0, 65535.0]
-        if picture.mode == "I":
-            ranges = ranges[1:]
-        limit = next((r for r in ranges if top <= r), top)
+        limit = 65535.0 if picture.mode.startswith("I;16") else _range_of(top, picture.mode)
         grey = (values * np.float32(255 / limit) + np.float32(0.5)).clip(0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
@@ -240,6 +245,13 @@ def as_seen(picture, background: tuple[int, int, int] = (255, 255, 255)):
         under = Image.new("RGBA", picture.size, (*background, 255))
         picture = Image.alpha_composite(under, picture)
     return picture if picture.mode == "RGB" else picture.convert("RGB")
+
+
+def _range_of(top: float, mode: str) -> float:
+    """White, of grey values whose largest is `top`: "I" 32-bit whole numbers, "F" floats."""
+    if mode.startswith("F") and top <= 1.05:
+        return 1.0
+    return next((r for r in (255.0, 65535.0) if r / 32 < top <= 1.05 * r), top or 1.0)
 
 
 @dataclass(frozen=True)

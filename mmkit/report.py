@@ -37,7 +37,7 @@ class Report:
     captions: int = 0
     checked: str = ""  # how every picture was looked at: "decode", "head" (and end) or "none"
     why_unchecked: str = ""  # where "none" was nobody's wish
-    bytes: int = 0  # of the picture files; 0 = not known
+    file_sizes: Sequence[int] = ()  # of each picture, bytes; 0 = not known
     widths: Sequence[int] = ()  # of each picture, pixels
     heights: Sequence[int] = ()
     caption_words: Sequence[int] = ()  # of each caption
@@ -56,6 +56,21 @@ class Report:
         kept = self.examples.setdefault(refused.reason, [])
         if len(kept) < EXAMPLES:
             kept.append(str(refused))
+
+    @property
+    def bytes(self) -> int:
+        """Of all picture files; 0 = not known."""
+        return sum(self.file_sizes)
+
+    def part(self, rows: Sequence[int], texts: Sequence[Sequence[str]]) -> "Report":
+        """The report of some of the pictures that were loaded, with their captions `texts`."""
+        part = Report(f"a part of {self.source}", len(rows), len(rows), pictures=len(rows))
+        part.checked, part.why_unchecked = self.checked, self.why_unchecked
+        for name in ("widths", "heights", "file_sizes"):
+            values = getattr(self, name)
+            setattr(part, name, [values[row] for row in rows] if len(values) else [])
+        count_captions(part, texts)
+        return part
 
     @property
     def skipped_share(self) -> float:
@@ -82,7 +97,7 @@ class Report:
         if self.blank:
             rows.append(("  nearly one colour", f"{len(self.blank):,}; {self.blank[0]}"))
         if self.identical_pictures is None:
-            rows.append(("  identical", "not looked for (too many bytes to read)"))
+            rows.append(("  identical", "not looked for"))
         elif self.identical_pictures:
             rows.append(("  identical", f"{self.identical_pictures:,} equal an earlier one"))
         rows.append(

@@ -26,6 +26,7 @@ SPECIAL_TOKENS = {
 }
 # All that a tokenizer may have; the last is a list, of those that it has besides.
 TOKEN_NAMES = (*SPECIAL_TOKENS, "bos_token", "eos_token", "extra_special_tokens")
+LONGEST_WORD = 1000  # letters; WordPiece's usual 100 loses sentences of scripts without spaces
 # Chinese characters, each of which BERT's normalizer makes a word of its own.
 _IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f]")
 
@@ -63,7 +64,11 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int | None = None):
         )
 
     def untrained(vocab):
-        tokenizer = Tokenizer(models.WordPiece(vocab, unk_token=SPECIAL_TOKENS["unk_token"]))
+        tokenizer = Tokenizer(
+            models.WordPiece(
+                vocab, unk_token=SPECIAL_TOKENS["unk_token"], max_input_chars_per_word=LONGEST_WORD
+            )
+        )
         tokenizer.normalizer, tokenizer.pre_tokenizer = (
             normalizer,
             pre_tokenizers.BertPreTokenizer(),

@@ -159,6 +159,21 @@ def test_grey_pictures_keep_their_shades(tmp_path, top, dtype):
     assert np.abs(seen[0, :, 0].astype(int) - np.linspace(0, 255, 17)).max() <= 1
 
 
+@pytest.mark.parametrize("top", [1.0, 1.0000001, 1.04, 2.5, 255.0, 255.5, 3000.0, 65535.0, 66000.0])
+@pytest.mark.parametrize("lowest", [0.0, -1e-6])
+def test_float_pictures_are_neither_black_nor_white(tmp_path, top, lowest):
+    """Also where resampling or rounding left values just outside a usual range."""
+    ramp = np.linspace(lowest, top, 17, dtype=np.float32)[None].repeat(5, 0)
+    seen = save(tmp_path / "ramp.tiff", ramp)[0, :, 0].astype(int)
+    assert seen[0] == 0 and (np.diff(seen) >= 0).all()
+    assert np.abs(seen[8] - seen[16] / 2) <= 8 and seen[16] >= (10 if top == 3000 else 240)
+
+
+def test_whole_numbers_of_a_small_range_are_seen(tmp_path):
+    seen = save(tmp_path / "labels.tiff", np.arange(4, dtype=np.int32)[None].repeat(5, 0))
+    assert seen[0, :, 0].tolist() == [0, 85, 170, 255]
+
+
 def test_dark_16_bit_pictures_stay_dark(tmp_path):
     """0.3 % of white is nearly black, whatever the rest of the picture holds."""
     assert (save(tmp_path / "dark.png", np.full((5, 3), 200, np.uint16)) <= 1).all()

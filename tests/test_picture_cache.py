@@ -63,7 +63,8 @@ def small_chunks(monkeypatch):
 
 
 def files_of(cache):
-    return sorted(path.name for path in (cache / "pictures").iterdir() if path.suffix != ".lock")
+    found = (cache / "pictures").rglob("*")
+    return sorted(path.name for path in found if path.is_file() and path.name != "lock")
 
 
 def test_a_picture_is_decoded_once_wherever_it_lies(root, decodes):
@@ -115,7 +116,7 @@ def test_a_fill_that_stops_leaves_nothing_half(root, cache, small_chunks, decode
         patch.setattr(mm.MultimodalDataset, "_decode", stop)
         with pytest.raises(KeyboardInterrupt):
             data.cached()
-    assert len(files_of(cache)) == 2 and len(decodes) == 3  # one chunk and its list of failures
+    assert len(files_of(cache)) == 2 and len(decodes) == 3  # one chunk and the list of its pictures
     del decodes[:]
     assert torch.equal(data.cached().batch(range(7)).pixel_values, by_hand(root))
     assert len(decodes) == 5 and len(files_of(cache)) == 8
@@ -149,7 +150,7 @@ def test_a_fill_that_is_killed_leaves_nothing_half(root, cache, small_chunks):
 @pytest.mark.parametrize("suffix", [".npy", ".json"])
 def test_a_file_of_the_cache_that_is_cut_off_is_made_anew(root, cache, small_chunks, suffix):
     lists(root, **OPTIONS).cached()
-    path = min((cache / "pictures").glob(f"*{suffix}"))
+    path = min((cache / "pictures").rglob(f"*{suffix}"))
     os.truncate(path, path.stat().st_size // 2)
     data = lists(root, **OPTIONS).cached()
     assert torch.equal(data.batch(range(7)).pixel_values, by_hand(root))
@@ -231,6 +232,37 @@ def test_a_cache_has_its_bound(root, cache):
     assert "7 pictures decoded once" in data.prepare() and data.resident
 
 
+def test_another_order_or_part_decodes_nothing_and_adds_nothing(root, cache, small_chunks, decodes):
+    data = lists(root, **OPTIONS).cached()
+    before = files_of(cache)
+    for rows in ([6, 1, 3], [5, 4, 3, 2, 1, 0], [2, 2]):
+        part = lists(root, **OPTIONS).subset(rows).cached()
+        assert torch.equal(part.batch(range(len(rows))).pixel_values, by_hand(root)[rows])
+    assert len(decodes) == len(data) and files_of(cache) == before
+
+
+def test_what_was_not_used_for_longest_goes_first(root, cache):
+    """Of three sizes the oldest goes when a fourth has no room; what was used today never does."""
+    sizes = [SIDE, SIDE - 1, SIDE - 2]
+    for size in sizes:
+        lists(root, **OPTIONS | dict(image_size=size)).cached()
+    assert len(files_of(cache)) == 6
+    for days, size in enumerate(reversed(sizes), 2):  # the first is the oldest
+        for path in (cache / "pictures").rglob("*.json"):
+            if np.load(path.with_suffix(".npy"), mmap_mode="r").shape[-1] == size:
+                os.utime(path, (time.time() - days * 86400,) * 2)
+    lists(root, **OPTIONS).cached()  # used again: the oldest no more
+    four = sum(7 * 3 * size**2 + 128 for size in range(SIDE - 3, SIDE + 1))
+    room = dict(cache_gigabytes=(four - 200) / 1e9)
+    lists(root, **OPTIONS | room | dict(image_size=SIDE - 3)).prepare()
+    left = [np.load(p, mmap_mode="r").shape[-1] for p in (cache / "pictures").rglob("*.npy")]
+    assert sorted(left) == [SIDE - 3, SIDE - 2, SIDE]
+    tight = dict(cache_gigabytes=7 * 3 * (SIDE + 1) ** 2 / 1e9)
+    lists(root, **OPTIONS | tight | dict(image_size=SIDE + 1)).prepare()
+    left = [np.load(p, mmap_mode="r").shape[-1] for p in (cache / "pictures").rglob("*.npy")]
+    assert sorted(left) == [SIDE - 3, SIDE, SIDE + 1]  # two of them are of today
+
+
 @pytest.mark.parametrize("damage", ["other", "cut", "folder"])
 def test_remembered_hashes_that_are_damaged_are_forgotten(root, cache, damage, decodes):
     path = cache / "content.sqlite"
@@ -279,7 +311,7 @@ def test_pictures_that_are_read_do_not_stay_in_memory(root, cache):
     for row in range(7):
         assert data.batch([row]).pixel_values.any()
     assert mapped_files() - before < 3 * side * side
-    kept = [np.load(path, mmap_mode="r") for path in (cache / "pictures").glob("*.npy")]
+    kept = [np.load(path, mmap_mode="r") for path in (cache / "pictures").rglob("*.npy")]
     assert (
         sum(int(one.sum()) for one in kept) and mapped_files() - before > 6 * 3 * side * side
     )  # a mapping
@@ -287,7 +319,7 @@ def test_pictures_that_are_read_do_not_stay_in_memory(root, cache):
 
 def test_a_cached_file_that_is_cut_off_while_in_use_is_said(root, cache):
     data = lists(root, **OPTIONS).cached()
-    (path,) = (cache / "pictures").glob("*.npy")
+    (path,) = (cache / "pictures").rglob("*.npy")
     assert torch.equal(data.batch([6, 0]).pixel_values, by_hand(root)[[6, 0]])
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(OSError, match="was cut off while in use; remove it"):

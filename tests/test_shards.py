@@ -1012,6 +1012,7 @@ def test_shards_that_are_not_looked_at_are_said_to_be(by_artists, tmp_path):
     assert "not looked at: the shards fill 0.0 GB, more than spool_gigabytes=0.000" in said
     assert "a broken picture will stop the training" in said and "check='decode'" in said
     assert data.report.to_dict()["why_unchecked"] and len(data) == 61
+    assert data.report.why_unchecked in str(data.subset([3]).report)
     with pytest.raises(Refused, match=r"00002\.tar: x\.png"):
         data.batch([60])
     for looked in (

@@ -9,6 +9,7 @@ from mmkit.tokenizer import (
     tokenizer_from_state,
     tokenizer_state,
     train_wordpiece,
+    unknown_share,
 )
 
 TEXTS = ["a red house", "an old blue boat", "the flag of France"]
@@ -105,6 +106,15 @@ def test_tokenizers_that_mark_where_words_begin(mark):
     pieces = words_of(tokenizer, text)
     assert max(map(len, pieces)) > 2
     assert ["".join(word) for word in pieces] == [mark + word for word in text.split()]
+
+
+def test_a_sentence_without_spaces_is_not_one_unknown_word():
+    """Kana and Thai have none; WordPiece gives up at 100 letters if it is not told otherwise."""
+    for sentence in ("かなのぶんしょう" * 20, "ภาษาไทยไม่มีช่องว่าง" * 12):
+        tokenizer = train_wordpiece([sentence, "short"])
+        assert len(sentence) > 100 and unknown_share(tokenizer, [sentence]) == 0
+        again = tokenizer_from_state(tokenizer_state(tokenizer))
+        assert unknown_share(again, [sentence]) == 0
 
 
 def test_bad_input_is_refused_in_words():
