@@ -19,8 +19,8 @@ from .picture_files import Refused
 CHECKS = {"decode": "each decoded", "head": "heads and ends looked at"}  # in words
 EXAMPLES = 5  # messages kept for each reason
 _PLAIN = (  # fields that go to JSON as they are
-    "source rows loaded skipped examples pictures captions checked bytes identical_pictures "
-    "shared_captions blank_captions max_length unknown blank"
+    "source rows loaded skipped examples pictures captions checked why_unchecked bytes "
+    "identical_pictures shared_captions blank_captions max_length unknown blank"
 ).split()
 
 
@@ -36,6 +36,7 @@ class Report:
     pictures: int = 0  # different ones; rows of one picture are its captions
     captions: int = 0
     checked: str = ""  # how every picture was looked at: "decode", "head" (and end) or "none"
+    why_unchecked: str = ""  # where "none" was nobody's wish
     file_sizes: Sequence[int] = ()  # of each picture, bytes; 0 = not known
     widths: Sequence[int] = ()  # of each picture, pixels
     heights: Sequence[int] = ()
@@ -65,7 +66,7 @@ class Report:
     def part(self, rows: Sequence[int], texts: Sequence[Sequence[str]]) -> "Report":
         """The report of some of the pictures that were loaded, with their captions `texts`."""
         part = Report(f"a part of {self.source}", len(rows), len(rows), pictures=len(rows))
-        part.checked = self.checked
+        part.checked, part.why_unchecked = self.checked, self.why_unchecked
         for name in ("widths", "heights", "file_sizes"):
             values = getattr(self, name)
             setattr(part, name, [values[row] for row in rows] if len(values) else [])
@@ -86,7 +87,8 @@ class Report:
         rows = [("rows", f"{self.rows:,} = {self.loaded:,} loaded + {self._skipped():,} skipped")]
         for reason, count in sorted(self.skipped.items(), key=lambda pair: -pair[1]):
             rows.append((f"  {reason}", f"{count:,}; {self.examples[reason][0]}"))
-        looked = CHECKS.get(self.checked, "not looked at")
+        why = f": {self.why_unchecked}" if self.why_unchecked else ""
+        looked = CHECKS.get(self.checked, f"not looked at{why}")
         size = f", {self.bytes / 1e6:,.1f} MB" if self.bytes else ""
         rows.append(("pictures", f"{self.pictures:,}{size}; {looked}"))
         if len(self.widths):

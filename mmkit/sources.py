@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .config import nearest
 from .data import MultimodalDataset
 from .folders import (
     PICTURE_SUFFIXES,
@@ -24,9 +27,10 @@ from .hub import from_hub
 from .loading import Found, Options, load
 from .picture_files import Refused
 from .published import from_coco, from_flickr30k
-from .shard_index import name_of
+from .shard_index import ShardIndex, name_of
 from .shards import TarMembers, read_index
 from .tables import Row, listed, pick_column, read_csv, read_jsonl
+from .tar_index import IMAGE_SUFFIXES
 
 __all__ = [
     "from_class_folders",
@@ -132,29 +136,58 @@ def _rows_of(frame) -> Iterator[Row]:
 def from_shards(
     urls: str | os.PathLike | Sequence[str],
     *,
-    text: str | Sequence[str] = ("txt", "json.caption"),
+    image: str | Sequence[str] | None = None,
+    text: str | Sequence[str] | None = None,
+    meta: Sequence[str] = (),
     spool_gigabytes: float = 10.0,
     **options,
 ) -> MultimodalDataset:
     """WebDataset tar shards: files, globs, a folder, "00{000..331}.tar", "pipe:command".
 
-    text: suffixes of captions; "json.caption" is a field of the .json member. Every shard is
-    indexed once. An epoch then goes through a few shards at a time, each process and each worker
-    reading its own samples, every sample once; nothing is cached unless cache_gigabytes is given.
-    spool_gigabytes: disk for what commands and .tar.gz give.
+    image: suffixes of pictures, the first that a sample has (None: the usual ones). text: suffixes
+    of captions; "json.caption" is a key of the .json member (None: that and "txt"). meta: keys of
+    the .json kept in `data.meta`, to split by, say. Sample ids are those that `write_shards` wrote,
+    where every sample has one and all differ, else the numbers of the rows.
+
+    Every shard is indexed once. An epoch then goes through a few shards at a time, each process and
+    each worker reading its own samples, every sample once; nothing is cached unless cache_gigabytes
+    is given. spool_gigabytes: disk for what commands and .tar.gz give.
     """
     options_ = Options.named(from_shards, {"cache_gigabytes": 0.0} | options)
+    meta = listed(meta)
     where: dict = dict(cache_dir=options_.cache_dir, spool_gigabytes=spool_gigabytes)
-    index = read_index(urls, text=text, on_error=options_.on_error, **where)
+    suffixes: dict = dict(image=image or IMAGE_SUFFIXES, text=text or ("txt", "json.caption"))
+    index = read_index(urls, meta=meta, on_error=options_.on_error, **suffixes, **where)
+    _known_facts(index, meta, name_of(urls))
     spooled = sum(shard.size for shard in index.shards if shard.spooled) / 1e9
-    if options.get("check") is None and spooled > spool_gigabytes:
+    unchecked = options.get("check") is None and spooled > spool_gigabytes
+    if unchecked:
         options_.check = "none"  # each look at a picture would fetch its shard once more
     found = Found(name_of(urls), "sample")
     for line, captions in enumerate(index.captions):
-        found.add(line + 1, line, captions, {"key": index.keys[line]})
+        facts = {"key": index.keys[line]} | {key: index.meta[line].get(key) for key in meta}
+        found.add(line + 1, line, captions, facts)
     for line, refused in enumerate(index.refused, len(found.lines) + 1):
         found.add(line, refused)
-    return load(found, options_, store=TarMembers(index, **where))
+    data = load(found, options_, store=TarMembers(index, **where))
+    if unchecked:
+        data.report.why_unchecked = (
+            f"the shards fill {spooled:,.1f} GB, more than spool_gigabytes={spool_gigabytes:g}, so "
+            "that each look would fetch them again; a broken picture will stop the training, "
+            "whatever on_error says; raise spool_gigabytes, or give check='decode'"
+        )
+    ids = [index.ids[i] for i in data._rows]
+    if None not in ids and len(set(ids)) == len(ids):
+        data.sample_ids = torch.tensor(ids)
+    return data
+
+
+def _known_facts(index: ShardIndex, meta: Sequence[str], name: str) -> None:
+    """ValueError for a key that no sample has: it is misspelt."""
+    for key in meta:
+        if len(index) and not any(key in facts for facts in index.meta):
+            hint = nearest(key, index.fields) if index.fields else "no sample has a .json"
+            raise ValueError(f"{name}: no .json has the key {key!r}; {hint}")
 
 
 # ---- any of them ---------------------------------------------------------------------------------

@@ -123,6 +123,21 @@ def saved(root, **options):
     return mm.load_data(root.parent / "saved", split="train", **options)
 
 
+def hub_of_pil(root, **options):
+    """Pictures that are decoded already; none knows the file that it came from."""
+    import datasets
+
+    kinds = datasets.Features(image=datasets.Image(), text=datasets.List(datasets.Value("string")))
+    rows = {"image": [Image.open(root / name).convert("RGB") for name in NAMES], "text": TEXTS}
+    return mm.from_hub(datasets.Dataset.from_dict(rows, features=kinds), **options)
+
+
+def shards(root, **options):
+    """Several, of the very same files."""
+    mm.write_shards(constructor(root), root.parent / "shards", samples_per_shard=3, overwrite=True)
+    return mm.load_data(root.parent / "shards", **options)
+
+
 def coco(root, **options):
     """As published: captions in any order, ids of their own."""
     value = {
@@ -165,7 +180,9 @@ WAYS = {
     "folder": folder,
     "class folders": class_folders,
     "hub": hub,
+    "hub of PIL": hub_of_pil,
     "saved": saved,
+    "shards": shards,
     "coco": coco,
     "karpathy": karpathy,
     "tokens": tokens,
