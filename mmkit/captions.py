@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .picture_files import Refused
 
-# Controls, and the marks that no one sees (zero width, byte order, direction); a joiner between
-# letters or emoji has a meaning and stays.
-_UNSEEN = re.compile("[\u0000-\u001f\u007f-\u009f\u2028\u2029]+")
-_NOTHING = re.compile("[\u200b\ufeff\u2060\u00ad]")
+# Controls, and U+200B, which stands between the words of Khmer and Thai, are a space; marks that no
+# one sees (byte order, soft hyphen) are nothing; a joiner of letters or emoji has a meaning, stays.
+_UNSEEN = re.compile("[\u0000-\u001f\u007f-\u009f\u2028\u2029\u200b]+")
+_NOTHING = re.compile("[\ufeff\u2060\u00ad]")
 
 
 def clean_caption(text: str) -> str:

@@ -123,6 +123,8 @@ TABLES = [
     Case("NaN, None and null are words",
          table(HEAD + "a.png,NaN\nb.png,None\nc.png,null\n"), "load",
          check=captions("NaN", "None", "null")),
+    Case("a word separator of no width", table(HEAD + "a.png,one\u200btwo\n"), "load",
+         check=captions("one two")),
     Case("a caption of white space", table(HEAD + "a.png,one\nb.png, \u00a0\u200b\n"), "skip",
          "line 3 is empty or not a string"),
     Case("no path", table(HEAD + "a.png,one\n ,two\n"), "skip", "line 3 names no picture"),
