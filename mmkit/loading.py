@@ -37,8 +37,9 @@ class Options:
     and stops where they are more than the share `max_skipped` of all. check: "head" looks at each
     picture's head and end, "decode" decodes it (which also finds damage in the middle), "none" does
     neither; None takes "decode" with on_error="skip", as what is skipped must be known beforehand.
-    cache_gigabytes: decoded pictures are kept in files up to this size, decoded at the first
-    training; 0 = never. num_workers: processes that decode.
+    reading: `mm.Reading`, the background under transparent pixels and what is refused as too large
+    or too thin. cache_gigabytes: decoded pictures are kept in files up to this size, decoded at the
+    first training; 0 = never. num_workers: processes that decode.
     """
 
     image_size: int = 64
@@ -74,6 +75,10 @@ class Options:
         if not 0 <= self.max_skipped <= 1:
             raise ValueError(
                 f"max_skipped={self.max_skipped!r} must be in [0, 1]; it is a share of the rows"
+            )
+        if not isinstance(self.reading, Reading):
+            raise ValueError(
+                f"reading={self.reading!r} is no mm.Reading; give mm.Reading(background=(0, 0, 0)), say"
             )
         if self.check is None:
             self.check = "decode" if self.on_error == "skip" else "head"

@@ -24,7 +24,7 @@ _PLAIN = (  # fields that go to JSON as they are
 ).split()
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What became of the rows of a source; `str()` is a table, `to_dict()` is JSON's."""
 
@@ -126,6 +126,8 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join([self.source, *(f"{name:18} {words}" for name, words in self.lines())])
+
+    __repr__ = __str__  # sizes of 50,000 pictures are no sight
 
     def _repr_html_(self) -> str:
         from html import escape
