@@ -78,7 +78,7 @@ class Options:
             )
         if not isinstance(self.reading, Reading):
             raise ValueError(
-                f"reading={self.reading!r} is no mm.Reading; give mm.Reading(background=(0, 0, 0)), say"
+                f"reading={self.reading!r} is no mm.Reading; give mm.Reading(max_aspect=50), say"
             )
         if self.check is None:
             self.check = "decode" if self.on_error == "skip" else "head"
