@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from .config import TrainingConfig
 from .data import Batch
 from .encoder import MultimodalEncoder
@@ -80,6 +82,48 @@ def step_flops(
 ) -> float:
     """Training FLOPs of one pair: forward once, backward twice that; `replay` adds a forward."""
     return (4 if replay else 3) * sample_flops(model, num_patches, num_words)
+
+
+def matmul_rate(
+    model: MultimodalEncoder,
+    batch_size: int,
+    num_patches: float,
+    num_words: float,
+    dtype: torch.dtype = torch.float32,
+    rounds: int = 9,
+) -> float:
+    """GFLOP a second that this machine multiplies at the shapes of a training step's layers.
+
+    The linear maps of both towers, forward and both ways back, on tensors that lie ready: what a
+    step could reach at best. Every shape's median, weighted by its operations. On the device and
+    with the threads of now.
+    """
+    device, total, seconds = model.logit_scale.device, 0.0, 0.0
+    for config, tokens in (
+        (model.vit.config, batch_size * (num_patches + 1)),
+        (model.bert.config, batch_size * num_words),
+    ):
+        width, inner, rows = config.hidden_size, config.intermediate_size, round(tokens)
+        for columns, out in ((width, 3 * width), (width, width), (width, inner), (inner, width)):
+            x, w, g = (
+                torch.randn(shape, device=device).to(dtype)
+                for shape in ((rows, columns), (out, columns), (rows, out))
+            )
+            for product in (lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x):  # noqa: B023
+                seconds += config.num_hidden_layers * _median_seconds(product, device, rounds)
+                total += config.num_hidden_layers * 2 * rows * columns * out
+    return total / seconds / 1e9
+
+
+def _median_seconds(work, device: torch.device, rounds: int) -> float:
+    times = []
+    for _ in range(rounds + 2):  # the first two warm up
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
 
 
 def step_seconds(trainers: dict[str, Any], rounds: int = 5) -> dict[str, float]:

@@ -22,6 +22,7 @@ from .config import nearest
 from .data import Batch
 from .decoder import Encoded, MultimodalDecoder, Wanted
 from .export import Exportable
+from .layers import bert_states, own_layers, vit_layers
 from .masks import Masking
 from .patches import patchify, pick_tokens
 from .tokenizer import (
@@ -246,6 +247,8 @@ class MultimodalEncoder(nn.Module, Exportable):
         """
         x = self._patches(pixel_values, masking, mode)
         real = _with_class_token(_kept(masking, mode))
+        if own_layers(self.vit, x):
+            return self.vit.layernorm(vit_layers(self.vit, x, real))
         attention_mask = key_mask(real, self.vit.config._attn_implementation, x.dtype)
         for block in self.vit.layers:
             x = block(x, attention_mask)
@@ -309,25 +312,11 @@ class MultimodalEncoder(nn.Module, Exportable):
         return torch.where(masking.mask[..., None], instead, words)
 
     def _bert(self, words: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-        """BERT's states (B, K, width) of embedded words.
-
-        On a CPU, where padding is paid for in full, short captions run apart from long ones.
-        """
-
-        def run(rows, length):
-            out = self.bert(
-                inputs_embeds=words[rows, :length],
-                position_ids=positions[rows, :length],
-                attention_mask=valid[rows, :length].long(),
-            )
-            return F.pad(out.last_hidden_state, (0, 0, 0, words.shape[1] - length))
-
-        if words.device.type != "cpu" or len(words) < 64:
-            return run(slice(None), words.shape[1])
-        last = (valid * torch.arange(1, valid.shape[1] + 1)).amax(1)  # real tokens end here
-        order = last.argsort(stable=True)
-        states = [run(rows, int(last[rows].max())) for rows in order.chunk(4)]
-        return torch.cat(states)[order.argsort()]
+        """BERT's states (B, K, width) of embedded words."""
+        if own_layers(self.bert, words):
+            return bert_states(self.bert, words, positions, valid)
+        out = self.bert(inputs_embeds=words, position_ids=positions, attention_mask=valid.long())
+        return out.last_hidden_state
 
     def encode_text(
         self, input_ids: Tensor, valid: Tensor, masking: Masking | None = None, mode: str = "drop"
