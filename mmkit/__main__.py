@@ -4,8 +4,8 @@ Every field of `TrainingConfig` is a flag of `train`, made from the dataclass by
 torchrun as it is. Walk-through: README.md.
 """
 
-import dataclasses
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,30 +30,11 @@ from .openmoji import openmoji
 from .reconstruct import evaluate_reconstruction
 from .retrieval import Index, evaluate, mean_recall
 from .run import Run, newest_run
-from .sources import load_data
-from .splits import split as split_by
+from .source_flags import Source
+from .splits import overlap
 from .trainer import train_model
 
 Split = Literal["compose", "concept", "random"]
-
-
-@dataclasses.dataclass
-class Source:
-    """Pictures of your own, as `mm.load_data` takes them."""
-
-    data: str = ""  # a table, a folder, tar shards, a hub data set; none = the built-in pictures
-    image: str | None = None  # column of the pictures (found by its usual names)
-    text: str | None = None  # column of the texts, or suffix of them in shards
-    root: str | None = None  # folder under which the pictures of a table are (the table's own)
-    group: str = "near"  # never divided: near-duplicates, or what has one value in this column
-
-    def load(self, **options) -> MultimodalDataset:
-        """The data set; options: of its way in."""
-        given = {name: getattr(self, name) for name in ("image", "text", "root")}
-        options |= {name: value for name, value in given.items() if value is not None}
-        if self.group not in ("near", "content", "caption"):
-            options["meta"] = [self.group]
-        return load_data(self.data, **options)
 
 
 def inspect_(
@@ -61,6 +42,9 @@ def inspect_(
     image: str | None = None,
     text: str | None = None,
     root: str | None = None,
+    data_split: str | None = None,
+    encoding: str | None = None,
+    separator: str | None = None,
     image_size: int = 64,
     max_length: int = 77,
     near: bool = True,
@@ -71,17 +55,21 @@ def inspect_(
 
     Args:
         source: A table, a folder, tar shards, a hub data set.
-        image: Column of the pictures (found by its usual names).
+        image: Column of the pictures (found by its usual names), or their suffix in shards.
         text: Column of the texts, or their suffix in shards.
-        root: Folder under which the pictures of a table are (the table's own).
+        root: Folder of the pictures of a table (its own), of COCO, of Flickr30k.
+        data_split: Which split of a hub data set, of Karpathy's JSON.
+        encoding: Of a table's letters (UTF-8, or by its mark).
+        separator: Between a table's columns (the one that fits).
         image_size: Pixels at which pictures are compared.
         max_length: Word pieces that the model will read (tiny 32, small 64, base 77).
         near: Also look for nearly equal pictures and captions.
         json: File for the report as JSON.
         figure: File for the report as a picture.
     """
-    named = Source(source, image, text, root)
-    data = named.load(image_size=image_size, on_error="skip", max_skipped=1.0)
+    named = Source(source, image, text, root, data_split, encoding, separator)
+    lenient: dict = dict(on_error="skip", max_skipped=1.0, check="decode")
+    data = named.load(image_size=image_size, **lenient)
     report = inspect(data, max_length=max_length, near=near)
     print(report)
     if json:
@@ -95,7 +83,6 @@ def train(
     config: Annotated[TrainingConfig, tyro.conf.arg(name="")],
     source: Annotated[Source, tyro.conf.arg(name="")],
     split: Split = "compose",
-    on_error: Literal["raise", "skip"] = "raise",
     resume: bool = False,
     fork: str = "",
 ) -> None:
@@ -105,12 +92,11 @@ def train(
         config: The whole recipe.
         source: The pictures.
         split: How the built-in pictures are divided ("random" leaks, for teaching).
-        on_error: Whether a row of your own that cannot be loaded stops all or is left out.
         resume: Go on from the last checkpoint of the run (run_name; without one, the newest run).
         fork: Folder of a run to start from where that one stands; all but batch_size may differ.
     """
     size = PRESETS[config.preset]["image"] if config.preset in PRESETS else 64
-    training, val, test = _parts(source, size, split, on_error, config)
+    training, val, test = _parts(source, size, split, config)
     name = f"{split} test" if not source.data else "test part"
     own = Path(config.output_dir) / config.run_name / "last" / "state.pth"
     go_on: bool | str = resume and (own.is_file() or not fork)  # a fork that was killed goes on
@@ -130,20 +116,26 @@ def train(
     _print_reconstruction(model, test, config)
     if "contrastive" in config.terms:
         _draw_searches(model, test, name, run.path, source)
-    print(f"      {_python()} -m tensorboard.main --logdir {config.output_dir}")
+    print(f"      {_python()} -m tensorboard.main --logdir {shlex.quote(config.output_dir)}")
     if test.attribution:
         print(f"pictures: {test.attribution}")
 
 
-def _parts(source: Source, size: int, split: Split, on_error: str, config: TrainingConfig):
+def _parts(source: Source, size: int, split: Split, config: TrainingConfig):
     """(train, val, test) of the built-in pictures, or of one's own."""
+    source.refuse_without_data()
     if not source.data:
         return openmoji(image_size=size, split=split)
-    workers = config.num_workers
-    data = source.load(image_size=size, on_error=on_error, num_workers=workers)
-    if os.environ.get("RANK", "0") == "0":
+    data = source.load(image_size=size, num_workers=config.num_workers)
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
         print(f"{data.report}\n")
-    return split_by(data, by=source.group, seed=config.seed)
+    train, val, test = source.divide(data, config.seed)
+    if first and test is not None and not data.expensive:
+        found = overlap(train, test, near=source.group == "content")
+        found.near = found.near or 0  # all but "content" kept near-duplicates together
+        print(f"{found}\n")
+    return train, val, test
 
 
 def _draw_searches(
@@ -153,11 +145,12 @@ def _draw_searches(
     index = Index(model, test)
     queries = [*dict.fromkeys(text[0] for text in test.texts)][:: max(1, len(test) // 10)][:10]
     words = f"Ten captions of the {name}, each with its nearest of {len(test)} pictures."
-    grid = plots.save(plots.search_results(index, queries, caption=words), path / "searches.png")
-    print(f"\nten searches: {grid}")
+    figure = plots.search_results(index, queries, k=min(6, len(test)), caption=words)
+    print(f"\nten searches: {plots.save(figure, path / 'searches.png')}")
     print("next: make lab (open 01_data.ipynb), or search all pictures by your own words:")
-    words = f'"{queries[0]}" --data {source.data}' if source.data else '"a woman firefighter"'
-    print(f"      {_python()} -m mmkit search {words} --checkpoint {path}/best_model.pth")
+    query = queries[0] if source.data else "a woman firefighter"
+    flags = [*source.words(without=("group",)), "--checkpoint", f"{path}/best_model.pth"]
+    print(f"      {shlex.join([_python(), '-m', 'mmkit', 'search', query, *flags])}")
 
 
 def _print_reconstruction(
@@ -237,27 +230,64 @@ def _facts(path: Path) -> dict:
 
 
 def _evaluate(
+    source: Annotated[Source, tyro.conf.arg(name="")],
     checkpoint: str = "",
     split: Split = "compose",
-    part: Literal["val", "test"] = "test",
+    part: Literal["val", "test", "all"] = "test",
     hidden: float = 0.5,
 ) -> None:
-    """Score a checkpoint on a part of the built-in pictures, everything seen and patches hidden.
+    """Score a checkpoint on a part of the pictures, everything seen and patches hidden.
 
     Args:
+        source: The pictures.
         checkpoint: A best_model.pth; the newest run's if not given.
         split: How the built-in pictures are divided.
-        part: Which part is scored.
+        part: Which part is scored, of your own as `train` divides them; "all" of your own.
         hidden: Fraction of patches hidden in the second line, in (0, 1).
     """
+    source.refuse_without_data()
+    if part == "all" and not source.data:
+        raise ValueError("--part all is for pictures of your own; give --data, or a part")
     path = _checkpoint(checkpoint)
     model = load(path)
+    masks = {"image_mask": ("random", hidden)}
+    if source.data:
+        data, name = _own_part(source, model.image_size, part, path)
+        _print_scores(model, data, name, masks)
+        return
     trained_on = _facts(path).get("data", "")
     if (trained_on == "openmoji-random-train") != (split == "random"):
         trained_on = trained_on or "other pictures"
         print(f"beware: trained on {trained_on}, which may hold what is tested here")
     data = openmoji(image_size=model.image_size, split=split)[1 if part == "val" else 2]
-    _print_scores(model, data, f"{split} {part}", {"image_mask": ("random", hidden)})
+    _print_scores(model, data, f"{split} {part}", masks)
+
+
+def _own_part(source: Source, size: int, part: str, path: Path) -> tuple[MultimodalDataset, str]:
+    """(a part of one's own pictures, what it is called); says where the model may have seen it."""
+    data, facts = source.load(image_size=size), _facts(path)
+    trained_on = facts.get("data", "")
+    if part == "all":
+        if trained_on == f"{data.name}-train":
+            print("beware: these are all pictures, those that the model was trained on included")
+        return data, f"all of {data.name}"
+    train, val, test = source.divide(data, facts.get("config", {}).get("seed", 0))
+    if trained_on != train.name:
+        print(f"beware: trained on {trained_on or 'other pictures'}, not on {train.name}")
+    elif _fingerprint(path) not in ("", train.fingerprint()):
+        print(
+            f"beware: {train.name} is not what it was when the model was trained (other rows, or "
+            f"other flags than then), so that it may have seen what is in the {part} part"
+        )
+    chosen = val if part == "val" else test
+    assert chosen is not None  # `divide` gives each a share
+    return chosen, f"{part} part"
+
+
+def _fingerprint(path: Path) -> str:
+    """Of the training set of a checkpoint; "" where it is not known."""
+    found = {} if path.is_dir() else read_checkpoint(path).get("data")
+    return found.get("fingerprint", "") if isinstance(found, dict) else ""
 
 
 def search(
@@ -276,6 +306,7 @@ def search(
         k: How many pictures.
         out: Where the grid of results is written.
     """
+    source.refuse_without_data()
     model = load(_checkpoint(checkpoint))
     found = []
     size = model.image_size
@@ -322,8 +353,8 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="mmkit", description=__doc__.splitlines()[0]
         )
-    except (ValueError, OSError) as error:
-        print(f"mmkit: {error}", file=sys.stderr)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"mmkit: {' '.join(str(error).splitlines())}", file=sys.stderr)
         raise SystemExit(2) from None
 
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from .picture_files import Refused
 
-# Controls, and the marks that no one sees (zero width, byte order, direction); a joiner between
-# letters or emoji has a meaning and stays.
-_UNSEEN = re.compile("[\u0000-\u001f\u007f-\u009f\u2028\u2029]+")
-_NOTHING = re.compile("[\u200b\ufeff\u2060\u00ad]")
+# Controls, and U+200B, which stands between the words of Khmer and Thai, are a space; marks that no
+# one sees (byte order, soft hyphen) are nothing; a joiner of letters or emoji has a meaning, stays.
+_UNSEEN = re.compile("[\u0000-\u001f\u007f-\u009f\u2028\u2029\u200b]+")
+_NOTHING = re.compile("[\ufeff\u2060\u00ad]")
 
 
 def clean_caption(text: str) -> str:
@@ -30,19 +30,36 @@ def clean_caption(text: str) -> str:
 
 
 def clean_captions(where: str, text) -> list[str]:
-    """The captions of a row: one, or a list of them, each once.
+    """The captions of a row: one, or a list of them, each once; blank ones beside others left out.
 
-    Raises Refused for what holds no words: None, a number, white space, an empty list.
+    Raises Refused where no words are left (None, white space, an empty list), and for what is no
+    text, a number say.
     """
-    listed = isinstance(text, Iterable) and not isinstance(text, dict | set)  # they have no order
-    raw = [text] if isinstance(text, str) else list(text) if listed else []
-    captions = [clean_caption(c) if isinstance(c, str) else "" for c in raw]
-    if not captions or not all(captions):
+    raw = _listed(text)
+    strings = [c for c in raw if not _is_nothing(c)]
+    captions = [clean_caption(c) if isinstance(c, str) else None for c in strings]
+    if None in captions or not any(captions):
         shown = repr(text) if len(repr(text)) < 80 else repr(text)[:77] + "..."
         raise Refused(
             "no caption", f"the text of {where} is empty or not a string: {shown}; give words"
         )
-    return list(dict.fromkeys(captions))
+    return list(dict.fromkeys(caption for caption in captions if caption))
+
+
+def count_blank(text) -> int:
+    """How many captions of a row hold no words: None, NaN, white space."""
+    captions = [c for c in _listed(text) if not (isinstance(c, str) and clean_caption(c))]
+    return sum(isinstance(c, str) or _is_nothing(c) for c in captions)
+
+
+def _listed(text) -> list:
+    listed = isinstance(text, Iterable) and not isinstance(text, dict | set)  # they have no order
+    return [text] if isinstance(text, str) else list(text) if listed else []
+
+
+def _is_nothing(caption) -> bool:
+    """An empty cell: None, or the NaN that pandas makes of it."""
+    return caption is None or (isinstance(caption, float) and caption != caption)
 
 
 def groups_of(keys_of: Sequence[Sequence]) -> Tensor:

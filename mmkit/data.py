@@ -28,7 +28,7 @@ from .captions import clean_captions, groups_of
 from .masks import mask_noise
 from .picture_cache import content_hashes, decode_once, room_for
 from .picture_files import Files, PictureStore, Refused
-from .pictures import Reading, as_png, read_picture, square
+from .pictures import Reading, as_png, read_picture, read_square, square, tensor_decoder
 from .tokenizer import encode_texts, piece_counts, special_ids, train_wordpiece
 
 HASH_BYTES = 20_000_000_000  # sources up to this size are searched for identical pictures
@@ -281,10 +281,10 @@ class MultimodalDataset:
 
     def _decode(self, row: int, noise: float | None = None) -> Tensor:
         i, where = int(self._rows[row]), self.place(row)
-        options: dict = dict(side=self.side, reading=self.reading, name=self._store.name(i))
-        picture = read_picture(functools.partial(self._store.open, i), where, **options)
+        source, options = functools.partial(self._store.open, i), {"name": self._store.name(i)}
         if self.side is not None:  # the square is cut without a draw
-            return self.transform(picture)
+            return read_square(source, where, side=self.side, reading=self.reading, **options)
+        picture = read_picture(source, where, reading=self.reading, **options)
         with _drawing_by(noise):
             picture = self.transform(picture)
         if not isinstance(picture, Tensor) or picture.ndim != 3 or picture.shape[0] != 3:
@@ -355,6 +355,7 @@ class MultimodalDataset:
         if self.resident:
             return []
         assert self.side is not None
+        tensor_decoder()
         hashes = self.content_hashes()
         self._pixels, failed = decode_once(
             hashes, self._lean(), self.side, repr(self.reading), num_workers, self.cache_dir,

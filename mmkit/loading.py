@@ -6,18 +6,20 @@ Walk-through: notebooks/08_your_own_pictures.ipynb.
 """
 
 import functools
+import inspect
 import os
 import stat
 import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from .captions import clean_captions
+from .captions import clean_captions, count_blank
+from .config import nearest
 from .data import HASH_BYTES, MultimodalDataset
 from .picture_files import Files, PictureStore, Refused
 from .pictures import Reading, check_picture
@@ -35,8 +37,9 @@ class Options:
     and stops where they are more than the share `max_skipped` of all. check: "head" looks at each
     picture's head and end, "decode" decodes it (which also finds damage in the middle), "none" does
     neither; None takes "decode" with on_error="skip", as what is skipped must be known beforehand.
-    cache_gigabytes: decoded pictures are kept in files up to this size, decoded at the first
-    training; 0 = never. num_workers: processes that decode.
+    reading: `mm.Reading`, the background under transparent pixels and what is refused as too large
+    or too thin. cache_gigabytes: decoded pictures are kept in files up to this size, decoded at the
+    first training; 0 = never. num_workers: processes that decode.
     """
 
     image_size: int = 64
@@ -51,6 +54,18 @@ class Options:
     cache_dir: str | os.PathLike | None = None
     num_workers: int = 2
 
+    @classmethod
+    def named(cls, way: Callable, options: dict[str, Any]) -> "Options":
+        """The options of these names; ValueError for one that neither they nor the way in have."""
+        known = [f.name for f in fields(cls)]
+        for name in options:
+            if name not in known:
+                parameters = inspect.signature(way).parameters.values()
+                own = [p.name for p in parameters if p.default is not p.empty]
+                words = nearest(name, [*own, *known])
+                raise ValueError(f"{way.__name__} has no option {name!r}; {words}")
+        return cls(**options)
+
     def __post_init__(self):
         choices = {"on_error": ("raise", "skip"), "check": (None, "none", "head", "decode")}
         for name, known in choices.items():
@@ -60,6 +75,10 @@ class Options:
         if not 0 <= self.max_skipped <= 1:
             raise ValueError(
                 f"max_skipped={self.max_skipped!r} must be in [0, 1]; it is a share of the rows"
+            )
+        if not isinstance(self.reading, Reading):
+            raise ValueError(
+                f"reading={self.reading!r} is no mm.Reading; give mm.Reading(max_aspect=50), say"
             )
         if self.check is None:
             self.check = "decode" if self.on_error == "skip" else "head"
@@ -77,6 +96,7 @@ class Found:
     pictures: list[Any] = field(default_factory=list)  # a path, a number in a store, or Refused
     texts: list[Any] = field(default_factory=list)
     meta: list[dict] = field(default_factory=list)
+    hint: str = ""  # what may be wrong where a picture is not there
 
     def add(self, line: int, picture, text=None, meta: dict | None = None) -> None:
         self.lines.append(line)
@@ -122,10 +142,11 @@ def within(root: str, written, where: str) -> str:
             continue
         real_root = _real_folder(root)
         if path != real_root and not path.startswith(real_root.rstrip(os.sep) + os.sep):
+            folder = f", root={os.path.dirname(path)!r} say" if os.path.isabs(text) else ""
             raise Refused(
                 "outside the folder",
-                f"{where}: {_short(text)} leads to {path}, outside {root}; move it there, or give "
-                "a root that holds all pictures",
+                f"{where}: {_short(text)} leads to {path}, outside {real_root}; move it there, or "
+                f"give a root that holds all pictures{folder}",
             )
         if not stat.S_ISREG(facts.st_mode):
             raise Refused("not a file", f"{where}: {path} is not a file")
@@ -181,10 +202,11 @@ def load(
                 lines.append(line)
                 rows_of.append(0)
             place = kept[picture]
+            report.blank_captions += 0 if isinstance(text, str) else count_blank(text)
             texts[place] += [caption for caption in captions if caption not in texts[place]]
             rows_of[place] += 1
         except (Refused, FileNotFoundError) as error:
-            refuse(error)
+            refuse(_hinted(error, found.hint))
     if not texts:
         raise ValueError(f"{found.source}: {_nothing(report)}")
     if store is None:
@@ -193,6 +215,13 @@ def load(
         keep = np.array(list(kept), np.int64)
     data = _dataset(store, keep, texts, meta, np.array(lines), found, options, report)
     return _decoded(data, rows_of, np.array(sizes), options, report, refuse)
+
+
+def _hinted(error: Exception, hint: str) -> Exception:
+    """The error, and what may be behind it where a picture is not there."""
+    if hint and isinstance(error, Refused) and error.reason == "missing":
+        return Refused(error.reason, f"{error}; {hint}")
+    return error
 
 
 def _refuse(report: Report, options: Options, error: Exception, rows: int = 1) -> None:
@@ -243,11 +272,17 @@ def _dataset(store, keep, texts, meta, lines, found, options, report) -> Multimo
         tokenizer=options.tokenizer,
         meta=meta,
     )
-    data.name = Path(found.source).name
+    data.name = _name(found.source)
     data.places = (f"{found.source}, {found.unit}", lines)
     data.reading, data.report = options.reading, report
     data.cache_dir, data.cache_gigabytes = options.cache_dir, options.cache_gigabytes
     return data
+
+
+def _name(source: str) -> str:
+    """The last part of a path; of a pattern ("cc3m/*.tar") the last two."""
+    path = Path(source)
+    return "/".join(path.parts[-2:]) if path.name.startswith(("*", "?", "[", "{")) else path.name
 
 
 def _decoded(

@@ -18,10 +18,10 @@ import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import PIL
 import torch
 from tqdm import tqdm
 
@@ -272,7 +272,8 @@ def decode_once(
     not be decoded, which are black there; they are tried again each time.
     """
     everything = cache_folder(cache_dir) / "pictures"
-    how = f"{side} {how} pillow {PIL.__version__} torch {torch.__version__}"
+    versions = [version(package) for package in ("pillow", "torch", "torchvision")]
+    how = f"{side} {how} {versions}"
     folder = everything / hashlib.blake2b(how.encode(), digest_size=8).hexdigest()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

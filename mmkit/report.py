@@ -19,12 +19,12 @@ from .picture_files import Refused
 CHECKS = {"decode": "each decoded", "head": "heads and ends looked at"}  # in words
 EXAMPLES = 5  # messages kept for each reason
 _PLAIN = (  # fields that go to JSON as they are
-    "source rows loaded skipped examples pictures captions checked bytes identical_pictures "
-    "shared_captions max_length unknown blank"
+    "source rows loaded skipped examples pictures captions checked why_unchecked bytes "
+    "identical_pictures shared_captions blank_captions max_length unknown blank"
 ).split()
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """What became of the rows of a source; `str()` is a table, `to_dict()` is JSON's."""
 
@@ -36,12 +36,14 @@ class Report:
     pictures: int = 0  # different ones; rows of one picture are its captions
     captions: int = 0
     checked: str = ""  # how every picture was looked at: "decode", "head" (and end) or "none"
+    why_unchecked: str = ""  # where "none" was nobody's wish
     file_sizes: Sequence[int] = ()  # of each picture, bytes; 0 = not known
     widths: Sequence[int] = ()  # of each picture, pixels
     heights: Sequence[int] = ()
     caption_words: Sequence[int] = ()  # of each caption
     identical_pictures: int | None = None  # that equal an earlier one byte for byte; None = unknown
     shared_captions: int = 0  # captions that more than one picture has
+    blank_captions: int = 0  # without words, left out of rows that have others
     # what `mm.inspect` adds
     caption_pieces: Sequence[int] = ()  # of each caption, ends included
     max_length: int = 0  # pieces that a model reads
@@ -64,7 +66,7 @@ class Report:
     def part(self, rows: Sequence[int], texts: Sequence[Sequence[str]]) -> "Report":
         """The report of some of the pictures that were loaded, with their captions `texts`."""
         part = Report(f"a part of {self.source}", len(rows), len(rows), pictures=len(rows))
-        part.checked = self.checked
+        part.checked, part.why_unchecked = self.checked, self.why_unchecked
         for name in ("widths", "heights", "file_sizes"):
             values = getattr(self, name)
             setattr(part, name, [values[row] for row in rows] if len(values) else [])
@@ -85,7 +87,8 @@ class Report:
         rows = [("rows", f"{self.rows:,} = {self.loaded:,} loaded + {self._skipped():,} skipped")]
         for reason, count in sorted(self.skipped.items(), key=lambda pair: -pair[1]):
             rows.append((f"  {reason}", f"{count:,}; {self.examples[reason][0]}"))
-        looked = CHECKS.get(self.checked, "not looked at")
+        why = f": {self.why_unchecked}" if self.why_unchecked else ""
+        looked = CHECKS.get(self.checked, f"not looked at{why}")
         size = f", {self.bytes / 1e6:,.1f} MB" if self.bytes else ""
         rows.append(("pictures", f"{self.pictures:,}{size}; {looked}"))
         if len(self.widths):
@@ -101,6 +104,8 @@ class Report:
         rows.append(
             ("captions", f"{self.captions:,}; {self.shared_captions:,} of several pictures")
         )
+        if self.blank_captions:
+            rows.append(("  blank", f"{self.blank_captions:,} of rows with others, left out"))
         if len(self.caption_words):
             rows.append(("  words", _spread(self.caption_words, "")))
         if len(self.caption_pieces):
@@ -121,6 +126,8 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join([self.source, *(f"{name:18} {words}" for name, words in self.lines())])
+
+    __repr__ = __str__  # sizes of 50,000 pictures are no sight
 
     def _repr_html_(self) -> str:
         from html import escape

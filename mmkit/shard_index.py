@@ -24,7 +24,7 @@ from .tar_index import IMAGE_SUFFIXES, Suffixes, TarIndex, scan_tar
 
 PIPE = "pipe:"
 FOLDER_PATTERNS = ("*.tar", "*.tar.gz", "*.tgz")
-_VERSION = 1  # of the cached indexes: count up when the same shard would give another
+_VERSION = 2  # of the cached indexes: count up when the same shard would give another
 
 
 # -- which shards ----------------------------------------------------------------------------
@@ -60,10 +60,17 @@ def _expand(name: str) -> Iterator[str]:
         if not paths:
             what = "no file fits" if glob.has_magic(one) else "there is no file"
             where = "" if one == name else f" (of {name})"
-            remedy = "" if "://" not in one else f'; from elsewhere: "pipe:curl -fsL {one}"'
+            remedy = f'; from elsewhere: "{_fetching(one)}"' if "://" in one else ""
             raise FileNotFoundError(f"shards: {what} {one}{where}; check the path{remedy}")
         for path in paths:
             yield from _shards_of(path)
+
+
+def _fetching(url: str) -> str:
+    """The command that writes what lies at a web address."""
+    if url.startswith("s3://"):
+        return f"pipe:aws s3 cp {url} -"
+    return f"pipe:gsutil cat {url}" if url.startswith("gs://") else f"pipe:curl -fsL {url}"
 
 
 def _alternatives(name: str) -> list[str]:
@@ -76,6 +83,14 @@ def _alternatives(name: str) -> list[str]:
         return list(braceexpand(name))
     except ValueError:
         return [name]
+
+
+def name_of(source: str | os.PathLike | Sequence[str | os.PathLike]) -> str:
+    """What messages call the shards that were named: the name, or the first of several."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    names = [os.fspath(name) for name in source]
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def _shards_of(path: str) -> list[str]:
@@ -115,6 +130,9 @@ class ShardIndex:
     shard: np.ndarray  # (N,) int32, a row of `shards`
     offset: np.ndarray  # (N,) int64, bytes from the start of the tar
     size: np.ndarray  # (N,) int64, bytes of the picture
+    meta: list[dict]  # of each sample: the keys asked for, where its .json has them
+    ids: list[int | None]  # of each sample, where `write_shards` wrote it
+    fields: list[str]  # keys that the .json of a sample has: of the first that is read of a shard
     refused: list[Refused]  # samples that are not among the N, and why
 
     def __len__(self) -> int:
@@ -125,6 +143,7 @@ def read_index(
     source: str | os.PathLike | Sequence[str | os.PathLike],
     image: str | Sequence[str] = IMAGE_SUFFIXES,
     text: str | Sequence[str] = "txt",
+    meta: Sequence[str] = (),
     cache_dir: str | Path | None = None,
     spool_gigabytes: float = 10.0,
     on_error: str = "raise",
@@ -133,15 +152,16 @@ def read_index(
 
     source: as `expand_urls` takes it. image: suffixes, the first that a sample has is its picture.
     text: "txt" for a member that is one caption, "json.caption" for a string or a list of strings
-    in a JSON member, or several of these, all of which count. Indexes are kept, one small file per
-    shard, in the folder `cache_dir` (see `openmoji()`), until the shard changes; what a command
-    wrote is taken to stay the same. spool_gigabytes: disk for what "pipe:" and gzip unpack to.
-    on_error: "skip" counts a file that is no tar among the refused.
+    in a JSON member, or several of these, all of which count. meta: keys of the .json that are
+    facts about the picture. Indexes are kept, one small file per shard, in the folder `cache_dir`
+    (see `openmoji()`), until the shard changes; what a command wrote is taken to stay the same.
+    spool_gigabytes: disk for what "pipe:" and gzip unpack to. on_error: "skip" counts a file that
+    is no tar among the refused.
 
     Raises FileNotFoundError for a shard that is not there, `Refused` (a ValueError) for a file that
     is no tar, OSError for a command that fails.
     """
-    suffixes = Suffixes.named(image, text)
+    suffixes = Suffixes.named(image, text, meta)
     folder = cache_folder(cache_dir)
     spool = Spool(folder / "spool", spool_gigabytes)
     bar = tqdm(expand_urls(source), desc="indexing shards", delay=1, leave=False)
@@ -162,6 +182,9 @@ def read_index(
         shard=np.repeat(np.arange(len(found), dtype=np.int32), counts),
         offset=np.array([n for _, part in found for n in part.offset], np.int64),
         size=np.array([n for _, part in found for n in part.size], np.int64),
+        meta=[facts for _, part in found for facts in part.meta],
+        ids=[number for _, part in found for number in part.ids],
+        fields=list(dict.fromkeys(key for _, part in found for key in part.keys)),
         refused=refused
         + [
             Refused(reason, f"{shard.url}: {message}")
@@ -176,7 +199,7 @@ def _index_shard(
 ) -> tuple[Shard, TarIndex]:
     """From the cache where the shard is as it was then, else by reading it."""
     identity = shard_identity(url)
-    key = json.dumps([_VERSION, identity, suffixes.image, suffixes.text])
+    key = json.dumps([_VERSION, identity, suffixes.image, suffixes.text, suffixes.meta])
     cached = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     if (known := _read_cached(cached)) is not None:
         return Shard(url, identity, *known[0]), known[1]

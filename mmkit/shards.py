@@ -36,6 +36,7 @@ from .shard_index import (
     shard_identity,
 )
 from .spool import Spool
+from .tar_index import SAMPLE_ID
 
 __all__ = ["ShardIndex", "TarMembers", "expand_urls", "read_index", "shard_order", "write_shards"]
 
@@ -195,12 +196,15 @@ def write_shards(
 
     "00000.tar", … in `folder`, in the order of the rows: each picture's own bytes, and its caption
     as .txt, several as {"caption": [...]} in a .json. So `text=("txt", "json.caption")` reads all
-    of it back. The sample id is the name of a sample, nine digits long. The same data set gives the
-    same bytes. The shards get their names when all of them are written and synced. overwrite:
-    replace such shards that are there already. Returns their paths.
+    of it back. Its facts (`meta`) are further keys of the .json; so are sample ids other than the
+    numbers of the rows, from which `from_shards` takes them. The sample id is the name of a sample,
+    nine digits long. The same data set gives the same bytes. The shards get their names when all of
+    them are written and synced. overwrite: replace such shards that are there already. Returns
+    their paths.
 
     Raises FileExistsError where the folder has shards (with overwrite: of other names than ours),
-    ValueError for an id that occurs twice, a picture that cannot be read or is of another kind.
+    ValueError for an id that occurs twice, a picture that cannot be read or is of another kind,
+    and facts that are no plain JSON values.
     """
     from webdataset import ShardWriter
 
@@ -210,13 +214,14 @@ def write_shards(
     if len(dataset.sample_ids.unique()) < len(dataset):
         raise ValueError("a sample id occurs twice; take each row once, as readers skip the second")
     old = _shards_in_the_way(folder, overwrite)
+    with_ids = dataset.sample_ids.tolist() != list(range(len(dataset)))
     digits = max(5, len(str((len(dataset) - 1) // samples_per_shard)))
     with _unfinished(folder) as unfinished:
         pattern = f"{str(unfinished).replace('%', '%%')}/%0{digits}d.tar"
         options = dict(maxcount=samples_per_shard, maxsize=1e18, verbose=0, post=_sync)
         with ShardWriter(pattern, encoder=False, mtime=0, **options) as writer:  # type: ignore
             for row in range(len(dataset)):
-                writer.write(_sample(dataset, row))
+                writer.write(_sample(dataset, row, with_ids))
         for path in old:
             path.unlink()
         new = [path.rename(folder / path.name) for path in sorted(unfinished.iterdir())]
@@ -259,17 +264,46 @@ def _sync(path: str | os.PathLike) -> None:
         os.close(descriptor)
 
 
-def _sample(dataset: MultimodalDataset, row: int) -> dict[str, str | bytes]:
+def _sample(dataset: MultimodalDataset, row: int, with_id: bool) -> dict[str, str | bytes]:
     """What webdataset writes: the members of a sample by their suffixes."""
     with dataset.picture_file(row) as file:
         picture = file.read()
-    captions = dataset.texts[row]
+    captions, number = dataset.texts[row], int(dataset.sample_ids[row])
+    members: dict[str, str | bytes] = {"__key__": f"{number:09d}", _suffix(picture, row): picture}
+    facts: dict = _plain_facts(dataset, row) | ({SAMPLE_ID: number} if with_id else {})
     if len(captions) == 1:
-        text = {"txt": captions[0].encode()}
+        members["txt"] = captions[0].encode()
     else:
-        text = {"json": json.dumps({"caption": captions}).encode()}
-    key = f"{int(dataset.sample_ids[row]):09d}"
-    return {"__key__": key, _suffix(picture, row): picture, **text}
+        facts = {"caption": captions} | facts
+    if facts:
+        members["json"] = json.dumps(facts).encode()
+    return members
+
+
+def _plain_facts(dataset: MultimodalDataset, row: int) -> dict:
+    """The meta of a row, but not what it was called in other shards."""
+    name = dataset.picture_name(row)
+    facts = {k: value for k, value in dataset.meta[row].items() if (k, value) != ("key", name)}
+    for key, value in facts.items():
+        if key in ("caption", SAMPLE_ID):
+            raise ValueError(
+                f"meta of row {row} has the key {key!r}, under which shards have something else; "
+                "give it another name"
+            )
+        if not isinstance(key, str) or not _is_plain(value):
+            raise ValueError(
+                f"meta of row {row}, {key!r}: {str(value)[:60]!r} ({type(value).__name__}) would "
+                "not come back from JSON; make it a string or a number, or take it out of meta"
+            )
+    return facts
+
+
+def _is_plain(value) -> bool:
+    """Does JSON give it back? Not so tuples, NaN, dates, or numbers as keys."""
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _suffix(picture: bytes, row: int) -> str:

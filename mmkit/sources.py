@@ -5,24 +5,44 @@ was not; they differ only in how rows are found. `load_data(source)` picks the f
 is given. Walk-through: notebooks/08_your_own_pictures.ipynb.
 """
 
-import io
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+import torch
 
 from .config import nearest
 from .data import MultimodalDataset
-from .loading import Found, Options, load, within
-from .picture_cache import cache_folder
-from .picture_files import Refused
-from .shards import TarMembers, read_index
-from .tables import pick_column, read_csv, read_json, read_jsonl, read_lines
-
-PICTURE_SUFFIXES = set(
-    ".jpg .jpeg .jpe .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .avif .jp2 .tga".split()
+from .folders import (
+    PICTURE_SUFFIXES,
+    Tree,
+    existing_file,
+    from_class_folders,
+    from_folder,
+    look_through,
 )
+from .hub import from_hub
+from .loading import Found, Options, load
+from .picture_files import Refused
+from .published import from_coco, from_flickr30k
+from .shard_index import ShardIndex, name_of
+from .shards import TarMembers, read_index
+from .tables import Row, listed, pick_column, read_csv, read_jsonl
+from .tar_index import IMAGE_SUFFIXES
+
+__all__ = [
+    "from_class_folders",
+    "from_coco",
+    "from_flickr30k",
+    "from_folder",
+    "from_hub",
+    "from_lists",
+    "from_shards",
+    "from_table",
+    "load_data",
+]
 
 
 # ---- lists, tables -------------------------------------------------------------------------------
@@ -31,323 +51,83 @@ PICTURE_SUFFIXES = set(
 def from_lists(paths: Sequence, texts: Sequence, *, meta=None, **options) -> MultimodalDataset:
     """Pictures by their paths and, for each, a caption or a list of captions.
 
-    options: of `Options`. Unlike `MultimodalDataset(...)` it looks into every picture, can skip bad
-    ones, merges rows of one picture, and caches.
+    meta: of each picture a dict of facts, kept in `data.meta`. options: of `Options`. Unlike
+    `MultimodalDataset(...)` it looks into every picture, can skip bad ones, merges rows of one
+    picture, and caches.
     """
+    options_ = Options.named(from_lists, options)
     if len(paths) != len(texts):
         raise ValueError(f"{len(paths)} paths but {len(texts)} texts; give one per picture")
+    if meta and len(meta) != len(paths):
+        raise ValueError(f"{len(paths)} paths but {len(meta)} meta; give a dict per picture")
     found = Found("the list", "row")
     for row, (path, text) in enumerate(zip(paths, texts, strict=True)):
         found.add(row, path, text, meta[row] if meta else None)
-    return load(found, Options(**options))
+    return load(found, options_)
 
 
 def from_table(
-    path: str | os.PathLike,
+    path,
     *,
     image: str | None = None,
     text: str | Sequence[str] | None = None,
-    meta: Sequence[str] = (),
+    meta: str | Sequence[str] = (),
     root: str | os.PathLike | None = None,
     encoding: str | None = None,
     separator: str | None = None,
     quotes: bool = True,
     **options,
 ) -> MultimodalDataset:
-    """A CSV, TSV, JSON lines or parquet file with a row per picture and caption.
+    """A CSV, TSV, JSON or parquet file, or a data frame, with a row per picture and caption.
 
     image, text: names of the columns (None: found by their usual names); several text columns are
-    several captions, and so are several rows of one picture. In JSON lines and parquet a text may
-    be a list. meta: columns kept in `data.meta`, to split by, say. root: the folder under which the
-    pictures are (None: the table's own). encoding, separator, quotes: see `tables.read_csv`.
+    several captions, and so are several rows of one picture. In JSON (an object per line, or an
+    array of objects) and parquet a text may be a list. meta: columns kept in `data.meta`, to split
+    by, say. root: the folder under which the pictures are (None: the table's own; a frame's may be
+    anywhere). encoding, separator, quotes: see `tables.read_csv`.
     """
-    path = _file(path)
-    suffix = path.suffix.lower()
+    frame = path if _is_frame(path) else None
+    file = Path() if frame is not None else existing_file(path)
+    suffix, hint, unit = file.suffix.lower(), "", "line"
     if suffix == ".parquet":
-        return from_hub(path, image=image, text=text, meta=meta, root=root, **options)
-    if suffix in (".jsonl", ".ndjson", ".json"):
-        columns, rows = read_jsonl(path, encoding=encoding)
+        return from_hub(file, image=image, text=text, meta=meta, root=root, **options)
+    options_ = Options.named(from_table, options)
+    if frame is not None:
+        columns, rows, unit = [str(name) for name in frame.columns], _rows_of(frame), "row"
+    elif suffix in (".jsonl", ".ndjson", ".json"):
+        columns, rows = read_jsonl(file, encoding=encoding)
+        unit = "entry" if suffix == ".json" else unit  # of an array, perhaps
     else:
         how: dict = dict(encoding=encoding, separator=separator, quotes=quotes)
-        columns, rows = read_csv(path, **how)
-    picture_of = pick_column(columns, image, "image", str(path))
-    names = [text] if isinstance(text, str) or text is None else list(text)
-    text_of = [pick_column(columns, name, "text", str(path)) for name in names]
-    for name in meta:
-        pick_column(columns, name, "meta", str(path))
-    found = Found(str(path))
+        columns, rows = read_csv(file, **how)
+        hint = ". The first line of a table must name its columns"
+    name, meta = "the data frame" if frame is not None else str(file), listed(meta)
+    picture_of = pick_column(columns, image, "image", name, hint)
+    text_of = [pick_column(columns, wanted, "text", name, hint) for wanted in listed(text)]
+    for wanted in meta:
+        pick_column(columns, wanted, "meta", name)
+    found = Found(name, unit, hint="is root='…' the folder of the pictures?")
     for line, row in rows:
         if isinstance(row, Refused):
             found.add(line, row)
         else:
-            captions = [caption for name in text_of for caption in _listed(row.get(name))]
-            kept = {name: row.get(name) for name in meta}
+            captions = [caption for column in text_of for caption in listed(row.get(column))]
+            kept = {column: row.get(column) for column in meta}
             found.add(line, row.get(picture_of), captions, kept)
-    return load(found, Options(**options), root=str(root or path.parent))
+    anywhere = frame is not None and root is None
+    return load(found, options_, root=None if anywhere else str(root or file.parent))
 
 
-def _listed(value) -> list:
-    return list(value) if isinstance(value, list | tuple) else [value]
+def _is_frame(source) -> bool:
+    """A data frame of pandas or polars, neither of which is imported for it."""
+    module = type(source).__module__.partition(".")[0]
+    return module in ("pandas", "polars") and type(source).__name__ == "DataFrame"
 
 
-def _existing(path: str | os.PathLike) -> Path:
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; check the path")
-    return path
-
-
-def _file(path: str | os.PathLike) -> Path:
-    path = _existing(path)
-    if not path.is_file():  # to read from a pipe would wait for ever
-        raise ValueError(f"{path} is not a file; for a folder take load_data")
-    return path
-
-
-# ---- folders -------------------------------------------------------------------------------------
-
-
-def _pictures_under(folder: Path) -> list[str]:
-    """Paths of files with a picture's ending under a folder, relative to it, sorted; no hidden."""
-    found = []
-    for base, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            os.path.relpath(os.path.join(base, name), folder)
-            for name in names
-            if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES and not name.startswith(".")
-        ]
-    return sorted(found)
-
-
-def _folder(path: str | os.PathLike) -> Path:
-    folder = _existing(path)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; for a table take from_table")
-    return folder
-
-
-def from_folder(path: str | os.PathLike, **options) -> MultimodalDataset:
-    """A folder with a .txt beside each picture; each of its lines is a caption."""
-    folder = _folder(path)
-    found = Found(str(folder), "picture")
-    for line, picture in enumerate(_pictures_under(folder), 1):
-        words = folder / (os.path.splitext(picture)[0] + ".txt")
-        try:
-            inside = within(str(folder), os.path.relpath(words, folder), picture)
-            found.add(line, picture, read_lines(inside), {"file": picture})
-        except Refused as error:
-            why = Refused("no caption", f"{folder / picture} has no {words.name} beside it")
-            found.add(line, why if error.reason == "missing" else error)
-        except ValueError as error:
-            found.add(line, Refused("no caption", str(error)))
-    return load(found, Options(**options), root=str(folder))
-
-
-def from_class_folders(
-    path: str | os.PathLike,
-    templates: Sequence[str] = ("a photo of a {}",),
-    names: dict[str, str] | None = None,
-    **options,
-) -> MultimodalDataset:
-    """A folder of folders, one per class, as torchvision's ImageFolder has it.
-
-    templates: each is a caption, with the class's name in place of {}. names: what a folder's class
-    is called (None: the folder's name, _ and - as spaces). `meta` has the class.
-    """
-    templates = [templates] if isinstance(templates, str) else list(templates)
-    if not templates or any("{}" not in template for template in templates):
-        raise ValueError(f"templates={templates!r}: each needs {{}} for the name of the class")
-    folder = _folder(path)
-    found = Found(str(folder), "picture")
-    for line, picture in enumerate(_pictures_under(folder), 1):
-        kind, _, rest = picture.partition(os.sep)
-        if not rest:
-            why = "it lies beside the folders of the classes, in none of them"
-            found.add(line, Refused("no class", f"{folder / picture}: {why}"))
-            continue
-        name = (names or {}).get(kind, kind.replace("_", " ").replace("-", " "))
-        captions = [template.replace("{}", name) for template in templates]
-        found.add(line, picture, captions, {"class": name, "file": picture})
-    return load(found, Options(**options), root=str(folder))
-
-
-# ---- Hugging Face data sets, parquet -------------------------------------------------------------
-
-
-class Column:
-    """Pictures in a column of a Hugging Face data set: bytes, or paths of files."""
-
-    def __init__(self, dataset, column: str, root: str):
-        self.dataset, self.column, self.root = dataset.select_columns([column]), column, root
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def name(self, i: int) -> str:
-        return f"{self.column} of row {i}"
-
-    def stamp(self, i: int) -> str:
-        return ""
-
-    def open(self, i: int) -> BinaryIO:
-        value = self.dataset[i][self.column]
-        path = value
-        if isinstance(value, dict):
-            path, value = value.get("path"), value.get("bytes")
-        if isinstance(value, bytes):
-            return io.BytesIO(value)
-        if path is None:
-            raise Refused("no picture", f"{self.name(i)} is empty")
-        if isinstance(path, str):
-            return open(within(self.root, path, self.name(i)), "rb")
-        raise Refused("no picture", f"{self.name(i)} holds {type(value).__name__}, not a picture")
-
-
-def from_hub(
-    source,
-    *,
-    image: str | None = None,
-    text: str | Sequence[str] | None = None,
-    meta: Sequence[str] = (),
-    split: str | None = None,
-    root: str | os.PathLike | None = None,
-    **options,
-) -> MultimodalDataset:
-    """A Hugging Face data set: an object of `datasets`, a local folder or parquet file, a hub name.
-
-    Pictures are bytes, PIL images or paths (under `root`; None: the current folder); a text is a
-    string or a list of them. split: of a set that has several. Needs `pip install "mmkit[data]"`.
-    """
-    datasets = _datasets()
-    options_ = Options(**options)
-    table, name = _hub_table(datasets, source, split, options_)
-    if hasattr(table, "keys"):
-        raise ValueError(f"{name} has splits {', '.join(map(str, table))}; give split='…'")
-    if not hasattr(table, "select_columns"):
-        raise ValueError(f"{name} is {type(table).__name__}, not a data set of `datasets`")
-    if not hasattr(table, "__len__"):
-        raise ValueError(f"{name} is a stream; give a data set with a length (streaming=False)")
-    table = table.with_format(None)  # plain values, whatever format was set
-    picture_of = pick_column(table.column_names, image, "image", name)
-    names = [text] if isinstance(text, str) or text is None else list(text)
-    text_of = [pick_column(table.column_names, wanted, "text", name) for wanted in names]
-    for wanted in meta:
-        pick_column(table.column_names, wanted, "meta", name)
-    if isinstance(table.features[picture_of], datasets.Image):
-        table = table.cast_column(picture_of, datasets.Image(decode=False))
-    found = Found(name, "row")
-    for line, row in enumerate(table.select_columns([*{*text_of, *meta}])):
-        captions = [caption for column in text_of for caption in _listed(row[column])]
-        found.add(line, line, captions, {column: row[column] for column in meta})
-    store = Column(table, picture_of, str(root or (os.path.dirname(name) or ".")))
-    return load(found, options_, store=store)
-
-
-def _datasets():
-    try:
-        import datasets
-    except ImportError:
-        raise ImportError(
-            "Hugging Face data sets and parquet files need the datasets library: "
-            'pip install "mmkit[data]"'
-        ) from None
-    return datasets
-
-
-class UnknownSplit(ValueError):
-    """A split that a data set does not have."""
-
-
-def _known_split(split: str | None, known: Iterable, name: str) -> None:
-    if split is not None and split not in known:
-        raise UnknownSplit(f"{name} has no split {split!r}; {nearest(split, known)}")
-
-
-def _hub_table(datasets, source, split: str | None, options: Options) -> tuple[Any, str]:
-    """(the table or its splits, what messages call it)."""
-    if not isinstance(source, str | os.PathLike):
-        if split is not None and hasattr(source, "keys"):
-            _known_split(split, source, "the data set")
-            source = source[split]
-        return source, "the data set"
-    path, name = Path(source), str(source)
-    cache = str(cache_folder(options.cache_dir) / "datasets")
-    try:
-        if path.suffix.lower() == ".parquet":
-            return datasets.Dataset.from_parquet(name, cache_dir=cache), name
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            table = datasets.load_from_disk(name)
-            return _hub_table(datasets, table, split, options)[0], name
-        return datasets.load_dataset(name, split=split, cache_dir=cache), name
-    except (FileNotFoundError, UnknownSplit):
-        raise
-    except Exception as error:  # of many kinds, from many libraries
-        below = error.__cause__ or error  # what datasets wraps says more than the wrapping
-        lines = str(below).strip().splitlines() or [type(below).__name__]
-        raise ValueError(f"{name} cannot be read as a data set: {lines[-1]}") from None
-
-
-# ---- as COCO and Flickr30k are published ---------------------------------------------------------
-
-
-def from_coco(
-    annotations: str | os.PathLike, images: str | os.PathLike, **options
-) -> MultimodalDataset:
-    """COCO captions as published: captions_train2017.json and the folder train2017."""
-    found, value = Found(str(annotations), "entry"), read_json(_file(annotations))
-    try:
-        captions: dict[Any, list[str]] = {}
-        for one in value["annotations"]:
-            captions.setdefault(one["image_id"], []).append(one["caption"])
-        for line, picture in enumerate(value["images"], 1):
-            facts = {"image_id": picture["id"]}
-            found.add(line, picture["file_name"], captions.pop(picture["id"], []), facts)
-        for line, (number, texts) in enumerate(captions.items(), len(found.lines) + 1):
-            why = f"{annotations}: no picture has the id {number!r} of {texts[0]!r}"
-            found.add(line, Refused("no picture", why))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{annotations} is not in the form of COCO captions (images with id and file_name, "
-            f"annotations with image_id and caption): {error!r}"
-        ) from None
-    return load(found, Options(**options), root=str(_folder(images)))
-
-
-def from_flickr30k(
-    annotations: str | os.PathLike,
-    images: str | os.PathLike,
-    split: str | None = None,
-    **options,
-) -> MultimodalDataset:
-    """Flickr30k as published: dataset_flickr30k.json (Karpathy's splits; dataset_coco.json and
-    dataset_flickr8k.json, too) or results_20130124.token, and the folder of its pictures.
-
-    split: "train", "val", "test" of the JSON file (None: all).
-    """
-    path, found = _file(annotations), Found(str(annotations))
-    if path.suffix == ".token" or path.name.endswith(".token.txt"):
-        for line, words in enumerate(read_lines(path, blank=True), 1):
-            if not words:
-                continue
-            name, tab, caption = words.partition("\t")
-            why = Refused("no caption", f"{path}, line {line}: no tab in {words[:60]!r}")
-            found.add(line, name.rpartition("#")[0] or name if tab else why, caption)
-        return load(found, Options(**options), root=str(_folder(images)))
-    try:
-        pictures = read_json(path)["images"]
-        _known_split(split, {picture.get("split") for picture in pictures}, str(path))
-        for line, picture in enumerate(pictures, 1):
-            if split is None or picture.get("split") == split:
-                name = os.path.join(picture.get("filepath", ""), picture["filename"])
-                texts = [sentence["raw"] for sentence in picture["sentences"]]
-                found.add(line, name, texts, {"split": picture.get("split")})
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is not in the form of Karpathy's splits (images with filename and sentences "
-            f"with raw): {error!r}"
-        ) from None
-    return load(found, Options(**options), root=str(_folder(images)))
+def _rows_of(frame) -> Iterator[Row]:
+    """The rows of a data frame, as those of a table."""
+    rows = frame.to_dicts() if hasattr(frame, "to_dicts") else frame.to_dict("records")
+    return enumerate({str(name): value for name, value in row.items()} for row in rows)
 
 
 # ---- tar shards ----------------------------------------------------------------------------------
@@ -356,62 +136,255 @@ def from_flickr30k(
 def from_shards(
     urls: str | os.PathLike | Sequence[str],
     *,
-    text: str | Sequence[str] = ("txt", "json.caption"),
+    image: str | Sequence[str] | None = None,
+    text: str | Sequence[str] | None = None,
+    meta: Sequence[str] = (),
     spool_gigabytes: float = 10.0,
     **options,
 ) -> MultimodalDataset:
     """WebDataset tar shards: files, globs, a folder, "00{000..331}.tar", "pipe:command".
 
-    text: suffixes of captions; "json.caption" is a field of the .json member. Every shard is
-    indexed once. An epoch then goes through a few shards at a time, each process and each worker
-    reading its own samples, every sample once; nothing is cached unless cache_gigabytes is given.
-    spool_gigabytes: disk for what commands and .tar.gz give.
+    image: suffixes of pictures, the first that a sample has (None: the usual ones). text: suffixes
+    of captions; "json.caption" is a key of the .json member (None: that and "txt"). meta: keys of
+    the .json kept in `data.meta`, to split by, say. Sample ids are those that `write_shards` wrote,
+    where every sample has one and all differ, else the numbers of the rows.
+
+    Every shard is indexed once. An epoch then goes through a few shards at a time, each process and
+    each worker reading its own samples, every sample once; nothing is cached unless cache_gigabytes
+    is given. spool_gigabytes: disk for what commands and .tar.gz give.
     """
-    options_ = Options(**({"cache_gigabytes": 0.0} | options))
+    options_ = Options.named(from_shards, {"cache_gigabytes": 0.0} | options)
+    meta = listed(meta)
     where: dict = dict(cache_dir=options_.cache_dir, spool_gigabytes=spool_gigabytes)
-    index = read_index(urls, text=text, on_error=options_.on_error, **where)
+    suffixes: dict = dict(image=image or IMAGE_SUFFIXES, text=text or ("txt", "json.caption"))
+    index = read_index(urls, meta=meta, on_error=options_.on_error, **suffixes, **where)
+    _known_facts(index, meta, name_of(urls))
     spooled = sum(shard.size for shard in index.shards if shard.spooled) / 1e9
-    if options.get("check") is None and spooled > spool_gigabytes:
+    unchecked = options.get("check") is None and spooled > spool_gigabytes
+    if unchecked:
         options_.check = "none"  # each look at a picture would fetch its shard once more
-    found = Found(str(urls), "sample")
+    found = Found(name_of(urls), "sample")
     for line, captions in enumerate(index.captions):
-        found.add(line + 1, line, captions, {"key": index.keys[line]})
+        facts = {"key": index.keys[line]} | {key: index.meta[line].get(key) for key in meta}
+        found.add(line + 1, line, captions, facts)
     for line, refused in enumerate(index.refused, len(found.lines) + 1):
         found.add(line, refused)
-    return load(found, options_, store=TarMembers(index, **where))
+    data = load(found, options_, store=TarMembers(index, **where))
+    if unchecked:
+        data.report.why_unchecked = (
+            f"the shards fill {spooled:,.1f} GB, more than spool_gigabytes={spool_gigabytes:g}, so "
+            "that each look would fetch them again; a broken picture will stop the training, "
+            "whatever on_error says; raise spool_gigabytes, or give check='decode'"
+        )
+    ids = [index.ids[i] for i in data._rows]
+    if None not in ids and len(set(ids)) == len(ids):
+        data.sample_ids = torch.tensor(ids)
+    return data
+
+
+def _known_facts(index: ShardIndex, meta: Sequence[str], name: str) -> None:
+    """ValueError for a key that no sample has: it is misspelt."""
+    for key in meta:
+        if len(index) and not any(key in facts for facts in index.meta):
+            hint = nearest(key, index.fields) if index.fields else "no sample has a .json"
+            raise ValueError(f"{name}: no .json has the key {key!r}; {hint}")
 
 
 # ---- any of them ---------------------------------------------------------------------------------
+
+_TARS = re.compile(r"\.(tar|tgz|txz|tbz2?)(\.(gz|xz|bz2|zst))?$", re.IGNORECASE)
+_TABLES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".token", ".parquet")
+# Endings by which a name is one of a file that is not there, and not one of a hub's data set.
+_FILES = {*_TABLES, *PICTURE_SUFFIXES, ".txt", ".zip", ".gz", ".xlsx", ".xls", ".arrow", ".npz"}
+_SPLITS = re.compile(r"(train|training|val|valid|validation|test|testing|dev)[-_ ]?\d*")
+_NO_CLASSES = re.compile(r"(images?|imgs?|pictures?|pics?|photos?|data|jpe?gs?|pngs?)[-_ ]?\d*")
+Way = tuple[Callable[..., MultimodalDataset], Any]
+FORMS = (
+    "a folder may have a .txt beside each picture, a folder of pictures per class, tar shards, or "
+    "parquet files; captions in a table are loaded by mm.from_table(table, root=folder)"
+)
 
 
 def load_data(source, **options) -> MultimodalDataset:
     """The data set of a source, by what it is: a table, a folder, shards, a hub data set.
 
-    A folder with shards, with data saved by `datasets`, with a .txt beside each picture, or with a
-    folder per class is told by its content. options: of that way in. For COCO and Flickr30k, which
-    are two paths each, there are `from_coco` and `from_flickr30k`.
+    A folder with shards or parquet files at its top, with data saved by `datasets`, with a .txt
+    beside each picture, or with a folder per class is told by its content; where it could be
+    several of these, or folders are no classes (train and test, pictures beside a table of
+    captions), a ValueError names the calls to choose from. A list is one of shards; a data frame
+    is a table. options: of that way in. For COCO and Flickr30k, which are two paths each, there are
+    `from_coco` and `from_flickr30k`; for a list of paths and one of texts, `from_lists`.
+    """
+    way, source = way_in(source)
+    return way(source, **options)
+
+
+def way_in(source) -> Way:
+    """(the way in that reads a source, what it is given), for whoever asks which options it has.
+
+    Raises FileNotFoundError for what is not there, ValueError for what could be several things.
     """
     if not isinstance(source, str | os.PathLike):
-        return (
-            from_shards(source, **options)
-            if isinstance(source, list | tuple)
-            else from_hub(source, **options)
-        )
+        return _of_object(source)
     text, path = os.fspath(source), Path(source).expanduser()
-    if text.startswith("pipe:") or re.search(r"\.(tar|tgz)\b", text):
-        return from_shards(text, **options)
-    if path.is_file():
-        return from_table(path, **options)
-    if not path.is_dir():
-        if text.count("/") == 1 and not text.startswith((".", "/", "~")):
-            return from_hub(text, **options)
-        raise FileNotFoundError(f"{source} does not exist; check the path")
-    names = {name for _, _, names in os.walk(path) for name in names}
-    if any(name.endswith((".tar", ".tar.gz", ".tgz")) for name in names):
-        return from_shards(path, **options)
-    if names & {"state.json", "dataset_dict.json"} or any(n.endswith(".parquet") for n in names):
-        return from_hub(path, **options)
-    pictures = [os.path.splitext(path / name)[0] for name in _pictures_under(path)]
-    if pictures and not any(os.path.isfile(f"{picture}.txt") for picture in pictures):
-        return from_class_folders(path, **options)
-    return from_folder(path, **options)
+    if text.startswith("pipe:"):
+        return from_shards, text
+    if path.is_dir():
+        return _of_folder(path)
+    if path.exists():
+        return _of_file(path)
+    if re.search(r"\.(tar|tgz)\b", text) if "://" in text else _TARS.search(text.rstrip("}]")):
+        return from_shards, text
+    if "://" in text:
+        raise ValueError(f"{text} is a web address; download it first, then give its path")
+    may_be_hub = text.count("/") == 1 and not text.startswith((".", "/", "~"))
+    if may_be_hub and path.suffix.lower() not in _FILES and not path.parent.exists():
+        return from_hub, text
+    hub = "" if "/" in text or path.suffix else f", or take mm.from_hub({text!r})"
+    raise FileNotFoundError(f"{source} does not exist; check the path{hub}")
+
+
+def _of_object(source) -> Way:
+    """The way in of what is no path."""
+    if _is_frame(source):
+        return from_table, source
+    if not isinstance(source, list | tuple):
+        return from_hub, source
+    others = [name for name in source if not isinstance(name, str | os.PathLike)]
+    if others:
+        raise ValueError(
+            f"a {type(source).__name__} of {type(others[0]).__name__} is no list of shards; for a "
+            "list of paths and one of texts take mm.from_lists(paths, texts)"
+        )
+    if source and all(Path(name).suffix.lower() in PICTURE_SUFFIXES for name in source):
+        raise ValueError(
+            f"{name_of(source)} are pictures without captions; take mm.from_lists(paths, texts)"
+        )
+    return from_shards, source
+
+
+def _of_file(path: Path) -> Way:
+    """The way in of a file, by its ending."""
+    if _TARS.search(path.name):
+        return from_shards, path
+    if path.suffix.lower() in PICTURE_SUFFIXES:
+        raise ValueError(
+            f"{path} is one picture; give the folder that it is in, or take "
+            f"mm.from_lists([{str(path)!r}], ['its caption'])"
+        )
+    if path.suffix == ".token":
+        raise ValueError(
+            f"{path} has the form of Flickr30k; take mm.from_flickr30k({str(path)!r}, folder)"
+        )
+    return from_table, path
+
+
+def _of_folder(folder: Path) -> Way:
+    """The way in of a folder, by what lies in it; ValueError where that could be several."""
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return from_hub, folder
+    tree = look_through(folder)
+    shards, parquet = _at_top(tree)
+    pictures = [picture for picture, refused in tree.pictures if not refused]
+    kinds: dict[Callable, str] = {  # way in -> what there is for it
+        from_shards: _some(shards, "tar shard"),
+        from_hub: _some(parquet, "parquet file"),
+        from_folder: _some(pictures, "picture"),
+    }
+    there = {way: words for way, words in kinds.items() if words}
+    if len(there) > 1:
+        calls = " or ".join(f"mm.{way.__name__}({str(folder)!r})" for way in there)
+        raise ValueError(f"{folder} holds {' and '.join(there.values())}; choose: take {calls}")
+    if shards or parquet:
+        return next(iter(there)), folder
+    if any(tree.words_of(picture) for picture in pictures):
+        return from_folder, folder
+    if pictures:
+        _check_classes(folder, tree, pictures)
+        return from_class_folders, folder
+    return _of_no_pictures(folder, tree)
+
+
+def _at_top(tree: Tree) -> tuple[list[str], list[str]]:
+    """The tar shards and parquet files in a folder itself.
+
+    img2dataset writes 00000.parquet beside 00000.tar: those are facts about a shard.
+    """
+    top = [name for name in tree.others if os.sep not in name]
+    shards = [name for name in top if _TARS.search(name)]
+    about = {_TARS.sub("", name) for name in shards}
+    parquet = [n for n in top if n.lower().endswith(".parquet") and Path(n).stem not in about]
+    return shards, parquet
+
+
+def _some(names: list[str], what: str) -> str:
+    """ "3 pictures (a.png, ...)"; "" for none."""
+    more, plural = (", ...", "s") if len(names) > 1 else ("", "")
+    return f"{len(names):,} {what}{plural} ({names[0]}{more})" if names else ""
+
+
+def _check_classes(folder: Path, tree: Tree, pictures: list[str]) -> None:
+    """Raise ValueError where the folders in a folder are unlikely to be classes."""
+    inside = os.path.commonpath([os.path.dirname(picture) for picture in pictures])
+    tables = [name for name in [*tree.others, *tree.words.values()] if _is_captions(name)]
+    if tables:
+        best = min(tables, key=lambda name: ("caption" not in name.lower(), name.count(os.sep)))
+        raise ValueError(
+            f"{folder} holds {_some(pictures, 'picture')} and {best}, which may have their "
+            f"captions: take {_call_for(folder / best, folder / inside)}; or, if folders are "
+            f"classes, mm.from_class_folders({str(folder)!r})"
+        )
+    classes = sorted({picture.partition(os.sep)[0] for picture in pictures if os.sep in picture})
+    if not classes:
+        raise ValueError(f"{folder} holds {_some(pictures, 'picture')} and no captions; {FORMS}")
+    names = [name.lower() for name in classes]
+    splits = [name for name in classes if _SPLITS.fullmatch(name.lower())]
+    if len(classes) > 1 and not splits and not all(map(_NO_CLASSES.fullmatch, names)):
+        return
+    shown = ", ".join(map(repr, classes[:5]))
+    below = folder / (splits or classes)[0]
+    raise ValueError(
+        f"the pictures in {folder} lie in {shown}: no names of classes, or only one; if there are "
+        f"folders of classes below, take mm.from_class_folders({str(below)!r}); if not, "
+        f"mm.from_class_folders({str(folder)!r}) takes these for classes, and {FORMS}"
+    )
+
+
+def _is_captions(name: str) -> bool:
+    """A table in a folder or the folders in it; a .txt only if its name says so."""
+    path = Path(name.lower())
+    words = path.suffix == ".txt" and ("caption" in path.stem or path.stem.endswith(".token"))
+    return len(path.parts) <= 2 and (words or path.suffix in _TABLES)
+
+
+def _call_for(table: Path, folder: Path) -> str:
+    """The call that reads a table whose pictures are under a folder."""
+    # Hugging Face's metadata.jsonl names the pictures in its own folder
+    name, where = repr(str(table)), repr(str(table.parent if table.stem == "metadata" else folder))
+    if table.name.lower().endswith((".token", ".token.txt")) or "dataset_" in table.name:
+        return f"mm.from_flickr30k({name}, {where})"
+    if table.suffix.lower() == ".json":
+        return f"mm.from_coco({name}, {where}) or mm.from_table({name}, root={where})"
+    if table.suffix.lower() == ".parquet":
+        return f"mm.from_hub({name}, root={where})"
+    return f"mm.from_table({name}, root={where})"
+
+
+def _of_no_pictures(folder: Path, tree: Tree) -> Way:
+    """Of a folder with no pictures and nothing at its top: parquet below, or words about it."""
+    if any(name.lower().endswith(".parquet") for name in tree.others):
+        return from_hub, folder
+    shards = [name for name in tree.others if _TARS.search(name)]
+    if shards:
+        pattern = str(folder / os.path.dirname(shards[0]) / "*.tar")
+        raise ValueError(
+            f"{folder} holds {_some(shards, 'tar shard')} in folders of its own; take "
+            f"mm.from_shards({pattern!r})"
+        )
+    tables = [name for name in tree.others if _is_captions(name)]
+    if tables:
+        call = f"mm.load_data({str(folder / tables[0])!r})"
+        raise ValueError(f"{folder} holds no pictures but {tables[0]}; take {call}")
+    if tree.pictures:
+        return from_folder, folder  # which says why each is not read
+    raise ValueError(f"{folder} holds no pictures; {FORMS}")

@@ -17,6 +17,9 @@ from typing import Any
 from .config import nearest
 from .picture_files import Refused
 
+MOST_LETTERS = 1_000_000  # of a field; csv's own limit of 131,072 refuses long texts
+HEAD = 100  # rows of JSON that are looked through for names of columns
+MOST_BYTES = 4_000_000_000  # of a JSON file that is read as one value
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _MARKS = {  # byte order marks; the longer ones first, as UTF-32's begins with UTF-16's
     codecs.BOM_UTF32_LE: "utf-32",
@@ -122,7 +125,7 @@ def read_csv(
         columns = [name.strip() for name in next(reader, [])]
     except csv.Error as error:
         _check_quotes(path, error, 1 + before, reader.line_num + before)
-        columns, why = [], str(error)
+        columns, why = [], _in_words(error)
     twice = {name for name in columns if columns.count(name) > 1}
     if not columns or twice:
         why = f"column {min(twice)!r} stands there twice" if twice else why or "it is empty"
@@ -131,6 +134,8 @@ def read_csv(
 
 
 def _reader(lines: Iterable[str], separator: str, quotes: bool):
+    # one limit for the whole process: it is raised, never lowered
+    csv.field_size_limit(max(MOST_LETTERS, csv.field_size_limit()))
     if quotes:
         return csv.reader(lines, delimiter=separator, strict=True)
     return csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_NONE)
@@ -145,6 +150,12 @@ def _check_quotes(path, error: csv.Error, line: int, last: int) -> None:
         ) from None
 
 
+def _in_words(error: csv.Error) -> str:
+    if "limit" in str(error):
+        return f"a field has more than {MOST_LETTERS:,} letters; shorten it or leave the row out"
+    return f"{error}; give quotes=False where quotes are only letters"
+
+
 def _csv_rows(path, reader, columns: list[str], before: int) -> Iterator[Row]:
     while True:
         line = reader.line_num + 1 + before
@@ -157,8 +168,7 @@ def _csv_rows(path, reader, columns: list[str], before: int) -> Iterator[Row]:
             _check_quotes(path, error, line, last)
             lines = f"line {line}" if line == last else f"lines {line} to {last}"
             kind = "too long" if "limit" in str(error) else "broken quotes"
-            why = f"{path}, {lines}: {error}; give quotes=False where quotes are only letters"
-            yield line, Refused(kind, why)
+            yield line, Refused(kind, f"{path}, {lines}: {_in_words(error)}")
             continue
         if len(fields) == len(columns):
             yield line, dict(zip(columns, fields, strict=True))
@@ -217,13 +227,64 @@ def _some_rows(lines: list[str], separator: str, quotes: bool) -> list[list[str]
 def read_jsonl(
     path: str | os.PathLike, *, encoding: str | None = None
 ) -> tuple[list[str], Iterator[Row]]:
-    """(columns, rows) of a file with one JSON object per line; columns are those of the first."""
-    columns: list[str] = []
-    for _, row in _json_rows(path, encoding):
-        if isinstance(row, dict):
-            columns = list(row)
-            break
-    return columns, _json_rows(path, encoding)
+    """(columns, rows) of a file with one JSON object per line, or of one array of objects.
+
+    columns are those of the first hundred rows. Raises ValueError, saying what to call instead, for
+    another JSON value, such as COCO's annotations.
+    """
+    rows = _json_rows(path, encoding)
+    head = list(itertools.islice(rows, HEAD))
+    if _may_be_one_value(head):
+        value = _one_value(path, encoding)
+        if isinstance(value, list):
+            rows = _entries(path, value)
+            head = list(itertools.islice(rows, HEAD))
+        elif value is not None:
+            raise ValueError(_no_lines(path, value))
+    columns = dict.fromkeys(key for _, row in head if isinstance(row, dict) for key in row)
+    return list(columns), itertools.chain(head, rows)
+
+
+def _may_be_one_value(head: list[Row]) -> bool:
+    """The first line is no object, or the only one and holds lists of objects."""
+    first = head[0][1] if head else {}
+    if isinstance(first, Refused):
+        return True
+    if len(head) != 1 or any(key.lower() in IMAGE_COLUMNS for key in first):
+        return False
+    return any(
+        isinstance(value, list) and value and isinstance(value[0], dict) for value in first.values()
+    )
+
+
+def _one_value(path, encoding: str | None) -> Any:
+    """The value that a whole file is; None where it is none, or too large to be looked at so."""
+    if os.path.getsize(path) > MOST_BYTES:
+        return None
+    try:
+        return json.loads("".join(_lines(path, find_encoding(path, encoding))))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _entries(path, values: list) -> Iterator[Row]:
+    for number, value in enumerate(values, 1):
+        why = f"{path}, entry {number} is {type(value).__name__}, not an object with columns"
+        yield number, value if isinstance(value, dict) else Refused("not JSON", why)
+
+
+def _no_lines(path, value: Any) -> str:
+    """What a JSON file is that is no table, and what reads it."""
+    pictures = value.get("images") if isinstance(value, dict) else None
+    if isinstance(pictures, list) and "annotations" in value:
+        return f"{path} has the form of COCO captions; take mm.from_coco({str(path)!r}, folder)"
+    if isinstance(pictures, list) and pictures and "sentences" in dict(pictures[0]):
+        call = f"mm.from_flickr30k({str(path)!r}, folder, split='train')"
+        return f"{path} has the form of Karpathy's splits; take {call}"
+    return (
+        f"{path} is one JSON value ({type(value).__name__}), not JSON lines; write one object per "
+        'line, {"image": "a.png", "text": "words"} say, or an array of such objects'
+    )
 
 
 def _json_rows(path, encoding: str | None) -> Iterator[Row]:
@@ -258,9 +319,16 @@ IMAGE_COLUMNS = "image image_path img path file file_name filename filepath pict
 TEXT_COLUMNS = "text caption captions title sentence sentences".split()
 
 
-def pick_column(columns: Sequence[str], wanted: str | None, kind: str, source: str) -> str:
+def listed(values) -> list:
+    """A list of one or several: "artist" as ["artist"], and a list as it is."""
+    return list(values) if isinstance(values, list | tuple) else [values]
+
+
+def pick_column(
+    columns: Sequence[str], wanted: str | None, kind: str, source: str, hint: str = ""
+) -> str:
     """The column of the pictures ("image") or texts ("text"): the one asked for, or the only one
-    that is usually called so.
+    that is usually called so. hint: what the message ends with where there is none.
     """
     if wanted is not None:
         if wanted not in columns:
@@ -272,7 +340,7 @@ def pick_column(columns: Sequence[str], wanted: str | None, kind: str, source: s
         shown = ", ".join(map(repr, columns[:20])) or "none"
         why = "several could be" if found else "none is called as usual"
         raise ValueError(
-            f"{source}: which column holds the {kind}? {why} (columns: {shown}); give {kind}='…'. "
-            "The first line of a table must name its columns"
+            f"{source}: which column holds the {kind}? {why} (columns: {shown}); give {kind}='…'"
+            f"{hint}"
         )
     return found[0]

@@ -18,6 +18,7 @@ from typing import Any
 from .picture_files import Refused
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+SAMPLE_ID = "mmkit_sample_id"  # the key under which our own shards keep it, in the .json
 HEADER_BYTES = 64 * 1024  # of one member, its long name and its pax records: tar writers need 2 KB
 CAPTION_BYTES = 1_000_000  # a novel; more is a mistake or an attack
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -30,13 +31,17 @@ class Suffixes:
 
     image: the first of these that a sample has is its picture. text: (suffix, None) for a member
     that is a caption, (suffix, key) for a JSON object that holds one or several under that key.
+    meta: keys of the .json that are facts about the picture.
     """
 
     image: tuple[str, ...]
     text: tuple[tuple[str, str | None], ...]
+    meta: tuple[str, ...] = ()
 
     @classmethod
-    def named(cls, image: str | Sequence[str], text: str | Sequence[str]) -> "Suffixes":
+    def named(
+        cls, image: str | Sequence[str], text: str | Sequence[str], meta: Sequence[str] = ()
+    ) -> "Suffixes":
         """From "jpg", ("jpg", "png"), "txt", "json.caption"; ValueError where one is missing."""
         images = [image] if isinstance(image, str) else list(image)
         texts = [text] if isinstance(text, str) else list(text)
@@ -49,12 +54,14 @@ class Suffixes:
         for name in texts:
             is_json = name.lower().startswith("json.")
             fields.append(("json", name[5:]) if is_json else (name.lower().lstrip("."), None))
-        return cls(tuple(name.lower().lstrip(".") for name in images), tuple(fields))
+        names = tuple(name.lower().lstrip(".") for name in images)
+        return cls(names, tuple(fields), tuple(meta))
 
     @cached_property
     def read(self) -> set[str]:
-        """All suffixes that are looked at."""
-        return {*self.image, *(suffix for suffix, _ in self.text)}
+        """All suffixes whose members must be in order."""
+        asked = {"json"} if self.meta else set()
+        return {*self.image, *(suffix for suffix, _ in self.text), *asked}
 
 
 @dataclass
@@ -65,6 +72,9 @@ class TarIndex:
     captions: list[list[str]] = field(default_factory=list)  # as they were found
     offset: list[int] = field(default_factory=list)  # bytes from the start of the tar
     size: list[int] = field(default_factory=list)  # bytes of the picture
+    meta: list[dict] = field(default_factory=list)  # of the keys asked for, those that are there
+    ids: list[int | None] = field(default_factory=list)  # in our own shards; None elsewhere
+    keys: list[str] = field(default_factory=list)  # of the first .json that is read
     refused: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -123,6 +133,7 @@ class _Sample:
         self.key, self.suffixes = key, suffixes
         self.parts: dict[str, tarfile.TarInfo] = {}
         self.others: list[str] = []  # suffixes that are not read
+        self.note: tarfile.TarInfo | None = None  # a .json that nobody asked for
         self.problem: tuple[str, str] | None = None
         if again:
             self.refuse("two samples of one name", "a sample of this name was there before")
@@ -137,6 +148,7 @@ class _Sample:
             self.refuse("hostile name", f"member {name[:80]!r} names no place within the shard")
         if suffix not in self.suffixes.read:
             self.others = [*self.others, suffix][:8]
+            self.note = member if suffix == "json" and member.isreg() else self.note
         elif not member.isreg() or member.issparse():
             self.refuse("not a file", f"member .{suffix} is a link, a device or a sparse file")
         elif suffix in self.parts:
@@ -158,11 +170,15 @@ class _Sample:
         if picture is None:
             self._refuse_lack("picture", self.suffixes.image)
         captions = [] if self.problem else self._captions(fd)
+        facts = {} if self.problem else self._facts(fd)
         if self.problem or picture is None:
             index.refused.append(self.problem)  # type: ignore
             return
         index.names.append(picture.name)
         index.captions.append(captions)
+        index.meta.append({key: facts[key] for key in self.suffixes.meta if key in facts})
+        index.ids.append(_sample_id(facts))
+        index.keys = index.keys or [key for key in facts if key != SAMPLE_ID][:100]
         index.offset.append(picture.offset_data)
         index.size.append(picture.size)
 
@@ -175,22 +191,60 @@ class _Sample:
         """The captions of all members named for it; a problem is noted where one is unreadable."""
         captions: list[str] = []
         for suffix, key in self.suffixes.text:
-            if (member := self.parts.get(suffix)) is None:
+            if (text := self._text(fd, suffix)) is None:
                 continue
-            if member.size > CAPTION_BYTES:
-                size = f"{member.size:,} bytes, more than {CAPTION_BYTES:,}"
-                self.refuse("caption too long", f"member .{suffix} has {size}")
-                return []
             try:
-                text = os.pread(fd, member.size, member.offset_data).decode()
                 captions += [text] if key is None else _captions_of(text, key)
                 "".join(captions).encode()  # JSON can write halves of characters: "\ud800"
             except (ValueError, RecursionError) as error:
                 self.refuse("caption not readable", f"member .{suffix}: {str(error)[:120]}")
-                return []
+        if self.problem:
+            return []
         if not captions:
             self._refuse_lack("caption", [".".join(filter(None, t)) for t in self.suffixes.text])
         return captions
+
+    def _text(self, fd: int, suffix: str) -> str | None:
+        """What a member says; None where there is none, or a problem, which is noted."""
+        if (member := self.parts.get(suffix)) is None:
+            return None
+        if member.size > CAPTION_BYTES:
+            size = f"{member.size:,} bytes, more than {CAPTION_BYTES:,}"
+            self.refuse("caption too long", f"member .{suffix} has {size}")
+            return None
+        try:
+            return os.pread(fd, member.size, member.offset_data).decode()
+        except ValueError as error:
+            self.refuse("caption not readable", f"member .{suffix}: {str(error)[:120]}")
+            return None
+
+    def _facts(self, fd: int) -> dict:
+        """The .json of the sample; one that nobody asked for may be anything, and is {} then."""
+        asked, note = self.suffixes.meta, self.note
+        if note is not None:
+            if note.size > CAPTION_BYTES:
+                return {}
+            data = os.pread(fd, note.size, note.offset_data)
+            text = data.decode(errors="replace") if SAMPLE_ID.encode() in data else None
+        else:
+            text = self._text(fd, "json")
+        try:
+            facts = json.loads(text or "{}")
+            if asked and not isinstance(facts, dict):
+                raise ValueError(f"it is {type(facts).__name__}, not an object with keys")
+            if asked:
+                json.dumps([[[[[facts]]]]])  # the index is JSON, too, and deeper by so much
+        except (ValueError, RecursionError) as error:
+            if asked:
+                self.refuse("facts not readable", f"member .json: {str(error)[:120]}")
+            return {}
+        return facts if isinstance(facts, dict) else {}
+
+
+def _sample_id(facts: dict) -> int | None:
+    """The id that `write_shards` wrote, where it did."""
+    number = facts.get(SAMPLE_ID)
+    return number if type(number) is int and 0 <= number < 2**63 else None
 
 
 def _captions_of(text: str, key: str) -> list[str]:
@@ -275,8 +329,15 @@ def _damage(headers: _Headers, count: int, end: int, cut_off: bool, why: str) ->
     return Refused("damaged shard", f"the tar is damaged after byte {end:,} ({why})")
 
 
+_COMPRESSED = {b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
 def _what_instead(headers: _Headers) -> str:
     start = os.pread(headers.fd, 40, 0)
+    for mark, name in _COMPRESSED.items():
+        if start.startswith(mark):
+            command = f"{name} -dc FILE"
+            return f"it is compressed by {name}; unpack it, or give 'pipe:{command}' (gzip is read)"
     seems = "an empty file" if not headers.size else f"it begins {start!r}"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         seems = "it is a web page, perhaps one that says why there was no download"

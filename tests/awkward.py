@@ -1,8 +1,8 @@
 """Awkward, broken and hostile inputs: how each is made, and what shall become of it.
 
 A maker writes its input into a folder and returns a function that loads it. The cases themselves
-are in awkward_tables.py, awkward_pictures.py, awkward_sources.py and awkward_files.py;
-test_awkward_inputs.py goes through all of them.
+are in awkward_tables.py, awkward_pictures.py, awkward_sources.py, awkward_any.py and
+awkward_files.py; test_awkward_inputs.py goes through all of them.
 """
 
 import io
@@ -97,6 +97,15 @@ def captions(*expected) -> Callable:
 
     def check(data):
         assert data.texts == [[text] if isinstance(text, str) else text for text in expected]
+
+    return check
+
+
+def facts(column: str, *expected) -> Callable:
+    """`meta` of each picture has this in this column."""
+
+    def check(data):
+        assert [meta[column] for meta in data.meta] == list(expected)
 
     return check
 

@@ -1,10 +1,11 @@
 """Awkward tables, and awkward paths in them. Each case says what shall become of it."""
 
+import json
 import os
 import unicodedata
 from pathlib import Path
 
-from tests.awkward import BLUE, Case, captions, one_colour, row, shows, table
+from tests.awkward import BLUE, Case, captions, facts, one_colour, row, shows, table
 
 HEAD = "image,text\n"
 TWO = HEAD + "a.png,a red one\nb.png,ein grüner\n"
@@ -18,6 +19,17 @@ def jsonl(*lines: str, **how):
 
 
 GOOD = '{"image": "a.png", "text": "a red one"}'
+
+
+def blanks(count: int, *texts):
+    """The captions, and how many were left out for having no words."""
+
+    def check(data):
+        captions(*texts)(data)
+        assert data.report.blank_captions == data.report.to_dict()["blank_captions"] == count
+        assert f"{count} of rows with others, left out" in str(data.report)
+
+    return check
 
 
 def second(value: str) -> str:
@@ -101,14 +113,18 @@ TABLES = [
          check=captions("one", "tw o")),
     Case("NUL bytes alone", table(bytes(5000)), "reject", "looks like UTF-16"),
     Case("10 MB in a caption", lambda folder: table(HEAD + f"a.png,one\nb.png,{LONG}\n")(folder),
-         "skip", "line 3: .*field larger than"),
+         "skip", "line 3: a field has more than 1,000,000 letters; shorten it or leave .* out$"),
+    Case("150 KB in a caption", table(HEAD + f"a.png,one\nb.png,{'x' * 150_000}\n"), "load",
+         check=captions("one", "x" * 150_000)),
     Case("10 MB as a name of a column", lambda folder: table(f"image,{LONG}\na.png,one\n")(folder),
-         "reject", "no usable first line: .*field larger than"),
+         "reject", "no usable first line: a field has more than 1,000,000 letters"),
     Case("10 MB in a path", lambda folder: jsonl(GOOD, GOOD.replace("a.png", LONG))(folder),
          "skip", r"line 2: .{300,900}\.\.\..{0,9} does not exist"),
     Case("NaN, None and null are words",
          table(HEAD + "a.png,NaN\nb.png,None\nc.png,null\n"), "load",
          check=captions("NaN", "None", "null")),
+    Case("a word separator of no width", table(HEAD + "a.png,one\u200btwo\n"), "load",
+         check=captions("one two")),
     Case("a caption of white space", table(HEAD + "a.png,one\nb.png, \u00a0\u200b\n"), "skip",
          "line 3 is empty or not a string"),
     Case("no path", table(HEAD + "a.png,one\n ,two\n"), "skip", "line 3 names no picture"),
@@ -144,7 +160,38 @@ TABLES = [
     Case("half a letter in a path", jsonl(GOOD, GOOD.replace("a.png", "\\ud83d/\\udc80.png")),
          "skip", r"\\ud83d/\\udc80\.png does not exist"),
     Case("a JSON array", table('[\n{"image": "a.png",\n"text": "one"}\n]\n', "pairs.json"),
-         "reject", "which column holds the image"),
+         "load", check=captions("one")),
+    Case("a JSON array with a number", table(f"[{GOOD}, 7]", "pairs.json"), "skip",
+         "entry 2 is int, not an object"),
+    Case("a JSON array of numbers", table("[1, 2]", "pairs.json"), "reject",
+         r"which column holds the image\?.*\(columns: none\); give image='…'$"),
+    Case("a JSON object over several lines",
+         table('{\n"image": "a.png",\n"text": "one"\n}', "p.json"), "reject",
+         r"p.json is one JSON value \(dict\), not JSON lines; write one object per line"),
+    Case("a JSON object with rows in it", table(f'{{"rows": [{GOOD}]}}', "p.json"), "reject",
+         "is one JSON value"),
+    Case("one row of JSON, with a list of objects",
+         jsonl(GOOD[:-1] + ', "boxes": [{"x": 1}]}'), "load", check=captions("a red one")),
+    Case("COCO's annotations as a table",
+         table(json.dumps({"images": [{"id": 1}], "annotations": []}), "captions_val2017.json"),
+         "reject", r"COCO captions; take mm.from_coco\('.*captions_val2017.json', folder\)"),
+    Case("COCO's annotations as a table, indented",
+         table(json.dumps({"images": [{"id": 1}], "annotations": []}, indent=1), "c.json"),
+         "reject", "COCO captions; take mm.from_coco"),
+    Case("Karpathy's splits as a table",
+         table(json.dumps({"images": [{"sentences": []}]}), "dataset_flickr30k.json"),
+         "reject", "Karpathy's splits; take mm.from_flickr30k"),
+    Case("JSON lines without a picture's column", jsonl('{"bild": "a.png", "text": "x"}'), "reject",
+         r"columns: 'bild', 'text'\); give image='…'$"),
+    Case("a key that the first row lacks",
+         jsonl(GOOD, second('"two"')[:-1] + ', "artist": "M"}', meta="artist"), "load",
+         check=facts("artist", None, "M")),
+    Case("a blank caption among others",
+         table("image,c1,c2\na.png,one,\nb.png, ,two\n", text=["c1", "c2"]), "load",
+         check=blanks(2, "one", "two")),
+    Case("None and a number among others", jsonl(GOOD, second('["x", null, " "]')), "load",
+         check=blanks(2, "a red one", "x")),
+    Case("a number among captions", jsonl(GOOD, second('["x", 7]')), "skip", "not a string"),
 ]
 # fmt: on
 
@@ -193,7 +240,8 @@ PATHS = [
     Case(".. that leaves", row("../secret.png", outside), "skip", OUT),
     Case("a link that leaves", row("link.png", outside), "skip", OUT),
     Case("a folder that is a link and leaves", row("up/secret.png", outside), "skip", OUT),
-    Case("an absolute path", row("/etc/hostname"), "skip", "leads to /etc/hostname, outside"),
+    Case("an absolute path", row("/etc/hostname"), "skip",
+         "leads to /etc/hostname, outside /.*root='/etc' say"),
     Case("a link to itself", row("loop.png", loop), "skip", "loop.png does not exist"),
     Case("a home folder", row("~/d.png"), "skip", "does not exist"),
     Case("a web address", row("https://example.org/d.png"), "skip", "download first"),
@@ -205,6 +253,7 @@ PATHS = [
          "reject", "a.png does not exist"),
     Case("NUL in a path", row("d\0.png"), "skip", "holds control characters"),
     Case("a very long name", row("d" * 5000 + ".png"), "skip", "does not exist"),
-    Case("nothing there", row("d.png"), "skip", r"line 3: .*d\.png does not exist"),
+    Case("nothing there", row("d.png"), "skip",
+         r"line 3: .*d\.png does not exist; is root='…' the folder of the pictures\?"),
 ]
 # fmt: on

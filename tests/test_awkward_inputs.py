@@ -18,12 +18,14 @@ from mmkit.picture_files import Refused
 from mmkit.pictures import check_picture, read_picture
 from mmkit.tables import read_csv, read_jsonl
 from tests.awkward import noise, plain, png_claiming
+from tests.awkward_any import ANY
 from tests.awkward_files import CHECKPOINTS, PUBLISHED
 from tests.awkward_pictures import PICTURES
+from tests.awkward_shards import SHARDS
 from tests.awkward_sources import FOLDERS, HUB
 from tests.awkward_tables import PATHS, TABLES
 
-CASES = [*TABLES, *PATHS, *PICTURES, *HUB, *FOLDERS, *PUBLISHED, *CHECKPOINTS]
+CASES = [*TABLES, *PATHS, *PICTURES, *HUB, *FOLDERS, *ANY, *PUBLISHED, *SHARDS, *CHECKPOINTS]
 OPTIONS = dict(image_size=8, num_workers=0, max_skipped=1.0, check="decode")
 
 

@@ -104,6 +104,8 @@ def test_a_transform_that_fails_says_so_in_its_own_words(root):
 def test_a_background_that_is_no_colour_is_refused_before_any_file(root, colour):
     with pytest.raises(ValueError, match=r"background=.* must be three numbers, 0 to 255 each"):
         lists(root, reading=mm.Reading(background=colour))
+    with pytest.raises(ValueError, match=r"is no mm.Reading; give mm.Reading\("):
+        lists(root, reading=dict(background=colour))
 
 
 def test_a_part_without_a_report_is_looked_at(root):

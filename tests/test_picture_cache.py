@@ -47,13 +47,13 @@ def root(tmp_path):
 @pytest.fixture
 def decodes(monkeypatch):
     """Names of the pictures that this process has decoded."""
-    names, read = [], data_module.read_picture
+    names, read = [], data_module.read_square
 
     def counted(*args, **options):
         names.append(options["name"])
         return read(*args, **options)
 
-    monkeypatch.setattr(data_module, "read_picture", counted)
+    monkeypatch.setattr(data_module, "read_square", counted)
     return names
 
 
@@ -157,7 +157,7 @@ def test_a_file_of_the_cache_that_is_cut_off_is_made_anew(root, cache, small_chu
 
 
 def test_two_processes_decode_once(root, cache, small_chunks):
-    read, log = data_module.read_picture, root / "log"
+    read, log = data_module.read_square, root / "log"
 
     def slow(*args, **options):
         time.sleep(0.03)
@@ -167,7 +167,7 @@ def test_two_processes_decode_once(root, cache, small_chunks):
 
     def fill():
         torch.set_num_threads(1)
-        data_module.read_picture = slow
+        data_module.read_square = slow
         data = lists(root, **OPTIONS).cached()
         assert torch.equal(data.batch(range(7)).pixel_values, by_hand(root))
 
@@ -181,7 +181,7 @@ def test_two_processes_decode_once(root, cache, small_chunks):
 
 def test_a_picture_that_could_not_be_decoded_once_is_tried_again(root, monkeypatch):
     """A disk that failed for a moment is remembered neither as a black picture nor as a bad one."""
-    read, failing = data_module.read_picture, [NAMES[4]]
+    read, failing = data_module.read_square, [NAMES[4]]
 
     def sometimes(*args, **options):
         if failing and options["name"].endswith(failing[0]):
@@ -189,7 +189,7 @@ def test_a_picture_that_could_not_be_decoded_once_is_tried_again(root, monkeypat
             raise OSError(5, "Input/output error")
         return read(*args, **options)
 
-    monkeypatch.setattr(data_module, "read_picture", sometimes)
+    monkeypatch.setattr(data_module, "read_square", sometimes)
     options = OPTIONS | dict(on_error="skip", max_skipped=1.0)
     first = lists(root, **options)
     assert first.report.skipped == {"damaged": 1} and len(first) == 6

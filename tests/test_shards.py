@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from mmkit import MultimodalDataset
+from mmkit import MultimodalDataset, from_shards, from_table, split
 from mmkit import shards as module
 from mmkit.picture_files import Refused
 from mmkit.shards import TarMembers, expand_urls, read_index, shard_order, write_shards
@@ -211,6 +211,51 @@ def test_the_picture_is_the_first_suffix_that_is_there(tmp_path):
     assert index.keys[0].endswith("0.jpg") and index.refused == []
     index = read_index(tmp_path / "a.tar", image=("seg.png", "jpg"))
     assert TarMembers(index).open(0).read() == b"seg"
+
+
+def test_facts_are_keys_of_the_json(tmp_path):
+    """Those asked for, as they are; a .json that nobody asked for may be anything."""
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            *pair("0"),
+            member("0.json", b'{"caption": "x", "artist": "A", "size": [3, 5], "note": null}'),
+            *pair("1"),
+            member("1.json", b'{"artist": "B", "mmkit_sample_id": true}'),
+            *pair("2"),
+            *pair("3"),
+            member("3.json", b'{"mmkit_sample_id": 41}'),
+            *pair("4"),
+            member("4.json", b"{"),
+            *pair("5"),
+            member("5.json", b'["mmkit_sample_id"]'),
+            *pair("6"),
+            member("6.json", b'{"artist":' + b"[" * 90_000 + b"]" * 90_000 + b"}"),
+            *pair("7"),
+            member("7.json", type=tarfile.SYMTYPE, linkname="0.json"),
+        ],
+    )
+    plain = read_index(path)
+    assert len(plain) == 8 and plain.refused == [] and plain.meta == [{}] * 8
+    assert plain.ids == [None] * 3 + [41] + [None] * 4
+    index = read_index(path, meta=["artist", "note", "size"])
+    assert index.meta == [{"artist": "A", "note": None, "size": [3, 5]}, {"artist": "B"}, {}, {}]
+    assert index.ids == [None] * 3 + [41] and index.fields == ["caption", "artist", "size", "note"]
+    assert reasons(index) == [*["facts not readable"] * 3, "not a file"]
+    assert "not an object with keys" in str(index.refused[1])
+    again = read_index(path, meta=["artist", "note", "size"])
+    assert (again.meta, again.ids, again.fields) == (index.meta, index.ids, index.fields)
+
+
+@pytest.mark.parametrize("depth", [*range(300, 1000, 23), 5000, 40_000])
+def test_facts_may_be_deep_but_not_too_deep_to_be_kept(tmp_path, depth):
+    """What is read fits the index on the disk, or is refused."""
+    facts = b'{"artist":' + b"[" * depth + b"]" * depth + b"}"
+    path = write_tar(tmp_path / "a.tar", [*pair("0"), member("0.json", facts), *pair("1")])
+    for _ in range(2):
+        index = read_index(path, meta=["artist"])
+        assert len(index) + len(index.refused) == 2
+    assert depth < 40_000 or reasons(index) == ["facts not readable"]
 
 
 def _refused_samples() -> list:
@@ -419,11 +464,11 @@ def test_no_bytes_do_harm(tmp_path, cache, good_tar, data):
     path = tmp_path / "fuzzed.tar"
     path.write_bytes(tar)
     try:
-        index = read_index(path, text=("txt", "json.caption"))
+        index = read_index(path, text=("txt", "json.caption"), meta=["caption"] * (kind == "cut"))
     except ValueError as error:
         assert str(path) in str(error)
     else:
-        lengths = (index.captions, index.shard, index.offset, index.size)
+        lengths = (index.captions, index.shard, index.offset, index.size, index.meta, index.ids)
         assert {len(x) for x in lengths} == {len(index.keys)}
         assert all(isinstance(c, str) for captions in index.captions for c in captions)
         assert all(isinstance(r, Refused) and r.reason and str(r) for r in index.refused)
@@ -830,6 +875,154 @@ def test_what_webdataset_writes_is_read(tmp_path):
         assert index.captions == [[f"t{i}", f"c{i}"] for i in range(7)] and index.refused == []
         store = TarMembers(index)
         assert [store.open(i).read() for i in range(7)] == [picture(i) for i in range(7)]
+
+
+ARTISTS = ["Ann", "Bob", "Cy", "Dee", "Eve", "Flo", "Gus", "Hal", "Ida", "Jo", "Kit"]
+
+
+@pytest.fixture
+def by_artists(tmp_path):
+    """Sixty pictures in files, some with two captions; each has an artist, a year, a list."""
+    lines = []
+    for i in range(60):
+        pixels = np.random.default_rng(i).integers(0, 256, (17, 13, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        texts = [f"picture {i}"] + [f"once more {i}"] * (i % 3 == 0)
+        facts = {"artist": ARTISTS[i % 11], "year": 1900 + i, "tags": ["é", None, 0.5]}
+        lines.append(json.dumps({"image": f"{i}.png", "text": texts} | facts))
+    (tmp_path / "set.jsonl").write_text("\n".join(lines))
+    return from_table(tmp_path / "set.jsonl", meta=["artist", "year", "tags"], image_size=11)
+
+
+def same_rows(one, other):
+    """The same batch, ids, facts; groups join the same rows, whatever they are called."""
+    a, b = (data.batch(range(len(data))) for data in (one, other))
+    for name in ("pixel_values", "input_ids", "valid", "sample_ids"):
+        assert getattr(a, name).equal(getattr(b, name)), name
+    joined = [x.group_ids[:, None] == x.group_ids for x in (a, b)]
+    assert torch.equal(*joined) and one.texts == other.texts
+    assert one.fingerprint() == other.fingerprint()
+    facts = [{k: v for k, v in row.items() if k != "key"} for row in other.meta]
+    assert facts == one.meta
+
+
+def test_ids_and_facts_come_back_and_so_do_the_parts(by_artists, tmp_path):
+    """Of a part, whose ids have gaps, and of the whole; once more from what was read back."""
+    options: dict = dict(meta=["artist", "year", "tags"], image_size=11)
+    parts = split(by_artists, 0.2, 0.2, by="artist")
+    train = parts[0]
+    ids = train.sample_ids.tolist()
+    assert ids != list(range(len(train)))
+    shards = write_shards(train, tmp_path / "train", samples_per_shard=9)
+    tokenizer = train.tokenizer
+    back = from_shards(tmp_path / "train", tokenizer=tokenizer, **options)
+    same_rows(train, back)
+    for text in ("txt", "json.caption"):  # a part of the captions, the same ids
+        some = from_shards(tmp_path / "train", text=text, on_error="skip", max_skipped=1.0)
+        assert set(some.sample_ids.tolist()) < set(ids) or text == "txt"
+        assert [some.texts[i][0].split()[-1] for i in range(len(some))] == [
+            str(number) for number in some.sample_ids.tolist()
+        ]
+    again = write_shards(back, tmp_path / "again", samples_per_shard=9)
+    assert [a.read_bytes() for a in again] == [s.read_bytes() for s in shards]
+    write_shards(by_artists, tmp_path / "whole")
+    whole = from_shards(tmp_path / "whole", tokenizer=by_artists.tokenizer, **options)
+    same_rows(by_artists, whole)
+    for mine, theirs in zip(parts, split(whole, 0.2, 0.2, by="artist"), strict=True):
+        assert mine.sample_ids.equal(theirs.sample_ids) and mine.texts == theirs.texts
+
+
+def test_ids_that_occur_twice_are_numbers_of_rows(by_artists, tmp_path):
+    """Two sets of shards at once; and a set whose ids are not all known."""
+    part = by_artists.subset([7, 5, 3])
+    for name in ("one", "two"):
+        write_shards(part, tmp_path / name)
+    both = from_shards([tmp_path / "one", tmp_path / "two"], image_size=11)
+    assert both.sample_ids.tolist() == [0, 1, 2, 3, 4, 5]
+    assert from_shards(tmp_path / "two", image_size=11).sample_ids.tolist() == [7, 5, 3]
+    other = [member("x.png", (tmp_path / "0.png").read_bytes()), member("x.txt", b"x")]
+    path = write_tar(tmp_path / "two" / "x.tar", other)
+    assert from_shards(tmp_path / "two", image_size=11).sample_ids.tolist() == [0, 1, 2, 3]
+    assert from_shards(path, image_size=11).sample_ids.tolist() == [0]
+
+
+def test_shards_of_before_still_load_and_img2dataset_has_facts(real, tmp_path):
+    """Without facts nothing is added; keys of a foreign .json are facts, missing ones None."""
+    shards = write_shards(real, tmp_path / "out")
+    with tarfile.open(shards[0]) as tar:
+        names = [m.name for m in tar if m.name.endswith(".json")]
+    assert names == ["000000002.json"]  # the only one of several captions
+    assert from_shards(tmp_path / "out", image_size=13).sample_ids.tolist() == list(range(7))
+    png = (tmp_path / "6.ppm").read_bytes()
+    facts = {"caption": "c", "url": "https://x.org", "key": "000000000", "sha256": "ab"}
+    foreign = write_tar(
+        tmp_path / "foreign.tar",
+        [
+            *[member("0.jpg", png), member("0.json", json.dumps(facts).encode())],
+            *[member("1.jpg", png[:-1] + b"x"), member("1.json", b'{"caption": "d"}')],
+        ],
+    )
+    data = from_shards(foreign, meta=["url", "key"], image_size=13)
+    assert [row["url"] for row in data.meta] == ["https://x.org", None]
+    assert data.meta[0]["key"] == "000000000" and data.texts == [["c"], ["d"]]
+    with pytest.raises(ValueError, match=r"no \.json has the key 'ulr'; did you mean 'url'"):
+        from_shards(foreign, meta=["ulr"])
+    write_tar(tmp_path / "bare.tar", [member("0.jpg", png), member("0.txt", b"x")])
+    with pytest.raises(ValueError, match=r"the key .url.; no sample has a \.json"):
+        from_shards(tmp_path / "bare.tar", meta=["url"])
+
+
+@pytest.mark.parametrize(
+    "facts, says",
+    [
+        ({"day": (1, 2)}, r"meta of row 1, 'day': '\(1, 2\)' \(tuple\) would not come back"),
+        ({"size": float("nan")}, "'size': 'nan' .float."),
+        ({"size": np.int64(3)}, "'size': '3' .int64. .* a string or a number"),
+        ({3: "x"}, "meta of row 1, 3: 'x'"),
+        ({"caption": "x"}, "key 'caption', under which shards have something else"),
+        ({"mmkit_sample_id": 5}, "key 'mmkit_sample_id'"),
+    ],
+)
+def test_facts_that_would_not_come_back_are_refused(real, tmp_path, facts, says):
+    real.meta[1] = facts
+    with pytest.raises(ValueError, match=says):
+        write_shards(real, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_suffix_of_pictures_can_be_named(by_artists, tmp_path):
+    png = [(tmp_path / f"{i}.png").read_bytes() for i in range(2)]
+    members = [member("0.jpg", png[0]), member("0.seg.png", png[1]), member("0.txt", b"x")]
+    path = write_tar(tmp_path / "a.tar", members)
+    for image, i in ((None, 0), ("seg.png", 1), (["seg.png", "jpg"], 1)):
+        data = from_shards(path, image=image, image_size=11)
+        assert data[0]["image"].equal(by_artists[i]["image"])
+
+
+def test_shards_that_are_not_looked_at_are_said_to_be(by_artists, tmp_path):
+    """What a command gives is more than the spool may hold: a bad picture stops the training."""
+    written = write_shards(by_artists, tmp_path / "out", samples_per_shard=30)
+    room = max(path.stat().st_size for path in written) / 1e9  # for one of three
+    members = [member("x.png", b"no picture"), member("x.txt", b"x")]
+    write_tar(tmp_path / "out/00002.tar", members)
+    options: dict = dict(image_size=11, num_workers=0, on_error="skip")
+    url = f"pipe:cat {tmp_path}/out/{{00000..00002}}.tar"
+    data = from_shards(url, spool_gigabytes=room, **options)
+    said = str(data.report)
+    assert "not looked at: the shards fill 0.0 GB, more than spool_gigabytes=0.000" in said
+    assert "a broken picture will stop the training" in said and "check='decode'" in said
+    assert data.report.to_dict()["why_unchecked"] and len(data) == 61
+    assert data.report.why_unchecked in str(data.subset([3]).report)
+    with pytest.raises(Refused, match=r"00002\.tar: x\.png"):
+        data.batch([60])
+    for looked in (
+        from_shards(url, spool_gigabytes=room, check="decode", **options),
+        from_shards(url, **options),
+    ):
+        assert looked.report.skipped == {"not a picture": 1} and len(looked) == 60
+        assert "each decoded" in str(looked.report) and not looked.report.why_unchecked
+    on_purpose = from_shards(url, spool_gigabytes=room, check="none", **options)
+    assert str(on_purpose.report).count("not looked at\n") == 1
 
 
 def test_shards_are_not_written_over_unless_asked_for(real, tmp_path):

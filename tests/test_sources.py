@@ -123,6 +123,21 @@ def saved(root, **options):
     return mm.load_data(root.parent / "saved", split="train", **options)
 
 
+def hub_of_pil(root, **options):
+    """Pictures that are decoded already; none knows the file that it came from."""
+    import datasets
+
+    kinds = datasets.Features(image=datasets.Image(), text=datasets.List(datasets.Value("string")))
+    rows = {"image": [Image.open(root / name).convert("RGB") for name in NAMES], "text": TEXTS}
+    return mm.from_hub(datasets.Dataset.from_dict(rows, features=kinds), **options)
+
+
+def shards(root, **options):
+    """Several, of the very same files."""
+    mm.write_shards(constructor(root), root.parent / "shards", samples_per_shard=3, overwrite=True)
+    return mm.load_data(root.parent / "shards", **options)
+
+
 def coco(root, **options):
     """As published: captions in any order, ids of their own."""
     value = {
@@ -165,7 +180,9 @@ WAYS = {
     "folder": folder,
     "class folders": class_folders,
     "hub": hub,
+    "hub of PIL": hub_of_pil,
     "saved": saved,
+    "shards": shards,
     "coco": coco,
     "karpathy": karpathy,
     "tokens": tokens,
@@ -200,6 +217,33 @@ def test_every_way_in_gives_the_same_batches(name, root, tokenizer):
 def same(batch, reference):
     for name in ("pixel_values", "input_ids", "valid", "sample_ids", "group_ids"):
         assert torch.equal(getattr(batch, name), getattr(reference, name)), name
+
+
+# ---- names -------------------------------------------------------------------------------------
+
+
+def test_the_hub_is_not_asked_for_what_is_a_path(root, monkeypatch):
+    """A file's ending, or a folder that is there, says so; whatever else has one slash is asked."""
+    asked = []
+    monkeypatch.setattr("mmkit.sources.from_hub", lambda name, **_: asked.append(name))
+    monkeypatch.chdir(root)
+    for name in ("data/pairz.csv", "data/x.JPG", "bird/nothing", "./x", "a/b/c"):
+        with pytest.raises(FileNotFoundError, match="does not exist; check the path"):
+            mm.load_data(name)
+    mm.load_data("user/set-v1.5")
+    assert asked == ["user/set-v1.5"]
+
+
+def test_a_data_set_of_shards_has_a_name_to_read(root, tmp_path):
+    paths = mm.write_shards(folder(root), tmp_path / "birds", 3)
+    for source, name in (
+        (paths, "00000.tar and 2 more"),
+        (paths[:1], "00000.tar"),
+        (tmp_path / "birds", "birds"),
+        (f"{tmp_path}/birds/*.tar", "birds/*.tar"),
+        (f"{tmp_path}/birds/{{00000..00002}}.tar", "birds/{00000..00002}.tar"),
+    ):
+        assert mm.load_data(source, **OPTIONS).name == name
 
 
 # ---- training, the report -----------------------------------------------------------------------

@@ -70,14 +70,19 @@ def test_every_sample_once_an_epoch(folder, plain, processes, workers):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes, workers", [(1, 2), (2, 1)])
+@pytest.mark.parametrize(
+    "processes, workers",
+    [(1, (2, 2, 2)), (2, (1, 1, 1)), (1, (0, 1, 0)), (2, (2, 0, 2))],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else str(value),
+)
 def test_every_sample_once_though_killed_in_the_middle(folder, plain, processes, workers):
-    name = f"killed-{processes}"
-    options: dict = dict(processes=processes, num_workers=workers)
-    assert train(folder, name, "--kill-at", "3", **options) != 0
+    """Twice; with as many workers as before, or with others, which changes nothing."""
+    name = f"killed-{processes}-{workers[0]}"
+    begin, go_on, finish = (dict(processes=processes, num_workers=count) for count in workers)
+    assert train(folder, name, "--kill-at", "3", **begin) != 0
     assert sum(seen(folder, name)[0].values()) < PICTURES
-    assert train(folder, name, "--resume", "--kill-at", "7", **options) != 0
-    assert train(folder, name, "--resume", **options) == 0
+    assert train(folder, name, "--resume", "--kill-at", "7", **go_on) != 0
+    assert train(folder, name, "--resume", **finish) == 0
     assert seen(folder, name) == ONCE
     assert losses(folder, name) == (plain if processes == 1 else pytest.approx(plain, rel=1e-3))
 

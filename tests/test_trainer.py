@@ -126,6 +126,25 @@ def test_without_validation_the_training_loss_judges(config, make_model, make_da
     assert run.best["loss"] == min(r["train_loss"] for r in run.history if r["split"] == "val")
 
 
+def test_what_training_and_validation_set_share_is_said(config, make_model, make_data, capsys):
+    """How many pictures and captions, before the first step; nothing where they share nothing."""
+    train, other = make_data(23), make_data(7, seed=1)
+    pixels = torch.cat([train.batch([3, 5]).pixel_values, other.batch(range(5)).pixel_values])
+    words = ["moon", "shoe", "star", train.texts[11][0].upper(), "bread", "tree", "boat"]
+    val = mm.MultimodalDataset.from_pixels(pixels, words, tokenizer=train.tokenizer)
+    mm.train_model(config(max_steps=1), train, val, make_model())
+    (line,) = [w for w in capsys.readouterr().out.splitlines() if "also in training" in w]
+    assert "2 of 7 validation pictures (28.6 %) are also in training" in line
+    assert "(validation row = training row: 0 = 3, 1 = 5)" in line
+    assert "1 of 7 validation pictures (14.3 %) have a caption that is also in training" in line
+    assert line.startswith("beware ") and "mm.split keeps such pictures together" in line
+    apart = mm.MultimodalDataset.from_pixels(
+        pixels[2:], ["moon", "shoe", "star", "bread", "tree"], tokenizer=train.tokenizer
+    )
+    mm.train_model(config(max_steps=1), train, apart, make_model())
+    assert "also in training" not in capsys.readouterr().out
+
+
 def test_the_training_tokenizer_goes_to_the_validation_set(
     config, make_model, make_data, tokenizer
 ):
