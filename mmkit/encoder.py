@@ -212,6 +212,13 @@ class MultimodalEncoder(nn.Module, Exportable):
         mean, std = self.pixel_stats.unbind()
         return (pixel_values.float() / 255 - mean) / std
 
+    def _normalize_patches(self, patches: Tensor) -> Tensor:
+        """`normalize` for patches (..., 3 * p * p)."""
+        if patches.is_floating_point():
+            return patches
+        mean, std = self.pixel_stats.flatten(1).repeat_interleave(self.patch_size**2, 1)
+        return (patches.float() / 255 - mean) / std
+
     def _patches(self, pixel_values: Tensor, masking: Masking | None, mode: str) -> Tensor:
         """Class token and the patches that are encoded, with their positions: (B, 1 + K, D)."""
         height, width = pixel_values.shape[-2:]
@@ -222,15 +229,16 @@ class MultimodalEncoder(nn.Module, Exportable):
             )
         embeddings = self.vit.embeddings
         positions = embeddings.position_embeddings  # (1, 1 + N, D)
-        patches = patchify(self.normalize(pixel_values), self.patch_size)  # (B, N, 3 * p * p)
+        patches = patchify(pixel_values, self.patch_size)  # (B, N, 3 * p * p), bytes yet
         place = positions[:, 1:]
         _check_mode(mode, ("drop", "replace"))
         if masking is not None and mode == "drop":  # the hidden ones never reach the projection
             patches = pick_tokens(patches, masking.ids_keep)
-            if masking.keep_valid is not None:  # nor does the filler, which stands on hidden ones
-                patches = patches.masked_fill(~masking.keep_valid[..., None], 0)
             # Not place[0][ids_keep]: on a CPU its backward adds in the order the threads run.
-            place = pick_tokens(place.expand(len(patches), -1, -1), masking.ids_keep)
+            place = F.embedding(masking.ids_keep, place[0])
+        patches = self._normalize_patches(patches)
+        if masking is not None and mode == "drop" and masking.keep_valid is not None:
+            patches = patches.masked_fill(~masking.keep_valid[..., None], 0)  # nor does the filler
         projection = embeddings.patch_embeddings.projection
         x = F.linear(patches, projection.weight.flatten(1), projection.bias)
         if masking is not None and mode == "replace":

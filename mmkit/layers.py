@@ -103,7 +103,7 @@ def attend(mixed: Tensor, heads: int, hidden_keys: Tensor | None, dropout: float
         scores = scores.view(batch, heads, tokens, tokens)
         scores = scores.masked_fill(hidden_keys[:, None, None, :], float("-inf"))
         scores = scores.view(batch * heads, tokens, tokens)
-    share = F.dropout(scores.softmax(-1), dropout)
+    share = _drop(scores.softmax(-1), dropout)
     seen = torch.bmm(share, value).view(batch, heads, tokens, width // heads)
     return seen.transpose(1, 2).reshape(batch, tokens, width)
 

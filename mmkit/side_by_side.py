@@ -32,8 +32,8 @@ def side_by_side(function: Callable[[Item], Result], items: Sequence[Item]) -> l
     Each has an equal share of torch's threads, and gradients where the caller has. The functions
     must not draw random numbers: threads share a generator and take from it as they come.
     """
-    if len(items) == 1:
-        return [function(items[0])]
+    if len(items) < 2:
+        return [function(item) for item in items]
     threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
 
     def run(item: Item) -> Result:
