@@ -9,10 +9,11 @@ import re
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import TrainingConfig
 from .distributed import send_to_all, world
+from .side_by_side import MOST_AT_ONCE, side_by_side
 
 _NEVER_DECAYED = ("position_embeddings", "cls_token", "mask_token", "logit_", "token_type")
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # of one iteration: a x + b (x x^T) x + c (x x^T)^2 x
@@ -78,22 +79,31 @@ class Muon(torch.optim.Muon):
     def step(self, closure=None):
         rank, processes = world()
         learning = [[p for p in part if p.grad is not None] for part in self.parts]
-        mine = set(learning[rank])
+        mine, jobs = set(learning[rank]), []
         for group in self.param_groups:
-            alike: dict[torch.Size, list[nn.Parameter]] = {}
+            alike: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter in mine:
                     alike.setdefault(parameter.shape, []).append(parameter)
-            for matrices in alike.values():
-                self._update(matrices, group)
+            jobs += [(matrices, group) for matrices in alike.values()]
+        on_cpu = all(matrix.device.type == "cpu" for matrix in mine)
+        count = min(MOST_AT_ONCE, torch.get_num_threads()) if on_cpu else 1
+
+        def update(number: int) -> None:  # each has a share of every shape
+            for matrices, group in jobs:
+                if own := matrices[number::count]:
+                    self._update(own, group)
+
+        side_by_side(update, range(count))
         for owner, part in enumerate(learning):
             if processes > 1:
                 send_to_all(part, owner)
 
-    def _update(self, matrices: list[nn.Parameter], group: dict):
+    @torch.no_grad()
+    def _update(self, matrices: list[Tensor], group: dict):
         """The step of matrices of one shape."""
         rate, momentum = group["lr"], group["momentum"]
-        gradients = [matrix.grad for matrix in matrices]
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]  # all have
         memory = []
         for matrix in matrices:
             state = self.state[matrix]
@@ -125,7 +135,7 @@ class Muon(torch.optim.Muon):
             send_to_all([self.state[p]["momentum_buffer"] for p in part], owner)
 
 
-def orthogonalize(stack: torch.Tensor, coefficients=_QUINTIC, steps: int = 5) -> torch.Tensor:
+def orthogonalize(stack: Tensor, coefficients=_QUINTIC, steps: int = 5) -> Tensor:
     """Matrices (M, R, C) made nearly orthogonal, each by itself: bfloat16 (M, R, C).
 
     Newton-Schulz iterations (Jordan et al. 2024) as in torch.optim.Muon: singular values end near 1
@@ -141,7 +151,7 @@ def orthogonalize(stack: torch.Tensor, coefficients=_QUINTIC, steps: int = 5) ->
     return x.mT if tall else x
 
 
-def _work(matrix: torch.Tensor) -> int:
+def _work(matrix: Tensor) -> int:
     """Operations of one step of the iteration, up to a factor: n^2 m of an n x m matrix, n <= m."""
     return matrix.numel() * min(matrix.shape)
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+MOST_AT_ONCE = 4  # Python prepares the work of all of them one after the other
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 

@@ -35,14 +35,14 @@ from .precision import autocast_for, pick_precision
 from .reconstruct import example_pictures
 from .run import Run, RunWriter, newest_run
 from .running_mean import RunningMean
+from .side_by_side import MOST_AT_ONCE
 from .splits import overlap
 from .step import backward, naive_backward, random_states, set_random_states
 from .term_gradients import compare_terms, tower_gradients
 from .text_maskers import maskable_words
 from .validation import validate
 
-MOST_AT_ONCE = 4  # parts of a batch side by side: Python prepares their work one after the other
-SMALLEST_PART = 16  # pairs: with fewer the preparation is longer than the work
+SMALLEST_PART = 16  # pairs: with fewer, to prepare the work takes longer than the work
 Callback = Callable[["MaskedMultimodalTrainer", dict], None]
 
 

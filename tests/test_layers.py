@@ -8,14 +8,14 @@ from mmkit.layers import attend, bert_states, draws_dropout, own_layers, vit_lay
 B, N, L, D = 3, 7, 11, 20  # 5 heads of 4
 
 
-@pytest.fixture
-def vit():
+@pytest.fixture(params=["gelu", "gelu_new"])  # with a backward pass of its own, and without
+def vit(request):
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(0)
     config = ViTConfig(
         hidden_size=D, num_hidden_layers=3, num_attention_heads=5, intermediate_size=31,
-        image_size=8, patch_size=4, hidden_act="gelu_new", layer_norm_eps=1e-6,
+        image_size=8, patch_size=4, hidden_act=request.param, layer_norm_eps=1e-6,
     )  # fmt: skip
     return shaken(ViTModel(config, add_pooling_layer=False))
 
