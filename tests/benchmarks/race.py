@@ -25,7 +25,8 @@ the longest one only; a picture with several captions comes once an epoch, with 
 gradients are clipped (`peers.py`); there are no checkpoints. Their schedule ends at a horizon
 (`--minutes-open-clip`, `--minutes-transformers`; several are searched, too), in as many steps as a
 trial says, off the clock. `--search` runs each learning rate with seed 0; the first at 45 %, else
-the highest at the end, is used for the seeds. Writes results/race.json and .png.
+the highest at the end, is used for the seeds. A run on a busy machine shows in `longest_step`
+(seconds) and in the loads, which stand beside its curve. Writes results/race.json and .png.
 """
 
 import argparse
@@ -138,8 +139,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder of the results")
     options = parser.parse_args()
     if options.quick:
-        options.minutes_open_clip = options.minutes_transformers = [0.1]
-        options.cap, options.every, options.seeds = 0.1, 2.0, min(options.seeds, 1)
+        options.minutes_open_clip = options.minutes_transformers = [0.06]
+        options.cap, options.every, options.seeds = 0.06, 1.0, min(options.seeds, 1)
         options.rates = options.rates[:2]
     elsewhere = Path(tempfile.gettempdir()) / "mmkit-race"
     options.output = options.output or (elsewhere if options.quick else FOLDER)

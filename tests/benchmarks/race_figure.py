@@ -102,10 +102,10 @@ def picture(runs: list[dict]):
         ax.set_xscale("log")
         ax.set_xticks(ticks, list(map(str, ticks)))
         ax.minorticks_off()
-        ax.legend(title="R@1 of 45 %, median of the seeds", fontsize=8, title_fontsize=8)
+        figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     ax.set_ylim(bottom=0)
     ax.set_xlabel("seconds of loading and training, from the picture files (log scale)")
     ax.set_ylabel("R@1 on new combinations, %")
-    ax.set_title("Time to quality on this machine's CPU", fontsize=10)
+    ax.set_title("From picture files to R@1 of 45 %: median seconds of the seeds", fontsize=10)
     plain_axes(ax)
     return figure

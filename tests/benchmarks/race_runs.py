@@ -106,6 +106,7 @@ class Clock:
         self.every, self.cap, self.words = every, cap, words
         self.curve: list[tuple[float, float]] = []
         self.steps, self.scored = 0, -1  # how many there were, and when the last score was taken
+        self.step_end, self.longest = math.inf, 0.0  # of a step, the way to it included
         self.next, self.off, self.start = every, 0.0, time.perf_counter()
 
     @property
@@ -131,6 +132,7 @@ class Clock:
     def after_step(self, score: Callable[[], float]) -> bool:
         """Scores where that is due; False when the time is over."""
         self.steps += 1
+        self.longest, self.step_end = max(self.longest, self.seconds - self.step_end), self.seconds
         if self.seconds >= self.next:
             self.note(score)
             self.next = self.every * (1 + self.seconds // self.every)
@@ -288,7 +290,8 @@ def one(work: dict) -> None:
         words += f", {work['learning_rate']:g}"
         clock = Clock(work["every"], 60 * work["cap"], words)
         facts = run_peer(work, clock, test, folder, tokenizer)
-    facts |= {"seconds": clock.curve[-1][0], "load_before": load, "curve": clock.curve}
+    facts |= {"seconds": clock.curve[-1][0], "load_before": load, "load_after": os.getloadavg()[0]}
+    facts |= {"longest_step": clock.longest, "curve": clock.curve}
     Path(work["out"]).write_text(json.dumps(facts))
 
 
