@@ -3,7 +3,7 @@
 The weights stay where transformers' ViTModel and BertModel keep them, and the numbers are theirs up
 to rounding; what differs is how they are computed: queries, keys and values by one product, weights
 cast once, captions end to end without padding between them. On a GPU, where fused attention wins,
-with gradient checkpointing and when compiled, transformers' own layers run.
+and when they are compiled, transformers' own layers run.
 Shapes: B batch, N tokens, L text length, T real tokens of a batch, D width, H heads.
 Walk-through: notebooks/09_speed.ipynb.
 """
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -135,12 +136,22 @@ class Mlp(torch.autograd.Function):
 
 
 def own_layers(tower: nn.Module, x: Tensor) -> bool:
-    """Whether the layers of a ViTModel or BertModel are computed here: see the top of this file."""
-    if x.device.type != "cpu":
+    """Whether the layers of a ViTModel or BertModel are computed here: see the top of this file.
+
+    Not where somebody has hung a hook on one of their parts, which would never be called.
+    """
+    if x.device.type != "cpu" or any(_has_hook(part) for part in tower.modules()):
         return False
     layer = next(m for m in tower.modules() if type(m).__name__ in ("ViTLayer", "BertLayer"))
-    checkpointing = layer.training and getattr(layer, "gradient_checkpointing", False)
-    return not checkpointing and layer._compiled_call_impl is None
+    return layer._compiled_call_impl is None
+
+
+def _has_hook(part: nn.Module) -> bool:
+    hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+    own = "transformers."  # which leaves hooks of its own behind, for states that are asked for
+    return bool(part._backward_hooks) or any(
+        not getattr(hook, "__module__", "").startswith(own) for hook in hooks
+    )
 
 
 def draws_dropout(model: nn.Module) -> bool:
@@ -218,11 +229,22 @@ def vit_layers(vit: Any, x: Tensor, real: Tensor | None = None) -> Tensor:
     dtype, filler = computing_type(x), None if real is None else ~real
     batch, tokens, width = x.shape
     x = x.reshape(batch * tokens, width)
-    for layer in vit.layers:
+
+    def run(layer: nn.Module, x: Tensor) -> Tensor:
         w = weights_of(layer, vit.config, dtype)
         x = x + _drop(_attention(w, x, w.norms[0], (batch, tokens), None, filler), w.dropout)
-        x = x + _drop(_mlp(w, x, w.norms[1]), w.dropout)
+        return x + _drop(_mlp(w, x, w.norms[1]), w.dropout)
+
+    for layer in vit.layers:
+        x = _kept_or_not(run, layer, x)
     return x.view(batch, tokens, width)
+
+
+def _kept_or_not(run: Callable[[nn.Module, Tensor], Tensor], layer: nn.Module, x: Tensor) -> Tensor:
+    """run(layer, x); with gradient checkpointing only x of it is kept for the way back."""
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
+        return checkpoint(run, layer, x, use_reentrant=False)
+    return run(layer, x)
 
 
 def bert_states(bert: Any, words: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
@@ -239,9 +261,13 @@ def bert_states(bert: Any, words: Tensor, positions: Tensor, valid: Tensor) -> T
     x = x + parts.position_embeddings(positions.flatten().index_select(0, place))
     x = _norm(x, parts.LayerNorm)
     x = _drop(x, bert.config.hidden_dropout_prob * bert.training)
-    for layer in bert.encoder.layer:
+
+    def run(layer: nn.Module, x: Tensor) -> Tensor:
         w = weights_of(layer, bert.config, dtype)
         seen = _attention(w, x, None, (batch, length), place, ~valid)
         x = _norm(x + _drop(seen, w.dropout), w.norms[0])
-        x = _norm(x + _drop(_mlp(w, x, None), w.dropout), w.norms[1])
+        return _norm(x + _drop(_mlp(w, x, None), w.dropout), w.norms[1])
+
+    for layer in bert.encoder.layer:
+        x = _kept_or_not(run, layer, x)
     return x.new_zeros(batch * length, width).index_copy(0, place, x).view(batch, length, width)

@@ -137,11 +137,34 @@ def test_dropout_is_drawn_where_transformers_draws_it(vit, bert):
 def test_whose_layers_run(vit, bert):
     x = torch.randn(B, N, D)
     assert own_layers(vit, x) and own_layers(bert, x)
-    for layer in vit.layers:
-        layer.gradient_checkpointing = True
-    assert own_layers(vit, x)  # in evaluation nothing is kept
-    assert not own_layers(vit.train(), x)
+    seen: list = []
+    hook = vit.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    assert not own_layers(vit, x)
+    hook.remove()
+    assert own_layers(vit, x)
+    vit.set_attn_implementation("eager")
+    vit(torch.zeros(1, 3, 8, 8), output_hidden_states=True, output_attentions=True)
+    assert own_layers(vit, x)  # whatever transformers has left behind
     for layer in bert.encoder.layer:
         layer.compile()
     assert not own_layers(bert, x)
     assert not own_layers(bert, x.to("meta"))
+
+
+def test_checkpointed_layers_give_the_same_gradient_with_dropout_too(vit, bert):
+    """And keep only their inputs: the layers are run once more on the way back."""
+    words, valid = torch.randn(2, L, D), torch.arange(L) < torch.tensor([[5], [L]])
+    x = torch.randn(B, N, D)
+    found = []
+    for checkpointing in (False, True):
+        for layer in (*vit.train().layers, *bert.train().encoder.layer):
+            layer.gradient_checkpointing = checkpointing
+        torch.manual_seed(7)
+        vit.zero_grad(), bert.zero_grad()
+        total = vit_layers(vit, x).square().sum()
+        total = total + bert_states(bert, words, torch.arange(L).expand(2, -1), valid).sum()
+        total.backward()
+        both = (*vit.named_parameters(), *bert.named_parameters())
+        found.append([p.grad.clone() for _, p in both if p.grad is not None])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
