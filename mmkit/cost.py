@@ -184,7 +184,7 @@ def measure_rates(
         for _ in range(rounds + 1):
             for ratio, size in ways:
                 config.image_mask_ratio = ratio
-                times[ratio, size].append(_one_step(trainer, batch[:size]))
+                times[ratio, size].append(step_time(trainer, batch[:size]))
         for ratio, size in ways:
             config.image_mask_ratio, config.batch_size = ratio, size
             predictions.append(predict_batch(trainer, batch[:size]))
@@ -193,7 +193,7 @@ def measure_rates(
     return fit_rates(predictions, [statistics.median(times[way][1:]) for way in ways])
 
 
-def _one_step(trainer: Any, batch: Batch) -> float:
+def step_time(trainer: Any, batch: Batch) -> float:
     """Seconds of a training step on this batch."""
     start = time.perf_counter()
     trainer.train_step(batch, epoch=0)

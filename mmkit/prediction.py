@@ -92,6 +92,11 @@ class Prediction:
             self.exchanged / 1e9,
         )
 
+    def time(self, rates: Rates) -> float:
+        """Seconds of the step at these rates."""
+        each = dataclasses.astuple(rates)
+        return sum(count * cost for count, cost in zip(self.work(), each, strict=True))
+
 
 def predict(
     config: TrainingConfig,
@@ -148,7 +153,7 @@ def predict(
         processes=processes,
     )
     if rates is not None:
-        prediction.seconds = _seconds(prediction, rates)
+        prediction.seconds = prediction.time(rates)
     return prediction
 
 
@@ -305,11 +310,3 @@ def _ratio(config: TrainingConfig, kind: str) -> float:
 def _more_places(model: MultimodalEncoder, side: int) -> int:
     """Weights of positions that pictures of another side have more (or fewer)."""
     return (side**2 - model.num_patches) * model.vit.config.hidden_size
-
-
-# -- time ----------------------------------------------------------------------------------------
-
-
-def _seconds(prediction: Prediction, rates: Rates) -> float:
-    each = dataclasses.astuple(rates)
-    return sum(n * cost for n, cost in zip(prediction.work(), each, strict=True))

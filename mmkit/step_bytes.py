@@ -66,6 +66,8 @@ def kept_by_pair(
         kept += patches * pixels * numbers.size
         kept += kept_by_layers(vit, patches + 1, patches + 1, numbers, least)
         kept += kept_by_layers(bert, words, longest, numbers, least)
+        if numbers.cpu and not least:  # queries, keys and values once more, before padding
+            kept += bert.num_hidden_layers * words * 3 * bert.hidden_size * numbers.size
     if (decoder := model.decoder) is None:
         return kept
     (patches, words), (all_patches, all_words) = encoded, whole
