@@ -40,7 +40,9 @@ _HELD_LOGITS = 2**22  # as step.py: so many of a similarity matrix at once
 class Rates:
     """Seconds per unit of work of one process on one machine; what was not measured is 0.
 
-    As fitted, with its threads and precision: a process with fewer threads has other rates.
+    As fitted, with its threads and precision: a process with fewer threads has other rates. They
+    hold together: work that grew alike in what was measured (products and bytes nearly do) is
+    shared out between its rates, and one of them alone is no property of the machine.
     """
 
     seconds_per_step: float  # of a forward and backward pass: Python, launches, the optimizer's too

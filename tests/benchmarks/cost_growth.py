@@ -217,7 +217,9 @@ def beside_flip(rates: cost.Rates, rows: list[dict]) -> dict:
         model, share, reached = towers(name), {}, {}
         given: dict = dict(caption_length=words, rates=rates)
         for ratio, published in FLIP.items():
-            config = mm.TrainingConfig(batch_size=pairs, image_mask_ratio=ratio, optimizer="adamw")
+            optimizer = "adamw" if name.startswith("FLIP") else "muon"
+            settings = dict(batch_size=pairs, image_mask_ratio=ratio, optimizer=optimizer)
+            config = mm.TrainingConfig(**settings)
             share[ratio] = cost.predict(config, model, **given).seconds
             if ratio:
                 reached[ratio] = cost.crossover(
@@ -298,14 +300,14 @@ def plain(row: dict) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a look at whether all of it works")
-    parser.add_argument("--rounds", type=int, help="medians are over so many (9; quick: 2)")
+    parser.add_argument("--rounds", type=int, help="medians are over so many (7; quick: 2)")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the results")
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:
         print(json.dumps(memory_cell(float(options.cell[0]), int(options.cell[1]))))
         return
-    about, rounds = machine(), options.rounds or (2 if options.quick else 9)
+    about, rounds = machine(), options.rounds or (2 if options.quick else 7)
     rows = measure_time(cells(options.quick), rounds)
     rates = fit(rows)
     memory = measure_memory(options.quick)
