@@ -216,7 +216,7 @@ def predict_batch(trainer: Any, batch: Batch, rates: Rates | None = None) -> Pre
         processes=trainer.processes,
         rates=rates,
         device=trainer.device,
-        at_once=trainer._at_once(len(batch) // pieces),
+        at_once=trainer.at_once(len(batch) // pieces),
     )
 
 

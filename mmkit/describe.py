@@ -56,6 +56,7 @@ def effective_configuration(trainer) -> dict:
         "device": str(trainer.device),
         "processes": trainer.processes,
         "threads": torch.get_num_threads(),
+        "side_by_side": trainer.at_once(round(pairs / config.gradient_accumulation_steps)),
     }
 
 
@@ -82,7 +83,8 @@ def describe(trainer) -> str:
         "negatives": f"{e['negatives']:.0f} per pair{guessing(candidates)}",
         "cost": f"{e['gflop_per_pair']:.2f} GFLOP per pair and step",
         "machine": f"{e['device']}, {e['precision']}, processes: {e['processes']}, "
-        f"threads: {e['threads']}",
+        f"threads: {e['threads']}"
+        + (f", {e['side_by_side']} parts side by side" if e["side_by_side"] > 1 else ""),
     }
     if cut := trainer.train.cut_captions():
         lines["data"] += (

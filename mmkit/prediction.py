@@ -147,7 +147,7 @@ def predict(
         flops_per_pair=pair,
         flops=config.batch_size * pair + sum(muon_flops(*p.shape) for p in matrices),
         weights=4.0 * weights,
-        gradients=4.0 * learning * (2 if processes > 1 else 1 if at_once == 1 else 1 + at_once),
+        gradients=4.0 * learning * (2 if processes > 1 else 1 if at_once < 3 else 1 + at_once),
         optimizer_state=8.0 * (learning - muon) + 4.0 * muon / processes,
         activations=graph * kept + copies + working_bytes(model, graph, shape.encoded[0], numbers),
         logits=4.0 * shape.logits * (7 if config.loss == "info_nce" else 6),
@@ -190,7 +190,7 @@ def _shape(
         patches = max(1.0, round(all_patches * (1 - image)))
     if config.text_mask_mode == "drop":
         words, padded = (n - text * max(0.0, n - _SPECIAL) for n in (length, padded))
-    if config.compile or config.gradient_checkpointing or not numbers.cpu:
+    if config.compile or not numbers.cpu:
         words = padded  # captions lie end to end in layers.py alone
     pieces, contrast = config.gradient_accumulation_steps, "contrastive" in config.terms
     exact = config.accumulation == "exact"

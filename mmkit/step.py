@@ -217,6 +217,9 @@ def _add_gradients(losses: list[Tensor], parameters: Sequence[nn.Parameter]):
     """Add the gradients of these losses to the parameters, always in the same order."""
     if len(losses) == 1:
         return losses[0].backward()
+    if len(losses) == 2 and all(parameter.grad is None for parameter in parameters):
+        side_by_side(torch.Tensor.backward, losses)  # a + b is b + a, to the bit
+        return None
     each = side_by_side(
         lambda loss: torch.autograd.grad(loss, parameters, allow_unused=True), losses
     )

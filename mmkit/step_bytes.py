@@ -29,16 +29,20 @@ def numbers_of(config: TrainingConfig, device: torch.device) -> Numbers:
     return Numbers(size, device.type == "cpu")
 
 
-def kept_by_layers(config, tokens: float, attended: float, numbers: Numbers, least: bool) -> float:
+def kept_by_layers(
+    config, tokens: float, attended: float, numbers: Numbers, least: bool, own: bool
+) -> float:
     """Bytes that the layers of a tower keep of one sample for the way back.
 
     Of each token what enters the two norms, in float32; as products compute, what enters them: two
     norms' output, queries, keys and values, what was attended to, and the MLP before and after its
-    activation; and each head's row of attention (fused kernels keep none). least: only what enters
-    a layer, and one layer in full (gradient checkpointing).
+    activation; and each head's row of attention (fused kernels keep none). own: layers.py computes,
+    whose MLP keeps what is before its activation alone. least: only what enters a layer, and one
+    layer in full (gradient checkpointing).
     """
     width, inner, size = config.hidden_size, config.intermediate_size, numbers.size
-    linear = tokens * (2 * width * 4 + (3 * width + 2 * inner) * size)
+    lean = own and config.hidden_act == "gelu"
+    linear = tokens * (2 * width * 4 + ((3 - lean) * width + (2 - lean) * inner) * size)
     shares = config.num_attention_heads * attended * numbers.cpu
     layer = linear + attended * (3 * width + shares) * size
     ends = tokens * 2 * width * 4  # what enters the last (or first) norm, and the states
@@ -64,8 +68,9 @@ def kept_by_pair(
     kept = whole[0] * pixels  # one byte each
     for (patches, words), longest in views:
         kept += patches * pixels * numbers.size
-        kept += kept_by_layers(vit, patches + 1, patches + 1, numbers, least)
-        kept += kept_by_layers(bert, words, longest, numbers, least)
+        lean = numbers.cpu and not config.compile
+        kept += kept_by_layers(vit, patches + 1, patches + 1, numbers, least, lean)
+        kept += kept_by_layers(bert, words, longest, numbers, least, lean)
         if numbers.cpu and not least:  # queries, keys and values once more, before padding
             kept += bert.num_hidden_layers * words * 3 * bert.hidden_size * numbers.size
     if (decoder := model.decoder) is None:
@@ -79,7 +84,7 @@ def kept_by_pair(
     ):
         if layers is not None:
             tokens, depth = own + other * decoder.across, len(layers.layers)
-            one = kept_by_layers(layers.config, tokens, tokens, numbers, False)
+            one = kept_by_layers(layers.config, tokens, tokens, numbers, False, False)
             kept += times * one * depth / layers.config.num_hidden_layers
     if "pixels" in config.terms:
         kept += 3 * 4 * all_patches * pixels  # put back, wanted, and their difference

@@ -255,7 +255,7 @@ class MaskedMultimodalTrainer:
         if weights is None:
             weights = objective.weights(self.step, self.total_steps)
         accumulate = backward if config.accumulation == "exact" else naive_backward
-        at_once = self._at_once(len(batch) // config.gradient_accumulation_steps)
+        at_once = self.at_once(len(batch) // config.gradient_accumulation_steps)
         parts = config.gradient_accumulation_steps * at_once
         micro_batches = self.plan.augmented(batch, epoch).split(parts)
         # Drawn once: the replay of a micro-batch must hide the same, and attention costs a look.
@@ -308,7 +308,7 @@ class MaskedMultimodalTrainer:
         total = [weights[term] * value for term, value in self.terms.items()]
         return torch.stack(total).sum() if total else torch.zeros((), device=self.device)
 
-    def _at_once(self, size: int) -> int:
+    def at_once(self, size: int) -> int:
         """Into how many parts, computed side by side, a micro-batch of so many pairs is cut.
 
         One, unless a CPU has several threads for one process and nothing is drawn on the way; what

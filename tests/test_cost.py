@@ -27,9 +27,13 @@ def trainer_of(make_model, make_data, tmp_path):
 
 def counted(trainer) -> int:
     """Operations of a whole training step as torch counts them, product by product."""
-    batch = trainer.first_batch()
-    with FlopCounterMode(display=False) as counter:
-        trainer.train_step(batch, 0)
+    batch, threads = trainer.first_batch(), torch.get_num_threads()
+    torch.set_num_threads(1)  # the counter sees its own thread alone
+    try:
+        with FlopCounterMode(display=False) as counter:
+            trainer.train_step(batch, 0)
+    finally:
+        torch.set_num_threads(threads)
     return counter.get_total_flops()
 
 
