@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from .cost import put_back_flops, step_flops, tower_flops
+from .cost import objective_flops, tower_flops
 from .objective import PAIR_ENTROPY
 from .text_maskers import maskable_words
 
@@ -22,20 +22,21 @@ def effective_configuration(trainer) -> dict:
     config, model = trainer.config, trainer.model
     batch = trainer.first_batch()
     image, text = trainer.maskings(batch, epoch=0)
-    patches = encoded_patches = model.num_patches
+    patches, padded = model.num_patches, batch.valid.shape[1]
+    encoded_patches = patches
     words = encoded_words = batch.valid.sum(1).float().mean().item()
     if image is not None and config.image_mask_mode == "drop":
         encoded_patches = image.ids_keep.shape[1]  # with the filler, where ratios differ
     if text is not None and config.text_mask_mode == "drop":
         encoded_words = text.keep_valid.sum(1).float().mean().item()
+        padded = text.ids_keep.shape[1]
     maskable = maskable_words(batch.input_ids, batch.valid, model.special_ids).sum().item()
     exact = config.accumulation == "exact"
     pairs = len(trainer.train) / trainer.steps_per_epoch
     micro = len(batch.split(config.gradient_accumulation_steps)[0]) * trainer.processes
-    replay = exact and config.gradient_accumulation_steps > 1
     look = 0.0 if trainer.plan.ema is None else tower_flops(model.vit.config, patches / 4 + 1)
-    flops = _tower_step_flops(config, model, (encoded_patches, encoded_words), words, replay) + look
-    flops += 3 * put_back_flops(model, encoded_patches, encoded_words, words, config)
+    encoded, whole = (encoded_patches, encoded_words), (patches, words)
+    flops = objective_flops(config, model, encoded, whole, padded) + look
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "optimizer": " + ".join(type(o).__name__ for o in trainer.optimizers),
@@ -55,29 +56,8 @@ def effective_configuration(trainer) -> dict:
         "device": str(trainer.device),
         "processes": trainer.processes,
         "threads": torch.get_num_threads(),
+        "side_by_side": trainer.at_once(round(pairs / config.gradient_accumulation_steps)),
     }
-
-
-def _tower_step_flops(
-    config, model, encoded: tuple[float, float], all_words: float, replay: bool
-) -> float:
-    """Both towers, as often as the terms need them; a tower that no term needs rests.
-
-    encoded: patches and words of the masked view; all_words: of the unmasked one.
-    """
-    (patches, words), terms = encoded, config.terms
-    contrast = "contrastive" in terms
-    beside = contrast and config.contrastive_view == "unmasked"
-    both = config.cross_modal or (contrast and not beside)
-    flops = step_flops(
-        model,
-        patches if both or "pixels" in terms else 0.0,
-        words if both or "words" in terms else 0.0,
-        replay and contrast and not beside,
-    )
-    if beside:
-        flops += step_flops(model, model.num_patches, all_words, replay)
-    return flops
 
 
 def describe(trainer) -> str:
@@ -103,7 +83,8 @@ def describe(trainer) -> str:
         "negatives": f"{e['negatives']:.0f} per pair{guessing(candidates)}",
         "cost": f"{e['gflop_per_pair']:.2f} GFLOP per pair and step",
         "machine": f"{e['device']}, {e['precision']}, processes: {e['processes']}, "
-        f"threads: {e['threads']}",
+        f"threads: {e['threads']}"
+        + (f", {e['side_by_side']} parts side by side" if e["side_by_side"] > 1 else ""),
     }
     if cut := trainer.train.cut_captions():
         lines["data"] += (

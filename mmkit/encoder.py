@@ -22,6 +22,7 @@ from .config import nearest
 from .data import Batch
 from .decoder import Encoded, MultimodalDecoder, Wanted
 from .export import Exportable
+from .layers import bert_states, own_layers, vit_layers
 from .masks import Masking
 from .patches import patchify, pick_tokens
 from .tokenizer import (
@@ -211,6 +212,13 @@ class MultimodalEncoder(nn.Module, Exportable):
         mean, std = self.pixel_stats.unbind()
         return (pixel_values.float() / 255 - mean) / std
 
+    def _normalize_patches(self, patches: Tensor) -> Tensor:
+        """`normalize` for patches (..., 3 * p * p)."""
+        if patches.is_floating_point():
+            return patches
+        mean, std = self.pixel_stats.flatten(1).repeat_interleave(self.patch_size**2, 1)
+        return (patches.float() / 255 - mean) / std
+
     def _patches(self, pixel_values: Tensor, masking: Masking | None, mode: str) -> Tensor:
         """Class token and the patches that are encoded, with their positions: (B, 1 + K, D)."""
         height, width = pixel_values.shape[-2:]
@@ -221,15 +229,16 @@ class MultimodalEncoder(nn.Module, Exportable):
             )
         embeddings = self.vit.embeddings
         positions = embeddings.position_embeddings  # (1, 1 + N, D)
-        patches = patchify(self.normalize(pixel_values), self.patch_size)  # (B, N, 3 * p * p)
+        patches = patchify(pixel_values, self.patch_size)  # (B, N, 3 * p * p), bytes yet
         place = positions[:, 1:]
         _check_mode(mode, ("drop", "replace"))
         if masking is not None and mode == "drop":  # the hidden ones never reach the projection
             patches = pick_tokens(patches, masking.ids_keep)
-            if masking.keep_valid is not None:  # nor does the filler, which stands on hidden ones
-                patches = patches.masked_fill(~masking.keep_valid[..., None], 0)
             # Not place[0][ids_keep]: on a CPU its backward adds in the order the threads run.
-            place = pick_tokens(place.expand(len(patches), -1, -1), masking.ids_keep)
+            place = F.embedding(masking.ids_keep, place[0])
+        patches = self._normalize_patches(patches)
+        if masking is not None and mode == "drop" and masking.keep_valid is not None:
+            patches = patches.masked_fill(~masking.keep_valid[..., None], 0)  # nor does the filler
         projection = embeddings.patch_embeddings.projection
         x = F.linear(patches, projection.weight.flatten(1), projection.bias)
         if masking is not None and mode == "replace":
@@ -246,6 +255,8 @@ class MultimodalEncoder(nn.Module, Exportable):
         """
         x = self._patches(pixel_values, masking, mode)
         real = _with_class_token(_kept(masking, mode))
+        if own_layers(self.vit, x):
+            return self.vit.layernorm(vit_layers(self.vit, x, real))
         attention_mask = key_mask(real, self.vit.config._attn_implementation, x.dtype)
         for block in self.vit.layers:
             x = block(x, attention_mask)
@@ -309,25 +320,11 @@ class MultimodalEncoder(nn.Module, Exportable):
         return torch.where(masking.mask[..., None], instead, words)
 
     def _bert(self, words: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-        """BERT's states (B, K, width) of embedded words.
-
-        On a CPU, where padding is paid for in full, short captions run apart from long ones.
-        """
-
-        def run(rows, length):
-            out = self.bert(
-                inputs_embeds=words[rows, :length],
-                position_ids=positions[rows, :length],
-                attention_mask=valid[rows, :length].long(),
-            )
-            return F.pad(out.last_hidden_state, (0, 0, 0, words.shape[1] - length))
-
-        if words.device.type != "cpu" or len(words) < 64:
-            return run(slice(None), words.shape[1])
-        last = (valid * torch.arange(1, valid.shape[1] + 1)).amax(1)  # real tokens end here
-        order = last.argsort(stable=True)
-        states = [run(rows, int(last[rows].max())) for rows in order.chunk(4)]
-        return torch.cat(states)[order.argsort()]
+        """BERT's states (B, K, width) of embedded words."""
+        if own_layers(self.bert, words):
+            return bert_states(self.bert, words, positions, valid)
+        out = self.bert(inputs_embeds=words, position_ids=positions, attention_mask=valid.long())
+        return out.last_hidden_state
 
     def encode_text(
         self, input_ids: Tensor, valid: Tensor, masking: Masking | None = None, mode: str = "drop"

@@ -3,6 +3,7 @@
 Shapes: B batch, N patches, K kept, D width. Walk-through: notebooks/02_masking.ipynb.
 """
 
+import torch
 from torch import Tensor
 
 HIDDEN = 208  # the grey of a hidden patch
@@ -35,7 +36,9 @@ def unpatchify(patches: Tensor, patch_size: int, grid: tuple[int, int]) -> Tenso
 
 def pick_tokens(x: Tensor, ids: Tensor) -> Tensor:
     """Rows `ids` (B, K) of x (B, N, D): (B, K, D)."""
-    return x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
+    first = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    picked = x.flatten(0, 1).index_select(0, (ids + first).flatten())
+    return picked.view(*ids.shape, x.shape[-1])
 
 
 def paint_mask(pixels: Tensor, mask: Tensor, patch_size: int) -> Tensor:

@@ -7,7 +7,7 @@ micro-batch again, its masks and dropout replayed. Walk-through: notebooks/03_tr
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from .data import Batch
 from .distributed import around_the_ring, gather_rows, row_counts, world
 from .encoder import EncoderOutput
 from .losses import info_nce_rows, sigmoid_block, sigmoid_rows
+from .side_by_side import side_by_side
 
 _LOGITS = 2**22  # entries of a similarity matrix held at once (16 MB in float32)
 
@@ -119,6 +120,8 @@ def backward(
     grad_scale: Callable[[Tensor], Tensor] = lambda x: x,
     no_sync: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     synchronize: bool = True,
+    at_once: int = 1,
+    parameters: Sequence[nn.Parameter] = (),
 ) -> Tensor:
     """Add the gradient of ONE loss over all these micro-batches to every parameter; returns the
     contrastive loss, not weighted.
@@ -131,7 +134,9 @@ def backward(
     contrasted, and nothing runs twice. Else, with several micro-batches, all but the last do, and
     memory grows with the micro-batch, not with the batch. exchange: see `contrastive_share`.
     grad_scale: an fp16 scaler's `scale`. no_sync: keeps DDP from summing gradients before the last
-    micro-batch. The loss is this process's part of the global mean.
+    micro-batch. at_once: so many micro-batches are computed side by side (see side_by_side.py; one
+    process, no dropout), and all of the last ones keep their graph; parameters: those that learn,
+    needed then. The loss is this process's part of the global mean.
     """
 
     def features_only(batch: Batch) -> tuple[EncoderOutput, Tensor | None]:
@@ -140,19 +145,21 @@ def backward(
     whole = whole or features_only
     device = micro_batches[0].sample_ids.device
     if not contrastive_weight:
-        _backward_of_parts(whole, micro_batches, grad_scale, no_sync, synchronize)
+        _backward_of_parts(
+            whole, micro_batches, grad_scale, no_sync, synchronize, at_once, parameters
+        )
         return torch.zeros((), device=device)
-    *others, last = micro_batches
+    *others, last = [micro_batches[i : i + at_once] for i in range(0, len(micro_batches), at_once)]
     states, features = [], []
-    for batch in others:
+    for batches in others:
         states.append(random_states(device))
         with torch.no_grad():
-            features.append(_features(encode(batch)))
-    # The last one's graph is kept: a second pass would only repeat it.
+            features += side_by_side(lambda batch: _features(encode(batch)), batches)
+    # The last ones' graph is kept: a second pass would only repeat it.
     with no_sync() if others or not synchronize else contextlib.nullcontext():
-        kept, kept_rest = whole(last)
+        kept = side_by_side(whole, last)
     afterwards = random_states(device)
-    features.append(_features(kept))
+    features += [_features(out) for out, _ in kept]
 
     image, text = (torch.cat(parts) for parts in zip(*features, strict=True))
     leaves = [leaf.detach().requires_grad_() for leaf in (image, text, *scale_parameters)]
@@ -164,49 +171,78 @@ def backward(
         loss * factor, leaves, allow_unused=True, materialize_grads=True
     )
     sizes = [len(batch) for batch in micro_batches]
-    *pieces, last_piece = zip(image_grad.split(sizes), text_grad.split(sizes), strict=True)
+    pieces = list(zip(image_grad.split(sizes), text_grad.split(sizes), strict=True))
+    last_pieces = pieces[len(pieces) - len(last) :]
 
     with no_sync() if others or not synchronize else contextlib.nullcontext():
-        _pull(kept, kept_rest, last_piece, None if others else scale_grads, grad_scale)
-    del kept, kept_rest
-    for i, (batch, piece) in enumerate(zip(others, pieces, strict=True)):
+        _pull(kept, last_pieces, None if others else scale_grads, grad_scale, parameters)
+    del kept
+    for i, batches in enumerate(others):
         final = i == len(others) - 1
         with contextlib.nullcontext() if final and synchronize else no_sync():
             set_random_states(states[i], device)
-            _pull(*whole(batch), piece, scale_grads if final else None, grad_scale)
+            own = pieces[i * at_once : (i + 1) * at_once]
+            once = scale_grads if final else None
+            _pull(side_by_side(whole, batches), own, once, grad_scale, parameters)
     if others:
         set_random_states(afterwards, device)
     return loss.detach()
 
 
 def _pull(
-    out: EncoderOutput,
-    rest: Tensor | None,
-    piece: tuple[Tensor, Tensor],
+    outputs: Sequence[tuple[EncoderOutput, Tensor | None]],
+    pieces: Sequence[tuple[Tensor, Tensor]],
     scale_grads: list[Tensor] | None,
     grad_scale: Callable[[Tensor], Tensor],
+    parameters: Sequence[nn.Parameter],
 ):
-    """Send the loss's gradient at the features of a micro-batch on into the parameters.
+    """Send the loss's gradient at the features of micro-batches on into the parameters.
 
-    scale_grads: of logit_scale and logit_bias, which have ONE gradient per step (once per
-    micro-batch would multiply it); None in all micro-batches but one. rest: the other terms.
+    outputs: of each, with its other terms. scale_grads: of logit_scale and logit_bias, which have
+    ONE gradient per step (once per micro-batch would multiply it); None in all rounds but one.
     """
-    surrogate = (out.image_features * piece[0]).sum() + (out.text_features * piece[1]).sum()
-    once = scale_grads or [torch.zeros_like(x) for x in (out.logit_scale, out.logit_bias)]
-    surrogate = surrogate + out.logit_scale * once[0] + out.logit_bias * once[1]
-    if rest is not None:
-        surrogate = surrogate + rest * world()[1]
-    grad_scale(surrogate).backward()
+    surrogates = []
+    for i, ((out, rest), piece) in enumerate(zip(outputs, pieces, strict=True)):
+        surrogate = (out.image_features * piece[0]).sum() + (out.text_features * piece[1]).sum()
+        scales = (out.logit_scale, out.logit_bias)
+        once = scale_grads if scale_grads and i == 0 else [torch.zeros_like(x) for x in scales]
+        surrogate = surrogate + out.logit_scale * once[0] + out.logit_bias * once[1]
+        if rest is not None:
+            surrogate = surrogate + rest * world()[1]
+        surrogates.append(grad_scale(surrogate))
+    _add_gradients(surrogates, parameters)
 
 
-def _backward_of_parts(whole, micro_batches: list[Batch], grad_scale, no_sync, synchronize: bool):
+def _add_gradients(losses: list[Tensor], parameters: Sequence[nn.Parameter]):
+    """Add the gradients of these losses to the parameters, always in the same order."""
+    if len(losses) == 1:
+        return losses[0].backward()
+    if len(losses) == 2 and all(parameter.grad is None for parameter in parameters):
+        side_by_side(torch.Tensor.backward, losses)  # a + b is b + a, to the bit
+        return None
+    each = side_by_side(
+        lambda loss: torch.autograd.grad(loss, parameters, allow_unused=True), losses
+    )
+    for parameter, *gradients in zip(parameters, *each, strict=True):
+        found = [gradient for gradient in (parameter.grad, *gradients) if gradient is not None]
+        if len(found) > 1:  # a new tensor: autograd may give one to two parameters
+            parameter.grad = functools.reduce(torch.Tensor.add_, found[2:], found[0] + found[1])
+        elif found and parameter.grad is None:
+            parameter.grad = found[0].clone()
+
+
+def _backward_of_parts(
+    whole, micro_batches: list[Batch], grad_scale, no_sync, synchronize: bool, at_once: int,
+    parameters: Sequence[nn.Parameter],
+):  # fmt: skip
     """The gradient of terms that are sums over samples: each micro-batch by itself, once."""
-    for i, batch in enumerate(micro_batches):
-        final = synchronize and i == len(micro_batches) - 1
+    for i in range(0, len(micro_batches), at_once):
+        final = synchronize and i + at_once >= len(micro_batches)
         with contextlib.nullcontext() if final else no_sync():
-            _, rest = whole(batch)
-            if rest is not None:
-                grad_scale(rest * world()[1]).backward()
+            parts = side_by_side(whole, micro_batches[i : i + at_once])
+            losses = [grad_scale(rest * world()[1]) for _, rest in parts if rest is not None]
+            if losses:
+                _add_gradients(losses, parameters)
 
 
 def _features(out: EncoderOutput) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ from .decoder import Wanted
 from .describe import describe
 from .distributed import my_share, sum_over_processes, world
 from .encoder import MAX_LOGIT_SCALE, EncoderOutput, MultimodalEncoder
+from .layers import draws_dropout
 from .mask_plan import MaskPlan, check_maskers
 from .masking import mask_noise
 from .objective import Objective
@@ -34,12 +35,14 @@ from .precision import autocast_for, pick_precision
 from .reconstruct import example_pictures
 from .run import Run, RunWriter, newest_run
 from .running_mean import RunningMean
+from .side_by_side import MOST_AT_ONCE
 from .splits import overlap
 from .step import backward, naive_backward, random_states, set_random_states
 from .term_gradients import compare_terms, tower_gradients
 from .text_maskers import maskable_words
 from .validation import validate
 
+SMALLEST_PART = 16  # pairs: with fewer, to prepare the work takes longer than the work
 Callback = Callable[["MaskedMultimodalTrainer", dict], None]
 
 
@@ -252,7 +255,9 @@ class MaskedMultimodalTrainer:
         if weights is None:
             weights = objective.weights(self.step, self.total_steps)
         accumulate = backward if config.accumulation == "exact" else naive_backward
-        micro_batches = self.plan.augmented(batch, epoch).split(config.gradient_accumulation_steps)
+        at_once = self.at_once(len(batch) // config.gradient_accumulation_steps)
+        parts = config.gradient_accumulation_steps * at_once
+        micro_batches = self.plan.augmented(batch, epoch).split(parts)
         # Drawn once: the replay of a micro-batch must hide the same, and attention costs a look.
         self.drawn = [self.plan.draw(micro, epoch) for micro in micro_batches]
         wanted = [
@@ -264,6 +269,7 @@ class MaskedMultimodalTrainer:
         # What hides nothing in this step is not a term that costs nothing: it is none.
         active = [term for term in weights if counts.get(term, 1)]
         self.terms = {term: torch.zeros((), device=self.device) for term in active}
+        found: dict[int, dict[str, Tensor]] = {}  # micro-batch -> its parts of the terms
 
         def features(micro: Batch) -> EncoderOutput:
             return self.encode(
@@ -274,11 +280,14 @@ class MaskedMultimodalTrainer:
             i = number[id(micro)]
             out = self.encode(micro, self.drawn[i], wanted[i])
             parts = objective.parts(out, micro, self.drawn[i], counts)
-            for term in parts.keys() & self.terms.keys():
-                self.terms[term] += parts[term].detach()
+            found[i] = {term: part.detach() for term, part in parts.items()}
             total = [weights[term] * part for term, part in parts.items()]
             return out, torch.stack(total).sum() if total else None
 
+        side: dict = {}
+        if at_once > 1:
+            learning = [p for p in self.model.parameters() if p.requires_grad]
+            side = dict(at_once=at_once, parameters=learning)
         contrast = accumulate(
             features,
             micro_batches,
@@ -289,11 +298,34 @@ class MaskedMultimodalTrainer:
             exchange=config.exchange,
             grad_scale=self.scaler.scale,
             no_sync=lambda: self.accelerator.no_sync(self.net),
+            **side,
         )
+        for i in sorted(found):  # not as they came: sums of floats go by their order
+            for term in found[i].keys() & self.terms.keys():
+                self.terms[term] += found[i][term]
         if "contrastive" in weights:
             self.terms["contrastive"] = contrast
         total = [weights[term] * value for term, value in self.terms.items()]
         return torch.stack(total).sum() if total else torch.zeros((), device=self.device)
+
+    def at_once(self, size: int) -> int:
+        """Into how many parts, computed side by side, a micro-batch of so many pairs is cut.
+
+        One, unless a CPU has several threads for one process and nothing is drawn on the way; what
+        is compiled, kept back or compared within a micro-batch needs it whole.
+        """
+        config = self.config
+        if (
+            self.device.type != "cpu"
+            or self.processes > 1
+            or config.compile
+            or config.gradient_checkpointing
+            or config.accumulation != "exact"
+            or "matching" in config.terms
+            or draws_dropout(self.model)
+        ):
+            return 1
+        return max(1, min(MOST_AT_ONCE, torch.get_num_threads(), size // SMALLEST_PART))
 
     def train_step(self, batch: Batch, epoch: int) -> tuple[Tensor, float]:
         """One optimizer step: (this process's part of the loss, gradient norm before clipping)."""

@@ -105,7 +105,7 @@ def test_a_busy_port_is_refused():
             preflight(print, port=port)
 
 
-def test_several_problems_are_told_at_once(monkeypatch):
+def test_several_problems_are_toldat_once(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -246,7 +246,7 @@ def test_an_unknown_sample_is_refused(layers, row):
 
 
 @pytest.mark.parametrize("size", [7, 64.0, True, None])
-def test_an_impossible_size_is_refused_at_once(size):
+def test_an_impossible_size_is_refusedat_once(size):
     with pytest.raises(ValueError, match=r"image_size=.*at least 8.*try 64"):
         DrawingLayers(size)
 

@@ -70,6 +70,50 @@ def test_accumulated_gradient_is_the_gradient_of_the_big_batch(make_model, make_
     torch.testing.assert_close(ours["logit_scale"], reference["logit_scale"])
 
 
+@pytest.mark.parametrize("parts, at_once", [(2, 2), (3, 2), (4, 4), (7, 3)])
+def test_parts_computed_side_by_side_give_the_gradient_of_the_big_batch(
+    make_model, make_data, kind, parts, at_once
+):
+    """To rounding the whole batch's, and to the bit the same each time, whoever is first."""
+    model, batch = make_model().train(), make_data(23).batch(range(23))
+    encode, scale = encode_with(model), (model.logit_scale, model.logit_bias)
+    expected = whole_batch_loss(model, encode(batch), batch.group_ids, kind)
+    expected.backward()
+    reference = gradients(model)
+    reference.setdefault("logit_bias", torch.zeros(()))
+    options = dict(at_once=at_once, parameters=list(model.parameters()))
+    found = []
+    for _ in range(3):
+        model.zero_grad()
+        loss = backward(encode, batch.split(parts), scale, kind, **options)
+        torch.testing.assert_close(loss, expected.detach())
+        found.append(gradients(model))
+        assert relative_error(found[-1], reference) < 1e-5
+    torch.testing.assert_close(found[0]["logit_scale"], reference["logit_scale"])
+    for again in found[1:]:
+        assert all(torch.equal(found[0][name], again[name]) for name in found[0])
+
+
+def test_other_terms_side_by_side_are_those_one_after_the_other(make_model, make_data):
+    """Terms beside the contrast, and alone; parameters that no part of them needs get none."""
+    model, batch = make_model().train(), make_data(23).batch(range(23))
+    encode, scale = encode_with(model), (model.logit_scale, model.logit_bias)
+
+    def whole(micro):
+        out = encode(micro)
+        return out, out.image_tokens.square().sum() / len(batch)
+
+    for weight in (0.0, 0.5):
+        found = []
+        for options in ({}, dict(at_once=2, parameters=list(model.parameters()))):
+            model.zero_grad()
+            more = dict(whole=whole, contrastive_weight=weight) | options
+            backward(encode, batch.split(4), scale, "info_nce", **more)
+            found.append(gradients(model))
+        assert relative_error(found[1], found[0]) < 1e-5
+        assert any("bert" in name for name in found[1]) == bool(weight)
+
+
 @pytest.mark.parametrize("modes", [("drop", "drop"), ("replace", "80/10/10")])
 def test_micro_batches_of_other_widths_give_the_same_gradient(make_model, make_data, kind, modes):
     """With a ratio per sample each micro-batch is filled up to a longest row of its own."""

@@ -1,0 +1,299 @@
+"""A run of race.py, in a process of its own: what is on the clock, and what each contender does.
+
+What is done for whom, and why, stands in race.py.
+"""
+
+import contextlib
+import csv
+import importlib
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import mmkit as mm
+from mmkit.attention import at_rest
+from mmkit.config import cosine, linear
+from mmkit.precision import autocast_for
+from tests.benchmarks import peers
+
+SIZE, PRECISION = "tiny", "auto"
+TRIAL = 8  # steps that say how long one takes
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a peer's own documentation trains with."""
+
+    peer: type[peers.Peer]
+    hidden: float  # share of the patches that are left out in training
+    batch_size: int
+    weight_decay: float
+    adamw: dict  # what differs from torch's defaults
+    warmup: float  # share of the steps
+    shape: Callable[[float], float]  # of the learning rate after it, from 1 to 0
+
+
+RECIPES = {
+    "open_clip": Recipe(
+        peers.OpenClip, 0.5, 128, 0.2, dict(betas=(0.9, 0.98), eps=1e-6), 0.1, cosine
+    ),
+    "transformers": Recipe(peers.Transformers, 0.0, 64, 0.1, {}, 0.0, linear),
+}
+TOWERS = tuple(f"transformers.models.{name}.modeling_{name}" for name in ("vit", "bert"))
+IMPORTS = {  # off the clock
+    "mmkit": ("accelerate.utils", "torch.utils.tensorboard", *TOWERS),
+    "open_clip": ("open_clip",),
+    "transformers": ("transformers.models.vision_text_dual_encoder", *TOWERS),
+}
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+def write_files(folder: Path) -> None:
+    """The training pictures as PNG files, and pairs.csv with a line per caption."""
+    from PIL import Image
+
+    data = mm.openmoji(64)[0]
+    with open(folder / "pairs.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["filepath", "caption"])
+        for row, captions in enumerate(data.texts):
+            name = f"{row:04d}.png"
+            pixels = data[row]["image"].permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(folder / name)
+            rows.writerows([name, caption] for caption in captions)
+
+
+def read_captions(folder: Path) -> dict[str, list[str]]:
+    """The captions of each picture's file name."""
+    found: dict[str, list[str]] = {}
+    with open(folder / "pairs.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["filepath"], []).append(row["caption"])
+    return found
+
+
+def decoded(folder: Path, tokenizer) -> mm.MultimodalDataset:
+    """All pictures in memory: what the peers train on."""
+    from PIL import Image
+
+    captions = read_captions(folder)
+    pictures = [np.asarray(Image.open(folder / name).convert("RGB")) for name in captions]
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    return mm.MultimodalDataset.from_pixels(pixels, list(captions.values()), tokenizer=tokenizer)
+
+
+# -- the clock and the score -----------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds of loading and training, and the scores on the way."""
+
+    def __init__(self, every: float, cap: float, words: str):
+        self.every, self.cap, self.words = every, cap, words
+        self.curve: list[tuple[float, float]] = []
+        self.steps, self.scored = 0, -1  # how many there were, and when the last score was taken
+        self.step_end, self.longest = math.inf, 0.0  # of a step, the way to it included
+        self.next, self.off, self.start = every, 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.start - self.off
+
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self.off += time.perf_counter() - before
+
+    def note(self, score: Callable[[], float]) -> None:
+        """Scores the model as it is now, unless that has been done."""
+        if self.scored == self.steps:
+            return
+        self.scored, seconds = self.steps, self.seconds
+        with self.standing_still():
+            self.curve.append((round(seconds, 2), score()))
+            print(f"{self.words}  {seconds:6.1f} s  R@1 {100 * self.curve[-1][1]:5.1f} %",
+                  flush=True)  # fmt: skip
+
+    def after_step(self, score: Callable[[], float]) -> bool:
+        """Scores where that is due; False when the time is over."""
+        self.steps += 1
+        self.longest, self.step_end = max(self.longest, self.seconds - self.step_end), self.seconds
+        if self.seconds >= self.next:
+            self.note(score)
+            self.next = self.every * (1 + self.seconds // self.every)
+        return self.seconds < self.cap
+
+
+def r_at_1(model, encode_image: Callable, encode_text: Callable, test) -> float:
+    """Mean of both directions, a fraction.
+
+    encode_image(pixels (B, 3, H, W) uint8), encode_text(input_ids (B, L), valid (B, L)): (B, D).
+    """
+    device = model.logit_scale.device
+    input_ids, lengths, _, counts = test.encoded_captions()
+    valid = torch.arange(input_ids.shape[1]) < lengths[:, None]
+    texts = zip(input_ids.long().split(256), valid.split(256), strict=True)
+    with at_rest(model), autocast_for(PRECISION, device):
+        batches = [batch.pixel_values.to(device) for batch in test.batches(256)]
+        images = torch.cat([encode_image(pixels).float().cpu() for pixels in batches])
+        captions = torch.cat([encode_text(*(x.to(device) for x in t)).float().cpu() for t in texts])
+    features = [torch.nn.functional.normalize(x, dim=-1) for x in (images, captions)]
+    groups = test.group_ids, test.group_ids.repeat_interleave(counts)
+    return mm.mean_recall(mm.recall_at_k(*features, (1,), *groups))
+
+
+# -- mmkit -----------------------------------------------------------------------------------------
+
+
+class Watched(mm.MaskedMultimodalTrainer):
+    """The trainer as it is, with a clock that it looks at after each step."""
+
+    def watch(self, clock: Clock, test: mm.MultimodalDataset) -> None:
+        self.watching, model = clock, self.model
+        test.use_tokenizer(model.tokenizer, model.max_length)
+        self.score = lambda: r_at_1(model, model.encode_image, model.encode_text, test)
+
+    def train_step(self, batch, epoch):
+        found = super().train_step(batch, epoch)
+        if not self.watching.after_step(self.score):
+            self.stop()
+            self.stopping = True  # now, not at the next record
+        return found
+
+
+def run_mmkit(work: dict, clock: Clock, test, folder: Path) -> dict:
+    with tempfile.TemporaryDirectory() as own:
+        data = mm.from_table(folder / "pairs.csv", cache_dir=Path(own) / "cache")
+        config = mm.TrainingConfig(seed=work["seed"], output_dir=own, run_name="run")
+        trainer = Watched(config, data)
+        trainer.watch(clock, test)
+        trainer.fit()
+        clock.note(trainer.score)
+    return {"steps": trainer.step, "planned_steps": trainer.total_steps}
+
+
+# -- the peers -------------------------------------------------------------------------------------
+
+
+def encoders(peer: peers.Peer) -> tuple[Callable, Callable]:
+    """encode_image, encode_text of a peer, as `r_at_1` takes them."""
+    model = peer.model
+
+    def pixels_of(pixels: Tensor) -> Tensor:
+        return (pixels.float() / 255 - 0.5) / 0.5
+
+    def image(pixels: Tensor) -> Tensor:
+        if isinstance(peer, peers.OpenClip):
+            return model.encode_image(pixels_of(pixels))
+        return model.visual_projection(model.vision_model(pixels_of(pixels)).pooler_output)
+
+    def text(ids: Tensor, valid: Tensor) -> Tensor:
+        room = (0, peer.length - ids.shape[1])
+        ids, valid = (torch.nn.functional.pad(x, room) for x in (ids, valid))
+        if isinstance(peer, peers.OpenClip):
+            return model.encode_text(ids.masked_fill(ids == peer.end, peer.pieces))
+        return model.text_projection(model.text_model(ids, valid.long()).pooler_output)
+
+    return image, text
+
+
+def start_anew(peer: peers.Peer, recipe: Recipe, seed: int, rate: float) -> None:
+    """New weights by the seed, and the recipe's optimizer."""
+    torch.manual_seed(seed)
+    peer.build()
+    peer.model.to(peer.device).train()
+    parts = peers.groups(peer.model)
+    for part in parts:
+        part["weight_decay"] = recipe.weight_decay if part["weight_decay"] else 0.0
+    peer.optimizer = torch.optim.AdamW(parts, lr=rate, fused=True, **recipe.adamw)
+
+
+def batches_of(peer: peers.Peer, data, batch_size: int, seed: int) -> Iterator[list[Tensor]]:
+    """Batch after batch, without end; each epoch in another order, what is left over left out."""
+    draws = torch.Generator().manual_seed(seed)
+    while True:
+        for rows in torch.randperm(len(data), generator=draws).split(batch_size):
+            if len(rows) == batch_size:
+                batch = data.batch(rows, torch.rand(batch_size, generator=draws))
+                yield [x.to(peer.device) for x in peer.prepare(batch)]
+
+
+def step_seconds(peer: peers.Peer, batches: Iterator[list[Tensor]]) -> float:
+    """Median of a few steps, without the first ones."""
+    times = []
+    for _ in range(TRIAL):
+        before = time.perf_counter()
+        peer.train_step(*next(batches))
+        times.append(time.perf_counter() - before)
+    return statistics.median(times[2:])
+
+
+def run_peer(work: dict, clock: Clock, test, folder: Path, tokenizer) -> dict:
+    recipe, seed, rate = RECIPES[work["who"]], work["seed"], work["learning_rate"]
+    data = decoded(folder, tokenizer)
+    peer = recipe.peer(SIZE, recipe.hidden, data, recipe.batch_size, PRECISION)
+    with clock.standing_still():
+        start_anew(peer, recipe, seed, rate)
+        of_step = step_seconds(peer, batches_of(peer, data, recipe.batch_size, seed))
+        test.use_tokenizer(tokenizer, peer.length)
+    start_anew(peer, recipe, seed, rate)
+    encode = encoders(peer)
+    steps = max(1, round((60 * work["minutes"] - clock.seconds) / of_step))
+    warmup, done = round(recipe.warmup * steps), 0
+
+    def score() -> float:
+        return r_at_1(peer.model, *encode, test)
+
+    for batch in itertools.islice(batches_of(peer, data, recipe.batch_size, seed), steps):
+        share = recipe.shape(max(0, done - warmup) / max(1, steps - 1 - warmup))
+        share = (done + 1) / warmup if done < warmup else share
+        for part in peer.optimizer.param_groups:
+            part["lr"] = rate * share
+        loss, done = peer.train_step(*batch), done + 1
+        if not clock.after_step(score) or math.isnan(loss):
+            break
+    clock.note(score)
+    return {"steps": done, "planned_steps": steps, "step_ms": 1000 * of_step}
+
+
+# -- a run: a process of its own -------------------------------------------------------------------
+
+
+def one(work: dict) -> None:
+    """One run; its facts go to the file that `work` names."""
+    who, folder = work["who"], Path(work["folder"])
+    for name in IMPORTS[who]:
+        importlib.import_module(name)
+    test, load = mm.openmoji(64)[2], os.getloadavg()[0]
+    words = f"{who}, seed {work['seed']}"
+    if who == "mmkit":
+        clock = Clock(work["every"], 60 * work["cap"], words)
+        facts = run_mmkit(work, clock, test, folder)
+    else:
+        captions = read_captions(folder).values()
+        tokenizer = mm.train_wordpiece([text for texts in captions for text in texts])
+        words += f", {work['learning_rate']:g}"
+        clock = Clock(work["every"], 60 * work["cap"], words)
+        facts = run_peer(work, clock, test, folder, tokenizer)
+    facts |= {"seconds": clock.curve[-1][0], "load_before": load, "load_after": os.getloadavg()[0]}
+    facts |= {"longest_step": clock.longest, "curve": clock.curve}
+    Path(work["out"]).write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    one(json.loads(sys.argv[1]))

@@ -1,0 +1,227 @@
+"""One training step of the same towers: mmkit, open_clip, transformers.
+
+    pip install -e ".[bench]"
+    python -m tests.benchmarks.step_speed                 # tiny and small, about 15 minutes
+    python -m tests.benchmarks.step_speed --sizes tiny --rounds 9
+
+Every cell (who, size, share hidden) is a fresh process that says its highest memory; the cells of a
+size and share take turns step by step, so that a busy moment does not hit one of them alone. Ratios
+are taken within a round. `peers.py` says what each of them does. Writes results/step_speed.json and
+.png.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+import mmkit as mm
+from mmkit import cost
+from mmkit.encoder import PRESETS
+from mmkit.figures import BLUE, GREEN, ORANGE, new_figure, plain_axes
+from mmkit.precision import pick_precision
+from tests.benchmarks.draw_masks import FOLDER, machine, show
+from tests.benchmarks.exact_step import spread
+from tests.benchmarks.peers import PEERS
+
+BATCH = {"tiny": 128, "small": 32, "base": 16}
+RATIOS = (0.0, 0.5, 0.75)
+GOALS = {  # (size, hidden at least this share) -> our speed over theirs
+    ("tiny", 0.5, "open_clip"): 1.5, ("tiny", 0.5, "transformers"): 3.0,
+    ("small", 0.5, "open_clip"): 1.3, ("small", 0.5, "transformers"): 2.5,
+    ("tiny", 0.0, "open_clip"): 1.15, ("small", 0.0, "open_clip"): 1.15,
+}  # fmt: skip
+
+
+# -- a cell: a process that makes one step whenever it is asked ---------------------------------
+
+
+def cell(who: str, size: str, ratio: float, batch_size: int, precision: str) -> None:
+    torch.set_num_threads(int(os.environ.get("BENCH_THREADS", torch.get_num_threads())))
+    data, _, _ = mm.openmoji(PRESETS[size]["image"])
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"output_dir": folder} if who == "mmkit" else {}
+        peer = PEERS[who](size, ratio, data, batch_size, precision, **options)
+        for _ in range(2):  # warms up
+            peer.step()
+        say(parameters=sum(p.numel() for p in peer.model.parameters()))
+        for line in sys.stdin:
+            if line.strip() != "step":
+                break
+            start = time.perf_counter()
+            loss = peer.step()
+            say(seconds=time.perf_counter() - start, loss=loss)
+        say(peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+
+
+def say(**facts) -> None:
+    print(json.dumps(facts), flush=True)
+
+
+class Cell:
+    """The other end of it."""
+
+    def __init__(self, *words):
+        command = [sys.executable, "-m", "tests.benchmarks.step_speed", "--cell", *map(str, words)]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.process = subprocess.Popen(command, text=True, bufsize=1, **pipes)  # type: ignore
+        self.facts = self.answer()
+
+    def answer(self) -> dict:
+        for line in self.process.stdout:  # type: ignore[union-attr]
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError(f"a cell ended: {self.process.args}")
+
+    def ask(self, word: str) -> dict:
+        self.process.stdin.write(f"{word}\n")  # type: ignore[union-attr]
+        return self.answer()
+
+
+# -- the run -----------------------------------------------------------------------------------
+
+
+def measure(size: str, ratio: float, names: list[str], rounds: int, precision: str) -> dict:
+    """Seconds of every step and the highest memory of each peer."""
+    cells = {name: Cell(name, size, ratio, BATCH[size], precision) for name in names}
+    found: dict[str, dict] = {name: {"seconds": []} for name in names}
+    for _ in range(rounds):
+        for name, one in cells.items():
+            found[name]["seconds"].append(one.ask("step")["seconds"])
+    for name, one in cells.items():
+        found[name] |= one.facts | one.ask("end")
+        one.process.wait()
+    return found
+
+
+def row(size: str, ratio: float, found: dict) -> dict:
+    """Medians, and our speed and memory over theirs."""
+    ours = found["mmkit"]
+    facts: dict = {"size": size, "hidden": ratio, "batch": BATCH[size], "steps": {}}
+    for name, theirs in found.items():
+        ratios = [b / a for a, b in zip(ours["seconds"], theirs["seconds"], strict=True)]
+        facts["steps"][name] = {
+            "milliseconds": spread([1000 * s for s in theirs["seconds"]]),
+            "peak_mb": theirs["peak_mb"],
+            "parameters": theirs["parameters"],
+            "our speed / theirs": spread(ratios),
+            "our memory / theirs": ours["peak_mb"] / theirs["peak_mb"],
+        }
+    return facts
+
+
+def limit(size: str, ratio: float, milliseconds: float, precision: str) -> dict:
+    """Useful operations of our step over what the machine multiplies at the step's own shapes."""
+    data, _, _ = mm.openmoji(PRESETS[size]["image"])
+    model = mm.MultimodalEncoder.preset(size, tokenizer=data.tokenizer)
+    data.use_tokenizer(model.tokenizer, model.max_length)
+    words = float(data.encoded_captions()[1].float().mean())
+    kept = max(1, round(model.num_patches * (1 - ratio)))
+    gflop = BATCH[size] * cost.step_flops(model, kept, words, replay=False) / 1e9
+    dtype = pick_precision(precision, torch.device("cpu")) or torch.float32
+    rate = cost.matmul_rate(model, BATCH[size], kept, words, dtype)
+    reached = gflop / (milliseconds / 1000)
+    return {"gflop": gflop, "gflop_per_second": reached, "matmul_rate": rate,
+            "share": reached / rate}  # fmt: skip
+
+
+def picture(rows: list[dict]):
+    """Pictures a second of each, by size and share hidden."""
+    sizes = list(dict.fromkeys(row["size"] for row in rows))
+    colours = {"mmkit": BLUE, "open_clip": ORANGE, "transformers": GREEN}
+    figure = new_figure(5 * len(sizes), 3.6)
+    for ax, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
+        own = [row for row in rows if row["size"] == size]
+        for i, row in enumerate(own):
+            for j, (name, facts) in enumerate(row["steps"].items()):
+                speed = row["batch"] / facts["milliseconds"]["median"] * 1000
+                ax.bar(i + 0.27 * (j - 1), speed, 0.25, color=colours[name],
+                       label=name if i == 0 else None)  # fmt: skip
+                ax.annotate(f"{speed:.0f}", (i + 0.27 * (j - 1), speed), ha="center", va="bottom",
+                            fontsize=8)  # fmt: skip
+        ax.set_xticks(range(len(own)), [f"{100 * row['hidden']:.0f} %" for row in own])
+        ax.set(xlabel="patches hidden", ylabel="pairs a second", title=f"{size}, a training step")
+        plain_axes(ax)
+        ax.legend(fontsize=8)
+    return figure
+
+
+def versions() -> dict[str, str]:
+    found = {}
+    for package in ("open_clip_torch", "transformers", "torch"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "missing"
+    return found
+
+
+def goals(rows: list[dict]) -> list[dict]:
+    """Each goal with what was measured."""
+    table = []
+    for row_ in rows:
+        for name, facts in row_["steps"].items():
+            hidden = 0.5 if row_["hidden"] >= 0.5 else 0.0
+            goal = GOALS.get((row_["size"], hidden, name))
+            if goal:
+                speed = facts["our speed / theirs"]["median"]
+                what = f"{row_['size']}, {100 * row_['hidden']:.0f} % hidden, over {name}"
+                table.append({"what": what, "goal": goal, "speed": speed, "reached": speed >= goal})
+            if name == "open_clip":
+                memory = facts["our memory / theirs"]
+                what = f"{row_['size']}, {100 * row_['hidden']:.0f} % hidden, memory of open_clip"
+                table.append({"what": what, "goal": 0.8, "speed": memory, "reached": memory <= 0.8})
+        share = row_["limit"]["share"]
+        goal = {"tiny": 0.6, "small": 0.7}.get(row_["size"])
+        if goal and row_["hidden"]:
+            what = f"{row_['size']}, {100 * row_['hidden']:.0f} % hidden, share of the matmul rate"
+            table.append({"what": what, "goal": goal, "speed": share, "reached": share >= goal})
+    return table
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=["tiny", "small"], choices=list(BATCH))
+    parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--precision", default="auto")
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--output", type=Path, default=FOLDER)
+    parser.add_argument("--cell", nargs=5, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.cell:
+        who, size, ratio, batch_size, precision = options.cell
+        return cell(who, size, float(ratio), int(batch_size), precision)
+    rows, about = [], machine() | versions() | {"rounds": options.rounds}
+    for size in options.sizes:
+        for ratio in options.ratios:
+            rounds = options.rounds if size == "tiny" else max(5, options.rounds // 2)
+            found = measure(size, ratio, options.peers, rounds, options.precision)
+            rows.append(row(size, ratio, found))
+            ours = statistics.median(found["mmkit"]["seconds"]) * 1000
+            rows[-1]["limit"] = limit(size, ratio, ours, options.precision)
+            show([{"size": size, "hidden": ratio, "who": name,
+                   "ms": facts["milliseconds"]["median"], "peak MB": facts["peak_mb"],
+                   "our speed / theirs": facts["our speed / theirs"]["median"],
+                   "our memory / theirs": facts["our memory / theirs"]}
+                  for name, facts in rows[-1]["steps"].items()])  # fmt: skip
+            print(rows[-1]["limit"], flush=True)
+    show(goals(rows))
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "step_speed.json"
+    path.write_text(json.dumps({"machine": about, "rows": rows, "goals": goals(rows)}, indent=1))
+    picture(rows).savefig(path.with_suffix(".png"), dpi=110)
+    print(f"written: {path.name} and {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main()

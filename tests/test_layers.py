@@ -1,0 +1,170 @@
+"""The layers computed here give what transformers' own layers give, gradients too."""
+
+import pytest
+import torch
+
+from mmkit.layers import attend, bert_states, draws_dropout, own_layers, vit_layers
+
+B, N, L, D = 3, 7, 11, 20  # 5 heads of 4
+
+
+@pytest.fixture(params=["gelu", "gelu_new"])  # with a backward pass of its own, and without
+def vit(request):
+    from transformers import ViTConfig, ViTModel
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=D, num_hidden_layers=3, num_attention_heads=5, intermediate_size=31,
+        image_size=8, patch_size=4, hidden_act=request.param, layer_norm_eps=1e-6,
+    )  # fmt: skip
+    return shaken(ViTModel(config, add_pooling_layer=False))
+
+
+@pytest.fixture
+def bert():
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=29, hidden_size=D, num_hidden_layers=3, num_attention_heads=5,
+        intermediate_size=31, max_position_embeddings=13, type_vocab_size=2,
+    )  # fmt: skip
+    return shaken(BertModel(config, add_pooling_layer=False))
+
+
+def shaken(model):
+    """Biases and norms as after a training, so that one that is left out shows."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.set_attn_implementation("eager")
+    return model.eval()
+
+
+def gradients(model, states, x):
+    model.zero_grad()
+    (states * torch.arange(states.numel()).view_as(states).cos()).sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    found["input"], x.grad = x.grad.clone(), None
+    return found
+
+
+@pytest.mark.parametrize("filler", [False, True])
+def test_a_vit_as_transformers_runs_it(vit, filler):
+    x = torch.randn(B, N, D, requires_grad=True)
+    real = torch.rand(B, N) > 0.4 if filler else None
+    mask = None
+    if real is not None:
+        real[:, 0] = True
+        mask = torch.zeros(B, 1, 1, N).masked_fill(~real[:, None, None], float("-inf"))
+    expected = x
+    for layer in vit.layers:
+        expected = layer(expected, mask)
+    keep = torch.ones(B, N) if real is None else real.float()
+    theirs = gradients(vit, expected * keep[..., None], x)
+    ours = vit_layers(vit, x, real)
+    torch.testing.assert_close(ours * keep[..., None], expected * keep[..., None])
+    for name, gradient in gradients(vit, ours * keep[..., None], x).items():
+        torch.testing.assert_close(gradient, theirs[name], msg=name, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("holes", [False, True])
+def test_a_bert_as_transformers_runs_it(bert, holes):
+    """With padding at the end, and with tokens left out anywhere."""
+    lengths = torch.tensor([4, L, 1])
+    valid = torch.arange(L) < lengths[:, None]
+    if holes:
+        valid &= torch.rand(B, L, generator=torch.Generator().manual_seed(1)) > 0.3
+        valid[:, 0] = True
+    words = torch.randn(B, L, D, requires_grad=True)
+    positions = torch.randint(0, 13, (B, L))
+    expected = (
+        bert(
+            inputs_embeds=words, position_ids=positions, attention_mask=valid.long()
+        ).last_hidden_state
+        * valid[..., None]
+    )
+    theirs = gradients(bert, expected, words)
+    ours = bert_states(bert, words, positions, valid)
+    torch.testing.assert_close(ours, expected)
+    assert not ours[~valid].any()
+    for name, gradient in gradients(bert, ours, words).items():
+        torch.testing.assert_close(gradient, theirs[name], msg=name, rtol=1e-4, atol=1e-5)
+
+
+def test_under_autocast_the_states_stay_float32_and_near(vit, bert):
+    x, valid = torch.randn(B, N, D), torch.ones(B, L, dtype=torch.bool)
+    words, positions = torch.randn(B, L, D), torch.arange(L).expand(B, -1)
+    exact = vit_layers(vit, x), bert_states(bert, words, positions, valid)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = vit_layers(vit, x), bert_states(bert, words, positions, valid)
+    for a, b in zip(exact, rough, strict=True):
+        assert b.dtype == torch.float32 and not torch.equal(a, b)
+        assert (a - b).norm() / a.norm() < 0.02
+
+
+def test_attention_against_a_loop():
+    heads, width = 5, D // 5
+    mixed, hidden = torch.randn(B, N, 3 * D), torch.zeros(B, N, dtype=torch.bool)
+    hidden[1, 3:] = True
+    query, key, value = mixed.split(D, -1)
+    expected = torch.empty(B, N, D)
+    for b in range(B):
+        for h in range(heads):
+            part = slice(h * width, (h + 1) * width)
+            for i in range(N):
+                seen = [j for j in range(N) if not hidden[b, j]]
+                scores = torch.stack([query[b, i, part] @ key[b, j, part] for j in seen])
+                expected[b, i, part] = scores.softmax(0) @ value[b, seen, part]
+    torch.testing.assert_close(attend(mixed, heads, hidden), expected)
+
+
+def test_dropout_is_drawn_where_transformers_draws_it(vit, bert):
+    """In training states differ from call to call, their mean over many is that of no dropout."""
+    for tower in (vit, bert):
+        assert draws_dropout(tower) == (tower is bert)  # transformers' defaults: 0 and 0.1
+    bert.train()
+    words, valid = torch.randn(1, L, D), torch.ones(1, L, dtype=torch.bool)
+    run = lambda: bert_states(bert, words, torch.arange(L)[None], valid)  # noqa: E731
+    with torch.no_grad():
+        draws = torch.stack([run() for _ in range(400)])
+        assert not torch.equal(draws[0], draws[1])
+        calm = bert.eval() and run()
+    assert (draws.mean(0) - calm).norm() / calm.norm() < 0.12
+    assert torch.equal(run(), run())
+
+
+def test_whose_layers_run(vit, bert):
+    x = torch.randn(B, N, D)
+    assert own_layers(vit, x) and own_layers(bert, x)
+    seen: list = []
+    hook = vit.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    assert not own_layers(vit, x)
+    hook.remove()
+    assert own_layers(vit, x)
+    vit.set_attn_implementation("eager")
+    vit(torch.zeros(1, 3, 8, 8), output_hidden_states=True, output_attentions=True)
+    assert own_layers(vit, x)  # whatever transformers has left behind
+    for layer in bert.encoder.layer:
+        layer.compile()
+    assert not own_layers(bert, x)
+    assert not own_layers(bert, x.to("meta"))
+
+
+def test_checkpointed_layers_give_the_same_gradient_with_dropout_too(vit, bert):
+    """And keep only their inputs: the layers are run once more on the way back."""
+    words, valid = torch.randn(2, L, D), torch.arange(L) < torch.tensor([[5], [L]])
+    x = torch.randn(B, N, D)
+    found = []
+    for checkpointing in (False, True):
+        for layer in (*vit.train().layers, *bert.train().encoder.layer):
+            layer.gradient_checkpointing = checkpointing
+        torch.manual_seed(7)
+        vit.zero_grad(), bert.zero_grad()
+        total = vit_layers(vit, x).square().sum()
+        total = total + bert_states(bert, words, torch.arange(L).expand(2, -1), valid).sum()
+        total.backward()
+        both = (*vit.named_parameters(), *bert.named_parameters())
+        found.append([p.grad.clone() for _, p in both if p.grad is not None])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
