@@ -24,7 +24,7 @@ ifneq ($(shell $(VENV) -c "" 2>/dev/null && cat $(READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(READY)
 endif
 
-.PHONY: help setup train lab test notebooks lint format clean
+.PHONY: help setup train lab test notebooks bench lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -71,6 +71,10 @@ test: $(READY)  ## all tests, and every notebook in its fast mode
 
 notebooks: $(READY)  ## run the notebooks in full, top to bottom, and write their outputs
 	$(VENV) -m tests.execute_notebooks $(NB)
+
+bench: $(READY)  ## a training step beside open_clip's and transformers' (leave the machine alone)
+	$(VENV) -m pip install --quiet -e ".[bench]"
+	$(VENV) -m tests.benchmarks.step_speed $(ARGS)
 
 lint: $(READY)  ## style and types of code, style of notebooks
 	$(VENV) -m ruff check .

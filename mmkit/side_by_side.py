@@ -3,7 +3,7 @@
 On a CPU the products of a small transformer are too small to be cut among the cores: with two
 threads inside each product a step was 1.2 times as long as with two halves of the batch side by
 side, and ten times where another program kept one core busy (all threads wait for the slowest after
-every single product). Walk-through: notebooks/09_speed.ipynb.
+every single product). Walk-through: notebooks/03_training.ipynb.
 """
 
 import functools

@@ -2,7 +2,7 @@
 
     pip install -e ".[bench]"
     python -m tests.benchmarks.step_speed                 # tiny and small, about 15 minutes
-    python -m tests.benchmarks.step_speed --sizes tiny --rounds 9
+    python -m tests.benchmarks.step_speed --sizes tiny --peers mmkit serial --output FOLDER
 
 Every cell (who, size, share hidden) is a fresh process that says its highest memory; the cells of a
 size and share take turns step by step, so that a busy moment does not hit one of them alone. Ratios
@@ -27,11 +27,11 @@ import torch
 import mmkit as mm
 from mmkit import cost
 from mmkit.encoder import PRESETS
-from mmkit.figures import BLUE, GREEN, ORANGE, new_figure, plain_axes
+from mmkit.figures import BLUE, GREEN, ORANGE, SKY, new_figure, plain_axes
 from mmkit.precision import pick_precision
 from tests.benchmarks.draw_masks import FOLDER, machine, show
 from tests.benchmarks.exact_step import spread
-from tests.benchmarks.peers import PEERS
+from tests.benchmarks.peers import PEERS, VARIANTS
 
 BATCH = {"tiny": 128, "small": 32, "base": 16}
 RATIOS = (0.0, 0.5, 0.75)
@@ -49,8 +49,8 @@ def cell(who: str, size: str, ratio: float, batch_size: int, precision: str) -> 
     torch.set_num_threads(int(os.environ.get("BENCH_THREADS", torch.get_num_threads())))
     data, _, _ = mm.openmoji(PRESETS[size]["image"])
     with tempfile.TemporaryDirectory() as folder:
-        options = {"output_dir": folder} if who == "mmkit" else {}
-        peer = PEERS[who](size, ratio, data, batch_size, precision, **options)
+        options = {"output_dir": folder} if who in ("mmkit", *VARIANTS) else {}
+        peer = (PEERS | VARIANTS)[who](size, ratio, data, batch_size, precision, **options)
         for _ in range(2):  # warms up
             peer.step()
         say(parameters=sum(p.numel() for p in peer.model.parameters()))
@@ -137,7 +137,7 @@ def limit(size: str, ratio: float, milliseconds: float, precision: str) -> dict:
 def picture(rows: list[dict]):
     """Pictures a second of each, by size and share hidden."""
     sizes = list(dict.fromkeys(row["size"] for row in rows))
-    colours = {"mmkit": BLUE, "open_clip": ORANGE, "transformers": GREEN}
+    colours = {"mmkit": BLUE, "open_clip": ORANGE, "transformers": GREEN, "serial": SKY}
     figure = new_figure(5 * len(sizes), 3.6)
     for ax, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
         own = [row for row in rows if row["size"] == size]
@@ -194,7 +194,7 @@ def main():
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=[*PEERS, *VARIANTS])
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--cell", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
