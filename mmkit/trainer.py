@@ -317,7 +317,7 @@ class MaskedMultimodalTrainer:
         config = self.config
         if (
             self.device.type != "cpu"
-            or self.processes > 1
+            or self.net is not self.model  # DDP counts on one backward pass, whatever the world
             or config.compile
             or config.gradient_checkpointing
             or config.accumulation != "exact"
