@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+ROWS = 64  # numbers of rows that products are made for are multiples of it
+
 
 @dataclass
 class Weights:
@@ -254,11 +256,12 @@ def bert_states(bert: Any, words: Tensor, positions: Tensor, valid: Tensor) -> T
     captions lie side by side with padding between them.
     """
     batch, length, width = words.shape
-    place = valid.flatten().nonzero()[:, 0]  # (T,)
+    real, place = _places(valid)  # (T,), (R,)
     parts, dtype = bert.embeddings, computing_type(words)
-    x = words.flatten(0, 1).index_select(0, place)
+    x = words.flatten(0, 1).index_select(0, real)
     x = x + parts.token_type_embeddings.weight[0]
-    x = x + parts.position_embeddings(positions.flatten().index_select(0, place))
+    x = x + parts.position_embeddings(positions.flatten().index_select(0, real))
+    x = F.pad(x, (0, 0, 0, len(place) - len(real)))
     x = _norm(x, parts.LayerNorm)
     x = _drop(x, bert.config.hidden_dropout_prob * bert.training)
 
@@ -270,4 +273,18 @@ def bert_states(bert: Any, words: Tensor, positions: Tensor, valid: Tensor) -> T
 
     for layer in bert.encoder.layer:
         x = _kept_or_not(run, layer, x)
-    return x.new_zeros(batch * length, width).index_copy(0, place, x).view(batch, length, width)
+    states = x.new_zeros(batch * length, width).index_copy(0, real, x[: len(real)])
+    return states.view(batch, length, width)
+
+
+def _places(valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the real tokens of a batch (B, L) stand among B * L, and the rows that are computed.
+
+    Those are some more, of padding, up to a multiple of `ROWS`: the library of products prepares
+    and keeps code for each number of rows that it meets, and captions add up to another each time.
+    """
+    flat = valid.flatten()
+    real = flat.nonzero()[:, 0]
+    if len(real) < 4 * ROWS:
+        return real, real
+    return real, torch.cat([real, (~flat).nonzero()[: -len(real) % ROWS, 0]])

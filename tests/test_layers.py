@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from mmkit.layers import attend, bert_states, draws_dropout, own_layers, vit_layers
+from mmkit.layers import (
+    ROWS,
+    _places,
+    attend,
+    bert_states,
+    draws_dropout,
+    own_layers,
+    vit_layers,
+)
 
 B, N, L, D = 3, 7, 11, 20  # 5 heads of 4
 
@@ -168,3 +176,34 @@ def test_checkpointed_layers_give_the_same_gradient_with_dropout_too(vit, bert):
         found.append([p.grad.clone() for _, p in both if p.grad is not None])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_many_tokens_are_computed_in_whole_numbers_of_rows(bert):
+    """And the rows beyond the real ones change nothing, whatever stands on their places."""
+    batch, length = 43, 13
+    lengths = torch.randint(3, length + 1, (batch,), generator=torch.Generator().manual_seed(2))
+    valid = torch.arange(length) < lengths[:, None]
+    real, place = _places(valid)
+    assert len(real) == valid.sum() > 4 * ROWS and len(real) % ROWS
+    assert len(place) % ROWS == 0 and len(place.unique()) == len(place)
+    assert torch.equal(place[: len(real)], real) and not valid.flatten()[place[len(real) :]].any()
+    few = torch.ones(3, 5, dtype=torch.bool)
+    assert all(len(rows) == 15 for rows in _places(few))
+    full = torch.ones(batch, length, dtype=torch.bool)  # no padding to compute with
+    assert all(len(rows) == batch * length for rows in _places(full))
+
+    words = torch.randn(batch, length, D, requires_grad=True)
+    positions = torch.arange(length).expand(batch, -1)
+    expected = (
+        bert(
+            inputs_embeds=words, position_ids=positions, attention_mask=valid.long()
+        ).last_hidden_state
+        * valid[..., None]
+    )
+    theirs = gradients(bert, expected, words)
+    ours = bert_states(bert, words, positions, valid)
+    torch.testing.assert_close(ours, expected)
+    for name, gradient in gradients(bert, ours, words).items():
+        torch.testing.assert_close(gradient, theirs[name], msg=name, rtol=1e-4, atol=1e-4)
+    spoilt = words.detach().masked_fill(~valid[..., None], float("nan"))
+    assert torch.equal(bert_states(bert, spoilt, positions, valid), ours)
