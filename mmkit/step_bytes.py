@@ -43,6 +43,8 @@ def kept_by_layers(
     width, inner, size = config.hidden_size, config.intermediate_size, numbers.size
     lean = own and config.hidden_act == "gelu"
     linear = tokens * (2 * width * 4 + ((3 - lean) * width + (2 - lean) * inner) * size)
+    if lean and config.model_type == "bert":  # its norm comes last: what enters the MLP is another
+        linear += tokens * width * 4
     shares = config.num_attention_heads * attended * numbers.cpu
     layer = linear + attended * (3 * width + shares) * size
     ends = tokens * 2 * width * 4  # what enters the last (or first) norm, and the states
