@@ -109,8 +109,8 @@ class Mlp(torch.autograd.Function):
     """down(gelu(up(norm(x)))) of rows x (R, D), in the type of the weights `up` and `down`.
 
     With a backward pass of its own: what goes into the GELU is kept, what comes out of it and the
-    normed x are computed again, which costs no measurable time and spares a quarter of a layer's
-    memory. (The same for the attention cost 2 to 4 % of a step, and is not done.)
+    normed x are computed again, which spares memory at next to no time. (The same for the attention
+    cost time, and is not done.)
     """
 
     @staticmethod
@@ -124,6 +124,7 @@ class Mlp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad):
+        """Gradients in the order of forward's arguments; None for what needs none."""
         x, mean, rstd, norm_weight, norm_bias, before, up, down = ctx.saved_tensors
         need = ctx.needs_input_grad
         grad = grad.to(up.dtype)

@@ -77,6 +77,7 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def step(self, closure=None):
+        """Update all matrices that have a gradient; closure is not called."""
         rank, processes = world()
         learning = [[p for p in part if p.grad is not None] for part in self.parts]
         mine, jobs = set(learning[rank]), []

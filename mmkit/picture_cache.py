@@ -119,6 +119,7 @@ class _Chunk:
 
     def __init__(self, path: Path):
         self.number = os.open(path, os.O_RDONLY)
+        _used(path)  # by a training of several days, too
         with open(self.number, "rb", closefd=False) as file:
             np.lib.format.read_magic(file)
             np.lib.format.read_array_header_1_0(file)
@@ -127,6 +128,12 @@ class _Chunk:
     def __del__(self):
         if hasattr(self, "number"):
             os.close(self.number)
+
+
+def _used(path: Path) -> None:
+    """Note that a chunk is in use now, so that it is not the next to go."""
+    with contextlib.suppress(OSError):  # a folder that can only be read
+        os.utime(path.with_suffix(".json"))
 
 
 class CachedPictures:
@@ -290,8 +297,7 @@ def decode_once(
     nowhere = (Path(), -1)
     where = [places.get(key, nowhere) for key in hashes]
     for path in {path for path, place in where if place >= 0}:
-        with contextlib.suppress(OSError):  # a folder that can only be read
-            os.utime(path.with_suffix(".json"))
+        _used(path)
     lost = {hashes[row] for row in failed}
     return CachedPictures(where, folder, side), [i for i, key in enumerate(hashes) if key in lost]
 

@@ -1,9 +1,9 @@
 """Parts of a batch computed at the same time, each by a thread of its own with its share of cores.
 
-On a CPU the products of a small transformer are too small to be cut among the cores: with two
-threads inside each product a step was 1.2 times as long as with two halves of the batch side by
-side, and ten times where another program kept one core busy (all threads wait for the slowest after
-every single product). Walk-through: notebooks/03_training.ipynb.
+On a CPU the products of a small transformer are too small to be cut among the cores: all threads
+wait for the slowest after every single one, and long where another program keeps a core busy. What
+it brings: python -m tests.benchmarks.step_speed --peers mmkit serial.
+Walk-through: notebooks/03_training.ipynb.
 """
 
 import functools
