@@ -44,8 +44,6 @@ from tests.benchmarks.race_figure import TARGET, picture, reached_at, table
 from tests.benchmarks.race_runs import RECIPES, write_files
 from tests.benchmarks.step_speed import versions
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3)  # of the peers' AdamW
-
 # -- the race --------------------------------------------------------------------------------------
 
 KEY = ("phase", "who", "learning_rate", "minutes", "seed", "cap", "every")
@@ -97,7 +95,7 @@ def searches(options) -> list[dict]:
     return [
         dict(phase="search", who=who, learning_rate=rate, minutes=minutes, seed=0)
         for who in options.who if who in RECIPES
-        for minutes, rate in itertools.product(options.minutes[who], options.rates)
+        for minutes, rate in itertools.product(options.minutes[who], options.rates[who])
     ]  # fmt: skip
 
 
@@ -128,7 +126,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--who", nargs="+", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--seeds", type=int, default=3, help="0: no race, only the search")
     parser.add_argument("--search", action="store_true", help="the peers' learning rates first")
-    parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="that are searched")
+    parser.add_argument("--rates", nargs="+", type=float, help="that are searched")
     parser.add_argument("--minutes-open-clip", nargs="+", type=float, default=[6.0])
     parser.add_argument("--minutes-transformers", nargs="+", type=float, default=[20.0])
     parser.add_argument("--cap", type=float, default=20.0, help="minutes after which a run ends")
@@ -141,7 +139,8 @@ def arguments() -> argparse.Namespace:
     if options.quick:
         options.minutes_open_clip = options.minutes_transformers = [0.06]
         options.cap, options.every, options.seeds = 0.06, 1.0, min(options.seeds, 1)
-        options.rates = options.rates[:2]
+    rates = {who: options.rates or recipe.rates for who, recipe in RECIPES.items()}
+    options.rates = {who: own[:2] if options.quick else own for who, own in rates.items()}
     elsewhere = Path(tempfile.gettempdir()) / "mmkit-race"
     options.output = options.output or (elsewhere if options.quick else FOLDER)
     options.minutes = {
