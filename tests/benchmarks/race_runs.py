@@ -50,12 +50,12 @@ RECIPES = {
     "open_clip": Recipe(
         peers.OpenClip, 0.5, 128, 0.2, dict(betas=(0.9, 0.98), eps=1e-6), 0.1, cosine,
         (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
-    ),  # fmt: skip
+    ),
     # The example's own rate is 5e-5; at 5e-4 and above, five minutes taught it nothing (race.json).
     "transformers": Recipe(
         peers.Transformers, 0.0, 64, 0.1, {}, 0.0, linear, (5e-5, 1e-4, 2e-4, 5e-4)
     ),
-}
+}  # fmt: skip
 TOWERS = tuple(f"transformers.models.{name}.modeling_{name}" for name in ("vit", "bert"))
 IMPORTS = {  # off the clock
     "mmkit": ("accelerate.utils", "torch.utils.tensorboard", *TOWERS),
