@@ -22,6 +22,7 @@ from .losses import info_nce
 from .masking import draw_maskings
 from .prediction import *  # noqa: F403
 from .prediction import Prediction, Rates, looked_at, predict
+from .step_profile import step_parts  # noqa: F401
 
 
 def matmul_rate(

@@ -46,14 +46,6 @@ class Mmkit:
         return float(self.trainer.train_step(batch, epoch=0)[0])
 
 
-class Serial(Mmkit):
-    """mmkit without its parts side by side: both threads in every product, as the others do it."""
-
-    def __init__(self, *words, **options):
-        super().__init__(*words, **options)
-        self.trainer.at_once = lambda size: 1  # type: ignore[method-assign]
-
-
 class Peer:
     """What the two others share: pictures as normalised floats, captions of one length."""
 
@@ -166,7 +158,6 @@ class Transformers(Peer):
 
 
 PEERS: dict[str, Any] = {"mmkit": Mmkit, "open_clip": OpenClip, "transformers": Transformers}
-VARIANTS: dict[str, Any] = {"serial": Serial}  # of ours, to see what a part of it brings
 
 
 def rows_of(data, batch_size: int, count: int = 4) -> list[list[int]]:

@@ -2,7 +2,8 @@
 
     pip install -e ".[bench]"
     python -m tests.benchmarks.step_speed                 # tiny and small, about 15 minutes
-    python -m tests.benchmarks.step_speed --sizes tiny --peers mmkit serial --output FOLDER
+    python -m tests.benchmarks.step_speed --savings       # ours without a part of it; savings.py
+    python -m tests.benchmarks.step_speed --sizes base --rounds 4 --name step_speed_base
 
 Every cell (who, size, share hidden) is a fresh process that says its highest memory; the cells of a
 size and share take turns step by step, so that a busy moment does not hit one of them alone. Ratios
@@ -27,11 +28,12 @@ import torch
 import mmkit as mm
 from mmkit import cost
 from mmkit.encoder import PRESETS
-from mmkit.figures import BLUE, GREEN, ORANGE, SKY, new_figure, plain_axes
+from mmkit.figures import BLUE, GREEN, ORANGE, new_figure, plain_axes
 from mmkit.precision import pick_precision
 from tests.benchmarks.draw_masks import FOLDER, machine, show
 from tests.benchmarks.exact_step import spread
-from tests.benchmarks.peers import PEERS, VARIANTS
+from tests.benchmarks.peers import PEERS
+from tests.benchmarks.savings import SAVINGS
 
 BATCH = {"tiny": 128, "small": 32, "base": 16}
 RATIOS = (0.0, 0.5, 0.75)
@@ -49,8 +51,8 @@ def cell(who: str, size: str, ratio: float, batch_size: int, precision: str) -> 
     torch.set_num_threads(int(os.environ.get("BENCH_THREADS", torch.get_num_threads())))
     data, _, _ = mm.openmoji(PRESETS[size]["image"])
     with tempfile.TemporaryDirectory() as folder:
-        options = {"output_dir": folder} if who in ("mmkit", *VARIANTS) else {}
-        peer = (PEERS | VARIANTS)[who](size, ratio, data, batch_size, precision, **options)
+        options = {"output_dir": folder} if who in ("mmkit", *SAVINGS) else {}
+        peer = (PEERS | SAVINGS)[who](size, ratio, data, batch_size, precision, **options)
         for _ in range(2):  # warms up
             peer.step()
         say(parameters=sum(p.numel() for p in peer.model.parameters()))
@@ -137,7 +139,7 @@ def limit(size: str, ratio: float, milliseconds: float, precision: str) -> dict:
 def picture(rows: list[dict]):
     """Pictures a second of each, by size and share hidden."""
     sizes = list(dict.fromkeys(row["size"] for row in rows))
-    colours = {"mmkit": BLUE, "open_clip": ORANGE, "transformers": GREEN, "serial": SKY}
+    colours = {"mmkit": BLUE, "open_clip": ORANGE, "transformers": GREEN}
     figure = new_figure(5 * len(sizes), 3.6)
     for ax, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
         own = [row for row in rows if row["size"] == size]
@@ -152,6 +154,29 @@ def picture(rows: list[dict]):
         ax.set(xlabel="patches hidden", ylabel="pairs a second", title=f"{size}, a training step")
         plain_axes(ax)
         ax.legend(fontsize=8)
+    return figure
+
+
+def savings_picture(rows: list[dict]):
+    """How many times as long a step takes without each part, with quartiles of the rounds."""
+    names = [name for name in rows[0]["steps"] if name != "mmkit"][::-1]
+    figure = new_figure(7, 0.8 + 0.4 * len(names))
+    ax = figure.subplots()
+    for number, (row, colour) in enumerate(zip(rows, (BLUE, ORANGE), strict=False)):
+        of = [row["steps"][name]["our speed / theirs"] for name in names]
+        places = [i + 0.2 - 0.4 * number for i in range(len(names))]
+        ends = [[abs(x[end] - x["median"]) for x in of] for end in ("lower", "upper")]
+        ax.barh(places, [x["median"] - 1 for x in of], 0.36, left=1, xerr=ends, color=colour,
+                label=f"{100 * row['hidden']:.0f} % of the patches hidden",
+                error_kw=dict(ecolor="0.4", capsize=2, lw=1))  # fmt: skip
+        for place, x in zip(places, of, strict=True):
+            ax.annotate(f"{x['median']:.2f}", (max(1, x["upper"]), place), (4, 0),
+                        textcoords="offset points", va="center", fontsize=7)  # fmt: skip
+    ax.axvline(1, color="0.4", linewidth=1)
+    ax.set_yticks(range(len(names)), names)
+    ax.set(xlabel="times as long as mmkit's step (tiny, medians and quartiles of the rounds)")
+    plain_axes(ax)
+    ax.legend(fontsize=8)
     return figure
 
 
@@ -194,13 +219,18 @@ def main():
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=[*PEERS, *VARIANTS])
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=[*PEERS, *SAVINGS])
+    parser.add_argument("--savings", action="store_true", help="ours without a part of it")
+    parser.add_argument("--name", help="of the results (step_speed)")
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--cell", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:
         who, size, ratio, batch_size, precision = options.cell
         return cell(who, size, float(ratio), int(batch_size), precision)
+    if options.savings:
+        options.sizes, options.ratios = ["tiny"], [r for r in options.ratios if r]
+        options.peers, options.name = ["mmkit", *SAVINGS], options.name or "savings"
     rows, about = [], machine() | versions() | {"rounds": options.rounds}
     for size in options.sizes:
         for ratio in options.ratios:
@@ -215,11 +245,13 @@ def main():
                    "our memory / theirs": facts["our memory / theirs"]}
                   for name, facts in rows[-1]["steps"].items()])  # fmt: skip
             print(rows[-1]["limit"], flush=True)
-    show(goals(rows))
+    if not options.savings:
+        show(goals(rows))
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "step_speed.json"
+    path = options.output / f"{options.name or 'step_speed'}.json"
     path.write_text(json.dumps({"machine": about, "rows": rows, "goals": goals(rows)}, indent=1))
-    picture(rows).savefig(path.with_suffix(".png"), dpi=110)
+    figure = savings_picture(rows) if options.savings else picture(rows)
+    figure.savefig(path.with_suffix(".png"), dpi=110)
     print(f"written: {path.name} and {path.with_suffix('.png').name}")
 
 
