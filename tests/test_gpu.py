@@ -42,7 +42,8 @@ def test_features_are_the_same_on_the_gpu(make_model, make_data):
 def test_training_learns_in_every_precision(make_model, make_data, tmp_path, precision):
     data = make_data(23)
     config = mm.TrainingConfig(
-        num_epochs=60, batch_size=23, learning_rate=5e-3, warmup_steps=3, eval_every=60,
+        num_epochs=60, batch_size=23, learning_rate=5e-3, matrix_learning_rate=1.5e-2,
+        warmup_steps=3, eval_every=60,
         mixed_precision=precision, output_dir=str(tmp_path), run_name=precision,
     )  # fmt: skip
     run = mm.train_model(config, data, data, make_model())
@@ -59,7 +60,8 @@ ALL_TERMS = dict(
 def test_all_terms_learn_in_every_precision(make_model, make_data, tmp_path, precision):
     """Each of them costs less at the end than at the start, and no step is skipped in float32."""
     config = mm.TrainingConfig(
-        num_epochs=80, batch_size=23, learning_rate=5e-3, warmup_steps=3, eval_every=80,
+        num_epochs=80, batch_size=23, learning_rate=5e-3, matrix_learning_rate=1.5e-2,
+        warmup_steps=3, eval_every=80,
         log_every=1, mixed_precision=precision, output_dir=str(tmp_path),
         run_name=precision, **ALL_TERMS,
     )  # fmt: skip

@@ -24,6 +24,7 @@ DEFAULTS = dict(
     num_epochs=3,
     warmup_steps=3,
     learning_rate=5e-3,
+    matrix_learning_rate=1.5e-2,
     log_every=1,
     mixed_precision="no",
     text_mask_ratio=0.3,
