@@ -1,6 +1,6 @@
 """What a step costs: counted and predicted before it runs (flops.py, prediction.py), and measured.
 
-A multiply-add counts as two operations. Walk-through: notebooks/02_masking.ipynb.
+A multiply-add counts as two operations. Walk-through: notebooks/09_speed.ipynb.
 """
 
 import dataclasses

@@ -2,7 +2,7 @@
 
 A multiply-add counts as two operations; only matrix products are counted (norms, softmax and
 activations are a few per cent). Shapes: N tokens, D width, I width of the MLP.
-Walk-through: notebooks/02_masking.ipynb.
+Walk-through: notebooks/09_speed.ipynb.
 """
 
 from .config import TrainingConfig

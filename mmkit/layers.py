@@ -5,7 +5,7 @@ to rounding; what differs is how they are computed: queries, keys and values by 
 cast once, captions end to end without padding between them. On a GPU, where fused attention wins,
 and when they are compiled, transformers' own layers run.
 Shapes: B batch, N tokens, L text length, T real tokens of a batch, D width, H heads.
-Walk-through: notebooks/03_training.ipynb.
+Walk-through: notebooks/09_speed.ipynb.
 """
 
 from collections.abc import Callable

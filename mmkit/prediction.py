@@ -4,7 +4,7 @@ Counted, not run: operations as in flops.py, bytes from what each layer keeps fo
 is a sum of four parts, each a count times a rate of the machine: passes, matrix products, bytes
 moved, bytes exchanged. The rates come from a few measured steps (`cost.measure_rates`).
 Shapes: B batch, K encoded tokens, D width, H heads, W processes.
-Walk-through: notebooks/03_training.ipynb.
+Walk-through: notebooks/09_speed.ipynb.
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
 On a CPU the products of a small transformer are too small to be cut among the cores: all threads
 wait for the slowest after every single one, and long where another program keeps a core busy. What
 it brings: python -m tests.benchmarks.step_speed --peers mmkit serial.
-Walk-through: notebooks/03_training.ipynb.
+Walk-through: notebooks/09_speed.ipynb.
 """
 
 import functools

@@ -2,7 +2,7 @@
 
 What a layer keeps is what layers.py lets autograd keep; transformers' own layers on a GPU differ in
 the attention, whose fused kernels keep no shares. Shapes: B batch, K encoded tokens, D width, W
-processes. Walk-through: notebooks/03_training.ipynb.
+processes. Walk-through: notebooks/09_speed.ipynb.
 """
 
 from typing import NamedTuple

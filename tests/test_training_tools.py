@@ -344,8 +344,9 @@ def test_a_fork_goes_on_from_another_run_under_another_recipe(make_trainer, caps
     source = make_trainer(num_epochs=3, max_steps=7, schedule="constant", run_name="source").fit()
     kept = (source.path / "last/state.pth").read_bytes()
     fork = make_trainer(
-        num_epochs=3, learning_rate=0.001, weight_decay=0.2, run_name="fork", resume=source.path
-    )
+        num_epochs=3, learning_rate=0.001, matrix_learning_rate=0.003, weight_decay=0.2,
+        run_name="fork", resume=source.path,
+    )  # fmt: skip
     assert fork.step == 7 and not fork.resumed
     assert fork.optimizers[0].param_groups[0]["peak_lr"] == pytest.approx(0.003)
     assert fork.optimizers[0].param_groups[0]["weight_decay"] == 0.2
