@@ -157,7 +157,16 @@ class Transformers(Peer):
         return out.loss
 
 
+class OpenClipCompiled(OpenClip):
+    """All of its forward pass by torch.compile."""
+
+    def build(self) -> None:
+        super().build()
+        self.model.compile()
+
+
 PEERS: dict[str, Any] = {"mmkit": Mmkit, "open_clip": OpenClip, "transformers": Transformers}
+COMPILED: dict[str, Any] = {"open_clip compiled": OpenClipCompiled}
 
 
 def rows_of(data, batch_size: int, count: int = 4) -> list[list[int]]:

@@ -4,11 +4,13 @@
     python -m tests.benchmarks.step_speed                 # tiny and small, about 15 minutes
     python -m tests.benchmarks.step_speed --savings       # ours without a part of it; savings.py
     python -m tests.benchmarks.step_speed --sizes base --rounds 4 --name step_speed_base
+    python -m tests.benchmarks.step_speed --sizes base --batch 1024 --name step_speed_gpu \
+        --peers mmkit compiled open_clip "open_clip compiled" transformers    # on a GPU
 
 Every cell (who, size, share hidden) is a fresh process that says its highest memory; the cells of a
 size and share take turns step by step, so that a busy moment does not hit one of them alone. Ratios
 are taken within a round. `peers.py` says what each of them does. Writes results/step_speed.json and
-.png.
+.png, or those of `--name`. On a GPU: its memory, and the MFU beside the share of the rate measured.
 """
 
 import argparse
@@ -28,14 +30,18 @@ import torch
 import mmkit as mm
 from mmkit import cost
 from mmkit.encoder import PRESETS
-from mmkit.figures import BLUE, GREEN, ORANGE, new_figure, plain_axes
+from mmkit.figures import BLUE, COLOURS, ORANGE, new_figure, plain_axes
 from mmkit.precision import pick_precision
 from tests.benchmarks.draw_masks import FOLDER, machine, show
 from tests.benchmarks.exact_step import spread
-from tests.benchmarks.peers import PEERS
+from tests.benchmarks.peers import COMPILED, PEERS
 from tests.benchmarks.savings import SAVINGS
 
 BATCH = {"tiny": 128, "small": 32, "base": 16}
+ALL = PEERS | COMPILED | SAVINGS
+PEAK = {  # GFLOP/s in bfloat16, dense, as NVIDIA's data sheets give them
+    "A100": 312e3, "H100": 989e3, "H200": 989e3,
+}  # fmt: skip
 RATIOS = (0.0, 0.5, 0.75)
 GOALS = {  # (size, hidden at least this share) -> our speed over theirs
     ("tiny", 0.5, "open_clip"): 1.5, ("tiny", 0.5, "transformers"): 3.0,
@@ -52,7 +58,7 @@ def cell(who: str, size: str, ratio: float, batch_size: int, precision: str) -> 
     data, _, _ = mm.openmoji(PRESETS[size]["image"])
     with tempfile.TemporaryDirectory() as folder:
         options = {"output_dir": folder} if who in ("mmkit", *SAVINGS) else {}
-        peer = (PEERS | SAVINGS)[who](size, ratio, data, batch_size, precision, **options)
+        peer = ALL[who](size, ratio, data, batch_size, precision, **options)
         for _ in range(2):  # warms up
             peer.step()
         say(parameters=sum(p.numel() for p in peer.model.parameters()))
@@ -61,8 +67,17 @@ def cell(who: str, size: str, ratio: float, batch_size: int, precision: str) -> 
                 break
             start = time.perf_counter()
             loss = peer.step()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             say(seconds=time.perf_counter() - start, loss=loss)
-        say(peak_mb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)
+        say(peak_mb=peak_bytes() / 1e6)
+
+
+def peak_bytes() -> int:
+    """The highest memory of this process: of the GPU where there is one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def say(**facts) -> None:
@@ -92,9 +107,11 @@ class Cell:
 # -- the run -----------------------------------------------------------------------------------
 
 
-def measure(size: str, ratio: float, names: list[str], rounds: int, precision: str) -> dict:
+def measure(
+    size: str, ratio: float, batch: int, names: list[str], rounds: int, precision: str
+) -> dict:
     """Seconds of every step and the highest memory of each peer."""
-    cells = {name: Cell(name, size, ratio, BATCH[size], precision) for name in names}
+    cells = {name: Cell(name, size, ratio, batch, precision) for name in names}
     found: dict[str, dict] = {name: {"seconds": []} for name in names}
     for _ in range(rounds):
         for name, one in cells.items():
@@ -105,10 +122,10 @@ def measure(size: str, ratio: float, names: list[str], rounds: int, precision: s
     return found
 
 
-def row(size: str, ratio: float, found: dict) -> dict:
+def row(size: str, ratio: float, batch: int, found: dict) -> dict:
     """Medians, and our speed and memory over theirs."""
     ours = found["mmkit"]
-    facts: dict = {"size": size, "hidden": ratio, "batch": BATCH[size], "steps": {}}
+    facts: dict = {"size": size, "hidden": ratio, "batch": batch, "steps": {}}
     for name, theirs in found.items():
         ratios = [b / a for a, b in zip(ours["seconds"], theirs["seconds"], strict=True)]
         facts["steps"][name] = {
@@ -121,34 +138,42 @@ def row(size: str, ratio: float, found: dict) -> dict:
     return facts
 
 
-def limit(size: str, ratio: float, milliseconds: float, precision: str) -> dict:
-    """Useful operations of our step over what the machine multiplies at the step's own shapes."""
+def limit(size: str, ratio: float, batch: int, milliseconds: float, precision: str) -> dict:
+    """Useful operations of our step over what the machine multiplies at the step's own shapes.
+
+    On a GPU of `PEAK` also over its nominal rate: the MFU.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data, _, _ = mm.openmoji(PRESETS[size]["image"])
-    model = mm.MultimodalEncoder.preset(size, tokenizer=data.tokenizer)
+    model = mm.MultimodalEncoder.preset(size, tokenizer=data.tokenizer).to_device(device)
     data.use_tokenizer(model.tokenizer, model.max_length)
     words = float(data.encoded_captions()[1].float().mean())
     kept = max(1, round(model.num_patches * (1 - ratio)))
-    gflop = BATCH[size] * cost.step_flops(model, kept, words, replay=False) / 1e9
-    dtype = pick_precision(precision, torch.device("cpu")) or torch.float32
-    rate = cost.matmul_rate(model, BATCH[size], kept, words, dtype)
+    gflop = batch * cost.step_flops(model, kept, words, replay=False) / 1e9
+    dtype = pick_precision(precision, device) or torch.float32
+    rate = cost.matmul_rate(model, batch, kept, words, dtype)
     reached = gflop / (milliseconds / 1000)
-    return {"gflop": gflop, "gflop_per_second": reached, "matmul_rate": rate,
-            "share": reached / rate}  # fmt: skip
+    facts = {"gflop": gflop, "gflop_per_second": reached, "matmul_rate": rate,
+             "share": reached / rate}  # fmt: skip
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((rate for known, rate in PEAK.items() if known in name), None)
+    return facts | ({"mfu": reached / peak} if peak else {})
 
 
 def picture(rows: list[dict]):
     """Pictures a second of each, by size and share hidden."""
     sizes = list(dict.fromkeys(row["size"] for row in rows))
-    colours = {"mmkit": BLUE, "open_clip": ORANGE, "transformers": GREEN}
     figure = new_figure(5 * len(sizes), 3.6)
     for ax, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
         own = [row for row in rows if row["size"] == size]
         for i, row in enumerate(own):
+            width = 0.8 / len(row["steps"])
             for j, (name, facts) in enumerate(row["steps"].items()):
+                place = i + width * (j - (len(row["steps"]) - 1) / 2)
                 speed = row["batch"] / facts["milliseconds"]["median"] * 1000
-                ax.bar(i + 0.27 * (j - 1), speed, 0.25, color=colours[name],
+                ax.bar(place, speed, 0.92 * width, color=COLOURS[j % len(COLOURS)],
                        label=name if i == 0 else None)  # fmt: skip
-                ax.annotate(f"{speed:.0f}", (i + 0.27 * (j - 1), speed), ha="center", va="bottom",
+                ax.annotate(f"{speed:.0f}", (place, speed), ha="center", va="bottom",
                             fontsize=8)  # fmt: skip
         ax.set_xticks(range(len(own)), [f"{100 * row['hidden']:.0f} %" for row in own])
         ax.set(xlabel="patches hidden", ylabel="pairs a second", title=f"{size}, a training step")
@@ -219,7 +244,8 @@ def main():
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--precision", default="auto")
-    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=[*PEERS, *SAVINGS])
+    parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(ALL))
+    parser.add_argument("--batch", type=int, help="pairs of a step; else by size")
     parser.add_argument("--savings", action="store_true", help="ours without a part of it")
     parser.add_argument("--name", help="of the results (step_speed)")
     parser.add_argument("--output", type=Path, default=FOLDER)
@@ -232,13 +258,16 @@ def main():
         options.sizes, options.ratios = ["tiny"], [r for r in options.ratios if r]
         options.peers, options.name = ["mmkit", *SAVINGS], options.name or "savings"
     rows, about = [], machine() | versions() | {"rounds": options.rounds}
+    if torch.cuda.is_available():
+        about["gpu"] = torch.cuda.get_device_name()
     for size in options.sizes:
         for ratio in options.ratios:
             rounds = options.rounds if size == "tiny" else max(5, options.rounds // 2)
-            found = measure(size, ratio, options.peers, rounds, options.precision)
-            rows.append(row(size, ratio, found))
+            batch = options.batch or BATCH[size]
+            found = measure(size, ratio, batch, options.peers, rounds, options.precision)
+            rows.append(row(size, ratio, batch, found))
             ours = statistics.median(found["mmkit"]["seconds"]) * 1000
-            rows[-1]["limit"] = limit(size, ratio, ours, options.precision)
+            rows[-1]["limit"] = limit(size, ratio, batch, ours, options.precision)
             show([{"size": size, "hidden": ratio, "who": name,
                    "ms": facts["milliseconds"]["median"], "peak MB": facts["peak_mb"],
                    "our speed / theirs": facts["our speed / theirs"]["median"],
