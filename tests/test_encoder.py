@@ -341,6 +341,20 @@ def test_presets_have_the_tabled_sizes(tokenizer):
         MultimodalEncoder.preset("smal", tokenizer=tokenizer)
 
 
+def test_presets_start_by_their_width(tokenizer):
+    """The ViT's weights at width ** -0.5, the BERT's at 0.02 with its positions at a quarter."""
+    model = MultimodalEncoder.preset("tiny", tokenizer=tokenizer)
+
+    def deviations(tower):
+        return [p.std().item() for p in tower.parameters() if p.ndim > 1 and p.numel() > 1000]
+
+    assert deviations(model.vit) == pytest.approx([192**-0.5] * 38, rel=0.1)
+    embeddings = model.bert.embeddings
+    for part in (embeddings.position_embeddings, embeddings.token_type_embeddings):
+        assert part.weight.std().item() == pytest.approx(0.005, rel=0.15)
+    assert deviations(model.bert.encoder) == pytest.approx([0.02] * 24, rel=0.05)
+
+
 def test_from_backbones_reads_saved_checkpoints(model, texts, tmp_path):
     """Towers, tokenizer and pixel statistics come from local folders as from the hub."""
     (tmp_path / "vit").mkdir()
