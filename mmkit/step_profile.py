@@ -3,6 +3,7 @@
 Walk-through: notebooks/09_speed.ipynb.
 """
 
+import os
 import statistics
 import time
 from typing import Any
@@ -39,7 +40,7 @@ def step_parts(trainer: Any, rounds: int = 3) -> dict[str, float]:
     products included. The first of `rounds` + 1 steps warms up. The weights are trained on by it.
     """
     device, threads = trainer.device, torch.get_num_threads()
-    # Kineto, which a GPU needs, writes to the terminal whatever it is told.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports itself to the terminal else
     on_gpu: dict[str, Any] = dict(use_device="cuda", use_kineto=True)
     options = on_gpu if device.type == "cuda" else dict(use_kineto=False)
     found: list[dict[str, float]] = []

@@ -521,7 +521,8 @@ def test_one_batch_overfits():
     batch = data.batch(range(7))
     maskings = draw_maskings(batch, model, seed=0, epoch=0, image=("random", 0.75),
                              text=("random", 0.3), predict_words=True)  # fmt: skip
-    optimizers = build_optimizers(model, mm.TrainingConfig(learning_rate=1e-2, weight_decay=0.0))
+    config = mm.TrainingConfig(learning_rate=1e-2, matrix_learning_rate=3e-2, weight_decay=0.0)
+    optimizers = build_optimizers(model, config)
     steps, counts = 250, [int(masking.mask.sum()) for masking in maskings]
     for step in range(steps):
         set_learning_rate(optimizers, min(1.0, (step + 1) / 20, 2 * (1 - step / steps)))

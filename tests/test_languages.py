@@ -349,7 +349,8 @@ def test_a_german_query_finds_what_its_english_twin_finds(both, cache, tmp_path)
 
     train = both[0].subset(range(0, 2811, 30))
     config = mm.TrainingConfig(
-        num_epochs=20, batch_size=24, image_mask_ratio=0.0, warmup_steps=10, mixed_precision="no",
+        num_epochs=20, batch_size=24, learning_rate=2e-3, matrix_learning_rate=6e-3,
+        image_mask_ratio=0.0, warmup_steps=10, mixed_precision="no",
         output_dir=str(tmp_path),
     )  # fmt: skip
     tower = dict(hidden_size=64, num_attention_heads=2, intermediate_size=128)
