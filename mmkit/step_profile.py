@@ -28,7 +28,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "empty", "new_", "zeros", "zero_", "fill_", "constant_pad", "stack", "split", "scatter",
     ),
 }  # fmt: skip
-SUMS, OPTIMIZER, REST = "sums, products by element", "optimizer", "Python, waits"
+SUMS, OPTIMIZER, REST = "sums, products", "optimizer", "Python, waits"
 
 
 def step_parts(trainer: Any, rounds: int = 3) -> dict[str, float]:

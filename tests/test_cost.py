@@ -330,7 +330,7 @@ def test_the_longest_part_of_a_step_is_what_took_the_time(trainer_of, monkeypatc
         (lambda x: torch.nn.functional.layer_norm(x, (331,)), "layer norms"),
         (torch.clone, "copies, casts"),
         (lambda x: x.bfloat16(), "copies, casts"),
-        (lambda x: x + x, "sums, products by element"),
+        (lambda x: x + x, "sums, products"),
     ],
 )
 def test_operations_are_of_their_kind(work, kind):
