@@ -70,15 +70,16 @@ def _median_seconds(work, device: torch.device, rounds: int) -> float:
 def step_seconds(trainers: dict[str, Any], rounds: int = 5) -> dict[str, float]:
     """Median seconds of a whole training step of each trainer ({name: trainer}).
 
-    They take turns, so that a busy moment does not hit one of them alone; a first round warms up.
+    They take turns, so that a busy moment does not hit one of them alone; of the two steps of a
+    turn the second counts, which finds memory as its own kind left it. A first round warms up.
     Their weights are trained on by it.
     """
     times: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(rounds + 1):
         for name, trainer in trainers.items():
-            batch, start = trainer.first_batch(), time.perf_counter()
-            trainer.train_step(batch, epoch=0)
-            times[name].append(time.perf_counter() - start)
+            batch = trainer.first_batch()
+            step_time(trainer, batch)
+            times[name].append(step_time(trainer, batch))
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 

@@ -143,7 +143,7 @@ class MultimodalEncoder(nn.Module, Exportable):
         Weights are drawn from torch's generator: `torch.manual_seed` before it makes them
         repeatable. They start where short trainings learn fastest: the ViT's with deviation width
         to the power of -1/2 instead of 0.02, positions of the BERT with 0.005 (on the built-in
-        pictures half as many steps to R@1 45 %: python -m tests.benchmarks.start).
+        pictures a quarter fewer steps to R@1 45 %: python -m tests.benchmarks.start).
         """
         from transformers import BertConfig
 
