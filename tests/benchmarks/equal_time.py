@@ -59,7 +59,7 @@ def main():
                     steps = max(2, round(seconds / prices[ratio]))
                     scores[ratio].append(trained(config(ratio, max_steps=steps, seed=seed), data))
             for ratio, found in scores.items():
-                recalls, took = zip(*found, strict=True)
+                recalls, took = map(list, zip(*found, strict=True))
                 row = {"seconds": seconds, "hidden": ratio, "ms of a step": 1000 * prices[ratio],
                        "steps": round(seconds / prices[ratio]), "took (s)": took,
                        "R@1, %": recalls, "mean": statistics.mean(recalls)}  # fmt: skip
