@@ -143,7 +143,8 @@ class TrainingConfig:
     # -- how long, how much ------------------------------------------------------------------
     num_epochs: int = 14  # passes over the training set
     batch_size: int = 128  # pictures per optimizer step, over all processes and micro-batches
-    learning_rate: float = 5e-4  # AdamW's peak, per step of the default batch
+    learning_rate: float = 5e-4  # AdamW's peak, per step of the default batch, for a preset's
+    # start; towers whose weights start with transformers' 0.02 may want 2e-3 (and 30 to warm up)
     weight_decay: float = (
         0.1  # decoupled; only on matrices (biases, norms, positions, tokens: none)
     )

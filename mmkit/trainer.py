@@ -312,14 +312,13 @@ class MaskedMultimodalTrainer:
         """Into how many parts, computed side by side, a micro-batch of so many pairs is cut.
 
         One, unless a CPU has several threads for one process and nothing is drawn on the way; what
-        is compiled, kept back or compared within a micro-batch needs it whole.
+        is compiled or compared within a micro-batch needs it whole.
         """
         config = self.config
         if (
             self.device.type != "cpu"
             or self.net is not self.model  # DDP counts on one backward pass, whatever the world
             or config.compile
-            or config.gradient_checkpointing
             or config.accumulation != "exact"
             or "matching" in config.terms
             or draws_dropout(self.model)

@@ -79,7 +79,7 @@ def test_a_forked_process_has_threads_of_its_own():
         ({}, 3),
         ({"gradient_accumulation_steps": 2}, 3),
         ({"pixels_weight": 1.0}, 3),
-        ({"gradient_checkpointing": True}, 1),
+        ({"gradient_checkpointing": True}, 3),
         ({"accumulation": "naive"}, 1),
         ({"matching_weight": 1.0, "cross_modal": True}, 1),
     ],

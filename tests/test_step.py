@@ -70,12 +70,15 @@ def test_accumulated_gradient_is_the_gradient_of_the_big_batch(make_model, make_
     torch.testing.assert_close(ours["logit_scale"], reference["logit_scale"])
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("parts, at_once", [(2, 2), (3, 2), (4, 4), (7, 3)])
 def test_parts_computed_side_by_side_give_the_gradient_of_the_big_batch(
-    make_model, make_data, kind, parts, at_once
+    make_model, make_data, kind, parts, at_once, checkpointing
 ):
     """To rounding the whole batch's, and to the bit the same each time, whoever is first."""
     model, batch = make_model().train(), make_data(23).batch(range(23))
+    for layer in (*model.vit.layers, *model.bert.encoder.layer):
+        layer.gradient_checkpointing = checkpointing
     encode, scale = encode_with(model), (model.logit_scale, model.logit_bias)
     expected = whole_batch_loss(model, encode(batch), batch.group_ids, kind)
     expected.backward()
