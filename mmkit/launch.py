@@ -4,6 +4,7 @@ Each process is a rank; rank 0 is the one that is seen and whose result comes ba
 Walk-through: notebooks/06_many_processes.ipynb.
 """
 
+import codecs
 import contextlib
 import contextvars
 import gc
@@ -26,6 +27,7 @@ import torch
 from .preflight import gpus, preflight, start_method
 from .ranks import run_rank
 
+_LINGER = 1.0  # seconds
 _needed: set[str] = set()  # slow imports that an earlier launch made use of
 
 
@@ -65,7 +67,8 @@ def launch(
         ):
             for name in sorted(_needed):
                 importlib.import_module(name)
-            _run(job, port or _free_port())
+            with _heard() as job["pipes"]:
+                _run(job, port or _free_port())
         return _receive(job)
 
 
@@ -99,6 +102,43 @@ def _quiet(*names: str):
         for logger, propagate in zip(loggers, before, strict=True):
             logger.propagate = propagate
             logger.removeHandler(nowhere)
+
+
+@contextlib.contextmanager
+def _heard():
+    """Pipes for what the ranks say, where stdout or stderr is not this process's own.
+
+    A notebook's streams are such, and redirected ones. A forked kernel sends each line over a
+    connection of its own, and they overtake one another; through one pipe lines keep their order.
+    """
+    with contextlib.ExitStack() as ends:
+        pipes = {}
+        for name in ("stdout", "stderr") if start_method() == "fork" else ():
+            stream = getattr(sys, name)
+            if stream is not None and stream is not getattr(sys, f"__{name}__"):
+                pipes[name] = ends.enter_context(_pipe_to(stream))
+        yield pipes
+
+
+@contextlib.contextmanager
+def _pipe_to(stream):
+    """A pipe's two ends; what comes through is handed on to the stream by a thread, at once."""
+    source, way = os.pipe()
+
+    def hand_on():
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        while said := os.read(source, 65536):
+            stream.write(decoder.decode(said))
+        os.close(source)
+
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(hand_on,), daemon=True)
+    thread.start()
+    try:
+        yield source, way
+    finally:
+        os.close(way)
+        thread.join(_LINGER)  # longer only where a process that a rank started lives on
+        stream.flush()
 
 
 def _free_port() -> int:

@@ -37,7 +37,7 @@ def run_rank(job: dict) -> None:
     rank = int(os.environ["RANK"])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)  # dies at once, also where Python cannot answer
-    _speak(rank)
+    _speak(rank, job["pipes"])
     try:
         _meet(job)
         fn, args, kwargs = job["call"]
@@ -52,38 +52,20 @@ def run_rank(job: dict) -> None:
         raise SystemExit(1) from None
 
 
-class _WholeLines(io.TextIOBase):
-    """Hands on whole lines: in a forked kernel each write is a message of its own."""
+def _speak(rank: int, pipes: dict[str, tuple[int, int]]) -> None:
+    """Rank 0 is heard line by line; the others would say the same again, but for their errors.
 
-    encoding = "utf-8"
-
-    def __init__(self, stream):
-        self.stream, self.begun = stream, ""
-
-    def write(self, text: str) -> int:
-        lines, end, self.begun = (self.begun + text).rpartition("\n")
-        if end:
-            self.stream.write(lines + end)
-            self.stream.flush()
-        return len(text)
-
-    def flush(self):
-        self.stream.write(self.begun)
-        self.stream.flush()
-        self.begun = ""
-
-
-def _speak(rank: int) -> None:
-    """Rank 0 is heard line by line; the others would say the same again, but for their errors."""
+    pipes: to the "stdout" and "stderr" that only the parent has.
+    """
+    for name, (source, way) in pipes.items():
+        os.close(source)  # else writing would wait for ever where the parent is gone
+        setattr(sys, name, open(way, "w", buffering=1, encoding="utf-8", closefd=False))
     if rank:
         sys.stdout = open(os.devnull, "w")
         os.dup2(sys.stdout.fileno(), 1)  # C's stdout
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True)
-        elif stream is not None:
-            setattr(sys, name, _WholeLines(stream))
 
 
 def _meet(job: dict) -> None:

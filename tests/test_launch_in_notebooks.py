@@ -49,6 +49,21 @@ def sleeps():
 mm.launch(sleeps, num_processes=2)
 """
 
+COUNTS = """
+def counts(lines):
+    for line in range(lines):
+        print(line, "of", lines, "·" * (line % 3))
+    print("the end", end="", flush=True)
+    print("once", file=sys.stderr) if world()[0] else None
+mm.launch(counts, 500, num_processes=2)
+"""
+CAUGHT = """
+import contextlib, io
+with contextlib.redirect_stdout(io.StringIO()) as caught:
+    mm.launch(counts, 2, num_processes=2)
+caught.getvalue()
+"""
+
 
 def streams(cell, name: str) -> str:
     outputs = [o for o in cell.outputs if o.output_type == "stream" and o.name == name]
@@ -78,6 +93,18 @@ def test_a_notebook_launches_its_own_functions(tmp_path):
     assert "in fails" in error.evalue and 'raise ValueError("of rank 1")' in error.evalue
     assert again.outputs[-1].data["text/plain"] == "41"
     assert nbformat.validate(notebook) is None
+
+
+@pytest.mark.slow
+def test_lines_come_in_the_order_they_were_said_and_can_be_redirected(tmp_path):
+    cells = [SETUP, COUNTS, CAUGHT]
+    notebook = new_notebook(cells=[new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    said, caught = notebook.cells[1:]
+    words = "".join(f"{line} of 500 {'·' * (line % 3)}\n" for line in range(500))
+    assert streams(said, "stdout") == words + "the end"
+    assert streams(said, "stderr") == streams(caught, "stderr") == "once\n"
+    assert caught.outputs[-1].data["text/plain"] == repr("0 of 2 \n1 of 2 ·\nthe end")
 
 
 class Kernel:
