@@ -27,7 +27,6 @@ import torch
 from .preflight import gpus, preflight, start_method
 from .ranks import run_rank
 
-_LINGER = 1.0  # seconds
 _needed: set[str] = set()  # slow imports that an earlier launch made use of
 
 
@@ -137,7 +136,7 @@ def _pipe_to(stream):
         yield source, way
     finally:
         os.close(way)
-        thread.join(_LINGER)  # longer only where a process that a rank started lives on
+        thread.join(1.0)  # seconds; all is said, unless a process that a rank started lives on
         stream.flush()
 
 
