@@ -54,18 +54,18 @@ def inspect_(
     """Report what would be loaded from a source, and what is odd about it; nothing is trained.
 
     Args:
-        source: A table, a folder, tar shards, a hub data set.
-        image: Column of the pictures (found by its usual names), or their suffix in shards.
-        text: Column of the texts, or their suffix in shards.
-        root: Folder of the pictures of a table (its own), of COCO, of Flickr30k.
-        data_split: Which split of a hub data set, of Karpathy's JSON.
-        encoding: Of a table's letters (UTF-8, or by its mark).
-        separator: Between a table's columns (the one that fits).
-        image_size: Pixels at which pictures are compared.
-        max_length: Word pieces that the model will read (tiny 32, small 64, base 77).
-        near: Also look for nearly equal pictures and captions.
-        json: File for the report as JSON.
-        figure: File for the report as a picture.
+        source: A table, a folder, tar shards or a hub data set.
+        image: Column of the images in a table, their suffix in shards; None = by its usual names.
+        text: Column of the texts in a table, their suffix in shards; None = by its usual names.
+        root: Folder of the images of a table (None = the table's own), of COCO or of Flickr30k.
+        data_split: Split of a hub data set or of Karpathy's JSON.
+        encoding: Encoding of a table's letters; None = UTF-8, or what its byte order mark says.
+        separator: Character between a table's columns; None = the one that fits.
+        image_size: Side in pixels at which images are compared.
+        max_length: Tokens of a caption that the model will read (tiny 32, small 64, base 77).
+        near: Also look for nearly equal images and captions.
+        json: File for the report as JSON; "" = none.
+        figure: File for the report as a figure; "" = none.
     """
     named = Source(source, image, text, root, data_split, encoding, separator)
     lenient: dict = dict(on_error="skip", max_skipped=1.0, check="decode")
@@ -86,14 +86,14 @@ def train(
     resume: bool = False,
     fork: str = "",
 ) -> None:
-    """Train on the built-in pictures or your own, score the test part, draw ten searches.
+    """Train on the built-in images or your own, score the test part, draw ten searches.
 
     Args:
         config: The whole recipe.
-        source: The pictures.
-        split: How the built-in pictures are divided ("random" leaks, for teaching).
-        resume: Go on from the last checkpoint of the run (run_name; without one, the newest run).
-        fork: Folder of a run to start from where that one stands; all but batch_size may differ.
+        source: The images.
+        split: How the built-in images are divided ("random" leaks, for teaching).
+        resume: Go on from the last checkpoint of --run-name; without a name, of the newest run.
+        fork: Folder of a run whose last state this run starts from; only --batch-size must agree.
     """
     size = PRESETS[config.preset]["image"] if config.preset in PRESETS else 64
     training, val, test = _parts(source, size, split, config)
@@ -236,14 +236,14 @@ def _evaluate(
     part: Literal["val", "test", "all"] = "test",
     hidden: float = 0.5,
 ) -> None:
-    """Score a checkpoint on a part of the pictures, everything seen and patches hidden.
+    """Score a checkpoint on a part of the images, with everything visible and with masked patches.
 
     Args:
-        source: The pictures.
-        checkpoint: A best_model.pth; the newest run's if not given.
-        split: How the built-in pictures are divided.
-        part: Which part is scored, of your own as `train` divides them; "all" of your own.
-        hidden: Fraction of patches hidden in the second line, in (0, 1).
+        source: The images.
+        checkpoint: A best_model.pth or an exported folder; "" = the newest run's best model.
+        split: How the built-in images are divided.
+        part: Which part is scored, divided as `train` does; "all" is for images of your own.
+        hidden: Fraction of the patches that is masked in the second line, in (0, 1).
     """
     source.refuse_without_data()
     if part == "all" and not source.data:
@@ -297,14 +297,14 @@ def search(
     k: int = 10,
     out: str = "search.png",
 ) -> None:
-    """Find pictures, the built-in ones or your own, by words or by a picture file.
+    """Find images, the built-in ones or your own, by words or by an image file.
 
     Args:
-        query: Words, or the path of a picture.
-        source: The pictures.
-        checkpoint: A best_model.pth; the newest run's if not given.
-        k: How many pictures.
-        out: Where the grid of results is written.
+        query: Words, or the path of an image.
+        source: The images.
+        checkpoint: A best_model.pth or an exported folder; "" = the newest run's best model.
+        k: How many images are found.
+        out: File for the grid of results.
     """
     source.refuse_without_data()
     model = load(_checkpoint(checkpoint))
@@ -330,8 +330,8 @@ def export(out: str, checkpoint: str = "") -> None:
     """Write a model as a folder to share: safetensors, JSON, its tokenizer and a card.
 
     Args:
-        out: The folder.
-        checkpoint: A best_model.pth; the newest run's if not given.
+        out: Folder that is written.
+        checkpoint: A best_model.pth or an exported folder; "" = the newest run's best model.
     """
     path = _checkpoint(checkpoint)
     load(path).save_pretrained(out, facts=_facts(path))

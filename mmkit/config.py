@@ -141,102 +141,169 @@ class TrainingConfig:
     """
 
     # -- how long, how much ------------------------------------------------------------------
-    num_epochs: int = 14  # passes over the training set
-    batch_size: int = 128  # pictures per optimizer step, over all processes and micro-batches
-    learning_rate: float = 5e-4  # AdamW's peak, per step of the default batch, for a preset's
-    # start; towers whose weights start with transformers' 0.02 may want 2e-3 (and 30 to warm up)
-    weight_decay: float = (
-        0.1  # decoupled; only on matrices (biases, norms, positions, tokens: none)
-    )
-    warmup_steps: int = 10  # optimizer steps from 0 to the peak
-    gradient_accumulation_steps: int = 1  # micro-batches per step; fewer bytes, the same gradient
-    max_grad_norm: float = 1.0  # global gradient norm is clipped to this; 0 = no clipping
-    max_steps: int | None = (
-        None  # stop (and end the schedule) after so many steps; None = num_epochs
-    )
+
+    # Passes over the training set.
+    num_epochs: int = 14
+    # Images per optimizer step, over all processes and micro-batches.
+    batch_size: int = 128
+    # AdamW's peak learning rate, for the default batch and the weights that a preset starts from;
+    # towers that start from transformers' 0.02 may want 2e-3 (and 30 steps of warmup).
+    learning_rate: float = 5e-4
+    # Decoupled decay per step, as a fraction of the learning rate; for matrices only (not for
+    # biases, norms, positions and tokens).
+    weight_decay: float = 0.1
+    # Optimizer steps in which the learning rate rises from 0 to its peak.
+    warmup_steps: int = 10
+    # Micro-batches per optimizer step: the more, the less memory, with the same gradient.
+    gradient_accumulation_steps: int = 1
+    # The norm of the whole gradient is clipped to this; 0 = no clipping.
+    max_grad_norm: float = 1.0
+    # Optimizer steps after which training (and its schedule) ends; None = after num_epochs.
+    max_steps: int | None = None
 
     # -- optimizer ---------------------------------------------------------------------------
-    optimizer: str = "muon"  # "muon" (hidden matrices by Muon, the rest AdamW) | "adamw", or
-    # f(parameter groups with "params", "lr", "weight_decay") -> torch.optim.Optimizer
-    matrix_learning_rate: float | None = None  # Muon's peak; None = 12 x learning_rate
-    schedule: str = "cosine"  # "cosine" | "linear" | "constant", or f(progress in [0, 1]) -> [0, 1]
-    final_lr_fraction: float = 0.02  # of the peak, at the last step
-    layer_decay: float = 1.0  # learning rate of each layer as a fraction of the next one's, (0, 1]
-    frozen_image_epochs: int = 0  # the first so many epochs leave the ViT as it is (LiT: all)
-    frozen_text_epochs: int = 0  # the same for the BERT; projections and temperature always learn
-    ema_decay: float = 0.0  # of a running mean of all weights, which is then what is validated and
-    # kept as the best model; 0 = none, 0.99 to 0.9999 by length of the run
+
+    # Which rule updates the weights: "muon" (matrices of the layers; AdamW the rest) | "adamw"; in
+    # Python also f(groups with "params", "lr", "weight_decay") -> torch.optim.Optimizer.
+    optimizer: str = "muon"
+    # Muon's peak learning rate; None = 12 x learning_rate.
+    matrix_learning_rate: float | None = None
+    # How the learning rate falls after the warmup: "cosine" | "linear" | "constant"; in Python also
+    # f(progress in [0, 1]) -> fraction in [0, 1].
+    schedule: str = "cosine"
+    # Learning rate at the last step, as a fraction of the peak, in [0, 1].
+    final_lr_fraction: float = 0.02
+    # Learning rate of each layer as a fraction of the next one's, in (0, 1]; 1 = all alike.
+    layer_decay: float = 1.0
+    # First epochs in which the ViT stays as it is (LiT: all of them).
+    frozen_image_epochs: int = 0
+    # First epochs in which the BERT stays as it is; projections and temperature always learn.
+    frozen_text_epochs: int = 0
+    # Decay per step of a running mean (EMA) of all weights, which is then what is validated and
+    # kept as the best model: 0 = none, 0.99 to 0.9999 by the length of the run.
+    ema_decay: float = 0.0
 
     # -- model and loss ----------------------------------------------------------------------
-    preset: str = "tiny"  # encoder built when no model is given: "tiny" | "small" | "base"
-    dropout: float = 0.0  # of both towers and the projections, in a model built from the preset
-    temperature: float = 0.07  # at the start (CLIP's 1/14.3); learned from there
-    loss: str = "info_nce"  # "info_nce" (softmax over the batch) | "sigmoid" (each pair by itself)
-    exchange: str = "gather"  # several processes see each other's texts: all at once, or (sigmoid
-    # only) "neighbours", passed round in a ring, so that one block of logits is held at a time
+
+    # Encoder that is built when no model is given: "tiny" | "small" | "base".
+    preset: str = "tiny"
+    # Probability, in [0, 1), that a value is dropped in both towers and the projections of a model
+    # built from the preset.
+    dropout: float = 0.0
+    # Temperature at the start (CLIP's 1/14.3), at least 0.01; learned from there.
+    temperature: float = 0.07
+    # Contrastive loss: "info_nce" (softmax over the batch) | "sigmoid" (each pair by itself).
+    loss: str = "info_nce"
+    # How several processes see each other's texts: "gather" (all at once) | "neighbours" (sigmoid
+    # only: passed round in a ring, so that one block of logits is held at a time).
+    exchange: str = "gather"
 
     # -- what is learned beside it: the loss is the weighted sum of the terms ------------------
-    contrastive_weight: float = 1.0  # picture and caption find each other; 0 = not at all
-    pixels_weight: float = 0.0  # put back hidden patches; 1 or less beside the contrast
-    words_weight: float = 0.0  # put back hidden words; 0.1 to 1 beside the contrast
-    matching_weight: float = 0.0  # tell true pairs from the most alike wrong ones (micro-batch)
-    contrastive_schedule: str = "constant"  # of the weight over the steps: "constant" | "rising" |
-    # "falling" | "first_half" | "last_half" | "last_fifth", or f(progress in [0, 1]) -> [0, 1]
-    pixels_schedule: str = "constant"  # as contrastive_schedule
-    words_schedule: str = "constant"  # as contrastive_schedule
-    matching_schedule: str = "constant"  # as contrastive_schedule
-    contrastive_view: str = "masked"  # contrast what is put back, too | "unmasked": a whole view
-    # beside the masked one, which costs the encoder twice
-    cross_modal: bool = False  # the decoder looks at the other modality, too
-    cross_modal_ratio: float = 0.75  # for this share of the pairs, (0, 1]; the rest learns without
-    pixel_error: str = "mse"  # "mse" (MAE) | "l1" (SimMIM)
-    norm_pix_loss: bool = False  # each target patch with mean 0 and deviation 1: better features on
-    # photographs, noise on the flat patches of drawings, and no colours to look at
-    decoder_width: int = 128  # of the layers that put back, a multiple of 32
-    decoder_depth: int = 2  # of them; a head needs none where tokens are replaced and none across
 
-    # -- what is hidden ----------------------------------------------------------------------
-    image_mask: str = "random"  # a name in mmkit.masking.IMAGE_MASKERS
-    image_mask_ratio: float = 0.5  # fraction of patches hidden, [0, 1)
-    image_mask_mode: str = (
-        "drop"  # "drop" (never encoded: that is the speed) | "replace" (mask token)
-    )
-    image_mask_schedule: str = "constant"  # of the ratio over the epochs: "constant" | "linear" |
-    # "cosine" (from the ratio to the final one) | "uniform" (drawn between them per sample, epoch)
-    image_mask_final_ratio: float | None = None  # [0, 1); None with "constant"
-    painted_mask: str | list[list[int]] | None = (
-        None  # rows of patches, 1 = hidden (or as JSON); with "painted" only
-    )
-    ema_momentum: float = 0.996  # of the running mean that "attentive" looks with, per step
-    text_mask: str = "random"  # a name in mmkit.masking.TEXT_MASKERS
-    text_mask_ratio: float = 0.0  # fraction of REAL word pieces hidden, [0, 1)
-    text_mask_mode: str = "replace"  # "replace" (mask token) | "drop" | "80/10/10" (BERT's)
-    text_mask_schedule: str = "constant"  # as image_mask_schedule
-    text_mask_final_ratio: float | None = None  # as image_mask_final_ratio
-    unmasked_epochs: int = 0  # the last so many epochs see everything (FLIP's unmasked tuning)
-    augment: str = "none"  # "none" | "shift" (moved by up to 1/16 of the side; never flipped)
+    # Weight of the contrastive loss: image and caption find each other; 0 = not at all.
+    contrastive_weight: float = 1.0
+    # Weight of reconstructing masked patches (MIM): at most 1 beside the contrastive loss.
+    pixels_weight: float = 0.0
+    # Weight of predicting masked tokens (MLM): 0.1 to 1 beside the contrastive loss.
+    words_weight: float = 0.0
+    # Weight of telling true pairs from the most similar wrong ones of a micro-batch (ITM).
+    matching_weight: float = 0.0
+    # How contrastive_weight changes over the steps: constant, rising, falling, first_half,
+    # last_half or last_fifth; in Python also f(progress in [0, 1]) -> fraction in [0, 1].
+    contrastive_schedule: str = "constant"
+    # How pixels_weight changes over the steps; choices as for contrastive_schedule.
+    pixels_schedule: str = "constant"
+    # How words_weight changes over the steps; choices as for contrastive_schedule.
+    words_schedule: str = "constant"
+    # How matching_weight changes over the steps; choices as for contrastive_schedule.
+    matching_schedule: str = "constant"
+    # Views that the contrastive loss compares: "masked" (those that are reconstructed, too), or
+    # else "unmasked" (whole ones beside them, for which the encoder runs a second time).
+    contrastive_view: str = "masked"
+    # Let the decoder look at the other modality, too.
+    cross_modal: bool = False
+    # Fraction of the pairs, in (0, 1], for which the decoder looks at the other modality; the rest
+    # learns without.
+    cross_modal_ratio: float = 0.75
+    # Error of reconstructed patches: "mse" (MAE) | "l1" (SimMIM).
+    pixel_error: str = "mse"
+    # Give each target patch mean 0 and deviation 1: better features on photographs, noise on the
+    # flat patches of drawings, and no colours to look at.
+    norm_pix_loss: bool = False
+    # Width of the decoder's layers, a multiple of 32.
+    decoder_width: int = 128
+    # Layers of each decoder; where tokens are replaced and nothing is looked at across, a linear
+    # head does without them.
+    decoder_depth: int = 2
+
+    # -- what is masked ----------------------------------------------------------------------
+
+    # Which patches are masked: a name in mmkit.masking.IMAGE_MASKERS.
+    image_mask: str = "random"
+    # Fraction of the patches that is masked, in [0, 1).
+    image_mask_ratio: float = 0.5
+    # Masked patches: "drop" (never encoded: that is the speed) | "replace" (by a mask token).
+    image_mask_mode: str = "drop"
+    # How image_mask_ratio changes: "constant" | "linear" | "cosine" (over the epochs, to the final
+    # ratio) | "uniform" (drawn between the two for each sample and epoch).
+    image_mask_schedule: str = "constant"
+    # Ratio in [0, 1) at which image_mask_schedule ends; None with "constant".
+    image_mask_final_ratio: float | None = None
+    # Rows of patches, 1 = masked (or the same as JSON); with image_mask="painted" only.
+    painted_mask: str | list[list[int]] | None = None
+    # Decay per step of the running mean (EMA) of the ViT that "attentive" looks with, [0, 1).
+    ema_momentum: float = 0.996
+    # Which tokens are masked: a name in mmkit.masking.TEXT_MASKERS.
+    text_mask: str = "random"
+    # Fraction of the valid tokens (padding is not counted) that is masked, in [0, 1).
+    text_mask_ratio: float = 0.0
+    # Masked tokens: "replace" (by a mask token) | "drop" | "80/10/10" (BERT's).
+    text_mask_mode: str = "replace"
+    # How text_mask_ratio changes; choices as for image_mask_schedule.
+    text_mask_schedule: str = "constant"
+    # Ratio in [0, 1) at which text_mask_schedule ends; None with "constant".
+    text_mask_final_ratio: float | None = None
+    # Last epochs, in which nothing is masked (FLIP's unmasked tuning).
+    unmasked_epochs: int = 0
+    # Change of the images: "none" | "shift" (by up to 1/16 of the side; never flipped).
+    augment: str = "none"
 
     # -- machine -----------------------------------------------------------------------------
-    mixed_precision: str = "auto"  # "auto" picks by hardware | "bf16" | "fp16" (scaled) | "no"
-    max_skipped_steps: int = 20  # stop after so many steps in a row without a finite gradient
-    gradient_checkpointing: bool = (
-        False  # keep only each layer's input: less memory, a third slower
-    )
-    compile: bool = False  # torch.compile each transformer layer (needs a C++ compiler on a CPU)
-    accumulation: str = "exact"  # "exact" (whole-batch gradient) | "naive" (loses negatives)
-    deterministic: bool = False  # deterministic kernels; on a GPU needed for bit-exact resume
-    seed: int = 0  # weights, order, masks, dropout: everything drawn comes from it
-    num_workers: int = 2  # decoding processes where pictures are read from files
+
+    # Number type: "auto" (what the device is fast in) | "bf16" | "fp16" (scaled) | "no".
+    mixed_precision: str = "auto"
+    # Steps in a row without a finite gradient after which training stops.
+    max_skipped_steps: int = 20
+    # Keep only the input of each layer for the backward pass: less memory, a third slower.
+    gradient_checkpointing: bool = False
+    # Compile each transformer layer with torch.compile (on a CPU this needs a C++ compiler).
+    compile: bool = False
+    # Gradient of micro-batches: "exact" (the whole batch's) | "naive" (negatives are lost).
+    accumulation: str = "exact"
+    # Use deterministic kernels; on a GPU they are needed for a resume of the same bits.
+    deterministic: bool = False
+    # Seed of everything that is drawn: weights, order, masks, dropout.
+    seed: int = 0
+    # Processes that decode images where these are read from files.
+    num_workers: int = 2
 
     # -- what is written ---------------------------------------------------------------------
-    eval_every: int = 1  # epochs between validations (the last epoch is always validated)
-    log_every: int = 10  # steps between two records of the training loss
-    checkpoint_every: int = 0  # steps between two writes of last/; 0 = at the end of each epoch
-    term_gradients_every: int = 0  # steps between two measurements of each term's gradient (as
-    # costly as a step for each term); 0 = never
-    keep_last: int = 1  # how many of them are kept: last/state.pth, before it last/state-STEP.pth
-    output_dir: str = "runs"  # runs/<run_name>/ holds everything a run writes
-    run_name: str = ""  # "" = date and time
+
+    # Epochs between two validations; the last epoch is always validated.
+    eval_every: int = 1
+    # Steps between two records of the training loss.
+    log_every: int = 10
+    # Steps between two writes of last/state.pth; 0 = at the end of each epoch.
+    checkpoint_every: int = 0
+    # Steps between two measurements of each term's gradient (as costly as a step for each
+    # term); 0 = never.
+    term_gradients_every: int = 0
+    # How many states are kept in last/: state.pth, and earlier ones as state-STEP.pth.
+    keep_last: int = 1
+    # Folder of all runs; runs/<run_name>/ holds everything that one run writes.
+    output_dir: str = "runs"
+    # Name of the run's folder; "" = date and time.
+    run_name: str = ""
 
     def __post_init__(self):
         for name, known in _CHOICES.items():

@@ -24,16 +24,27 @@ NOT_COLUMNS = ("near", "content", "caption")  # what `split` can go by without m
 class Source:
     """Pictures of your own, as `mm.load_data` takes them."""
 
-    data: str = ""  # a table, a folder, tar shards, a hub data set; none = the built-in pictures
-    image: str | None = None  # column of the pictures (found by its usual names), suffix in shards
-    text: str | None = None  # column of the texts, or suffix of them in shards
-    root: str | None = None  # folder of the pictures of a table (its own), of COCO, of Flickr30k
-    data_split: str | None = None  # which split of a hub data set, of Karpathy's JSON
-    encoding: str | None = None  # of a table's letters (UTF-8, or by its mark)
-    separator: str | None = None  # between a table's columns (the one that fits)
-    group: str = "near"  # never divided: near-duplicates, or what has one value in this column
-    on_error: Literal["raise", "skip"] = "raise"  # a bad row stops all, or is left out and counted
-    max_skipped: float = 0.1  # share of the rows that may be left out
+    # A table, a folder, tar shards or a hub data set; "" = the built-in images.
+    data: str = ""
+    # Column of the images in a table, their suffix in shards; None = found by its usual names.
+    image: str | None = None
+    # Column of the texts in a table, their suffix in shards; None = found by its usual names.
+    text: str | None = None
+    # Folder of the images of a table (None = the table's own), of COCO or of Flickr30k.
+    root: str | None = None
+    # Split of a hub data set or of Karpathy's JSON.
+    data_split: str | None = None
+    # Encoding of a table's letters; None = UTF-8, or what its byte order mark says.
+    encoding: str | None = None
+    # Character between a table's columns; None = the one that fits.
+    separator: str | None = None
+    # What is never divided between the parts: "near" (near-duplicates) | "content" (equal
+    # images) | "caption" (equal captions), or a column, whose every value stays in one part.
+    group: str = "near"
+    # A bad row stops everything ("raise"), or is left out and counted ("skip").
+    on_error: Literal["raise", "skip"] = "raise"
+    # Fraction of the rows that may be left out, in [0, 1].
+    max_skipped: float = 0.1
 
     def load(self, **options) -> MultimodalDataset:
         """The data set; ValueError for a flag that its way in does not take."""

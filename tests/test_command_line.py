@@ -1,12 +1,19 @@
 """The command line does the whole job on the built-in pictures."""
 
+import dataclasses
+import inspect
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+import mmkit as mm
+import mmkit.__main__ as cli
+from mmkit.source_flags import Source
 
 
 def mmkit(*words):
@@ -84,7 +91,6 @@ def test_torchrun_trains_and_rank_0_scores(tmp_path):
 
 def test_export_writes_a_folder_that_is_read_like_a_checkpoint(make_model, tmp_path):
     """With what the checkpoint knows of its training."""
-    import mmkit as mm
     from mmkit.checkpoint import write_atomically
 
     model, checkpoint = make_model(), tmp_path / "best_model.pth"
@@ -103,14 +109,64 @@ def test_export_writes_a_folder_that_is_read_like_a_checkpoint(make_model, tmp_p
     assert "| data | noise |" in (tmp_path / "again/README.md").read_text()
 
 
-def test_every_field_is_a_flag_and_errors_are_one_line(tmp_path):
-    import dataclasses
+def sentences(source: str) -> dict[str, str]:
+    """{name: what is said of it}, of a dataclass's fields or of a function's arguments."""
+    if source.startswith("def "):
+        words = source.partition("Args:\n")[2]
+        said = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", words, re.MULTILINE)
+    else:  # the comment above each field
+        found = re.findall(r"((?:^    # .*\n)+)    (\w+): ", source, re.MULTILINE)
+        said = [(name, comment.replace("    # ", "")) for comment, name in found]
+    return {name: " ".join(sentence.split()) for name, sentence in said}
 
-    import mmkit as mm
 
-    help_text = mmkit("train", "--help").stdout
-    for field in dataclasses.fields(mm.TrainingConfig):
-        assert f"--{field.name.replace('_', '-')}" in help_text
+def flags(help_text: str) -> dict[str, str]:
+    """{name: "choices sentence (default: …)"} of a help page, unwrapped."""
+    found, name = {}, ""
+    for line in help_text.splitlines():
+        line = line[1:].rstrip("│ ")  # without its border
+        if re.match(" (--[a-z]|STR)", line):
+            name, _, line = line.strip().partition(" ")
+            name = name.rstrip(",")
+        elif not line.strip("─- "):
+            name = ""
+        if name:
+            found[name] = " ".join(f"{found.get(name, '')} {line}".split())
+    return found
+
+
+@pytest.mark.parametrize("command", ["inspect", "train", "evaluate", "search", "export"])
+def test_each_flag_shows_its_own_sentence_and_default(command, monkeypatch, capsys):
+    """Nothing is cut, nothing stands under a neighbour, nothing has no words."""
+    function = {"inspect": cli.inspect_, "evaluate": cli._evaluate}.get(command)
+    function = function or getattr(cli, command)
+    said, defaults = sentences(inspect.getsource(function)), {}
+    for name, argument in inspect.signature(function).parameters.items():
+        defaults[name] = argument.default
+    for name, part in (("config", mm.TrainingConfig), ("source", Source)):
+        if name in said and command != "inspect":
+            del said[name], defaults[name]
+            said |= sentences(inspect.getsource(part))
+            defaults |= {field.name: field.default for field in dataclasses.fields(part)}
+    assert said.keys() == defaults.keys()
+    assert len({*said.values()}) == len(said)
+    monkeypatch.setattr(sys, "argv", ["mmkit", command, "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    shown = flags(capsys.readouterr().out)
+    positional = {"inspect": "source", "search": "query"}.get(command)
+    names = {"STR" if n == positional else f"--{n.replace('_', '-')}": n for n in said}
+    assert shown.keys() == names.keys()
+    for flag, words in shown.items():
+        sentence, default = said[names[flag]], defaults[names[flag]]
+        assert sentence[0].isupper() and sentence.endswith("."), sentence
+        end = "(required)" if default is inspect.Parameter.empty else f"(default: {default!s})"
+        choices, found, rest = words.partition(sentence)
+        assert found and rest.replace("''", "").strip() == end, f"{flag}: {words}"
+        assert not re.search("[a-z]", re.sub(r"--no-[a-z-]+|{[a-zN,]+}", "", choices)), words
+
+
+def test_errors_are_one_line(tmp_path):
     wrong = mmkit("train", "--image-mask-ratio", 1.5, "--output-dir", tmp_path)
     assert wrong.returncode != 0 and "Traceback" not in wrong.stderr
     assert "must be in [0, 1)" in wrong.stderr + wrong.stdout
