@@ -10,6 +10,8 @@ import torch
 
 from .cost import objective_flops, tower_flops
 from .objective import PAIR_ENTROPY
+from .optim import Muon, orthogonalizing_type
+from .precision import multiplies_bfloat16, why_precision
 from .text_maskers import maskable_words
 
 
@@ -39,7 +41,7 @@ def effective_configuration(trainer) -> dict:
     flops = objective_flops(config, model, encoded, whole, padded) + look
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "optimizer": " + ".join(type(o).__name__ for o in trainer.optimizers),
+        "optimizer": " + ".join(map(_optimizer, trainer.optimizers)),
         "pictures": len(trainer.train),
         "captions": sum(map(len, trainer.train.texts)),
         "steps": trainer.total_steps,
@@ -52,7 +54,8 @@ def effective_configuration(trainer) -> dict:
         "text_mask_ratio": 0.0 if text is None else text.mask.sum().item() / max(1, maskable),
         "negatives": (pairs if exact else micro) - 1,
         "gflop_per_pair": flops / 1e9,
-        "precision": str(trainer.precision or torch.float32).removeprefix("torch."),
+        "precision": _name(trainer.precision or torch.float32),
+        "why_precision": why_precision(config.mixed_precision, trainer.device),
         "device": str(trainer.device),
         "processes": trainer.processes,
         "threads": torch.get_num_threads(),
@@ -82,8 +85,8 @@ def describe(trainer) -> str:
         "terms": _terms(trainer),
         "negatives": f"{e['negatives']:.0f} per pair{guessing(candidates)}",
         "cost": f"{e['gflop_per_pair']:.2f} GFLOP per pair and step",
-        "machine": f"{e['device']}, {e['precision']}, processes: {e['processes']}, "
-        f"threads: {e['threads']}"
+        "machine": f"{e['device']}, {e['precision']} ({e['why_precision']}), "
+        f"processes: {e['processes']}, threads: {e['threads']}"
         + (f", {e['side_by_side']} parts side by side" if e["side_by_side"] > 1 else ""),
     }
     if cut := trainer.train.cut_captions():
@@ -107,12 +110,38 @@ def describe(trainer) -> str:
             lines["validation"] += f" as one pool{guessing(n)}; chance of R@1 {100 / n:.1f} %"
     if tools := _tools(config):
         lines["tools"] = "; ".join(tools)
+    if beware := _beware(trainer, e):
+        lines["beware"] = "; ".join(beware)
+    return "\n".join(f"{name:11} {words}" for name, words in lines.items())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _optimizer(optimizer: torch.optim.Optimizer) -> str:
+    """The optimizer's name, and the type that Muon multiplies in."""
+    kind = type(optimizer).__name__
+    if not isinstance(optimizer, Muon):
+        return kind
+    return f"{kind} ({_name(orthogonalizing_type(optimizer.param_groups[0]['params'][0].device))})"
+
+
+def _beware(trainer, e: dict) -> list[str]:
+    """What is likely not meant, each with its remedy, in words."""
+    config, beware = trainer.config, []
     if config.warmup_steps > e["steps"] / 2:
-        lines["beware"] = (
+        beware.append(
             f"the warmup takes {config.warmup_steps} of {e['steps']} steps, so that the learning "
             "rate hardly falls; lower warmup_steps, or train longer"
         )
-    return "\n".join(f"{name:11} {words}" for name, words in lines.items())
+    slow = trainer.precision == torch.float16 and trainer.device.type == "cpu"
+    if slow or (trainer.precision == torch.bfloat16 and not multiplies_bfloat16(trainer.device)):
+        beware.append(
+            f"{e['device']} has no units for {e['precision']}, which is slower there than float32; "
+            "take mixed_precision='auto'"
+        )
+    return beware
 
 
 def _terms(trainer) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .config import TrainingConfig
 from .distributed import send_to_all, world
+from .precision import multiplies_bfloat16
 from .side_by_side import MOST_AT_ONCE, side_by_side
 
 _NEVER_DECAYED = ("position_embeddings", "cls_token", "mask_token", "logit_", "token_type")
@@ -136,14 +137,26 @@ class Muon(torch.optim.Muon):
             send_to_all([self.state[p]["momentum_buffer"] for p in part], owner)
 
 
-def orthogonalize(stack: Tensor, coefficients=_QUINTIC, steps: int = 5) -> Tensor:
-    """Matrices (M, R, C) made nearly orthogonal, each by itself: bfloat16 (M, R, C).
+def orthogonalizing_type(device: torch.device) -> torch.dtype:
+    """What `orthogonalize` computes in: bfloat16 where the device has units for it, else float32.
 
-    Newton-Schulz iterations (Jordan et al. 2024) as in torch.optim.Muon: singular values end near 1
-    (0.7 to 1.2), not at it.
+    Its iterations forgive rounding, so that the faster type is always the better one.
+    """
+    return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+
+
+def orthogonalize(
+    stack: Tensor, coefficients=_QUINTIC, steps: int = 5, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Matrices (M, R, C) made nearly orthogonal, each by itself: (M, R, C) of type dtype.
+
+    Newton-Schulz iterations (Jordan et al. 2024) as in torch.optim.Muon, which always takes
+    bfloat16: singular values end near 1 (0.7 to 1.2), not at it. dtype: what it computes in; None =
+    `orthogonalizing_type` of the device.
     """
     a, b, c = coefficients
-    x, tall = stack.bfloat16(), stack.shape[1] > stack.shape[2]
+    x = stack.to(dtype or orthogonalizing_type(stack.device))
+    tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
