@@ -9,6 +9,8 @@ arXiv:2004.11362) and Zhai et al. 2023 (SigLIP, arXiv:2303.15343).
 Walk-through: notebooks/03_training.ipynb, 07_reconstruction.
 """
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -25,6 +27,34 @@ def _positives(row_groups: Tensor, column_groups: Tensor) -> Tensor:
     return row_groups[:, None] == column_groups[None, :]
 
 
+def _whole_pairs(image: Tensor, text: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Features (B, D) of B pairs, of unit length if asked for; a warning where they are not.
+
+    Raises ValueError where rows cannot belong to each other.
+    """
+    if image.ndim != 2 or image.shape != text.shape:
+        raise ValueError(
+            f"image_features are {tuple(image.shape)}, text_features {tuple(text.shape)}; row i of "
+            "one belongs to row i of the other: give both as (B, D)"
+        )
+    if normalize:
+        return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
+    if not torch.compiler.is_compiling():
+        lengths = torch.cat([image.detach(), text.detach()]).float().norm(dim=-1)
+        if len(lengths) and not ((lengths - 1).abs() < 0.01).all():  # bfloat16 is off by 0.004
+            warnings.warn(
+                f"features are {lengths.min():.3g} to {lengths.max():.3g} long, not 1: the loss is "
+                "not one of cosines; give normalize=True, or normalise them before",
+                stacklevel=3,
+            )
+    return image, text
+
+
+def _float(value: Tensor | float) -> Tensor | float:
+    """In float32; a plain number stays one."""
+    return value.float() if isinstance(value, Tensor) else float(value)
+
+
 def _softmax_rows(logits: Tensor, targets: Tensor, same: Tensor | None) -> Tensor:
     """Cross entropy (R,) of each row against its own column, its group's others left out."""
     if same is not None:
@@ -39,7 +69,7 @@ def info_nce_rows(
     text_features: Tensor,
     all_image_features: Tensor,
     all_text_features: Tensor,
-    scale: Tensor,
+    scale: Tensor | float,
     offset: int = 0,
     groups: Tensor | None = None,
 ) -> Tensor:
@@ -51,22 +81,29 @@ def info_nce_rows(
     """
     rows = torch.arange(len(image_features), device=image_features.device) + offset
     same = None if groups is None else _positives(groups[rows], groups)
-    per_image = scale.float() * similarity(image_features, all_text_features)
-    per_text = scale.float() * similarity(text_features, all_image_features)
+    per_image = _float(scale) * similarity(image_features, all_text_features)
+    per_text = _float(scale) * similarity(text_features, all_image_features)
     loss = _softmax_rows(per_image, rows, same) + _softmax_rows(per_text, rows, same)
     return loss.sum() / 2
 
 
 def info_nce(
-    image_features: Tensor, text_features: Tensor, scale: Tensor, group_ids: Tensor | None = None
+    image_features: Tensor,
+    text_features: Tensor,
+    scale: Tensor | float,
+    group_ids: Tensor | None = None,
+    *,
+    normalize: bool = False,
 ) -> Tensor:
     """Symmetric softmax loss over the batch, mean of both directions; a scalar in nats.
 
     image_features, text_features (B, D) unit length, row i of one belongs to row i of the other.
     group_ids (B,): equal for pairs that are correct for each other; such a pair is neither a target
     nor a negative of its companions (each row keeps its own partner as the one target). At chance
-    the loss is ln(B).
+    the loss is ln(B). normalize: bring the features to unit length first; without it, a warning
+    says where they are not. Raises ValueError for shapes that differ.
     """
+    image_features, text_features = _whole_pairs(image_features, text_features, normalize)
     total = info_nce_rows(
         image_features, text_features, image_features, text_features, scale, 0, group_ids
     )
@@ -76,8 +113,8 @@ def info_nce(
 def sigmoid_block(
     image_features: Tensor,
     text_features: Tensor,
-    scale: Tensor,
-    logit_bias: Tensor,
+    scale: Tensor | float,
+    logit_bias: Tensor | float,
     own: Tensor | None = None,
     left_out: Tensor | None = None,
 ) -> Tensor:
@@ -86,7 +123,7 @@ def sigmoid_block(
     own (R, C) bool: the true pairs; None: there are none. left_out (R, C) bool: pairs that are not
     counted, true ones excepted.
     """
-    logits = scale.float() * similarity(image_features, text_features) + logit_bias.float()
+    logits = _float(scale) * similarity(image_features, text_features) + _float(logit_bias)
     loss = -F.logsigmoid(-logits if own is None else torch.where(own, logits, -logits))
     if left_out is not None:
         loss = loss.masked_fill(left_out if own is None else left_out & ~own, 0.0)
@@ -96,8 +133,8 @@ def sigmoid_block(
 def sigmoid_rows(
     image_features: Tensor,
     all_text_features: Tensor,
-    scale: Tensor,
-    logit_bias: Tensor,
+    scale: Tensor | float,
+    logit_bias: Tensor | float,
     offset: int = 0,
     groups: Tensor | None = None,
 ) -> Tensor:
@@ -112,15 +149,19 @@ def sigmoid_rows(
 def sigmoid_loss(
     image_features: Tensor,
     text_features: Tensor,
-    scale: Tensor,
-    logit_bias: Tensor,
+    scale: Tensor | float,
+    logit_bias: Tensor | float,
     group_ids: Tensor | None = None,
+    *,
+    normalize: bool = False,
 ) -> Tensor:
     """Each picture-text pair judged by itself: true pair or not; a scalar in nats per picture.
 
     As SigLIP: sum over all B x B pairs divided by B; `logit_bias` is learned and starts at -10.
-    Pairs of one group that are not each other's own partner are left out.
+    Pairs of one group that are not each other's own partner are left out. normalize, and what is
+    raised: as `info_nce`.
     """
+    image_features, text_features = _whole_pairs(image_features, text_features, normalize)
     total = sigmoid_rows(image_features, text_features, scale, logit_bias, 0, group_ids)
     return total / len(image_features)
 

@@ -1,6 +1,8 @@
 """Losses against slow loops over pairs, value and gradient."""
 
+import functools
 import math
+import warnings
 
 import pytest
 import torch
@@ -95,3 +97,26 @@ def test_loss_is_float32_under_autocast():
     exact = info_nce(image, text, scale)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(info_nce(image, text, scale), exact)
+
+
+@pytest.mark.parametrize("loss", [info_nce, functools.partial(sigmoid_loss, logit_bias=-1.3)])
+def test_features_that_are_no_directions_are_said_or_made_some(loss):
+    image, text, scale, _ = (x.detach() for x in features())
+    exact = loss(image, text, scale=scale)
+    with pytest.warns(UserWarning, match=r"1\.7 to 5 long, not 1: .* give normalize=True"):
+        long = loss(5 * image, 1.7 * text, scale=scale)
+    assert not torch.isclose(long, exact)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(loss(5 * image, 1.7 * text, scale=scale, normalize=True), exact)
+        rounded = loss(image.bfloat16(), text.bfloat16(), scale=scale)  # off by up to 0.4 %
+    torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("loss", [info_nce, functools.partial(sigmoid_loss, logit_bias=-1.3)])
+def test_the_scale_may_be_a_number_and_rows_must_be_pairs(loss):
+    image, text, scale, _ = (x.detach() for x in features())
+    torch.testing.assert_close(loss(image, text, scale=scale.item()), loss(image, text, scale=scale))
+    for wrong in (text[:5], text[:, :3], text[0]):
+        with pytest.raises(ValueError, match=r"image_features are \(7, 11\), text_features \("):
+            loss(image, wrong, scale=scale)
