@@ -116,7 +116,8 @@ def test_features_that_are_no_directions_are_said_or_made_some(loss):
 @pytest.mark.parametrize("loss", [info_nce, functools.partial(sigmoid_loss, logit_bias=-1.3)])
 def test_the_scale_may_be_a_number_and_rows_must_be_pairs(loss):
     image, text, scale, _ = (x.detach() for x in features())
-    torch.testing.assert_close(loss(image, text, scale=scale.item()), loss(image, text, scale=scale))
+    by_number = loss(image, text, scale=scale.item())
+    torch.testing.assert_close(by_number, loss(image, text, scale=scale))
     for wrong in (text[:5], text[:, :3], text[0]):
         with pytest.raises(ValueError, match=r"image_features are \(7, 11\), text_features \("):
             loss(image, wrong, scale=scale)
