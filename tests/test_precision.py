@@ -12,10 +12,10 @@ import mmkit as mm
 from mmkit.describe import describe
 from mmkit.optim import orthogonalize, orthogonalizing_type
 from mmkit.precision import multiplies_bfloat16, pick_precision
+from tests import AVX2
 from tests.conftest import captions
 
 CPU = torch.device("cpu")
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}  # as most laptops compute
 
 
 def trainer(folder, **settings) -> mm.MaskedMultimodalTrainer:

@@ -4,13 +4,13 @@
     python -m tests.benchmarks.step_speed                 # tiny and small, about 15 minutes
     python -m tests.benchmarks.step_speed --savings       # ours without a part of it; savings.py
     python -m tests.benchmarks.step_speed --sizes base --rounds 4 --name step_speed_base
-    python -m tests.benchmarks.step_speed --sizes base --batch 1024 --name step_speed_gpu \
-        --peers mmkit compiled open_clip "open_clip compiled" transformers    # on a GPU
+    python -m tests.benchmarks.step_speed --avx2 --sizes tiny --ratios 0.5 \
+        --peers mmkit Muon open_clip --name step_speed_avx2    # as a CPU without bfloat16 units
 
 Every cell (who, size, share hidden) is a fresh process that says its highest memory; the cells of a
 size and share take turns step by step, so that a busy moment does not hit one of them alone. Ratios
 are taken within a round. `peers.py` says what each of them does. Writes results/step_speed.json and
-.png, or those of `--name`. On a GPU: its memory, and the MFU beside the share of the rate measured.
+.png, or those of `--name`. For a CPU: on a GPU, gpu.py times one cell after another.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from mmkit import cost
 from mmkit.encoder import PRESETS
 from mmkit.figures import BLUE, COLOURS, ORANGE, new_figure, plain_axes
 from mmkit.precision import pick_precision
+from tests import AVX2
 from tests.benchmarks.draw_masks import FOLDER, machine, show
 from tests.benchmarks.exact_step import spread
 from tests.benchmarks.peers import COMPILED, PEERS
@@ -39,9 +40,6 @@ from tests.benchmarks.savings import SAVINGS
 
 BATCH = {"tiny": 128, "small": 32, "base": 16}
 ALL = PEERS | COMPILED | SAVINGS
-PEAK = {  # GFLOP/s in bfloat16, dense, as NVIDIA's data sheets give them
-    "A100": 312e3, "H100": 989e3, "H200": 989e3,
-}  # fmt: skip
 RATIOS = (0.0, 0.5, 0.75)
 GOALS = {  # (size, hidden at least this share) -> our speed over theirs
     ("tiny", 0.5, "open_clip"): 1.5, ("tiny", 0.5, "transformers"): 3.0,
@@ -67,16 +65,12 @@ def cell(who: str, size: str, ratio: float, batch_size: int, precision: str) -> 
                 break
             start = time.perf_counter()
             loss = peer.step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
             say(seconds=time.perf_counter() - start, loss=loss)
         say(peak_mb=peak_bytes() / 1e6)
 
 
 def peak_bytes() -> int:
-    """The highest memory of this process: of the GPU where there is one."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    """The highest memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -139,25 +133,19 @@ def row(size: str, ratio: float, batch: int, found: dict) -> dict:
 
 
 def limit(size: str, ratio: float, batch: int, milliseconds: float, precision: str) -> dict:
-    """Useful operations of our step over what the machine multiplies at the step's own shapes.
-
-    On a GPU of `PEAK` also over its nominal rate: the MFU.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """Useful operations of our step over what the machine multiplies at the step's own shapes."""
     data, _, _ = mm.openmoji(PRESETS[size]["image"])
-    model = mm.MultimodalEncoder.preset(size, tokenizer=data.tokenizer).to_device(device)
+    model = mm.MultimodalEncoder.preset(size, tokenizer=data.tokenizer)
     data.use_tokenizer(model.tokenizer, model.max_length)
     words = float(data.encoded_captions()[1].float().mean())
     kept = max(1, round(model.num_patches * (1 - ratio)))
     gflop = batch * cost.step_flops(model, kept, words, replay=False) / 1e9
-    dtype = pick_precision(precision, device) or torch.float32
+    dtype = pick_precision(precision, torch.device("cpu")) or torch.float32
     rate = cost.matmul_rate(model, batch, kept, words, dtype)
     reached = gflop / (milliseconds / 1000)
-    facts = {"gflop": gflop, "gflop_per_second": reached, "matmul_rate": rate,
-             "share": reached / rate}  # fmt: skip
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((rate for known, rate in PEAK.items() if known in name), None)
-    return facts | ({"mfu": reached / peak} if peak else {})
+    return {
+        "gflop": gflop, "gflop_per_second": reached, "matmul_rate": rate, "share": reached / rate
+    }  # fmt: skip
 
 
 def picture(rows: list[dict]):
@@ -246,11 +234,14 @@ def main():
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(ALL))
     parser.add_argument("--batch", type=int, help="pairs of a step; else by size")
+    parser.add_argument("--avx2", action="store_true", help="compute as a CPU with AVX2 alone")
     parser.add_argument("--savings", action="store_true", help="ours without a part of it")
     parser.add_argument("--name", help="of the results (step_speed)")
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--cell", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.avx2 and not AVX2.items() <= os.environ.items():  # read when torch is loaded
+        os.execve(sys.executable, [*sys.orig_argv], os.environ | AVX2)
     if options.cell:
         who, size, ratio, batch_size, precision = options.cell
         return cell(who, size, float(ratio), int(batch_size), precision)
@@ -258,8 +249,8 @@ def main():
         options.sizes, options.ratios = ["tiny"], [r for r in options.ratios if r]
         options.peers, options.name = ["mmkit", *SAVINGS], options.name or "savings"
     rows, about = [], machine() | versions() | {"rounds": options.rounds}
-    if torch.cuda.is_available():
-        about["gpu"] = torch.cuda.get_device_name()
+    about["capability"] = torch.backends.cpu.get_cpu_capability()
+    about["precision"] = str(pick_precision(options.precision, torch.device("cpu")) or "float32")
     for size in options.sizes:
         for ratio in options.ratios:
             rounds = options.rounds if size == "tiny" else max(5, options.rounds // 2)
