@@ -1,0 +1,72 @@
+"""Does Muon learn the same whether it orthogonalises in float32 or in bfloat16?
+
+    python -m tests.benchmarks.number_types       # three seeds each: about 10 minutes
+
+`make train`'s recipe; only the type of Muon's products differs. R@1 of the compose test, nothing
+masked, mean of both directions; means with their 95 % intervals over seeds (Student's t), and the
+difference of the pairs that share a seed. Writes results/number_types.json.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+from scipy import stats
+
+import mmkit as mm
+from mmkit import optim
+from tests.benchmarks.draw_masks import FOLDER, machine
+from tests.benchmarks.exact_step import rounded
+
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def interval(values: list[float]) -> dict[str, float]:
+    """Mean and half the width of its 95 % interval."""
+    deviation = statistics.stdev(values) / len(values) ** 0.5
+    return {
+        "mean": statistics.mean(values),
+        "plus_minus": float(stats.t.ppf(0.975, len(values) - 1)) * deviation,
+    }
+
+
+def reached(data, dtype: torch.dtype, seed: int) -> float:
+    """R@1 in per cent of one training run."""
+    optim.orthogonalizing_type = lambda device: dtype  # type: ignore[assignment]
+    train, val, test = data
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        run = mm.train_model(mm.TrainingConfig(seed=seed, output_dir=folder), train, val)
+        return 100 * mm.mean_recall(mm.evaluate(run.model, test), 1)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    data, found = mm.openmoji(64), {name: [] for name in TYPES}
+    for seed in range(options.seeds):
+        for name, dtype in TYPES.items():
+            found[name].append(reached(data, dtype, seed))
+            print(f"seed {seed}, {name}: R@1 {found[name][-1]:.1f} %", flush=True)
+    differences = [a - b for a, b in zip(*found.values(), strict=True)]
+    result = {
+        "machine": machine(),
+        "test_images": len(data[2]),
+        "r_at_1": found,
+        "intervals": {name: interval(values) for name, values in found.items()},
+        "float32 - bfloat16": interval(differences),
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "number_types.json"
+    path.write_text(json.dumps(rounded(result), indent=1) + "\n")
+    print(json.dumps(rounded(result["intervals"])), rounded(result["float32 - bfloat16"]))
+
+
+if __name__ == "__main__":
+    main()
