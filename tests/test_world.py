@@ -155,7 +155,7 @@ def test_logits_take_local_times_global_memory(worlds, processes, kind, exchange
 def test_frozen_towers_and_running_means_are_those_of_one_process(
     worlds, processes, optimizer, close
 ):
-    """Two epochs, the ViT frozen in the first. Muon may compute in bfloat16: its last bit is more."""
+    """Two epochs, the ViT frozen in the first. In bfloat16, Muon rounds more."""
     ours, alone = worlds[processes][optimizer], worlds[1][optimizer]
     assert ours["losses"] == pytest.approx(alone["losses"], rel=close)
     for kind in ("weights", "mean"):
