@@ -5,11 +5,12 @@ import io
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
-from tests.execute_notebooks import KERNEL, ROOT, WIDGET_NOTE, clean
+from tests.execute_notebooks import KERNEL, ROOT, WIDGET_NOTE, clean, small_png
 from tests.notebook_hygiene import WIDGET_VIEW, problems, problems_of_file
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
@@ -91,3 +92,41 @@ def test_cleaning_leaves_nothing_to_complain_about():
     before = nbformat.writes(notebook)
     clean(notebook)
     assert nbformat.writes(notebook) == before
+
+
+def encoded(pixels):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def scene(height, width):
+    """Soft shades of every colour under a fine grain, as in a photograph."""
+    y, x = np.mgrid[0:height, 0:width]
+    shades = [np.sin(x / (17 + 7 * i) + i) * np.cos(y / (29 - 5 * i) - 2 * i) for i in range(3)]
+    grain = np.random.default_rng(0).normal(0, 4, (height, width, 3))
+    return (128 + 110 * np.stack(shades, 2) + grain).clip(0, 255).round()
+
+
+@pytest.mark.parametrize("drawing", [True, False])
+def test_an_image_is_smaller_and_looks_the_same(drawing):
+    """Masked grey keeps its colour, every grey has none; shades keep their mean, in no steps."""
+    pixels = scene(211, 307)
+    if drawing:
+        colours = np.random.default_rng(1).integers(0, 256, (31, 3))
+        pixels = colours[(pixels[..., 0] // 9).astype(int)]
+    pixels[:61, :59] = 208
+    pixels[:61, 67:131] = np.linspace(0, 255, 64)[:, None]
+    pixels = pixels.round()
+    small = small_png(encoded(pixels))
+    assert len(small) < 0.75 * len(encoded(pixels)) and small_png(small) == small
+    shown = Image.open(io.BytesIO(base64.b64decode(small))).convert("RGB")
+    shown = np.asarray(shown, float)
+    assert (shown[:61, :59] == 208).all()
+    ramp = shown[:61, 67:131]
+    assert np.ptp(ramp, axis=2).max() == 0 and np.abs(ramp - pixels[:61, 67:131]).max() <= 9
+    error = (shown - pixels)[61:]
+    if drawing:
+        assert not error.any()
+    near = error[:144, :304].reshape(18, 8, 38, 8, 3).mean((1, 3))  # as from some way off
+    assert np.abs(near).mean() < 2
