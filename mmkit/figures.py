@@ -3,6 +3,8 @@
 Colours are safe for colour-blind readers (Okabe & Ito 2008).
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from torch import Tensor
 
@@ -46,7 +48,12 @@ def yardstick_lines(ax, yardsticks: dict[str, float] | None):
         ax.annotate(name, (x, value), (0, 1), **where, **style)
 
 
-def wrap(words: str, width: int = 22, most: int = 3) -> str:
+def of_a_whole(label: str, values: Iterable[float]) -> bool:
+    """Whether these are parts of a whole in per cent, which nothing on their axis may exceed."""
+    return "%" in label and all(0 <= value <= 100 for value in values)
+
+
+def wrap(words: str, width: int = 20, most: int = 3) -> str:
     import textwrap
 
     lines = textwrap.wrap(words, width)
@@ -61,7 +68,7 @@ def show_picture(ax, picture: Tensor, title: str = "", frame: str | None = None)
     for spine in ax.spines.values():
         spine.set_edgecolor(frame or "0.85")
         spine.set_linewidth(2.5 if frame else 0.5)
-    ax.set_title(title, fontsize=8)
+    ax.set_title(title, fontsize=9)
 
 
 def rectangle(x: float, y: float, width: float, height: float, **style):

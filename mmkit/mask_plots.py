@@ -118,8 +118,8 @@ def what_the_model_sees(
     length = int(batch.valid[row].sum())
     ids = list(range(num_patches)) if image_masking is None else _kept(image_masking, row)
     words = list(range(length)) if text_masking is None else _kept(text_masking, row)
-    figure = new_figure(9.5, 3.3)
-    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 1.5])
+    figure = new_figure(10.5, max(3.3, 0.6 * (-(-len(ids) // 8) + -(-len(words) // 4))))
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1, 2.2])
     show_picture(left, pixels[0], "the picture")
     hidden = torch.ones(1, num_patches, dtype=torch.bool)
     hidden[0, ids] = False
@@ -129,7 +129,7 @@ def what_the_model_sees(
     pieces = model.tokenizer.convert_ids_to_tokens(batch.input_ids[row, words])
     _draw_sequence(right, squares, places, pieces, words)
     title = f"class token + {len(ids)} of {num_patches} patches (row,column),\n"
-    right.set_title(f"{title}{len(words)} of {length} text tokens (position)", fontsize=8)
+    right.set_title(f"{title}{len(words)} of {length} text tokens (position)", fontsize=9)
     take_away(figure, caption)
     return figure
 
@@ -137,7 +137,7 @@ def what_the_model_sees(
 def _draw_sequence(ax, squares: Tensor, places: list[str], pieces: list[str], numbers: list[int]):
     """Patches (K, P, P, 3) in rows of 8, each over its place, then word pieces over theirs."""
     columns = 8
-    small = dict(fontsize=5, va="center", color="0.35")
+    small = dict(fontsize=8, va="center", color="0.35")
     for i, (square, place) in enumerate(zip(squares, places, strict=True)):
         x, y = i % columns, i // columns
         ax.imshow(square.numpy(), extent=(x + 0.14, x + 0.86, y + 0.77, y + 0.05))
@@ -151,8 +151,8 @@ def _draw_sequence(ax, squares: Tensor, places: list[str], pieces: list[str], nu
             right, down = 0.14, down + 0.8
         colour = "0.9" if piece.startswith("[") else SKY
         box = dict(boxstyle="round,pad=0.2", facecolor=colour, edgecolor="none", alpha=0.8)
-        ax.text(right, down, piece, fontsize=7, family="monospace", va="center", bbox=box)
-        ax.text(right, down + 0.42, str(number), **small)
+        ax.text(right, down, piece, fontsize=9, family="monospace", va="center", bbox=box)
+        ax.text(right, down + 0.45, str(number), **small)
         right += width + 0.12
     ax.set(xlim=(0, columns), ylim=(down + 0.7, 0), aspect="equal")
     ax.axis("off")
@@ -180,7 +180,7 @@ def ratio_vs_cost(costs: Sequence[dict], caption: str = ""):
         for x, value, cost in zip(percent, values, costs, strict=True):
             times = values[0] / value
             ax.annotate(f"÷{times:.1f}", (x, value), (0, 7), textcoords="offset points",
-                        fontsize=7, ha="center", color="0.3")  # fmt: skip
+                        fontsize=8, ha="center", color="0.3")  # fmt: skip
             if name == "milliseconds":
                 ax.plot([x, x], cost["quartiles"], color=colour, alpha=0.5, linewidth=5)
         ax.set(xlabel="hidden patches (%)", ylabel=label, ylim=(0, 1.18 * max(values)))
@@ -333,7 +333,7 @@ def token_table(pieces: Sequence[Sequence[str]], valid: Tensor, caption: str = "
     words; grey: the two ends; empty: padding; orange: unknown.
     """
     count, length = valid.shape
-    figure = new_figure(0.66 * length + 1, 0.34 * count + 0.9)
+    figure = new_figure(0.75 * length + 1, 0.34 * count + 0.9)
     ax = figure.subplots()
     for y, (line, real) in enumerate(zip(pieces, valid.tolist(), strict=True)):
         for x, (piece, is_real) in enumerate(zip(line, real, strict=True)):
@@ -341,7 +341,7 @@ def token_table(pieces: Sequence[Sequence[str]], valid: Tensor, caption: str = "
             colour = (special if piece.startswith("[") else SKY) if is_real else "white"
             box = dict(facecolor=colour, edgecolor="0.75", linewidth=0.8, alpha=0.8)
             ax.add_patch(rectangle(x + 0.03, y + 0.08, 0.94, 0.84, **box))
-            words = dict(ha="center", va="center", fontsize=7, color="0.1" if is_real else "0.6")
+            words = dict(ha="center", va="center", fontsize=8, color="0.1" if is_real else "0.6")
             ax.text(x + 0.5, y + 0.5, piece, **words)
     ax.set(
         xlim=(0, length),

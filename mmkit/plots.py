@@ -23,6 +23,7 @@ from .figures import (  # noqa: F401  (the colours are for readers of mm.plots, 
     RED,
     SKY,
     new_figure,
+    of_a_whole,
     plain_axes,
     show_picture,
     take_away,
@@ -75,14 +76,17 @@ def bars(
 ):
     """Named values as horizontal bars, each with its number; chance as a dotted line.
 
-    intervals: (low, high) of each name, drawn as a line over its bar and written beside it.
+    intervals: (low, high) of each name, drawn as a line over its bar and written beside it. Where
+    label says % and no value is above 100, intervals and axis end at 100.
     """
     figure = new_figure(7, 0.42 * len(values) + 0.9)
     ax = figure.subplots()
     names = list(values)[::-1]
     widths = [values[n] for n in names]
+    whole = of_a_whole(label, widths)
     if intervals:
-        low, high = np.array([intervals[n] for n in names]).T
+        edges = np.array([intervals[n] for n in names])
+        low, high = (edges.clip(0, 100) if whole else edges).T
         ax.barh(names, widths, color=SKY, height=0.65)
         ax.errorbar(widths, names, xerr=[widths - low, high - widths], fmt="none", color="0.2",
                     capsize=3)  # fmt: skip
@@ -99,6 +103,8 @@ def bars(
     ax.set_xlabel(label)
     ax.margins(x=0.3 if intervals else 0.1)
     ax.set_xlim(left=0)
+    if whole:
+        ax.set_xticks([tick for tick in ax.get_xticks() if tick <= 100], minor=False)
     plain_axes(ax)
     take_away(figure, caption)
     return figure
@@ -156,13 +162,13 @@ def similarity_matrix(
     picked = torch.as_tensor(rows)
     captions = features.text_features[features.first_caption[picked]]
     scores = (features.image_features[picked] @ captions.T).numpy()
-    side = 0.32 * len(rows) + 2.6
+    side = 0.36 * len(rows) + 2.8
     figure = new_figure(side + 1.2, side)
     ax = figure.subplots()
     drawn = ax.imshow(scores, cmap="cividis")
     ticks = range(len(rows))
-    ax.set_xticks(ticks, [wrap(t, 40) for t in texts], rotation=90, fontsize=7)
-    ax.set_yticks(ticks, [wrap(t, 40) for t in texts], fontsize=7)
+    ax.set_xticks(ticks, [wrap(t, 40) for t in texts], rotation=90, fontsize=8)
+    ax.set_yticks(ticks, [wrap(t, 40) for t in texts], fontsize=8)
     ax.set(xlabel="caption", ylabel="picture of")
     figure.colorbar(drawn, ax=ax, label="cosine", shrink=0.7)
     take_away(figure, caption)
@@ -174,8 +180,8 @@ def search_results(index: Index, queries: Sequence, k: int = 6, caption: str = "
 
     A query is a text, or a picture (uint8 tensor (3, H, W)).
     """
-    figure = new_figure(1.2 * (k + 1.6), 1.5 * len(queries))
-    axes = figure.subplots(len(queries), k + 1, squeeze=False, width_ratios=[1.6] + [1] * k)
+    figure = new_figure(1.45 * (k + 1.4), 1.95 * len(queries))
+    axes = figure.subplots(len(queries), k + 1, squeeze=False, width_ratios=[1.4] + [1] * k)
     for line, query in zip(axes, queries, strict=True):
         if isinstance(query, str):
             line[0].text(0.98, 0.5, wrap(f"“{query}”", 20, 6), ha="right", va="center", fontsize=9)
@@ -184,9 +190,8 @@ def search_results(index: Index, queries: Sequence, k: int = 6, caption: str = "
             show_picture(line[0], query, "query")
         for ax, hit in zip(line[1:], index.search(query, k), strict=True):
             right = isinstance(query, str) and query in index.dataset.texts[hit.row]
-            title = f"{hit.score:.2f} {wrap(hit.text, 19)}"
+            title = wrap(f"{hit.score:.2f} {hit.text}", 20)
             show_picture(ax, index.dataset[hit.row]["image"], title, GREEN if right else None)
-            ax.title.set_fontsize(6)
     take_away(figure, caption)
     return figure
 
@@ -308,19 +313,23 @@ def lines(
 
     level: a named dotted yardstick, in the legend. yardsticks: several, with their names on them.
     reference: curves to compare with, dotted and grey. intervals: (low, high) of the curves of
-    these names, drawn as bars, or as areas if `bands`.
+    these names, drawn as bars, or as areas if `bands`; parts of a whole in per cent end at 100.
     """
     many = len(curves) > 6
     figure = new_figure(8 if many else 6.5, 4 if many else 3.2)
     ax = figure.subplots()
     for shade, (name, (xs, ys)) in zip(("0.2", "0.55"), (reference or {}).items(), strict=False):
         ax.plot(xs, ys, color=shade, linewidth=1.6, linestyle=":", label=name)
+    whole = of_a_whole(ylabel, [y for _, ys in curves.values() for y in ys])
     for i, (name, (xs, ys)) in enumerate(curves.items()):
         colour = (*COLOURS, "black", "0.55")[i % 8]  # the last two are dashed as well
         style: dict = dict(color=colour, linestyle="-" if i % 8 < 6 else "--", label=name)
         style |= dict(linewidth=1.8, marker="." if len(xs) < 30 else None)
         aside = 0.006 * (max(xs) - min(xs)) * (i - len(curves) / 2)
-        _curve(ax, xs, ys, (intervals or {}).get(name), bands, aside, style)
+        interval = (intervals or {}).get(name)
+        if interval is not None and whole:
+            interval = np.clip(interval, 0, 100)
+        _curve(ax, xs, ys, interval, bands, aside, style)
     if level:
         ax.axhline(level[1], color="0.5", linestyle=":", label=level[0])
     yardstick_lines(ax, yardsticks)

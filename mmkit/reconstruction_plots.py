@@ -40,15 +40,14 @@ def put_back_grid(
     the format `number`, which says what they are.
     """
     count, _, height, width = _checked(columns)
-    side = 0.76 * height / width + (0.2 if numbers else 0.04)
-    figure = new_figure(0.79 * len(columns) + (1.4 if titles else 0.1), side * count + 0.75)
+    side = 0.83 * height / width + (0.2 if numbers else 0.04)
+    figure = new_figure(0.86 * len(columns) + (1.4 if titles else 0.1), side * count + 1.0)
     axes = figure.subplots(count, len(columns), squeeze=False)
     for line, (title, pictures) in zip(axes.T, columns.items(), strict=True):
         for row, (ax, picture) in enumerate(zip(line, pictures, strict=True)):
-            show_picture(ax, picture, "" if row else wrap(title, 11))
+            show_picture(ax, picture, "" if row else wrap(title, 12, 4))
             if numbers and title in numbers:
-                ax.set_xlabel(number.format(float(numbers[title][row])), fontsize=7, labelpad=2)
-        line[0].title.set_fontsize(8)
+                ax.set_xlabel(number.format(float(numbers[title][row])), fontsize=8, labelpad=2)
     for ax, words in zip(axes[:, 0], titles or [""] * count, strict=True):
         ax.set_ylabel(wrap(words, 20, 6), rotation=0, ha="right", va="center", fontsize=8)
     take_away(figure, caption)
@@ -208,7 +207,7 @@ def _draw_entry(ax, entry: dict) -> None:
             )
         x, y = places[place]
         middle = x + LETTER * len(entry["pieces"][place][0]) / 2
-        ax.text(middle, y + 1.15, str(place), fontsize=6.5, ha="center", va="center", color="0.35")
+        ax.text(middle, y + 1.15, str(place), fontsize=8, ha="center", va="center", color="0.35")
         left, top = number % per_line * GUESS_WIDE, 7.6 * (number // per_line)
         _draw_guess(ax, guess, left, places[-1][1] + 2.6 + top)
 
@@ -222,7 +221,7 @@ def _draw_guess(ax, guess: dict, left: float, top: float) -> None:
     ax.text(left, top, head, fontsize=8, va="center", color="0.25" if found else RED)
     for line, (piece, probability) in enumerate(shown, 1):
         right, y = piece == guess["truth"], top + 1.05 * line + 0.1
-        style = dict(fontsize=7.5, va="center", color=BLUE if right else "0.2")
+        style = dict(fontsize=8, va="center", color=BLUE if right else "0.2")
         style |= dict(weight="bold" if right else "normal")
         if right:
             ax.text(left - 0.1, y, "✓", **style)

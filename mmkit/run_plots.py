@@ -112,7 +112,7 @@ def same_or_not(
         for event, step in (events or {}).items():
             ax.axvline(step, color="0.4", linestyle=":", linewidth=1)
             ax.annotate(event, (step, 0.98), xycoords=("data", "axes fraction"), rotation=90,
-                        ha="right", va="top", fontsize=7, color="0.4")  # fmt: skip
+                        ha="right", va="top", fontsize=8, color="0.4")  # fmt: skip
         ax.set_xlabel("step")
         ax.legend(fontsize=8)
         plain_axes(ax)
@@ -137,15 +137,14 @@ def gradient_agreement(
     gradient's norm against the norm of the error; dotted: errors of 1, 1e-3 and 1e-6 of the
     gradient; errors that are smaller still lie on the floor. The parameter `mark` is a star. Right:
     cosine to the reference and length (a multiple of the reference's), both without `mark`, and
-    `mark` as a multiple of the reference's. Bars end at 2; their numbers do not. A gradient that is
-    missing in others is zero.
+    `mark` as a multiple of the reference's. A gradient that is missing in others is zero.
     """
     figure = new_figure(9.8, 3.7)
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
     size = {name: float(grad.norm()) for name, grad in reference.items()}
     top = max(size.values())
     floor = 1e-10 * top
-    width = 0.84 / len(others)
+    width, tallest = 0.84 / len(others), 1.8
     for i, (colour, (way, grads)) in enumerate(zip(COLOURS, others.items(), strict=False)):
         grads = {n: grads.get(n, torch.zeros_like(g)) for n, g in reference.items()}
         error = {n: max(floor, float((grads[n] - g).norm())) for n, g in reference.items()}
@@ -156,8 +155,9 @@ def gradient_agreement(
         left.plot(size[mark], error[mark], "*", **star)
         values = _agreement(reference, grads, mark)
         places = np.arange(3) + (i - (len(others) - 1) / 2) * width
-        drawn = right.bar(places, np.minimum(values, 2), 0.94 * width, color=colour, label=way)
-        right.bar_label(drawn, [f"{v:.3g}" for v in values], fontsize=7, padding=2)
+        drawn = right.bar(places, values, 0.94 * width, color=colour, label=way)
+        right.bar_label(drawn, [f"{v:.3g}" for v in values], fontsize=8, padding=2)
+        tallest = max(tallest, *values)
     for share in (1, 1e-3, 1e-6):
         left.plot([floor, top], [share * floor, share * top], ":", color="0.5", linewidth=1)
         left.annotate(f" × {share:g}", (top, share * top), fontsize=8, color="0.4", va="center")
@@ -165,7 +165,7 @@ def gradient_agreement(
              xlabel="norm of a parameter's gradient", ylabel="norm of its error")  # fmt: skip
     left.set_title(f"star: {mark}", fontsize=9)
     right.set_xticks(range(3), ["cosine", "length", mark])
-    right.set(ylabel="compared with the true gradient", ylim=(0, 2.2))
+    right.set(ylabel="compared with the true gradient", ylim=(0, 1.1 * tallest))
     for ax in (left, right):
         plain_axes(ax)
     figure.legend(loc="outside upper center", ncols=len(others), fontsize=8, frameon=False)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 import mmkit as mm
 from mmkit import plots
@@ -41,9 +42,13 @@ def masked(data, count, ratio=0.5):
 
 
 def shown(figure, axes):
-    """The axes of a finished figure that are switched on; it must draw without a complaint."""
+    """The axes of a finished figure that are switched on; it must draw without a complaint, and
+    no word of it may be too small to read."""
     assert isinstance(figure, Figure)
     figure.draw_without_rendering()  # a closed figure's canvas draws nothing
+    small = {t.get_text() for t in figure.findobj(Text) if t.get_text() and t.get_fontsize() < 8}
+    assert not small
+    assert all(ax.title.get_fontsize() >= 9 for ax in figure.axes if ax.images and ax.get_title())
     visible = [ax for ax in figure.axes if ax.axison]
     assert len(visible) == axes
     return visible
@@ -212,6 +217,12 @@ def test_bars_show_their_numbers():
     assert [text.get_text() for text in ax.texts] == ["5.0", "12.3"]
     given = plots.bars({"a": 12.34, "b": 5}, "R@1 (%)", intervals={"a": (10, 15), "b": (4, 7)})
     assert [text.get_text() for text in shown(given, 1)[0].texts][-1] == "12.3 [10.0, 15.0]"
+    beyond = {"a": (80, 107), "b": (-2, 7)}
+    (ax,) = shown(plots.bars({"a": 97.0, "b": 3}, "R@1 (%)", intervals=beyond), 1)
+    assert [text.get_text() for text in ax.texts] == ["3.0 [0.0, 7.0]", "97.0 [80.0, 100.0]"]
+    assert max(ax.get_xticks()) == 100
+    (ax,) = shown(plots.bars({"a": 97.0}, "step (ms)", intervals={"a": (80, 107)}), 1)
+    assert ax.texts[0].get_text() == "97.0 [80.0, 107.0]" and max(ax.get_xticks()) > 100
     groups = {"x": {"a": 1, "b": 2}, "y": {"a": 3, "b": 4}, "z": {"a": 5, "b": 6}}
     (ax,) = shown(plots.grouped_bars(groups, "share (%)"), 1)
     assert [text.get_text() for text in ax.texts] == list("135246")
@@ -264,6 +275,10 @@ def test_lines_have_yardsticks_and_areas():
     (ax,) = shown(plots.lines(data, "hidden (%)", "error", **given), 1)
     (bars,) = ax.collections
     assert [tuple(bar[:, 1]) for bar in bars.get_segments()] == [(4, 6), (6, 9)]
+    given = dict(intervals={"without": ([-3, 6], [6, 103])})
+    (ax,) = shown(plots.lines(data, "hidden (%)", "R@1 (%)", **given), 1)
+    (bars,) = ax.collections
+    assert [tuple(bar[:, 1]) for bar in bars.get_segments()] == [(0, 6), (6, 100)]
 
 
 def test_repeats_draw_every_measurement():
@@ -316,6 +331,8 @@ def test_gradients_are_compared_with_the_true_one():
     figure = plots.gradient_agreement(true, {"same": true, "half": half}, caption="take-away")
     left, right = shown(figure, 2)
     assert [text.get_text() for text in right.texts] == ["1", "1", "1", "1", "0.5", "4"]
+    heights = [bar.get_height() for bar in right.patches]
+    assert heights == pytest.approx([1, 1, 1, 1, 0.5, 4]) and right.get_ylim()[1] > 4
     same, star, other, other_star = left.lines[:4]
     sizes = [float(true[n].norm()) for n in "ab"]
     np.testing.assert_allclose(other.get_xdata(), sizes, rtol=1e-6)
