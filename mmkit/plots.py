@@ -327,9 +327,7 @@ def lines(
         style |= dict(linewidth=1.8, marker="." if len(xs) < 30 else None)
         aside = 0.006 * (max(xs) - min(xs)) * (i - len(curves) / 2)
         interval = (intervals or {}).get(name)
-        if interval is not None and whole:
-            interval = np.clip(interval, 0, 100)
-        _curve(ax, xs, ys, interval, bands, aside, style)
+        _curve(ax, xs, ys, interval, bands, aside, whole, style)
     if level:
         ax.axhline(level[1], color="0.5", linestyle=":", label=level[0])
     yardstick_lines(ax, yardsticks)
@@ -344,13 +342,15 @@ def lines(
     return figure
 
 
-def _curve(ax, xs, ys, interval, bands: bool, aside: float, style: dict) -> None:
+def _curve(ax, xs, ys, interval, bands: bool, aside: float, whole: bool, style: dict) -> None:
     """One curve; its interval (low, high) as an area, or as bars `aside`, to be told apart."""
-    if interval is None or bands:
+    if interval is None:
         ax.plot(xs, ys, **style)
-        if interval is not None:
-            ax.fill_between(xs, *interval, color=style["color"], alpha=0.2, linewidth=0)
         return
-    low, high = (np.asarray(edge) for edge in interval)
+    low, high = np.clip(interval, 0, 100) if whole else np.asarray(interval)
+    if bands:
+        ax.plot(xs, ys, **style)
+        ax.fill_between(xs, low, high, color=style["color"], alpha=0.2, linewidth=0)
+        return
     spread = np.array([np.asarray(ys) - low, high - np.asarray(ys)])
     ax.errorbar(np.asarray(xs) + aside, ys, spread, capsize=2, **style)
