@@ -36,11 +36,16 @@ def picture_signature(pixel_values: Tensor) -> Tensor:
     pixels = pixel_values.float()
     if pixel_values.is_floating_point():
         pixels = pixels * 57 + 118  # back to about 0..255 from ImageNet's mean and spread
+    return unrounded_signature(pixels).half()
+
+
+def unrounded_signature(pixels: Tensor) -> Tensor:
+    """`picture_signature` in the number type of `pixels` (B, 3, H, W), from 0 to 255."""
     small = F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True)
     mean = small.mean((2, 3), keepdim=True)
     flat = (small - mean).flatten(1)
     flat = flat / flat.pow(2).mean(1, keepdim=True).sqrt().clamp(min=8)
-    return torch.cat([flat, mean.flatten(1) / 255], 1).half()
+    return torch.cat([flat, mean.flatten(1) / 255], 1)
 
 
 def exact_duplicates(keys: Sequence[Hashable]) -> np.ndarray:
@@ -66,8 +71,7 @@ def near_duplicates(signature: Tensor, threshold: float = NEAR) -> np.ndarray:
     if threshold == 0:
         return same
     signature = signature[np.unique(same, return_index=True)[1]]
-    coarse = F.avg_pool2d(signature[:, :-3].float().view(-1, 3, SIDE, SIDE), 2).flatten(1)
-    coarse = coarse / coarse.shape[1] ** 0.5  # so that a distance is a root mean square
+    coarse = coarse_cells(signature.float())
     place = _main_direction(coarse)
     order = place.argsort(stable=True)
     clusters = Clusters(len(order))
@@ -75,6 +79,12 @@ def near_duplicates(signature: Tensor, threshold: float = NEAR) -> np.ndarray:
     label = np.empty(len(order), np.int64)
     label[order.numpy()] = clusters.label.numpy()
     return exact_duplicates(label[same].tolist())
+
+
+def coarse_cells(signature: Tensor) -> Tensor:
+    """(N, 192) colours of 8 x 8 cells, scaled so that a distance is a root mean square."""
+    cells = F.avg_pool2d(signature[:, :-3].view(-1, 3, SIDE, SIDE), 2).flatten(1)
+    return cells / cells.shape[1] ** 0.5
 
 
 class Clusters:
@@ -123,7 +133,7 @@ def _link_all(signature, coarse, place, threshold: float, clusters: Clusters) ->
                 left, right = rows[a[pair : pair + _PAIRS]], columns[b[pair : pair + _PAIRS]]
                 apart = clusters.label[left] != clusters.label[right]
                 left, right = left[apart], right[apart]
-                near = _is_near(signature[left], signature[right], threshold)
+                near = is_near(signature[left].float(), signature[right].float(), threshold)
                 if near.any():
                     clusters.link(left[near], right[near])
 
@@ -138,10 +148,10 @@ def _nearest(distance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a[by_row[first]], b[by_row[first]]
 
 
-def _is_near(left: Tensor, right: Tensor, threshold: float) -> Tensor:
+def is_near(left: Tensor, right: Tensor, threshold: float) -> Tensor:
     """(P,) bool for P pairs of signatures: of one colour, and alike in every place once aligned."""
-    near = (left[:, -3:].float() - right[:, -3:].float()).abs().amax(1) <= MEAN_COLOUR
-    a, b = (x[:, :-3].float().view(-1, 3, SIDE, SIDE) for x in (left, right))
+    near = (left[:, -3:] - right[:, -3:]).abs().amax(1) <= MEAN_COLOUR
+    a, b = (x[:, :-3].view(-1, 3, SIDE, SIDE) for x in (left, right))
     alike = _largest_place(a - b) <= threshold
     unsure = torch.where(near & ~alike)[0]
     if len(unsure):

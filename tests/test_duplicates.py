@@ -24,8 +24,8 @@ from mmkit.near_pictures import (
     COARSE,
     NEAR,
     SIDE,
-    _is_near,
     exact_duplicates,
+    is_near,
     near_duplicates,
     picture_signature,
 )
@@ -132,13 +132,13 @@ def test_few_drawings_of_different_names_are_joined(drawings):
 
 
 def test_clusters_are_what_a_slow_loop_connects(drawings):
-    signature = drawings[0][np.r_[700:760, 1500:1560]]
+    signature = drawings[0][np.r_[700:760, 1500:1560]].float()
     count = len(signature)
     small = signature[:, :-3].float().view(count, 3, SIDE // 2, 2, SIDE // 2, 2).mean((3, 5))
     reach = np.eye(count, dtype=bool)
     for i, j in itertools.combinations(range(count), 2):
         if (small[i] - small[j]).pow(2).mean().sqrt() <= COARSE:
-            reach[i, j] = reach[j, i] = _is_near(signature[[i]], signature[[j]], NEAR)
+            reach[i, j] = reach[j, i] = is_near(signature[[i]], signature[[j]], NEAR)
     for k in range(count):  # Warshall: all that is connected
         reach |= reach[:, [k]] & reach[[k]]
     expected = {(i, j) for i, j in itertools.combinations(range(count), 2) if reach[i, j]}
