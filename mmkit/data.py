@@ -16,6 +16,7 @@ import queue
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, BinaryIO
@@ -67,6 +68,17 @@ class Batch:
         return [self[int(part[0]) : int(part[-1]) + 1] for part in rows]
 
 
+@dataclass
+class _Decoded:
+    """Decoded pictures, of one data set and all its views: whichever is filled first fills all."""
+
+    pixels: Any  # (N, 3, H, W) uint8: a tensor, an array, or cached files; None = decode
+    rows: np.ndarray  # of each row of the data set: its place in them
+
+    def fill(self, pixels: Any, rows: np.ndarray):
+        self.pixels, self.rows = pixels, rows
+
+
 class MultimodalDataset:
     """Pictures and their captions.
 
@@ -91,8 +103,9 @@ class MultimodalDataset:
     cache_dir: str | os.PathLike | None = None  # where decoded pictures are kept, and how many may
     cache_gigabytes = 0.0  # be; 0 = none: each epoch decodes them anew
     places: Any = None  # where each row stands in its source: ("pairs.csv, line", numbers)
+    max_length = 77  # pieces of a caption that are read: CLIP's length; a model asks for its own
     _store: Any = None  # PictureStore: where the encoded pictures are
-    _pixels: Any  # (N, 3, H, W) uint8: a tensor, an array, or cached files; None = decode
+    _encoded: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def __init__(
         self,
@@ -180,7 +193,7 @@ class MultimodalDataset:
             raise ValueError(f"{count} pictures but {len(texts)} texts; give one text per picture")
         rows = np.arange(count) if rows is None else np.asarray(rows)
         self._start(texts, tokenizer, sample_ids, meta, [[("row", int(r))] for r in rows])
-        self._pixels, self._pixel_rows = pixels, rows
+        self._decoded = _Decoded(pixels, rows)
         if device is not None and torch.device(device).type != "cpu":
             self.keep_on(device)
         return self
@@ -196,11 +209,11 @@ class MultimodalDataset:
             [[*k, *c] for k, c in zip(same_picture, self.texts, strict=True)]
         )
         self.meta = meta or [{} for _ in self.texts]
-        self._pixels = None
-        # of each row: its place in the store, in the decoded pixels, in what was loaded
-        self._rows = self._pixel_rows = self._place_rows = np.arange(len(self.texts))
+        # of each row: its place in the store, in what was loaded
+        self._rows = self._place_rows = np.arange(len(self.texts))
+        self._decoded = _Decoded(None, self._rows)
         self._tokenizer, self.given_tokenizer = tokenizer, tokenizer is not None
-        self.max_length, self._encoded = 77, None  # CLIP's length; a model sets its own
+        self._encodings: deque = deque(maxlen=2)
 
     # -- captions ----------------------------------------------------------------------------
 
@@ -211,18 +224,30 @@ class MultimodalDataset:
             self._tokenizer = train_wordpiece([c for captions in self.texts for c in captions])
         return self._tokenizer
 
-    def use_tokenizer(self, tokenizer, max_length: int):
-        """Encode captions by this tokenizer from now on, at most `max_length` pieces each."""
-        if tokenizer is not self._tokenizer or max_length != self.max_length:
-            self._tokenizer, self.max_length, self._encoded = tokenizer, max_length, None
+    def encoded_by(self, tokenizer, max_length: int) -> "MultimodalDataset":
+        """The same data, its captions as this tokenizer gives them, at most `max_length` tokens.
+
+        A view: it shares images, captions and ids, also images that are decoded or cached later.
+        This data set stays as it is, so that whoever reads it reads on what they read before.
+        """
+        if tokenizer is self._tokenizer and max_length == self.max_length:
+            return self
+        view = copy.copy(self)
+        view._tokenizer, view.max_length, view._encoded = tokenizer, max_length, None
+        return view
 
     def encoded_captions(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All captions: ids (M, L) int32, length (M,); of pictures (N,) the first and how many."""
+        if self._encoded is None:
+            for tokenizer, max_length, encoded in self._encodings:  # of views made before
+                if tokenizer is self.tokenizer and max_length == self.max_length:
+                    self._encoded = encoded
         if self._encoded is None:
             flat = [c for captions in self.texts for c in captions]
             input_ids, valid = encode_texts(self.tokenizer, flat, self.max_length)
             counts = torch.tensor([len(c) for c in self.texts])
             self._encoded = (input_ids.int(), valid.sum(1), counts.cumsum(0) - counts, counts)
+            self._encodings.append((self.tokenizer, self.max_length, self._encoded))
         return self._encoded
 
     def piece_frequency(self) -> Tensor:
@@ -309,17 +334,18 @@ class MultimodalDataset:
 
     def _take(self, rows: np.ndarray, noise: Tensor | None = None) -> Tensor:
         """Pictures of these rows as one tensor (B, 3, H, W)."""
-        if self._pixels is None:
+        pixels = self._decoded.pixels
+        if pixels is None:
             return self._decode_all(rows.tolist(), noise)
-        picked = self._pixel_rows[rows]
-        if isinstance(self._pixels, Tensor):
-            return self._pixels[torch.from_numpy(picked).to(self._pixels.device)]
-        return torch.from_numpy(np.ascontiguousarray(self._pixels[picked]))
+        picked = self._decoded.rows[rows]
+        if isinstance(pixels, Tensor):
+            return pixels[torch.from_numpy(picked).to(pixels.device)]
+        return torch.from_numpy(np.ascontiguousarray(pixels[picked]))
 
     def keep_on(self, device: str | torch.device) -> "MultimodalDataset":
         """Decode all pictures now and keep them there ("cpu", "cuda"); returns itself."""
         everything = np.arange(len(self))
-        self._pixels, self._pixel_rows = self._take(everything).to(device), everything
+        self._decoded.fill(self._take(everything).to(device), everything)
         return self
 
     def cached(
@@ -339,7 +365,7 @@ class MultimodalDataset:
         if why := self.why_not_cached():
             raise ValueError(f"the pictures cannot be cached: {why}")
         for row in self.decode_into_cache(num_workers):
-            self._pixels = None
+            self._decoded.fill(None, self._decoded.rows)
             self._decode(row)  # raises, naming file and row
             raise RuntimeError(f"{self.picture_name(row)} could not be decoded before; try again")
         return self
@@ -357,11 +383,11 @@ class MultimodalDataset:
         assert self.side is not None
         tensor_decoder()
         hashes = self.content_hashes()
-        self._pixels, failed = decode_once(
+        pixels, failed = decode_once(
             hashes, self._lean(), self.side, repr(self.reading), num_workers, self.cache_dir,
             self.cache_gigabytes,
         )  # fmt: skip
-        self._pixel_rows = np.arange(len(self))
+        self._decoded.fill(pixels, np.arange(len(self)))
         return failed
 
     def rows_that_fail(self, num_workers: int = 0) -> list[int]:
@@ -385,10 +411,10 @@ class MultimodalDataset:
         if why := self.why_not_cached():
             return f"pictures are decoded anew in each epoch: {why}"
         started = time.perf_counter()
-        self.cached(num_workers, self.cache_dir, self.cache_gigabytes)
+        pixels: Any = self.cached(num_workers, self.cache_dir, self.cache_gigabytes)._decoded.pixels
         return (
-            f"{len(self):,} pictures decoded once ({self._pixels.nbytes / 1e9:.2f} GB in "
-            f"{self._pixels.folder}), {time.perf_counter() - started:.1f} s"
+            f"{len(self):,} pictures decoded once ({pixels.nbytes / 1e9:.2f} GB in "
+            f"{pixels.folder}), {time.perf_counter() - started:.1f} s"
         )
 
     def _lean(self) -> Callable[[int], np.ndarray]:
@@ -396,6 +422,7 @@ class MultimodalDataset:
         view = copy.copy(self)
         view.texts = view.meta = []
         view._encoded = view._tokenizer = view.report = None
+        view._encodings = deque()
         view.sample_ids = view.group_ids = torch.empty(0)
         return functools.partial(_decoded_array, view)
 
@@ -407,7 +434,7 @@ class MultimodalDataset:
     @property
     def resident(self) -> bool:
         """True where a batch needs no decoding."""
-        return self._pixels is not None
+        return self._decoded.pixels is not None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -476,9 +503,9 @@ class MultimodalDataset:
         part.__dict__.update(self.__dict__)
         part.texts, part.meta = [self.texts[r] for r in rows], [self.meta[r] for r in rows]
         part.sample_ids, part.group_ids = self.sample_ids[rows], self.group_ids[rows]
-        for name in ("_rows", "_pixel_rows", "_place_rows"):
-            setattr(part, name, getattr(self, name)[rows])
-        part._tokenizer, part._encoded = self.tokenizer, None
+        part._rows, part._place_rows = self._rows[rows], self._place_rows[rows]
+        part._decoded = _Decoded(self._decoded.pixels, self._decoded.rows[rows])
+        part._tokenizer, part._encoded, part._encodings = self.tokenizer, None, deque(maxlen=2)
         if self.report is not None:
             part.report = self.report.part(rows.tolist(), part.texts)
         return part
@@ -580,7 +607,7 @@ def load_batches(
     Pictures that must be decoded are decoded by `num_workers` processes; those of a cached
     file are collected by a thread; those in memory need neither.
     """
-    if isinstance(dataset._pixels, Tensor) or (num_workers == 0 and not dataset.resident):
+    if isinstance(dataset._decoded.pixels, Tensor) or (num_workers == 0 and not dataset.resident):
         return (dataset.batch(*key) for key in keys)
     if dataset.resident:
         return _ahead((dataset.batch(*key) for key in keys), pin)

@@ -306,7 +306,7 @@ class MultimodalEncoder(nn.Module, Exportable):
         if length > self.max_length:
             raise ValueError(
                 f"captions are {length} pieces long, the encoder takes {self.max_length}; "
-                "call dataset.use_tokenizer(model.tokenizer, model.max_length)"
+                "take batches of dataset.encoded_by(model.tokenizer, model.max_length)"
             )
         words = self.bert.embeddings.word_embeddings(input_ids)  # (B, L, D)
         positions = torch.arange(length, device=words.device).expand(len(words), -1)

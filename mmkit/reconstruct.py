@@ -219,7 +219,7 @@ def evaluate_reconstruction(
     `seed`, epoch 0. Several processes share the work.
     """
     decoder, device = _decoder(model), model.logit_scale.device
-    dataset.use_tokenizer(model.tokenizer, model.max_length)
+    dataset = dataset.encoded_by(model.tokenizer, model.max_length)
     frequency = dataset.piece_frequency() if text_mask[0] == "frequency" else None
     kept: dict[str, Any] = dict(layers=dataset.layers, frequency=frequency)
     sums = torch.zeros(len(_SUMS), dtype=torch.float64)

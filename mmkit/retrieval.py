@@ -69,7 +69,7 @@ def embed(
     is done with the hidden, as in `TrainingConfig`. mixed_precision: as there; "auto" is faster,
     "no" is exact. Several processes share the work, each sample counted once.
     """
-    dataset.use_tokenizer(model.tokenizer, model.max_length)
+    dataset = dataset.encoded_by(model.tokenizer, model.max_length)
     _, _, first, counts = dataset.encoded_captions()
     common: Any = dict(batch_size=batch_size, seed=seed, mixed_precision=mixed_precision)
     size, images, texts = model.embed_dim, model.encode_image, model.encode_text
@@ -99,7 +99,7 @@ def of_pictures(
     """
     device = model.logit_scale.device
     autocast = autocast_for(mixed_precision, device)
-    dataset.use_tokenizer(model.tokenizer, model.max_length)
+    dataset = dataset.encoded_by(model.tokenizer, model.max_length)
     parts = []
     for rows in _my_chunks(len(dataset), batch_size):
         batch = dataset.batch(rows).to(device)
@@ -132,7 +132,7 @@ def of_captions(
     """
     device = model.logit_scale.device
     autocast = autocast_for(mixed_precision, device)
-    dataset.use_tokenizer(model.tokenizer, model.max_length)
+    dataset = dataset.encoded_by(model.tokenizer, model.max_length)
     input_ids, lengths, first, counts = dataset.encoded_captions()
     picture = torch.repeat_interleave(torch.arange(len(dataset)), counts)  # picture of each caption
     captions = first if canonical else torch.arange(len(input_ids))

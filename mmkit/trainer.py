@@ -186,7 +186,8 @@ class MaskedMultimodalTrainer:
 
     def _share_tokenizer(self):
         """All data is encoded as the model reads it; a foreign tokenizer gives silent nonsense."""
-        for name, data in (("train", self.train), ("val", self.val)):
+        for name in ("train", "val"):
+            data = getattr(self, name)
             if data is None:
                 continue
             if data.given_tokenizer and not _same(data.tokenizer, self.model.tokenizer):
@@ -194,7 +195,7 @@ class MaskedMultimodalTrainer:
                     f"the {name} set was given another tokenizer than the model has; build both "
                     "with the same one (tokenizer=model.tokenizer)"
                 )
-            data.use_tokenizer(self.model.tokenizer, self.model.max_length)
+            setattr(self, name, data.encoded_by(self.model.tokenizer, self.model.max_length))
 
     def _run_name(self, resume: bool) -> str:
         name = self.config.run_name

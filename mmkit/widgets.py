@@ -73,6 +73,8 @@ class MaskLab:
 
         from .mask_canvas import MaskCanvas
 
+        if model is not None:
+            dataset = dataset.encoded_by(model.tokenizer, model.max_length)
         self.dataset, self.model = dataset, model
         self.patch_size = checked_patch(dataset, model, patch_size)
         height, width = dataset[0]["image"].shape[1:]
@@ -221,7 +223,6 @@ class MaskLab:
     def _batch(self, rows: list[int]) -> Batch:
         if self.model is None:
             return self.dataset.batch(rows).to("cpu")
-        self.dataset.use_tokenizer(self.model.tokenizer, self.model.max_length)
         return self.dataset.batch(rows).to(self.model.logit_scale.device)
 
     def _text(self) -> tuple[str, float]:

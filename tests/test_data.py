@@ -221,8 +221,8 @@ def test_frequency_of_pieces_is_counted_over_all_captions(files):
     assert part.piece_frequency()[data.tokenizer.convert_tokens_to_ids("and")] == pytest.approx(
         2 / 7
     )
-    data.use_tokenizer(data.tokenizer, 3)  # cut captions: what is cut is not counted
-    assert (data.piece_frequency() > 0).sum() < (expected > 0).sum()
+    cut = data.encoded_by(data.tokenizer, 3)  # cut captions: what is cut is not counted
+    assert (cut.piece_frequency() > 0).sum() < (expected > 0).sum()
 
 
 def test_bad_input_is_refused_in_words(files, tmp_path):

@@ -517,8 +517,7 @@ def test_one_batch_overfits():
         embed_dim=13,
     )
     model.add_decoder(width=64, pixel_depth=1, word_depth=0).to_device("cpu").train()
-    data.use_tokenizer(model.tokenizer, model.max_length)
-    batch = data.batch(range(7))
+    batch = data.encoded_by(model.tokenizer, model.max_length).batch(range(7))
     maskings = draw_maskings(batch, model, seed=0, epoch=0, image=("random", 0.75),
                              text=("random", 0.3), predict_words=True)  # fmt: skip
     config = mm.TrainingConfig(learning_rate=1e-2, matrix_learning_rate=3e-2, weight_decay=0.0)

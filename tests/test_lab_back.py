@@ -170,7 +170,7 @@ def test_without_a_decoder_nothing_is_there(make_data, make_model):
 def test_a_normalised_picture_is_shown_in_the_range_of_the_one_put_back(make_lab, make_data):
     whole = make_lab()
     data = make_data(23)
-    data._pixels = whole.model.normalize(data._pixels)
+    data._decoded.pixels = whole.model.normalize(data._decoded.pixels)
     lab = MaskLab(data, whole.model)
     lab.row.value = 4
     assert torch.equal(lab.picture(), whole.picture())

@@ -324,5 +324,5 @@ def test_a_cached_file_that_is_cut_off_while_in_use_is_said(root, cache):
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(OSError, match="was cut off while in use; remove it"):
         data.batch([6])
-    again = pickle.loads(pickle.dumps(data._pixels))[[0]]
+    again = pickle.loads(pickle.dumps(data._decoded.pixels))[[0]]
     assert torch.equal(torch.from_numpy(again), by_hand(root)[:1])

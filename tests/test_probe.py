@@ -35,8 +35,8 @@ def sets(distance, train=113, test=53):
 def with_meta(data):
     """Two kinds of picture that differ in brightness; row 3 is of unknown kind."""
     kinds = ["light" if row % 3 else "dark" for row in range(len(data))]
-    data._pixels = data._pixels.clone()
-    data._pixels[::3] //= 3
+    data._decoded.pixels = data._decoded.pixels.clone()
+    data._decoded.pixels[::3] //= 3
     data.meta = [{"group": kind, "family": f"f{row // 2}"} for row, kind in enumerate(kinds)]
     data.meta[3]["group"] = ""
     return data
@@ -64,7 +64,6 @@ def test_text_states_ignore_padding_and_extra_captions(make_model, make_data):
     """One row per picture, from its first caption alone, however long its neighbours are."""
     model, data = make_model().eval(), make_data(23)
     data.texts[4].append("an old red bread")
-    data._encoded = None
     states = pooled_states(model, data, "text")
     assert states.shape == (23, 22)
     torch.testing.assert_close(pooled_states(model, data, "text", batch_size=1), states)

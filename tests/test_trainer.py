@@ -151,10 +151,84 @@ def test_the_training_tokenizer_goes_to_the_validation_set(
     train, val = make_data(53, tokenizer=None), make_data(17, tokenizer=None)
     val.texts = [["blue moon"]] * 17
     trainer = mm.MaskedMultimodalTrainer(config(), train, val, make_model())
-    assert val.tokenizer is trainer.model.tokenizer is train.tokenizer
+    assert trainer.val.tokenizer is trainer.model.tokenizer is trainer.train.tokenizer
+    assert val.tokenizer is not train.tokenizer and val.max_length == 77  # they stay as they were
     foreign = make_data(17, tokenizer=mm.train_wordpiece(["something else"]))
     with pytest.raises(ValueError, match="val set was given another tokenizer"):
         mm.MaskedMultimodalTrainer(config(), train, foreign, make_model())
+
+
+def other_model(make_data):
+    """Reads other tokens, and at most 5 of a caption."""
+    from transformers import BertConfig, ViTConfig
+
+    tokenizer = mm.train_wordpiece(["moon", "the old red house and the small boat"])
+    tower = dict(hidden_size=22, num_hidden_layers=1, num_attention_heads=2, intermediate_size=31)
+    return mm.MultimodalEncoder(
+        ViTConfig(image_size=15, patch_size=5, **tower),
+        BertConfig(vocab_size=len(tokenizer), max_position_embeddings=5, **tower),
+        tokenizer,
+        embed_dim=13,
+    )
+
+
+def test_others_on_the_same_data_do_not_move_a_training(config, make_model, make_data):
+    """A model with another tokenizer is evaluated in a callback, and trained beside it."""
+    other = other_model(make_data)
+
+    def losses(data, *callbacks):
+        trainer = mm.MaskedMultimodalTrainer(
+            config(run_name="", num_epochs=1), data, data, make_model(), callbacks=callbacks
+        )
+        return [record["loss"] for record in trainer.fit().history]
+
+    def evaluate(trainer, record):
+        if trainer.step == 2:
+            mm.evaluate(other, data, ks=(1,))
+
+    def train_beside(trainer, record):
+        if trainer.step == 2:
+            beside = mm.MaskedMultimodalTrainer(config(run_name=""), data, data, other)
+            assert beside.first_batch().input_ids.shape[1] == 5
+
+    data = make_data(53, tokenizer=None)
+    alone = losses(make_data(53, tokenizer=None))
+    before = [x.clone() for x in data.encoded_captions()]
+    assert losses(data, evaluate) == alone
+    assert losses(data, train_beside) == alone
+    assert all(map(torch.equal, before, data.encoded_captions()))
+
+
+def test_a_view_is_encoded_once_and_shares_its_images(tmp_path, make_data, monkeypatch):
+    calls, encode = [], mm.data.encode_texts
+    monkeypatch.setattr(
+        mm.data, "encode_texts", lambda *args: calls.append(args[2]) or encode(*args)
+    )
+    data = make_data(23)
+    assert data.encoded_by(data.tokenizer, 77) is data
+    for _ in range(3):
+        views = [data.encoded_by(data.tokenizer, length) for length in (5, 7)]
+        assert [view.batch(range(23)).input_ids.shape[1] for view in views] == [5, 7]
+    assert calls == [5, 7]
+    assert views[0].subset([4, 0]).batch([0]).input_ids.shape[1] == 5
+    paths = [tmp_path / f"{row}.png" for row in range(3)]
+    for row, path in enumerate(paths):
+        path.write_bytes(data.picture_file(row).getvalue())
+    for first, second in ((0, 1), (1, 0)):  # whichever of the two is decoded
+        files = mm.MultimodalDataset(paths, ["a", "b", "c"], image_size=15)
+        pair = (files, files.encoded_by(data.tokenizer, 5))
+        pair[first].keep_on("cpu")
+        assert pair[second].resident
+        assert torch.equal(pair[second].batch([2]).pixel_values, data.batch([2]).pixel_values)
+
+
+def test_what_an_encoder_says_of_long_captions_is_a_remedy(make_data):
+    model, data = other_model(make_data), make_data(23)
+    with pytest.raises(ValueError, match="the encoder takes 5") as error:
+        model(data.batch(range(23)))
+    remedy = str(error.value).split("take batches of ")[1]
+    view = eval(remedy, {"dataset": data, "model": model})
+    assert model(view.batch(range(23))).text_features.shape == (23, 13)
 
 
 def test_every_picture_once_per_epoch_in_a_new_order(config, make_model, make_data):

@@ -347,7 +347,7 @@ def test_the_picture_is_sent_as_it_is_and_the_still_has_its_hidden_patches_grey(
 
 def test_a_normalised_picture_is_shown_in_its_own_range(make_data):
     data = make_data(3)
-    data._pixels = data._pixels.float() / 100 - 1
+    data._decoded.pixels = data._decoded.pixels.float() / 100 - 1
     lab = MaskLab(data, patch_size=5)
     assert lab.picture().dtype == torch.uint8
     assert lab.picture().min() == 0 and lab.picture().max() == 255

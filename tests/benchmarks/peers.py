@@ -54,7 +54,7 @@ class Peer:
     def __init__(self, size: str, ratio: float, data, batch_size: int, precision: str):
         self.size, self.ratio, self.precision = PRESETS[size], ratio, precision
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        data.use_tokenizer(data.tokenizer, self.size["length"])
+        self.data = data = data.encoded_by(data.tokenizer, self.size["length"])
         self.length = int(data.encoded_captions()[1].max())
         self.pieces = len(data.tokenizer)
         self.end = data.tokenizer.sep_token_id

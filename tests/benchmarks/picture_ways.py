@@ -90,7 +90,7 @@ def fill(data: mm.MultimodalDataset) -> Way:
     def run(part: range) -> int:
         some = data.subset(part)
         some.cached(WORKERS)
-        shutil.rmtree(some._pixels.folder)  # or the next round finds them
+        shutil.rmtree(some._decoded.pixels.folder)  # or the next round finds them
         return len(some)
 
     return run

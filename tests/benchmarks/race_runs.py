@@ -170,7 +170,7 @@ class Watched(mm.MaskedMultimodalTrainer):
 
     def watch(self, clock: Clock, test: mm.MultimodalDataset) -> None:
         self.watching, model = clock, self.model
-        test.use_tokenizer(model.tokenizer, model.max_length)
+        test = test.encoded_by(model.tokenizer, model.max_length)
         self.score = lambda: r_at_1(model, model.encode_image, model.encode_text, test)
 
     def train_step(self, batch, epoch):
@@ -252,10 +252,11 @@ def run_peer(work: dict, clock: Clock, test, folder: Path, tokenizer) -> dict:
     recipe, seed, rate = RECIPES[work["who"]], work["seed"], work["learning_rate"]
     data = decoded(folder, tokenizer)
     peer = recipe.peer(SIZE, recipe.hidden, data, recipe.batch_size, PRECISION)
+    data = peer.data
     with clock.standing_still():
         start_anew(peer, recipe, seed, rate)
         of_step = step_seconds(peer, batches_of(peer, data, recipe.batch_size, seed))
-        test.use_tokenizer(tokenizer, peer.length)
+        test = test.encoded_by(tokenizer, peer.length)
     start_anew(peer, recipe, seed, rate)
     encode = encoders(peer)
     steps = max(1, round((60 * work["minutes"] - clock.seconds) / of_step))

@@ -47,7 +47,7 @@ class Scored(mm.MaskedMultimodalTrainer):
     most, every = 150, 5
 
     def watch(self, test: mm.MultimodalDataset) -> None:
-        test.use_tokenizer(self.model.tokenizer, self.model.max_length)
+        test = test.encoded_by(self.model.tokenizer, self.model.max_length)
         self.test, self.curve, self.made = test, [0.0], 0
 
     def train_step(self, batch, epoch):

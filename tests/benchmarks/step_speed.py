@@ -136,7 +136,7 @@ def limit(size: str, ratio: float, batch: int, milliseconds: float, precision: s
     """Useful operations of our step over what the machine multiplies at the step's own shapes."""
     data, _, _ = mm.openmoji(PRESETS[size]["image"])
     model = mm.MultimodalEncoder.preset(size, tokenizer=data.tokenizer)
-    data.use_tokenizer(model.tokenizer, model.max_length)
+    data = data.encoded_by(model.tokenizer, model.max_length)
     words = float(data.encoded_captions()[1].float().mean())
     kept = max(1, round(model.num_patches * (1 - ratio)))
     gflop = batch * cost.step_flops(model, kept, words, replay=False) / 1e9
