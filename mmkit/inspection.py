@@ -11,10 +11,12 @@ import torch
 
 from .data import MultimodalDataset
 from .duplicates import find_duplicates
+from .picture_heads import open_head
 from .report import Report, count_captions
 from .sources import load_data
 from .tokenizer import piece_counts, unknown_share
 
+DARK = 32.0  # of 255: images nowhere brighter than an eighth of white are nearly black
 BLANK = 2.0  # of 255: pictures whose standard deviation is below it are of nearly one colour
 
 
@@ -44,7 +46,9 @@ def inspect(
     flat = [caption for captions in data.texts for caption in captions]
     report.caption_pieces = piece_counts(data.tokenizer, flat)
     report.max_length, report.unknown = max_length, unknown_share(data.tokenizer, flat)
-    report.blank = _blank(data)
+    report.blank, dark = _blank_and_dark(data)
+    report.dark = [data.picture_name(row) for row in dark]
+    report.dark_white = _white(data, dark)
     if near:
         report.duplicates = find_duplicates(data)
     return report
@@ -61,14 +65,28 @@ def _of_decoded(data: MultimodalDataset) -> Report:
     return report
 
 
-def _blank(data: MultimodalDataset) -> list[str]:
-    """Names of the pictures of nearly one colour: black, white, an empty frame."""
-    names = []
+def _blank_and_dark(data: MultimodalDataset) -> tuple[list[str], list[int]]:
+    """Names of the images of nearly one colour (black, white, an empty frame); rows of others that
+    are nearly black."""
+    names, dark = [], []
     for rows in np.array_split(np.arange(len(data)), max(1, len(data) // 256)):
         pixels = _of_255(data.batch(rows.tolist()).pixel_values)
         flat = (pixels - pixels.mean((-2, -1), keepdim=True)).square().mean((1, 2, 3)).sqrt()
-        names += [data.picture_name(row) for row in rows[(flat < BLANK).cpu().numpy()]]
-    return names
+        blank = (flat < BLANK).cpu().numpy()
+        names += [data.picture_name(row) for row in rows[blank]]
+        dark += rows[~blank & (pixels.amax((1, 2, 3)) < DARK).cpu().numpy()].tolist()
+    return names, dark
+
+
+def _white(data: MultimodalDataset, dark: list[int]) -> int:
+    """What is white, perhaps, in 16-bit grey files whose images are nearly black; 0 = no such."""
+    top = 0
+    for row in dark[:16]:
+        with data.picture_file(row) as file:
+            image = open_head(file, data.picture_name(row), data.reading).image
+            if image.mode.startswith("I;16"):
+                top = max(top, int(np.asarray(image).max()))
+    return 2 ** top.bit_length() - 1
 
 
 def _of_255(pixels: torch.Tensor) -> torch.Tensor:

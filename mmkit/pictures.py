@@ -8,7 +8,6 @@ import contextlib
 import functools
 import io
 import os
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -18,49 +17,11 @@ import torch
 from torch import Tensor
 
 from .picture_files import Refused
-
-# Formats by content, never by name. EPS, PDF and the like start other programs: left out.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA")
-_NOT_PICTURES = {  # how files begin that are often saved under a picture's name
-    b"<!doctype": "a web page",
-    b"<html": "a web page",
-    b"<?xml": "XML (an SVG drawing, perhaps)",
-    b"<svg": "an SVG drawing",
-    b"%pdf": "a PDF document",
-    b"%!ps": "a PostScript document",
-    b"version https://git-lfs": "a Git LFS pointer (fetch it by git lfs pull)",
-    b"pk\x03\x04": "a zip archive",
-    b"{": "JSON text",
-}
-
+from .picture_heads import Head, Reading, head_of, open_head, refused, to_srgb
 
 SMALL_FILE = 16_000_000  # bytes; a larger one is read piece by piece
-_TURNABLE = ("JPEG", "MPO", "TIFF", "WEBP")  # formats whose head says how the camera was held
-
-
-@dataclass(frozen=True)
-class Reading:
-    """How picture files are read, and what is refused before it is decoded.
-
-    Raises ValueError for limits below 1, and for a background that is no colour.
-    """
-
-    background: tuple[int, int, int] = (255, 255, 255)  # under transparent pixels, 0-255
-    max_pixels: int = 64_000_000  # width x height; a decoded picture of this size takes 0.3 GB
-    max_aspect: float = 20.0  # longer side over shorter side
-    max_bytes: int = 512_000_000  # of the file
-
-    def __post_init__(self):
-        for name in ("max_pixels", "max_aspect", "max_bytes"):
-            if not getattr(self, name) >= 1:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be at least 1")
-        colour = self.background
-        if not (
-            isinstance(colour, tuple | list)
-            and len(colour) == 3
-            and all(isinstance(part, int) and 0 <= part <= 255 for part in colour)
-        ):
-            raise ValueError(f"background={colour!r} must be three numbers, 0 to 255 each")
+AS_USUAL = Reading()
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF's orientation -> Image.Transpose
 
 
 def read_picture(
@@ -68,19 +29,20 @@ def read_picture(
     row: int | str | None = None,
     *,
     side: int | None = None,
-    reading: Reading = Reading(),
+    reading: Reading = AS_USUAL,
     name: str | None = None,
 ):
     """Decode a picture file to an RGB PIL image as a person would see it.
 
-    EXIF rotation is applied, alpha is laid over the background, 16-bit and float grey values are
-    scaled to 8 bits, of an animation the first frame is taken. side: only a square of so many
+    EXIF rotation is applied, alpha is laid over the background, colours of another profile become
+    sRGB, 16-bit and float grey values are scaled to 8 bits, of an animation the first frame is
+    taken. side: only a square of so many
     pixels is wanted, so that a JPEG may be decoded at a half, a quarter or an eighth of its size,
     never below twice that side. Raises FileNotFoundError or `Refused` (a ValueError) naming file
     and row.
     """
     with _opened(source, row, name) as (file, where), _refusing(where):
-        return _decoded(_open(file, where, reading), side, reading)
+        return _decoded(open_head(file, where, reading), side, reading)
 
 
 def read_square(
@@ -88,7 +50,7 @@ def read_square(
     row: int | str | None = None,
     *,
     side: int,
-    reading: Reading = Reading(),
+    reading: Reading = AS_USUAL,
     name: str | None = None,
 ) -> Tensor:
     """`square(side)` of what `read_picture` gives, uint8 (3, side, side); raises the same.
@@ -98,20 +60,19 @@ def read_square(
     """
     with _opened(source, row, name) as (file, where), _refusing(where):
         file = _in_memory(file)
-        picture = _open(file, where, reading)
-        plain = picture.format == "JPEG" and picture.mode == "RGB" and "exif" not in picture.info
-        in_full = min(picture.size) < 4 * side  # else `draft` decodes at a half or less
-        if plain and in_full and isinstance(file, io.BytesIO) and (decode := tensor_decoder()):
+        head = open_head(file, where, reading)
+        in_full = min(head.size) < 4 * side  # else `draft` decodes at a half or less
+        if in_full and isinstance(file, io.BytesIO) and head.plain and (decode := tensor_decoder()):
             return cut_square(decode(torch.frombuffer(file.getbuffer(), dtype=torch.uint8)), side)
-        return square(side)(_decoded(picture, side, reading))
+        return square(side)(_decoded(head, side, reading))
 
 
-def _decoded(picture, side: int | None, reading: Reading):
+def _decoded(head: Head, side: int | None, reading: Reading):
     """The RGB PIL image of one whose head was read."""
+    picture = head.image
     if side is not None and picture.format in ("JPEG", "MPO"):
         picture.draft("RGB" if picture.mode == "YCbCr" else picture.mode, (2 * side, 2 * side))
-    picture.load()
-    return as_seen(picture, reading.background)
+    return _seen(head, reading)
 
 
 def _in_memory(file: BinaryIO) -> BinaryIO:
@@ -141,7 +102,7 @@ def check_picture(
     source: str | os.PathLike | BinaryIO | Callable[[], BinaryIO],
     row: int | str | None = None,
     *,
-    reading: Reading = Reading(),
+    reading: Reading = AS_USUAL,
     name: str | None = None,
 ) -> tuple[int, int]:
     """(width, height) from a file's head, upright; refuses what `read_picture` would, unread.
@@ -151,13 +112,10 @@ def check_picture(
     only found by decoding, and in a JPEG, which has no check sums, often not even so.
     """
     with _opened(source, row, name) as (file, where), _refusing(where):
-        picture = _open(file, where, reading)
-        kind, size = picture.format, picture.size
-        turned = kind in _TURNABLE and picture.getexif().get(0x0112) in (5, 6, 7, 8)
-        if not _has_its_end(file, kind):
-            picture.load()
-            as_seen(picture, reading.background)
-        return size[::-1] if turned else size
+        head = open_head(file, where, reading)
+        if not head.ends():
+            _seen(head, reading)
+        return head.size
 
 
 @contextlib.contextmanager
@@ -169,6 +127,8 @@ def _opened(source, row: int | str | None, name: str | None) -> Iterator[tuple[B
     if hasattr(source, "read"):
         yield source, where
         return
+    if not (isinstance(source, str | os.PathLike) or callable(source)):  # a number is a descriptor
+        raise ValueError(f"{where[:80]} is no image; give the path of a file")
     try:
         file = source() if callable(source) else open(source, "rb")
     except (FileNotFoundError, NotADirectoryError):
@@ -197,67 +157,7 @@ def _refusing(where: str) -> Iterator[None]:
     except Exception as error:  # of any kind: zlib.error, struct.error, EOFError, ...
         cut = "truncated" in str(error) or "end of file" in str(error).lower()
         why = str(error) or type(error).__name__
-        raise _refused("truncated" if cut else "damaged", where, why) from None
-
-
-def _refused(reason: str, where: str, why: str) -> Refused:
-    return Refused(
-        reason, f"picture {where} cannot be read ({why}); replace the file or leave the row out"
-    )
-
-
-@functools.cache
-def _formats() -> list[str]:
-    """Those of FORMATS that the installed Pillow knows; asked for once, before the first file."""
-    from PIL import Image
-
-    # `Reading.max_pixels` is the limit here; Pillow's warning would come beside our own words.
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
-
-
-def _open(file: BinaryIO, where: str, reading: Reading):
-    """A PIL image whose head is read and whose limits are kept; its pixels are not decoded."""
-    from PIL import Image, UnidentifiedImageError
-
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if size == 0:
-        raise _refused("empty file", where, "the file has 0 bytes")
-    if size > reading.max_bytes:
-        raise _refused("too large", where, f"{size:,} bytes, max_bytes is {reading.max_bytes:,}")
-    try:
-        picture = Image.open(file, formats=_formats())
-    except UnidentifiedImageError:
-        file.seek(0)
-        head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-        known = (what for begin, what in _NOT_PICTURES.items() if head.startswith(begin))
-        why = next((f"it is {what}" for what in known), "its format is not known")
-        raise _refused("not a picture", where, why) from None
-    except Image.DecompressionBombError:
-        raise _refused("too many pixels", where, "more pixels than can be decoded") from None
-    width, height = picture.size
-    if width * height > reading.max_pixels:
-        words = f"{width} x {height} pixels, max_pixels is {reading.max_pixels:,}"
-        raise _refused("too many pixels", where, words)
-    if max(width, height) > reading.max_aspect * min(width, height):
-        words = f"{width} x {height} pixels, one side more than {reading.max_aspect:g} the other"
-        raise _refused("too thin", where, words)
-    return picture
-
-
-def _has_its_end(file: BinaryIO, kind: str) -> bool:
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 64))
-    tail = file.read()
-    if kind == "WEBP":
-        file.seek(4)
-        return int.from_bytes(file.read(4), "little") + 8 <= size
-    if kind == "GIF":  # one letter, which stands anywhere by chance
-        return tail.rstrip(b"\0").endswith(b";")
-    ends = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
-    return kind in ends and ends[kind] in tail[-16:]
+        raise refused("truncated" if cut else "damaged", where, why) from None
 
 
 def as_png(pixels: Tensor) -> BinaryIO:
@@ -271,7 +171,7 @@ def as_png(pixels: Tensor) -> BinaryIO:
 
 
 def as_seen(picture, background: tuple[int, int, int] = (255, 255, 255)):
-    """A PIL image as a person sees it: upright, RGB, alpha over `background`, wide values scaled.
+    """A PIL image as a person sees it: upright, sRGB, alpha over `background`, wide values scaled.
 
     16-bit grey is divided by its full range, so that pictures of one series stay comparable; 32-bit
     and float grey, which have no range of their own, are taken for 0-1, 0-255 or 0-65,535 by their
@@ -279,23 +179,53 @@ def as_seen(picture, background: tuple[int, int, int] = (255, 255, 255)):
     less than a thirty-second of the range. (PIL's own conversion clips all of these to white.)
     Raises ValueError for values that are negative or not finite.
     """
-    from PIL import Image, ImageOps
+    return _seen(head_of(picture), Reading(background=background))
 
-    if picture.getexif().get(0x0112, 1) != 1:  # exif_transpose copies an upright picture, too
-        picture = ImageOps.exif_transpose(picture)
+
+def _seen(head: Head, reading: Reading):
+    """`as_seen` of what a head says."""
+    from PIL import Image, ImageCms
+
+    picture, info, alpha = head.image, head.image.info, None
+    picture.load()
     if picture.mode.startswith(("I", "F")):  # I;16, I;16B, I (32 bits), F
-        values = np.asarray(picture)
-        top, bottom = float(values.max()), float(values.min())
-        if not (np.isfinite(top) and np.isfinite(bottom) and bottom >= -0.05 * abs(top)):
-            raise ValueError("it holds values below 0 or not finite; scale them to 0-1")
-        limit = 65535.0 if picture.mode.startswith("I;16") else _range_of(top, picture.mode)
-        grey = (values * np.float32(255 / limit) + np.float32(0.5)).clip(0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if "A" in picture.getbands() or "a" in picture.getbands() or "transparency" in picture.info:
+        picture = _in_8_bits(picture, reading.white, head.white)
+    if head.orientation != 1:
+        picture = picture.transpose(_TURNS[head.orientation])
+    mode = {"CMYK": "CMYK", "L": "L", "LA": "L", "1": "L"}.get(picture.mode, "RGB")
+    clear = "transparency" in picture.info or {"A", "a"} & {*picture.getbands()}
+    if clear or (picture.mode == "P" and picture.palette.mode == "RGBA"):
         picture = picture.convert("RGBA")
-        under = Image.new("RGBA", picture.size, (*background, 255))
-        picture = Image.alpha_composite(under, picture)
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
+        alpha = picture.getchannel("A")
+        none = head.image.format in ("BMP", "TGA") and not alpha.getextrema()[1]  # left at 0
+        picture, alpha = picture.convert(mode), None if none or head.opaque else alpha
+    if transform := to_srgb(info.get("icc_profile"), mode):
+        picture = ImageCms.applyTransform(picture.convert(mode), transform)
+    picture = picture if picture.mode == "RGB" else picture.convert("RGB")
+    if alpha is not None:
+        picture.putalpha(alpha)
+        under = Image.new("RGBA", picture.size, (*reading.background, 255))
+        picture = Image.alpha_composite(under, picture).convert("RGB")
+    return picture
+
+
+def _in_8_bits(picture, white: float | None, full: float):
+    """A wide grey PIL image as "L", or "LA" where one of its values is transparent.
+
+    white: the value that is white; None: `full` for 16 bits, else by the largest value.
+    """
+    from PIL import Image
+
+    values, clear = np.asarray(picture), picture.info.get("transparency")
+    top, bottom = float(values.max()), float(values.min())
+    if not (np.isfinite(top) and np.isfinite(bottom) and bottom >= -0.05 * abs(top)):
+        raise ValueError("it holds values below 0 or not finite; scale them to 0-1")
+    limit = white or (full if picture.mode.startswith("I;16") else _range_of(top, picture.mode))
+    grey = (values * np.float32(255 / limit) + np.float32(0.5)).clip(0, 255).astype(np.uint8)
+    narrow = Image.fromarray(grey)
+    if isinstance(clear, int):
+        narrow.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return narrow
 
 
 def _range_of(top: float, mode: str) -> float:

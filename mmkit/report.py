@@ -20,7 +20,7 @@ CHECKS = {"decode": "each decoded", "head": "heads and ends looked at"}  # in wo
 EXAMPLES = 5  # messages kept for each reason
 _PLAIN = (  # fields that go to JSON as they are
     "source rows loaded skipped examples pictures captions checked why_unchecked bytes "
-    "identical_pictures shared_captions blank_captions max_length unknown blank"
+    "identical_pictures shared_captions blank_captions max_length unknown blank dark"
 ).split()
 
 
@@ -49,6 +49,8 @@ class Report:
     max_length: int = 0  # pieces that a model reads
     unknown: float = 0.0  # share of the captions' letters that the tokenizer does not know
     blank: list[str] = field(default_factory=list)  # names of pictures of nearly one colour
+    dark: list[str] = field(default_factory=list)  # names of others that are nearly black
+    dark_white: int = 0  # what may be white in them: 4095 of 12 bits kept in 16; 0 = unknown
     duplicates: Any = None  # duplicates.Duplicates
 
     def skip(self, refused: Refused) -> None:
@@ -97,6 +99,11 @@ class Report:
             rows.append(("  width / height", _spread(self.aspects, "", 2)))
         if self.blank:
             rows.append(("  nearly one colour", f"{len(self.blank):,}; {self.blank[0]}"))
+        if self.dark:
+            remedy = (
+                f"; give reading=mm.Reading(white={self.dark_white})" if self.dark_white else ""
+            )
+            rows.append(("  nearly black", f"{len(self.dark):,}; {self.dark[0]}{remedy}"))
         if self.identical_pictures is None:
             rows.append(("  identical", "not looked for"))
         elif self.identical_pictures:

@@ -24,7 +24,7 @@ from .tar_index import IMAGE_SUFFIXES, Suffixes, TarIndex, scan_tar
 
 PIPE = "pipe:"
 FOLDER_PATTERNS = ("*.tar", "*.tar.gz", "*.tgz")
-_VERSION = 2  # of the cached indexes: count up when the same shard would give another
+_VERSION = 3  # of the cached indexes: count up when the same shard would give another
 
 
 # -- which shards ----------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from .cache import cache_folder
 from .data import MultimodalDataset
 from .masks import mask_noise
 from .picture_files import Refused
+from .picture_heads import Reading, open_head
 from .shard_index import (
     FOLDER_PATTERNS,
     Shard,
@@ -44,6 +45,7 @@ OPEN_SHARDS = 64  # per process; the system allows 1,024 files or so
 # What a picture is called by its content. A phone's JPEG with a second picture in it is an MPO.
 _SUFFIX_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
 _SUFFIX_OF |= {"TIFF": "tif", "PPM": "ppm"}
+_ANY = Reading(max_pixels=10**12, max_aspect=10**6, max_bytes=10**12)  # reading limits, not writing
 
 
 # -- their pictures --------------------------------------------------------------------------
@@ -308,12 +310,11 @@ def _is_plain(value) -> bool:
 
 def _suffix(picture: bytes, row: int) -> str:
     """By content: a file's own name may be wrong, and a decoded picture has none."""
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(picture)) as opened:
-            kind = opened.format
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        kind = open_head(io.BytesIO(picture), f"of row {row}", _ANY).image.format
+    except Refused:
+        raise
+    except Exception as error:  # whatever a decoder raises
         raise ValueError(
             f"the picture of row {row} cannot be read ({error}); leave the row out"
         ) from None

@@ -213,7 +213,7 @@ class _Sample:
             self.refuse("caption too long", f"member .{suffix} has {size}")
             return None
         try:
-            return os.pread(fd, member.size, member.offset_data).decode()
+            return os.pread(fd, member.size, member.offset_data).decode("utf-8-sig")
         except ValueError as error:
             self.refuse("caption not readable", f"member .{suffix}: {str(error)[:120]}")
             return None
@@ -225,7 +225,7 @@ class _Sample:
             if note.size > CAPTION_BYTES:
                 return {}
             data = os.pread(fd, note.size, note.offset_data)
-            text = data.decode(errors="replace") if SAMPLE_ID.encode() in data else None
+            text = data.decode("utf-8-sig", "replace") if SAMPLE_ID.encode() in data else None
         else:
             text = self._text(fd, "json")
         try:
