@@ -23,6 +23,20 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{hint}known: {', '.join(known)}"
 
 
+def fraction(name: str, value: Any, where: str) -> float:
+    """What a schedule gave, as a float; ValueError unless it is a number in [0, 1]."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not -1e-9 <= number <= 1 + 1e-9:  # what rounding adds is taken off again
+        raise ValueError(
+            f"{name} gives {value!r} at {where}; it must give a number in [0, 1]: 1 is the whole "
+            "of the setting, 0 none of it"
+        )
+    return min(1.0, max(0.0, number))
+
+
 def cosine(progress: float) -> float:
     """Half a cosine from 1 to 0 (Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts)."""
     return 0.5 * (1 + math.cos(math.pi * progress))
@@ -427,13 +441,16 @@ class TrainingConfig:
         changes = any(getattr(self, f"{term}_schedule") not in constants for term in self.terms)
         return changes or bool(self.unmasked_epochs and {"pixels", "words"} & set(self.terms))
 
-    def term_weights(self, progress: float) -> dict[str, float]:
-        """Weights of the terms when a share `progress` of the steps is over; 0s are left out."""
+    def term_weights(self, step: int, total_steps: int) -> dict[str, float]:
+        """Weights of the terms in a step; 0s are left out."""
+        progress, where = step / max(1, total_steps - 1), f"step {step} of {total_steps}"
         weights = {}
         for term in self.terms:
-            shape = getattr(self, f"{term}_schedule")
+            name = f"{term}_schedule"
+            shape = getattr(self, name)
             shape = shape if callable(shape) else TERM_SCHEDULES[shape]
-            weights[term] = getattr(self, f"{term}_weight") * shape(progress)
+            value = fraction(name, shape(progress), where)
+            weights[term] = getattr(self, f"{term}_weight") * value
         return {term: weight for term, weight in weights.items() if weight}
 
     def _check(self, name: str, holds: bool, rule: str, kind: type | None = None):
@@ -461,7 +478,8 @@ class TrainingConfig:
             return (step + 1) / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, total_steps - 1 - self.warmup_steps)
         shape = self.schedule if callable(self.schedule) else SCHEDULES[self.schedule]
-        return self.final_lr_fraction + (1 - self.final_lr_fraction) * shape(min(1.0, progress))
+        value = fraction("schedule", shape(min(1.0, progress)), f"step {step} of {total_steps}")
+        return self.final_lr_fraction + (1 - self.final_lr_fraction) * value
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, for JSON and checkpoints; a function becomes its name."""

@@ -60,7 +60,7 @@ class Batch:
         return self._map(lambda x: x.to(device, non_blocking=to_gpu))
 
     def pin_memory(self) -> "Batch":
-        return self._map(Tensor.pin_memory)
+        return self._map(lambda x: torch.as_tensor(x).pin_memory())
 
     def split(self, parts: int) -> list["Batch"]:
         """`parts` micro-batches in order, their sizes differing by at most one, none empty."""
@@ -517,6 +517,27 @@ class MultimodalDataset:
         return f"MultimodalDataset({name}{len(self):,} pictures {shape}, {captions:,} captions)"
 
 
+def as_dataset(given: Any, name: str) -> MultimodalDataset:
+    """A data set of ours, or of a `torch.utils.data.Subset` of one; ValueError in words else.
+
+    name: what the caller names it, for the message.
+    """
+    if isinstance(given, MultimodalDataset):
+        return given
+    if isinstance(given, torch.utils.data.Subset):
+        return as_dataset(given.dataset, name).subset(given.indices)
+    remedy = "give mm.MultimodalDataset(image_paths, texts), or what mm.load_data(...) returns"
+    if isinstance(given, torch.utils.data.DataLoader):
+        remedy = f"give the data set inside it ({name}=loader.dataset), which makes batches itself"
+    elif isinstance(given, list | tuple) and any(isinstance(x, MultimodalDataset) for x in given):
+        remedy = "give one of the data sets in it"
+    elif isinstance(given, str | os.PathLike):
+        remedy = f"give the data in it: mm.load_data({str(given)!r})"
+    raise ValueError(
+        f"{name} is a {type(given).__name__}, no data set of images and texts; {remedy}"
+    )
+
+
 class _Decodes(torch.utils.data.Dataset):
     """A map-style view whose item is the rows, of those asked for, that cannot be decoded."""
 
@@ -563,7 +584,16 @@ class _BatchView(torch.utils.data.Dataset):
         self.dataset = dataset
 
     def __getitem__(self, key) -> Batch:
-        return self.dataset.batch(*key)
+        """Tensors in shared memory; where that has no room, arrays, which go through a pipe.
+
+        Left to the DataLoader, tensors are shared by a thread of the worker, whose error reaches
+        nobody: whoever waits for the batch waits for ever (Docker gives /dev/shm 64 MB).
+        """
+        batch = self.dataset.batch(*key)
+        try:
+            return batch._map(Tensor.share_memory_)
+        except (RuntimeError, OSError):
+            return batch._map(Tensor.numpy)
 
 
 def _ahead(batches: Iterator[Batch], pin: bool, depth: int = 2) -> Iterator[Batch]:
@@ -618,4 +648,5 @@ def load_batches(
         _BatchView(dataset), sampler=keys, batch_size=None, num_workers=num_workers, pin_memory=pin,
         generator=torch.Generator(),  # or each start of workers would move the draws of dropout
     )  # fmt: skip
-    return iter(loader)
+    made = iter(loader)  # now: workers are forked by the thread that asks
+    return (batch._map(torch.as_tensor) for batch in made)

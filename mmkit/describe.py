@@ -7,8 +7,10 @@ or an accumulation that loses negatives, shows here. Walk-through: notebooks/03_
 import math
 
 import torch
+from torch import nn
 
 from .cost import objective_flops, tower_flops
+from .layers import dropouts
 from .objective import PAIR_ENTROPY
 from .optim import Muon, orthogonalizing_type
 from .precision import multiplies_bfloat16, why_precision
@@ -42,6 +44,7 @@ def effective_configuration(trainer) -> dict:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "optimizer": " + ".join(map(_optimizer, trainer.optimizers)),
+        "dropout": _dropout(model),
         "pictures": len(trainer.train),
         "captions": sum(map(len, trainer.train.texts)),
         "steps": trainer.total_steps,
@@ -73,7 +76,8 @@ def describe(trainer) -> str:
 
     lines = {
         "run": f"{trainer.path}",
-        "model": f"{e['parameters'] / 1e6:.2f} M parameters, {e['optimizer']}",
+        "model": f"{e['parameters'] / 1e6:.2f} M parameters, dropout {e['dropout']}",
+        "optimizer": e["optimizer"],
         "data": f"{e['pictures']:,} pictures, {e['captions']:,} captions; "
         f"{e['steps']:,} steps of {e['pairs_per_step']:.1f} pairs",
         "image mask": f"{config.image_mask}, {100 * e['image_mask_ratio']:.1f} % hidden "
@@ -120,11 +124,14 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> str:
-    """The optimizer's name, and the type that Muon multiplies in."""
-    kind = type(optimizer).__name__
-    if not isinstance(optimizer, Muon):
-        return kind
-    return f"{kind} ({_name(orthogonalizing_type(optimizer.param_groups[0]['params'][0].device))})"
+    """The optimizer, the type that Muon multiplies in, peak learning rates and weight decays."""
+    words = []
+    if isinstance(optimizer, Muon):
+        words.append(_name(orthogonalizing_type(optimizer.param_groups[0]["params"][0].device)))
+    for name, key in (("peak learning rate", "peak_lr"), ("weight decay", "weight_decay")):
+        values = sorted({float(group.get(key, 0.0)) for group in optimizer.param_groups})
+        words.append(f"{name} {' to '.join(f'{x:g}' for x in {values[0]: 0, values[-1]: 0})}")
+    return f"{type(optimizer).__name__} ({', '.join(words)})"
 
 
 def _beware(trainer, e: dict) -> list[str]:
@@ -142,6 +149,18 @@ def _beware(trainer, e: dict) -> list[str]:
             "take mixed_precision='auto'"
         )
     return beware
+
+
+def _dropout(model) -> str:
+    """What the model drops in training, in words: one number, or the parts that differ."""
+    projections = nn.ModuleList([model.image_projection, model.text_projection])
+    parts = {"ViT": model.vit, "BERT": model.bert, "projections": projections}
+    if model.decoder is not None:
+        parts["decoder"] = model.decoder
+    most = {name: max(dropouts(part), default=0.0) for name, part in parts.items()}
+    if len(set(most.values())) == 1:
+        return f"{most['ViT']:g}"
+    return ", ".join(f"{value:g} ({name})" for name, value in most.items())
 
 
 def _terms(trainer) -> str:

@@ -8,8 +8,9 @@ import os
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
 
-from .data import MultimodalDataset
+from .data import MultimodalDataset, as_dataset
 from .duplicates import find_duplicates
 from .picture_heads import open_head
 from .report import Report, count_captions
@@ -34,8 +35,8 @@ def inspect(
     and CLIP 77). near: also look for nearly equal pictures and captions. options: of that way in.
     Raises ValueError where nothing can be loaded.
     """
-    if isinstance(source, MultimodalDataset):
-        data = source
+    if isinstance(source, MultimodalDataset | Dataset | DataLoader):
+        data = as_dataset(source, "source")
     else:
         options = {"on_error": "skip", "max_skipped": 1.0, "check": "decode"} | options
         data = load_data(source, **options)

@@ -159,12 +159,15 @@ def _has_hook(part: nn.Module) -> bool:
 
 def draws_dropout(model: nn.Module) -> bool:
     """Whether a training step of this model draws random numbers."""
+    return any(p > 0 for p in dropouts(model))
+
+
+def dropouts(model: nn.Module) -> set[float]:
+    """Every dropout probability in a model: of its modules, and of its towers' configurations."""
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     configs = [m.config for m in model.modules() if hasattr(m, "config")]
-    return any(m.p > 0 for m in model.modules() if isinstance(m, nn.Dropout)) or any(
-        getattr(config, name, 0) > 0
-        for config in configs
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob")
-    )
+    found = {getattr(config, name, 0.0) for config in configs for name in names}
+    return found | {m.p for m in model.modules() if isinstance(m, nn.Dropout)}
 
 
 def attend(mixed: Tensor, heads: int, hidden_keys: Tensor | None, dropout: float = 0.0) -> Tensor:

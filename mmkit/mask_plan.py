@@ -25,6 +25,7 @@ from .masking import (
     mask_noise,
     mask_ratios,
 )
+from .masks import check_ratio
 from .pictures import shift_pictures
 from .precision import autocast_for
 from .running_mean import RunningMean
@@ -99,6 +100,22 @@ class MaskPlan:
         ratio = RATIO_SCHEDULES[getattr(config, f"{kind}_mask_schedule")]
         ends = (getattr(config, f"{kind}_mask_{which}") for which in ("ratio", "final_ratio"))
         return bool((torch.as_tensor(ratio(*ends, progress, torch.full((1,), 0.5))) > 0).any())
+
+    def check_ratios(self):
+        """ValueError where a schedule gives a ratio outside [0, 1) in any epoch of the run."""
+        noise = torch.linspace(0, 1 - 2**-24, 5)
+        for kind in ("image", "text"):
+            name = getattr(self.config, f"{kind}_mask_schedule")
+            start = getattr(self.config, f"{kind}_mask_ratio")
+            final = getattr(self.config, f"{kind}_mask_final_ratio")
+            for epoch in range(self.masked_epochs):
+                progress = epoch / max(1, self.masked_epochs - 1)
+                ratio = RATIO_SCHEDULES[name](start, final, progress, noise)
+                try:
+                    check_ratio(torch.as_tensor(ratio), len(noise))
+                except (ValueError, TypeError, RuntimeError) as error:
+                    where = f"{kind}_mask_schedule={name!r} in epoch {epoch + 1}"
+                    raise ValueError(f"{where}: {error}") from None
 
     def _ratio(self, kind: str, batch: Batch, epoch: int) -> float | Tensor:
         config = self.config

@@ -26,7 +26,7 @@ from .image_maskers import (
     painted_mask,
     random_mask,
 )
-from .masks import Masking, hide_largest, keep_visible, mask_noise
+from .masks import Masking, as_masking, hide_largest, keep_visible, mask_noise
 from .text_maskers import (
     Caption,
     block_text_mask,
@@ -75,6 +75,7 @@ TEXT_MASKERS: dict[str, Callable[..., Masking]] = {
     "whole_word": whole_word_mask,
     "frequency": frequency_mask,
 }
+_OURS = (*IMAGE_MASKERS.values(), *TEXT_MASKERS.values())  # what others give is checked
 ATTENTION_MASKERS = ("attentive", "inattentive")  # these look at a model's attention
 
 
@@ -157,11 +158,16 @@ def draw_maskings(
         scene.regions = layers and (lambda: layers.regions(ids, grid))
         noise = mask_noise(seed, epoch, ids, grid[0] * grid[1], "image")
         image_masking = masker(noise, 0.0 if by_hand else image[1], scene)
+        if masker not in _OURS:
+            every = torch.ones_like(noise, dtype=torch.bool)
+            image_masking = as_masking(image_masking, image[0], every, every)
     if _any(text[1]):
         caption = caption_of(batch, model, frequency)
         caption.least_hidden = int(predict_words or text_mode == "80/10/10")
         noise = mask_noise(seed, epoch, ids, batch.input_ids.shape[1], "text")
         text_masking = text_masker(noise, text[1], caption)
+        if text_masker not in _OURS:
+            text_masking = as_masking(text_masking, text[0], caption.maskable, caption.valid)
         if text_mode == "80/10/10":
             text_masking.substitute = _substitutes(batch, model.word_ids, seed, epoch)
     return image_masking, text_masking

@@ -9,6 +9,7 @@ After He et al. 2022 (arXiv:2111.06377), section 3. Walk-through: notebooks/02_m
 
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,6 +147,57 @@ def keep_visible(mask: Tensor, valid: Tensor) -> Masking:
     ids_shuffle = (~visible).long().argsort(dim=1, stable=True)
     ids_restore = _inverse(ids_shuffle)
     return _padded(mask, ids_shuffle, ids_restore, visible.sum(1))
+
+
+def as_masking(found: Any, name: str, maskable: Tensor, valid: Tensor) -> Masking:
+    """What a masker of one's own gave, a `Masking` or a bool mask (B, N), as a checked `Masking`.
+
+    maskable (B, N): True = may be masked; valid (B, N): True = a token, which is encoded unless it
+    is masked. What may not be masked is taken out of a bool mask. Raises ValueError, naming the
+    first sample, where a mask has another shape, leaves nothing visible or masks what it may not,
+    and where `ids_keep` or `ids_restore` is not what the mask says.
+    """
+    shape, head = tuple(valid.shape), f"masker {name!r} gave "
+    mask = found.mask if isinstance(found, Masking) else found
+    mask = torch.as_tensor(mask, device=valid.device) if hasattr(mask, "__array__") else None
+    if mask is None or mask.dtype != torch.bool or tuple(mask.shape) != shape:
+        what = type(found).__name__ if mask is None else f"{tuple(mask.shape)} {mask.dtype}"
+        raise ValueError(
+            f"{head}{what} for {shape[0]} samples of {shape[1]} tokens; give a bool mask {shape}, "
+            "True = masked, or what mmkit.masking.hide_largest(score, mask_ratio) makes"
+        )
+    if not isinstance(found, Masking):
+        mask = mask & maskable
+        found = keep_visible(mask, valid)
+        if bool(found.keep_valid.all()):  # all of one length: rectangular without filler
+            found.keep_valid = None
+    kept, back = found.ids_keep, found.ids_restore
+    real = torch.ones_like(kept, dtype=torch.bool) if found.keep_valid is None else found.keep_valid
+    if kept.ndim != 2 or len(kept) != shape[0] or real.shape != kept.shape or back.shape != shape:
+        raise ValueError(
+            f"{head}ids_keep {tuple(kept.shape)} and ids_restore {tuple(back.shape)} for a mask "
+            f"{shape}; give the bool mask itself, True = masked"
+        )
+    at = kept.clamp(0, shape[1] - 1)
+    times = torch.zeros_like(back).scatter_add(1, at, real.long())  # (B, N) how often it is kept
+    every = torch.arange(shape[1], device=back.device)
+    leads = (back.sort(1).values == every).all(1, keepdim=True)
+    leads = leads & ((back.gather(1, at) == every[: kept.shape[1]]) | ~real)
+    faults = {
+        "masks what may not be masked (the ends of a caption, padding)": mask & ~maskable,
+        "leaves no token visible": maskable.any(1, True) & ~(maskable & ~mask).any(1, True),
+        "keeps a token twice": times > 1,
+        "keeps other tokens (ids_keep) than the mask leaves": (times > 0) != (valid & ~mask),
+        "keeps tokens that are not there (ids_keep)": (at != kept) & real,
+        "has an ids_restore that does not lead back": ~leads,
+    }
+    for fault, where in faults.items():
+        if bool(where.any()):
+            raise ValueError(
+                f"{head}a mask that {fault}, in sample {int(where.any(1).nonzero()[0])} of the "
+                "batch; each sample keeps at least one token, each once; a bool mask is enough"
+            )
+    return found
 
 
 def _padded(mask: Tensor, ids_shuffle: Tensor, ids_restore: Tensor, num_kept: Tensor) -> Masking:

@@ -77,32 +77,37 @@ class Objective:
                 )
 
     def check_steps(self, total_steps: int, steps_per_epoch: int, plan: MaskPlan):
-        """ValueError where a step of the run would learn nothing."""
-        hides = functools.cache(plan.hides)
+        """ValueError where a schedule leaves its range, or where a step or a term learns nothing.
+
+        All schedules are evaluated for all steps of the run.
+        """
+        plan.check_ratios()
+        hides, learns = functools.cache(plan.hides), set()
         for step in range(total_steps):
-            weights, epoch = self.weights(step, total_steps), step // steps_per_epoch
-            for term, weight in weights.items():
-                if not 0 < weight < math.inf:
-                    raise ValueError(
-                        f"{term}_schedule gives a weight of {weight} at step {step}; it must be a "
-                        "share in [0, 1] of the weight"
-                    )
-            terms = set(weights)
+            self.config.lr_fraction(step, total_steps)  # raises outside [0, 1]
+            terms, epoch = set(self.weights(step, total_steps)), step // steps_per_epoch
             idle = {
                 term
                 for term, kind in (("pixels", "image"), ("words", "text"))
                 if term in terms and not hides(kind, epoch)
             }
+            learns |= terms - idle
             if not terms - idle:
-                hidden = " (nothing is hidden in it)" if idle else ""
+                masked = " (nothing is masked in it)" if idle else ""
                 raise ValueError(
-                    f"step {step} of {total_steps} has no term to learn from{hidden}; change the "
+                    f"step {step} of {total_steps} has no term to learn from{masked}; change the "
                     "terms' schedules, those of the masks, or unmasked_epochs"
                 )
+        if never := [term for term in self.config.terms if term not in learns]:
+            raise ValueError(
+                f"{never[0]}_weight={getattr(self.config, f'{never[0]}_weight')!r} has nothing to "
+                f"learn from in any of the {total_steps} steps; change {never[0]}_schedule, the "
+                "masks' schedules or unmasked_epochs, or take a weight of 0"
+            )
 
     def weights(self, step: int, total_steps: int) -> dict[str, float]:
         """Each term's weight in a step, those above 0."""
-        return self.config.term_weights(step / max(1, total_steps - 1))
+        return self.config.term_weights(step, total_steps)
 
     def wanted(
         self, batch: Batch, maskings: Maskings, epoch: int, weights: dict[str, float]

@@ -5,6 +5,8 @@ towers; everything else goes to AdamW. Never decayed: biases, norms, position em
 mask tokens, logit_scale and logit_bias. Walk-through: notebooks/03_training.ipynb.
 """
 
+import inspect
+import math
 import re
 from typing import Any
 
@@ -186,8 +188,9 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
     """AdamW for all, Muon on the hidden matrices and AdamW on the rest, or the caller's own.
 
     A function is given a list of parameter groups ("params", "lr", "weight_decay") and returns one
-    optimizer over them. Each group carries its peak learning rate as `peak_lr`. Raises ValueError
-    where the function returns anything but an optimizer.
+    optimizer over them. What it sets itself holds, see `_keep_own_values`. Each group carries its
+    peak learning rate as `peak_lr`. Raises ValueError where the function returns anything but an
+    optimizer, or one that leaves weights out.
     """
     roles = parameter_groups(model)
     muon = config.optimizer == "muon" and roles["matrices"]
@@ -200,7 +203,7 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
     rest = groups("decayed", config.learning_rate, config.weight_decay)
     rest += groups("plain", config.learning_rate, 0.0)
     if callable(config.optimizer):
-        return [_own_optimizer(config.optimizer, rest)]
+        return [_own_optimizer(config.optimizer, rest, config.learning_rate)]
     optimizers: list[torch.optim.Optimizer] = []
     if muon:
         matrices = groups("matrices", config.matrix_lr, config.weight_decay)
@@ -210,7 +213,8 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
     return optimizers
 
 
-def _own_optimizer(build, groups: list[dict]) -> torch.optim.Optimizer:
+def _own_optimizer(build, groups: list[dict], peak: float) -> torch.optim.Optimizer:
+    given = {id(p): {**group, "params": ()} for group in groups for p in group["params"]}
     optimizer = build(groups)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ValueError(
@@ -218,17 +222,45 @@ def _own_optimizer(build, groups: list[dict]) -> torch.optim.Optimizer:
             "torch.optim.Optimizer over the groups it is given, "
             "such as lambda groups: torch.optim.SGD(groups)"
         )
-    given = {id(p) for group in groups for p in group["params"]}
     taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if taken != given:
+    if taken != given.keys():
         raise ValueError(
-            f"the optimizer function left out {len(given - taken)} of {len(given)} weights, and "
-            f"took {len(taken - given)} others; give it all groups (what is not to learn: "
-            "requires_grad_(False) before the training)"
+            f"the optimizer function left out {len(given.keys() - taken)} of {len(given)} weights, "
+            f"and took {len(taken - given.keys())} others; give it all groups (what is not to "
+            "learn: requires_grad_(False) before the training)"
         )
+    _keep_own_values(optimizer, given, peak)
     for group in optimizer.param_groups:
-        group.setdefault("peak_lr", group["lr"])
+        group["peak_lr"] = group["lr"]
+        values = [float(group["lr"]), float(group.get("weight_decay", 0.0))]
+        if not all(0 <= value < math.inf for value in values):
+            raise ValueError(
+                f"the optimizer function gives a learning rate of {values[0]} and a weight decay "
+                f"of {values[1]}; both must be finite and 0 or more"
+            )
     return optimizer
+
+
+def _keep_own_values(optimizer: torch.optim.Optimizer, given: dict[int, dict], peak: float):
+    """Let what the caller gave to the constructor hold, which torch would drop for the groups'.
+
+    A rate of the caller's own is scaled by layer as the configuration's, and the constructor's
+    decay, its default included, then holds with it; a decay alone leaves the rates as they are.
+    What is never decayed stays so. Values that the caller wrote into groups are left alone.
+    """
+    known = inspect.signature(type(optimizer)).parameters
+    values = {k: v for k, v in optimizer.defaults.items() if k in ("lr", "weight_decay")}
+    own = {k: v for k, v in values.items() if k not in known or v != known[k].default}
+    if any(own.get("lr") == group["lr"] for group in given.values()):
+        del own["lr"]  # read from the groups
+    elif "lr" in own:
+        own = values
+    for group in filter(lambda group: group["params"], optimizer.param_groups):
+        asked = given[id(group["params"][0])]
+        if "lr" in own and group["lr"] == asked["lr"]:
+            group["lr"] = own["lr"] * (asked["lr"] / peak if peak else 1.0)
+        if "weight_decay" in own and group["weight_decay"] == asked["weight_decay"] != 0:
+            group["weight_decay"] = own["weight_decay"]
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], fraction: float) -> None:

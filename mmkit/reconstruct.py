@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .attention import at_rest
 from .config import TrainingConfig, nearest
-from .data import Batch, MultimodalDataset
+from .data import Batch, MultimodalDataset, as_dataset
 from .decoder import Wanted
 from .distributed import my_share, sum_over_processes
 from .encoder import EncoderOutput, MultimodalEncoder
@@ -219,7 +219,7 @@ def evaluate_reconstruction(
     `seed`, epoch 0. Several processes share the work.
     """
     decoder, device = _decoder(model), model.logit_scale.device
-    dataset = dataset.encoded_by(model.tokenizer, model.max_length)
+    dataset = as_dataset(dataset, "dataset").encoded_by(model.tokenizer, model.max_length)
     frequency = dataset.piece_frequency() if text_mask[0] == "frequency" else None
     kept: dict[str, Any] = dict(layers=dataset.layers, frequency=frequency)
     sums = torch.zeros(len(_SUMS), dtype=torch.float64)

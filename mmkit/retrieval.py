@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .attention import at_rest
-from .data import Batch, MultimodalDataset
+from .data import Batch, MultimodalDataset, as_dataset
 from .distributed import gather_rows, my_share
 from .encoder import MultimodalEncoder
 from .losses import info_nce_rows, sigmoid_rows, similarity
@@ -69,7 +69,7 @@ def embed(
     is done with the hidden, as in `TrainingConfig`. mixed_precision: as there; "auto" is faster,
     "no" is exact. Several processes share the work, each sample counted once.
     """
-    dataset = dataset.encoded_by(model.tokenizer, model.max_length)
+    dataset = as_dataset(dataset, "dataset").encoded_by(model.tokenizer, model.max_length)
     _, _, first, counts = dataset.encoded_captions()
     common: Any = dict(batch_size=batch_size, seed=seed, mixed_precision=mixed_precision)
     size, images, texts = model.embed_dim, model.encode_image, model.encode_text
@@ -335,7 +335,7 @@ class Index:
     def __init__(
         self, model: MultimodalEncoder, dataset: MultimodalDataset, mixed_precision: str = "auto"
     ):
-        self.model, self.dataset = model.eval(), dataset
+        self.model, self.dataset = model.eval(), as_dataset(dataset, "dataset")
         self.features = embed(model, dataset, mixed_precision=mixed_precision)
 
     @torch.no_grad()

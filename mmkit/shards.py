@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .cache import cache_folder
-from .data import MultimodalDataset
+from .data import MultimodalDataset, as_dataset
 from .masks import mask_noise
 from .picture_files import Refused
 from .picture_heads import Reading, open_head
@@ -210,7 +210,7 @@ def write_shards(
     """
     from webdataset import ShardWriter
 
-    folder = Path(folder)
+    folder, dataset = Path(folder), as_dataset(dataset, "dataset")
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard={samples_per_shard} must be at least 1; try 1000")
     if len(dataset.sample_ids.unique()) < len(dataset):

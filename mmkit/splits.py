@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .data import MultimodalDataset
+from .data import MultimodalDataset, as_dataset
 from .duplicates import caption_key, rows_that_share, signatures
 from .near_pictures import NEAR, exact_duplicates, near_duplicates
 
@@ -48,6 +48,7 @@ def split(
 
     Raises ValueError for impossible shares, an unknown key, a missing value, or an empty part.
     """
+    dataset = as_dataset(dataset, "dataset")
     if not (val >= 0 and test >= 0 and val + test < 1):
         raise ValueError(f"val={val} and test={test} must be at least 0 and add up to less than 1")
     values = [] if by in ("near", "content", "caption") else _values(dataset.meta, by)
@@ -203,8 +204,8 @@ def overlap(
     test); None: `dataset.content_hashes()` of each. A file and a picture given as pixels are never
     equal, but may be near.
     """
+    parts = train, test = as_dataset(train, "train"), as_dataset(test, "test")
     first = len(train)
-    parts = (train, test)
     own = [part.content_hashes() for part in parts] if hashes is None else list(map(list, hashes))
     exact = _shared(exact_duplicates([*own[0], *own[1]]), first)
     alike = None

@@ -298,3 +298,88 @@ def test_bad_input_is_refused_in_words(model, data):
     refuses("'painted' needs painted: give an array", image=("painted", None))
     batch.valid[1] = False
     refuses("caption 1 is all padding", text=("random", 0.5))
+
+
+# -- maskers of one's own ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(make_model, make_data, monkeypatch):
+    """Draw both maskings with this function in the place of a masker."""
+    batch, model = make_data(13).batch(range(7)), make_model()
+
+    def draw_with(kind: str, masker, **options):
+        known = {"image": IMAGE_MASKERS, "text": TEXT_MASKERS}[kind]
+        monkeypatch.setitem(known, "own", masker)
+        options = dict(seed=3, epoch=2, **{kind: ("own", 0.5)}) | options
+        return draw_maskings(batch, model, **options)[kind == "text"], batch, model
+
+    return draw_with
+
+
+def test_a_bool_mask_of_an_own_image_masker_becomes_a_masking(own):
+    """A tensor or an array: the tokens that it leaves, filled up where their number differs."""
+    for masker in (lambda n, ratio, scene: n > 0.4, lambda n, ratio, scene: (n > 0.4).numpy()):
+        masking, batch, model = own("image", masker)
+        expected = mask_noise(3, 2, batch.sample_ids, 9, "image") > 0.4
+        assert torch.equal(masking.mask, expected) and masking.keep_valid.any(1).all()
+        for row in range(7):
+            kept = masking.ids_keep[row][masking.keep_valid[row]]
+            assert kept.tolist() == (~expected[row]).nonzero()[:, 0].tolist()
+        assert torch.isfinite(model(batch, masking, None).image_features).all()
+    masking, _, _ = own("image", lambda noise, ratio, scene: noise.argsort(1).argsort(1) >= 4)
+    assert masking.keep_valid is None and masking.ids_keep.shape == (7, 4)
+
+
+def test_a_bool_mask_of_an_own_text_masker_spares_the_ends(own):
+    """[CLS], [SEP] and padding are never masked, whatever the function says of them."""
+    for mode in ("drop", "replace"):
+        first = lambda noise, ratio, caption: caption.maskable.cumsum(1) <= 1  # noqa: E731
+        masking, batch, model = own("text", first, text_mode=mode)
+        words = caption_of(batch, model).maskable
+        assert torch.equal(masking.mask, words & (words.cumsum(1) == 1))
+        assert torch.isfinite(model(batch, None, masking, text_mode=mode).text_features).all()
+
+
+def other(masking, **parts):
+    return dataclasses.replace(masking, **parts)
+
+
+def dropped_padding(noise, ratio, caption):
+    masking = TEXT_MASKERS["random"](noise, ratio, caption)
+    return other(masking, mask=masking.mask | ~caption.valid)
+
+
+RANDOM = IMAGE_MASKERS["random"]
+
+
+def keeping(noise, ratio, change):
+    """A random `Masking` whose kept tokens (7, 4) were changed."""
+    masking = RANDOM(noise, ratio)
+    return other(masking, ids_keep=change(masking.ids_keep))
+
+
+@pytest.mark.parametrize(
+    "kind, masker, words",
+    [
+        ("image", lambda n, r, s: None, "gave NoneType for 7 samples of 9 tokens; give a"),
+        ("image", lambda n, r, s: n[:, :8] > 0.5, r"gave \(7, 8\) torch.bool for 7 samples of 9"),
+        ("image", lambda n, r, s: (n > 0.5).float(), r"gave \(7, 9\) torch.float32 for 7"),
+        ("image", lambda n, r, s: n >= 0, "leaves no token visible, in sample 0"),
+        ("image", lambda n, r, s: RANDOM(n[:, :8], r), r"gave \(7, 8\) torch.bool"),
+        ("image", lambda n, r, s: keeping(n, r, lambda ids: ids[:, :3]), "keeps other tokens"),
+        ("image", lambda n, r, s: keeping(n, r, lambda ids: ids[:, [0, 0, 1, 2]]),
+         "keeps a token twice"),
+        ("image", lambda n, r, s: keeping(n, r, lambda ids: ids + 9), "keeps"),
+        ("image", lambda n, r, s: keeping(n, r, lambda ids: ids[0]), r"ids_keep \(4,\)"),
+        ("image", lambda n, r, s: other(RANDOM(n, r), ids_restore=RANDOM(n, r).ids_restore.flip(1)),
+         "ids_restore that does not lead back"),
+        ("image", lambda n, r, s: other(RANDOM(n, r), mask=~RANDOM(n, r).mask), "keeps other"),
+        ("text", lambda n, r, c: n >= 0, "leaves no token visible"),
+        ("text", lambda n, r, c: n[:, 1:-1] > 0.5, r"gave \(7, 6\) torch.bool for 7 samples of 8"),
+        ("text", dropped_padding, "masks what may not be masked"),
+    ],
+)  # fmt: skip
+def test_an_own_masker_that_gives_no_mask_is_told_so(own, kind, masker, words):
+    with pytest.raises(ValueError, match=f"masker 'own' .*{words}"):
+        own(kind, masker)
