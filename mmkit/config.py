@@ -10,9 +10,11 @@ import difflib
 import functools
 import json
 import math
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -83,12 +85,17 @@ RATIO_SCHEDULES: dict[str, Callable[..., Any]] = {
 
 OPTIMIZERS = ("muon", "adamw")
 
-_CHOICES = {
+_OWN = {  # fields that also take a function
+    "optimizer": OPTIMIZERS,
+    "schedule": SCHEDULES,
+    **{f"{term}_schedule": TERM_SCHEDULES for term in TERMS},
+}
+_CHOICES = _OWN | {
     "loss": ("info_nce", "sigmoid"),
     "image_mask_mode": ("drop", "replace"),
     "text_mask_mode": ("drop", "replace", "80/10/10"),
-    "image_mask_schedule": tuple(RATIO_SCHEDULES),
-    "text_mask_schedule": tuple(RATIO_SCHEDULES),
+    "image_mask_schedule": RATIO_SCHEDULES,
+    "text_mask_schedule": RATIO_SCHEDULES,
     "mixed_precision": ("auto", "bf16", "fp16", "no"),
     "accumulation": ("exact", "naive"),
     "exchange": ("gather", "neighbours"),
@@ -96,26 +103,73 @@ _CHOICES = {
     "contrastive_view": ("masked", "unmasked"),
     "pixel_error": ("mse", "l1"),
 }
-_AT_LEAST_ONE = (
-    "num_epochs",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "eval_every",
-    "log_every",
-    "keep_last",
-    "decoder_depth",
-    "max_skipped_steps",
-)
-_NOT_NEGATIVE = (
-    "learning_rate weight_decay warmup_steps max_grad_norm unmasked_epochs frozen_image_epochs "
-    "frozen_text_epochs checkpoint_every term_gradients_every contrastive_weight pixels_weight "
-    "words_weight matching_weight"
-).split()
-_WHOLE = (
-    "unmasked_epochs frozen_image_epochs frozen_text_epochs checkpoint_every term_gradients_every"
-).split()
-_FRACTIONS = ("image_mask_ratio", "text_mask_ratio")
-_FRACTIONS_OR_NONE = ("image_mask_final_ratio", "text_mask_final_ratio")
+
+# the rule of a number in words -> what tells whether it holds, and the fields it is for
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "at least 1": (
+        lambda x: x >= 1,
+        "num_epochs batch_size max_steps gradient_accumulation_steps eval_every log_every "
+        "keep_last decoder_depth max_skipped_steps",
+    ),
+    "0 or more": (
+        lambda x: x >= 0,
+        "learning_rate matrix_learning_rate weight_decay warmup_steps max_grad_norm "
+        "unmasked_epochs frozen_image_epochs frozen_text_epochs checkpoint_every num_workers "
+        "term_gradients_every contrastive_weight pixels_weight words_weight matching_weight",
+    ),
+    "in [0, 1)": (
+        lambda x: 0 <= x < 1,
+        "dropout ema_decay ema_momentum image_mask_final_ratio text_mask_final_ratio",
+    ),
+    "in [0, 1): 0 masks nothing, 0.5 half; it is a fraction, not per cent": (
+        lambda x: 0 <= x < 1,
+        "image_mask_ratio text_mask_ratio",
+    ),
+    "in [0, 1]": (lambda x: 0 <= x <= 1, "final_lr_fraction"),
+    "in (0, 1]; 1 = the same for all": (lambda x: 0 < x <= 1, "layer_decay"),
+    "in (0, 1]; to look at none of them: cross_modal=False": (
+        lambda x: 0 < x <= 1,
+        "cross_modal_ratio",
+    ),
+    "at least 0.01 (the scale's clamp)": (lambda x: x >= 0.01, "temperature"),
+    "a multiple of 32, at least 32": (lambda x: x >= 32 and x % 32 == 0, "decoder_width"),
+    "a whole number of 64 bits": (lambda x: -(2**63) <= x < 2**63, "seed"),
+}
+_RULE_OF = {name: rule for rule, (_, names) in _RULES.items() for name in names.split()}
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
+
+
+def _checked(name: str, given: Any, annotation: Any) -> Any:
+    """The value of a field in the type of its annotation; ValueError where it breaks a rule.
+
+    Scalars of NumPy and torch, whole numbers written as floats and paths become plain values.
+    """
+    kinds = get_args(annotation) or (annotation,)
+    kind, value, none = kinds[0], given, "None or " if NoneType in kinds else ""
+    if (none and value is None) or (name in _OWN and callable(value)):
+        return value
+    if name == "painted_mask":  # an array becomes plain values, for JSON
+        return _rows_of_patches(value)
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if kind is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    elif kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        hint = " (without quotes)" if isinstance(value, str) else ""
+        raise ValueError(f"{name}={given!r} must be {none}{_KINDS[kind]}{hint}")
+    if name in _CHOICES and value not in _CHOICES[name]:
+        own = "; or give a function" if name in _OWN else ""
+        raise ValueError(f"{name}={given!r} is not a choice; {nearest(value, _CHOICES[name])}{own}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name}={given!r} must be {none}a finite number")
+    rule = _RULE_OF.get(name)
+    if rule and not _RULES[rule][0](value):
+        raise ValueError(f"{name}={given!r} must be {none}{rule}")
+    return value
 
 
 def _refuse_unknown_keys(cls):
@@ -150,8 +204,9 @@ def _rows_of_patches(painted) -> list[list[int]]:
 class TrainingConfig:
     """The whole recipe of a run; the defaults train the `tiny` preset well on two CPU cores.
 
-    Raises ValueError for an unknown key (naming the nearest known one) and for a value outside its
-    rule (naming value, rule and remedy).
+    Raises ValueError for an unknown key (naming the nearest known one) and for a value of another
+    type or outside its rule (naming value, rule and remedy), when it is made and when a field is
+    set. Names of presets and maskers, which others may add, are checked when a training starts.
     """
 
     # -- how long, how much ------------------------------------------------------------------
@@ -319,39 +374,20 @@ class TrainingConfig:
     # Name of the run's folder; "" = date and time.
     run_name: str = ""
 
+    def __setattr__(self, name: str, value: Any):
+        """Set a field; ValueError for an unknown name, a wrong type or a broken rule."""
+        fields = self.__dataclass_fields__
+        if name not in fields:
+            known = nearest(name, fields)
+            raise ValueError(f"{type(self).__name__} has no field {name!r}; {known}")
+        object.__setattr__(self, name, _checked(name, value, fields[name].type))
+
     def __post_init__(self):
-        for name, known in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name}={value!r} is not a choice; {nearest(value, known)}")
-        if not callable(self.optimizer) and self.optimizer not in OPTIMIZERS:
-            hint = nearest(self.optimizer, OPTIMIZERS)
-            raise ValueError(f"optimizer={self.optimizer!r} is not a choice; {hint}; or a function")
-        if not callable(self.schedule) and self.schedule not in SCHEDULES:
-            hint = nearest(self.schedule, SCHEDULES)
-            raise ValueError(f"schedule={self.schedule!r} is not known; {hint}; or give a function")
-        for name in (f"{term}_schedule" for term in TERMS):
-            value = getattr(self, name)
-            if not callable(value) and value not in TERM_SCHEDULES:
-                hint = nearest(value, TERM_SCHEDULES)
-                raise ValueError(f"{name}={value!r} is not known; {hint}; or give a function")
-        for name in _AT_LEAST_ONE:
-            self._check(name, getattr(self, name) >= 1, "at least 1", int)
-        for name in _NOT_NEGATIVE:
-            kind = int if name in _WHOLE else None
-            self._check(name, getattr(self, name) >= 0, "0 or more", kind)
-        for name in ("dropout", "ema_decay", "ema_momentum"):
-            self._check(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        for name in _FRACTIONS:
-            rule = "in [0, 1): 0 hides nothing, 0.5 half; it is a fraction, not per cent"
-            self._check(name, 0 <= getattr(self, name) < 1, rule)
-        for name in _FRACTIONS_OR_NONE:
-            value = getattr(self, name)
-            self._check(name, value is None or 0 <= value < 1, "None or in [0, 1)")
-            needed = getattr(self, name.replace("final_ratio", "schedule")) != "constant"
+        """The rules between fields; each field's own was checked when it was set."""
+        for kind in ("image", "text"):
+            name, schedule = f"{kind}_mask_final_ratio", getattr(self, f"{kind}_mask_schedule")
             rule = "given with a schedule, and only then: a fraction in [0, 1)"
-            self._check(name, (value is not None) == needed, rule)
-        self._check("layer_decay", 0 < self.layer_decay <= 1, "in (0, 1]; 1 = the same for all")
+            self._check(name, (getattr(self, name) is None) == (schedule == "constant"), rule)
         if self.compile and self.gradient_checkpointing:
             raise ValueError(
                 "compile=True with gradient_checkpointing=True compiles every layer anew; take one"
@@ -363,11 +399,6 @@ class TrainingConfig:
             )
         self._check_mask()
         self._check_terms()
-        self._check("final_lr_fraction", 0 <= self.final_lr_fraction <= 1, "in [0, 1]")
-        self._check("temperature", self.temperature >= 0.01, "at least 0.01 (the scale's clamp)")
-        self._check(
-            "max_steps", self.max_steps is None or self.max_steps >= 1, "None or at least 1"
-        )
         if self.gradient_accumulation_steps > self.batch_size:
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} leaves empty "
@@ -375,8 +406,6 @@ class TrainingConfig:
             )
 
     def _check_mask(self):
-        if self.painted_mask is not None:  # an array becomes plain values, for JSON
-            self.painted_mask = _rows_of_patches(self.painted_mask)
         rule = "given with image_mask='painted', and only then: rows of patches, 1 = hidden"
         given = self.painted_mask is not None
         self._check("painted_mask", given == (self.image_mask == "painted"), rule)
@@ -424,10 +453,6 @@ class TrainingConfig:
                 "cross_modal=True has no decoder to look across; give a weight above 0 to pixels, "
                 "words or matching"
             )
-        rule = "in (0, 1]; to look at none of them: cross_modal=False"
-        self._check("cross_modal_ratio", 0 < self.cross_modal_ratio <= 1, rule)
-        rule = "a multiple of 32, at least 32"
-        self._check("decoder_width", self.decoder_width >= 32 and not self.decoder_width % 32, rule)
 
     @property
     def terms(self) -> list[str]:
@@ -453,12 +478,9 @@ class TrainingConfig:
             weights[term] = getattr(self, f"{term}_weight") * value
         return {term: weight for term, weight in weights.items() if weight}
 
-    def _check(self, name: str, holds: bool, rule: str, kind: type | None = None):
-        value = getattr(self, name)
-        if kind is int and value != int(value):
-            raise ValueError(f"{name}={value!r} must be a whole number")
+    def _check(self, name: str, holds: bool, rule: str):
         if not holds:
-            raise ValueError(f"{name}={value!r} must be {rule}")
+            raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
 
     @property
     def matrix_lr(self) -> float:

@@ -44,6 +44,7 @@ def effective_configuration(trainer) -> dict:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "optimizer": " + ".join(map(_optimizer, trainer.optimizers)),
+        "rates": "; ".join(map(_rates, trainer.optimizers)),
         "dropout": _dropout(model),
         "pictures": len(trainer.train),
         "captions": sum(map(len, trainer.train.texts)),
@@ -76,8 +77,9 @@ def describe(trainer) -> str:
 
     lines = {
         "run": f"{trainer.path}",
-        "model": f"{e['parameters'] / 1e6:.2f} M parameters, dropout {e['dropout']}",
-        "optimizer": e["optimizer"],
+        "model": f"{e['parameters'] / 1e6:.2f} M parameters, {e['optimizer']}, dropout "
+        f"{e['dropout']}",
+        "peak rates": e["rates"],
         "data": f"{e['pictures']:,} pictures, {e['captions']:,} captions; "
         f"{e['steps']:,} steps of {e['pairs_per_step']:.1f} pairs",
         "image mask": f"{config.image_mask}, {100 * e['image_mask_ratio']:.1f} % hidden "
@@ -124,14 +126,20 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> str:
-    """The optimizer, the type that Muon multiplies in, peak learning rates and weight decays."""
+    """The optimizer's name, and the type that Muon multiplies in."""
+    kind = type(optimizer).__name__
+    if not isinstance(optimizer, Muon):
+        return kind
+    return f"{kind} ({_name(orthogonalizing_type(optimizer.param_groups[0]['params'][0].device))})"
+
+
+def _rates(optimizer: torch.optim.Optimizer) -> str:
+    """An optimizer's peak learning rates and weight decays, in words."""
     words = []
-    if isinstance(optimizer, Muon):
-        words.append(_name(orthogonalizing_type(optimizer.param_groups[0]["params"][0].device)))
-    for name, key in (("peak learning rate", "peak_lr"), ("weight decay", "weight_decay")):
+    for key in ("peak_lr", "weight_decay"):
         values = sorted({float(group.get(key, 0.0)) for group in optimizer.param_groups})
-        words.append(f"{name} {' to '.join(f'{x:g}' for x in {values[0]: 0, values[-1]: 0})}")
-    return f"{type(optimizer).__name__} ({', '.join(words)})"
+        words.append(f"{values[0]:g}" + (f" to {values[-1]:g}" if len(values) > 1 else ""))
+    return f"{type(optimizer).__name__} {words[0]}, decay {words[1]}"
 
 
 def _beware(trainer, e: dict) -> list[str]:

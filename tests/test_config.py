@@ -1,13 +1,20 @@
 """A wrong value never starts a run; the learning rate follows its schedule."""
 
+import copy
+import dataclasses
 import json
 import math
+import os
+import pickle
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from mmkit import TrainingConfig
+from mmkit.config import RATIO_SCHEDULES
 
 
 @pytest.mark.parametrize(
@@ -55,11 +62,98 @@ from mmkit import TrainingConfig
         (dict(painted_mask=[[0, 1]]), "must be given with image_mask='painted', and only then"),
         (dict(image_mask="layers", augment="shift"), "augment='shift' moves .* use augment='none'"),
         (dict(emma_momentum=0.9), "did you mean 'ema_momentum'"),
+        (dict(warmup_steps=2.5), "warmup_steps=2.5 must be a whole number"),
+        (dict(max_steps=2.5), "max_steps=2.5 must be None or a whole number"),
+        (dict(seed=1.5), "seed=1.5 must be a whole number"),
+        (dict(seed=2**63), "seed=9223372036854775808 must be a whole number of 64 bits"),
+        (dict(matrix_learning_rate=math.nan), "matrix_learning_rate=nan must be None or a finite"),
+        (dict(matrix_learning_rate=-1), "matrix_learning_rate=-1 must be None or 0 or more"),
+        (dict(learning_rate=math.inf), "learning_rate=inf must be a finite number"),
+        (dict(temperature=math.inf), "temperature=inf must be a finite number"),
+        (dict(num_workers=-1), "num_workers=-1 must be 0 or more"),
+        (dict(deterministic="no"), r"deterministic='no' must be True or False \(without quotes\)"),
+        (dict(compile="false"), "compile='false' must be True or False"),
+        (dict(cross_modal=1), "cross_modal=1 must be True or False"),
+        (dict(learning_rate="5e-4"), r"learning_rate='5e-4' must be a number \(without quotes\)"),
+        (dict(batch_size="16"), r"batch_size='16' must be a whole number \(without quotes\)"),
+        (dict(num_epochs=True), "num_epochs=True must be a whole number"),
+        (dict(weight_decay=None), "weight_decay=None must be a number"),
+        (dict(num_epochs=None), "num_epochs=None must be a whole number"),
+        (dict(run_name=7), "run_name=7 must be a string"),
+        (dict(image_mask=["random"]), r"image_mask=\['random'\] must be a string"),
+        (dict(loss=len), "loss=<built-in function len> must be a string"),
+        (dict(decoder_width=40), "decoder_width=40 must be a multiple of 32"),
     ],
 )
 def test_wrong_values_are_refused_in_words(values, words):
     with pytest.raises(ValueError, match=words):
         TrainingConfig(**values)
+
+
+def test_every_field_has_a_type_and_every_number_a_rule():
+    """No field takes what is not of its type; no number is without a rule."""
+    for field in dataclasses.fields(TrainingConfig):
+        wrong = object()
+        with pytest.raises(ValueError, match=f"^{field.name}=.* must be "):
+            TrainingConfig(**{field.name: wrong})
+        if isinstance(field.default, float):
+            with pytest.raises(ValueError, match=f"^{field.name}=nan must be "):
+                TrainingConfig(**{field.name: math.nan})
+        if type(field.default) in (int, float):
+            with pytest.raises(ValueError, match=f"^{field.name}="):
+                TrainingConfig(**{field.name: -(2**77)})
+        config = TrainingConfig()
+        with pytest.raises(ValueError, match=f"^{field.name}=.* must be "):
+            setattr(config, field.name, wrong)
+        assert getattr(config, field.name) == field.default
+
+
+def test_numbers_and_paths_of_other_types_become_plain_values():
+    given = TrainingConfig(
+        num_epochs=np.int64(3), batch_size=16.0, max_steps=torch.tensor(7), seed=np.uint8(5),
+        learning_rate=np.float32(0.5), weight_decay=1, deterministic=np.bool_(True),
+        output_dir=Path("some") / "runs", run_name=np.str_("one"), matrix_learning_rate=None,
+        text_mask_ratio=torch.tensor(0.25), image_mask_schedule="linear", image_mask_final_ratio=0,
+    )  # fmt: skip
+    plain = dict(
+        num_epochs=3, batch_size=16, max_steps=7, seed=5, learning_rate=0.5, weight_decay=1.0,
+        deterministic=True, output_dir=os.path.join("some", "runs"), run_name="one",
+        text_mask_ratio=0.25, matrix_learning_rate=None, image_mask_final_ratio=0.0,
+    )  # fmt: skip
+    found = json.loads(json.dumps(given.to_dict()))
+    for name, value in plain.items():
+        assert found[name] == value and type(found[name]) is type(value), name
+
+
+def test_a_field_that_is_set_later_is_checked_too():
+    config = TrainingConfig()
+    with pytest.raises(ValueError, match="no field 'num_epoch'; did you mean 'num_epochs'"):
+        config.num_epoch = 1
+    with pytest.raises(ValueError, match="batch_size=0 must be at least 1"):
+        config.batch_size = 0
+    config.batch_size, config.learning_rate = 7.0, 1
+    assert (config.batch_size, config.learning_rate) == (7, 1.0) and type(config.batch_size) is int
+    again = copy.deepcopy(config), pickle.loads(pickle.dumps(config))
+    assert again == (config, config)
+
+
+def test_a_ratio_schedule_of_ones_own_has_a_name(monkeypatch):
+    monkeypatch.setitem(RATIO_SCHEDULES, "late", lambda start, final, progress, noise: start)
+    assert TrainingConfig(text_mask_schedule="late", text_mask_final_ratio=0.5)
+    assert TrainingConfig().text_mask_schedule == "constant"
+
+
+@pytest.mark.parametrize("value", [-0.1, 50, math.nan, math.inf, "half", None, [0.5, 0.5]])
+def test_a_schedule_that_leaves_its_range_names_step_and_value(value):
+    """For the learning rate and for the weight of a term; rounding beside 0 and 1 is forgiven."""
+    words = rf"gives {re.escape(repr(value))} at step 3 of 7; it must give a number in \[0, 1\]"
+    own = dict(warmup_steps=0, schedule=lambda p: value if p == 0.5 else 1 + 1e-12)
+    own |= dict(pixels_weight=0.5, pixels_schedule=own["schedule"])
+    config = TrainingConfig(**own)
+    assert config.lr_fraction(2, 7) == 1 and config.term_weights(2, 7)["pixels"] == 0.5
+    for evaluate in (config.lr_fraction, config.term_weights):
+        with pytest.raises(ValueError, match=words):
+            evaluate(3, 7)
 
 
 def test_warmup_then_cosine():
