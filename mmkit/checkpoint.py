@@ -214,6 +214,7 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Multimo
             f"{path} has an architecture that cannot be built ({error!r}); use a file mmkit wrote"
         ) from None
     load_weights(model, state["model_state_dict"], path)
+    model.trained_steps = state.get("trained_steps", 0)
     return model.to_device(device).eval()
 
 

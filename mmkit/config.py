@@ -162,8 +162,8 @@ def _checked(name: str, given: Any, annotation: Any) -> Any:
         hint = " (without quotes)" if isinstance(value, str) else ""
         raise ValueError(f"{name}={given!r} must be {none}{_KINDS[kind]}{hint}")
     if name in _CHOICES and value not in _CHOICES[name]:
-        own = "; or give a function" if name in _OWN else ""
-        raise ValueError(f"{name}={given!r} is not a choice; {nearest(value, _CHOICES[name])}{own}")
+        what, own = ("known", "; or give a function") if name in _OWN else ("a choice", "")
+        raise ValueError(f"{name}={given!r} is not {what}; {nearest(value, _CHOICES[name])}{own}")
     if kind is float and not math.isfinite(value):
         raise ValueError(f"{name}={given!r} must be {none}a finite number")
     rule = _RULE_OF.get(name)

@@ -593,7 +593,7 @@ class _BatchView(torch.utils.data.Dataset):
         try:
             return batch._map(Tensor.share_memory_)
         except (RuntimeError, OSError):
-            return batch._map(Tensor.numpy)
+            return batch._map(Tensor.numpy)  # type: ignore
 
 
 def _ahead(batches: Iterator[Batch], pin: bool, depth: int = 2) -> Iterator[Batch]:

@@ -9,6 +9,7 @@ import math
 import torch
 from torch import nn
 
+from .config import TrainingConfig
 from .cost import objective_flops, tower_flops
 from .layers import dropouts
 from .objective import PAIR_ENTROPY
@@ -114,7 +115,7 @@ def describe(trainer) -> str:
         lines["validation"] = f"{n:,} pictures"
         if "contrastive" in config.terms:
             lines["validation"] += f" as one pool{guessing(n)}; chance of R@1 {100 / n:.1f} %"
-    if tools := _tools(config):
+    if tools := _tools(trainer):
         lines["tools"] = "; ".join(tools)
     if beware := _beware(trainer, e):
         lines["beware"] = "; ".join(beware)
@@ -144,7 +145,12 @@ def _rates(optimizer: torch.optim.Optimizer) -> str:
 
 def _beware(trainer, e: dict) -> list[str]:
     """What is likely not meant, each with its remedy, in words."""
-    config, beware = trainer.config, []
+    config, beware = trainer.config, _settings_without_use(trainer, e)
+    if trainer.trained_before:
+        beware.append(
+            f"the model has been trained before ({trainer.trained_before:,} steps) and this run "
+            "goes on from its weights; for a new start build it anew, or leave model= out"
+        )
     if config.warmup_steps > e["steps"] / 2:
         beware.append(
             f"the warmup takes {config.warmup_steps} of {e['steps']} steps, so that the learning "
@@ -157,6 +163,39 @@ def _beware(trainer, e: dict) -> list[str]:
             "take mixed_precision='auto'"
         )
     return beware
+
+
+def _settings_without_use(trainer, e: dict) -> list[str]:
+    """Settings that were chosen and change nothing in this run, in words."""
+    config, found = trainer.config, []
+    if trainer.given_model:
+        for name, real in trainer.model_settings.items():
+            asked = getattr(config, name)
+            if asked not in (real, getattr(TrainingConfig, name)) and asked != "own":
+                found.append(
+                    f"{name}={asked!r} is for a new model; the one that was given has {real!r}"
+                )
+    masked = {kind: getattr(config, f"{kind}_mask_ratio") for kind in ("image", "text")}
+    masked["image"] = masked["image"] or config.painted_mask
+    if config.unmasked_epochs >= trainer.num_epochs and any(masked.values()):
+        found.append(
+            f"unmasked_epochs={config.unmasked_epochs} of {trainer.num_epochs} epochs: nothing is "
+            "masked in this run; lower it, or take ratios of 0"
+        )
+    elif trainer.step < trainer.steps_per_epoch:  # what was drawn is the first epoch
+        for kind, ratio in masked.items():
+            if ratio and not e[f"{kind}_mask_ratio"]:
+                found.append(
+                    f"{kind}_mask_ratio={ratio!r} masks nothing so short; raise it, or take 0"
+                )
+    for term in trainer.idle_terms:
+        found.append(
+            f"{term}_weight={getattr(config, f'{term}_weight'):g} has nothing to learn from in any "
+            f"step; change {term}_schedule, unmasked_epochs or the masks"
+        )
+    if not any(group["peak_lr"] for o in trainer.optimizers for group in o.param_groups):
+        found.append("all learning rates are 0: no weight will change")
+    return found
 
 
 def _dropout(model) -> str:
@@ -194,12 +233,12 @@ def _terms(trainer) -> str:
     return line
 
 
-def _tools(config) -> list[str]:
+def _tools(trainer) -> list[str]:
     """What else was asked of this run, in words."""
-    tools = []
+    config, tools = trainer.config, []
     for kind, tower in (("image", "ViT"), ("text", "BERT")):
         if epochs := getattr(config, f"frozen_{kind}_epochs"):
-            tools.append(f"{tower} frozen for {min(epochs, config.num_epochs)} epochs")
+            tools.append(f"{tower} frozen for {min(epochs, trainer.num_epochs)} epochs")
     if config.layer_decay < 1:
         tools.append(f"each layer learns at {config.layer_decay:g} of the rate of the one above")
     if config.ema_decay:

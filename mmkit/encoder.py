@@ -22,7 +22,7 @@ from .config import nearest
 from .data import Batch
 from .decoder import Encoded, MultimodalDecoder, Wanted
 from .export import Exportable
-from .layers import bert_states, own_layers, vit_layers
+from .layers import bert_states, dropouts, own_layers, vit_layers
 from .masks import Masking
 from .patches import patchify, pick_tokens
 from .tokenizer import (
@@ -91,6 +91,7 @@ class MultimodalEncoder(nn.Module, Exportable):
     special_ids: Tensor  # ids of tokens that are never hidden
     word_ids: Tensor  # ids of all others
     continues_word: Tensor  # (V,) bool, True = a piece that goes on with the word before it
+    trained_steps = 0  # optimizer steps that have been applied to these weights, as far as known
 
     def __init__(
         self,
@@ -425,6 +426,23 @@ class MultimodalEncoder(nn.Module, Exportable):
             "pooling": self.pooling,
             "tokenizer": tokenizer_state(self.tokenizer),
             **({} if self.decoder is None else {"decoder": self.decoder.spec}),
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """What `TrainingConfig` has of a model: preset ("own" where it is none), dropout (the
+        largest), temperature (as learned)."""
+
+        def tower(config) -> tuple[int, int, int]:
+            return config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+
+        sizes = dict(image=self.image_size, patch=self.patch_size, vit=tower(self.vit.config))
+        sizes |= dict(bert=tower(self.bert.config), length=self.max_length)
+        sizes |= dict(embed_dim=self.embed_dim)
+        scale = self.logit_scale.item()
+        return {
+            "preset": next((name for name, size in PRESETS.items() if size == sizes), "own"),
+            "dropout": max(dropouts(self)),
+            "temperature": round(math.exp(-scale), 6) if math.isfinite(scale) else None,
         }
 
     @classmethod

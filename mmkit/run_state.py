@@ -57,7 +57,8 @@ def _weights(trainer, model) -> dict:
         "model_state_dict": model.state_dict(),
         "optimizer_state_dict": [optimizer.state_dict() for optimizer in trainer.optimizers],
         "best_loss": trainer.best_loss,
-        "config": trainer.config.to_dict(),
+        "config": trainer.recorded_config(),
+        "trained_steps": trainer.model.trained_steps,
         "data": _data(trainer),
     }
 
@@ -168,7 +169,7 @@ def resume(trainer, path: Path) -> bool:
         )
     state = read_checkpoint(path, _NEEDED)
     _check_data(trainer, state, path)
-    differing = _differing(trainer.config, state["config"])
+    differing = _differing(trainer, state["config"])
     if hard := {k: v for k, v in differing.items() if not _keeps_the_gradient(trainer.config, k)}:
         raise ValueError(
             f"cannot resume {trainer.path}, its configuration differs ({_in_words(hard)}); use the "
@@ -204,7 +205,7 @@ def fork(trainer, source: Path):
         )
     state = read_checkpoint(path, _NEEDED)
     _check_data(trainer, state, path)
-    differing = _differing(trainer.config, state["config"])
+    differing = _differing(trainer, state["config"])
     if "batch_size" in differing:
         raise ValueError(
             f"cannot fork {source} with another batch_size ({differing['batch_size'][0]} -> "
@@ -232,11 +233,13 @@ def _check_data(trainer, state: dict, path: Path):
         )
 
 
-def _differing(config: TrainingConfig, theirs: dict) -> dict[str, tuple]:
+def _differing(trainer, theirs: dict) -> dict[str, tuple]:
     """{field: (then, now)} of the settings that differ, but for those that may freely."""
-    ours = config.to_dict()
+    ours = trainer.config.to_dict()
+    # What a model that was given is, it is by itself, whatever the configuration says.
+    free = _FREE | trainer.model_settings.keys() if trainer.given_model else _FREE
     theirs = TrainingConfig().to_dict() | theirs  # a field it does not have yet did not matter
-    return {k: (theirs[k], v) for k, v in ours.items() if theirs[k] != v and k not in _FREE}
+    return {k: (theirs[k], v) for k, v in ours.items() if theirs[k] != v and k not in free}
 
 
 def _keeps_the_gradient(config: TrainingConfig, name: str) -> bool:
@@ -295,6 +298,8 @@ def _put_back(trainer, state: dict, path: Path, forked: bool):
     if trainer.epoch_steps is None:  # a state that an older version wrote
         trainer.epoch_steps = trainer.step % trainer.steps_per_epoch
     trainer.epoch_loss = state["epoch_loss"].to(trainer.device) / trainer.processes
+    trainer.model.trained_steps = state.get("trained_steps", trainer.step)
+    trainer.trained_before = 0  # it goes on from what was saved
     states = state["random"]
     if trainer.rank < len(states):
         set_random_state(states[trainer.rank])

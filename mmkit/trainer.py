@@ -6,6 +6,7 @@ Walk-through: notebooks/03_training.ipynb.
 """
 
 import contextlib
+import dataclasses
 import math
 import os
 import shutil
@@ -20,12 +21,12 @@ import torch
 from torch import Tensor
 
 from . import run_state
-from .config import TrainingConfig
-from .data import Batch, MultimodalDataset, load_batches
+from .config import TrainingConfig, nearest
+from .data import Batch, MultimodalDataset, as_dataset, load_batches
 from .decoder import Wanted
 from .describe import describe
 from .distributed import my_share, sum_over_processes, world
-from .encoder import MAX_LOGIT_SCALE, EncoderOutput, MultimodalEncoder
+from .encoder import MAX_LOGIT_SCALE, PRESETS, EncoderOutput, MultimodalEncoder
 from .layers import draws_dropout
 from .mask_plan import MaskPlan, check_maskers
 from .masking import mask_noise
@@ -67,11 +68,16 @@ class MaskedMultimodalTrainer:
     ):
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        self.config, self.train, self.val = config, train, val
+        check_arguments(config, model, callbacks)
+        self.train = as_dataset(train, "train")
+        self.val = None if val is None else as_dataset(val, "val")
+        # A copy, its rules checked anew: what is set in the caller's later changes no running run.
+        self.config = config = dataclasses.replace(config)
         self.callbacks, self.stopping, self._asked_to_stop = list(callbacks), False, False
         self.frozen: dict[str, list] = {}  # what the run has frozen, by tower
         resume = resume or False
         self._check()
+        self.given_model = model is not None
         ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
         with warnings.catch_warnings():  # it shares out the cores; the run says how many
             warnings.filterwarnings("ignore", "OMP_NUM_THREADS")
@@ -87,7 +93,7 @@ class MaskedMultimodalTrainer:
         if model is None:
             model = MultimodalEncoder.preset(
                 config.preset,
-                tokenizer=train.tokenizer,
+                tokenizer=self.train.tokenizer,
                 dropout=config.dropout,
                 temperature=config.temperature,
             )
@@ -96,6 +102,8 @@ class MaskedMultimodalTrainer:
                 f"the model has weights of type {', '.join(map(str, odd))}; training keeps float32 "
                 "ones and computes by mixed_precision: call model.float()"
             )
+        self.model_settings = model.settings()  # at the start; what the run's files record
+        self.trained_before = model.trained_steps
         self.objective = Objective(config, model)
         self.objective.prepare_model()
         self.model = model.to_device(self.device)
@@ -109,13 +117,8 @@ class MaskedMultimodalTrainer:
         fp16 = self.precision == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
 
-        self.steps_per_epoch = math.ceil(len(train) / config.batch_size)
-        smallest = len(train) // self.steps_per_epoch
-        if smallest < self.processes * config.gradient_accumulation_steps:
-            raise ValueError(
-                f"batches of {smallest} pairs cannot be cut for {self.processes} processes and "
-                f"{config.gradient_accumulation_steps} micro-batches; take a larger batch_size"
-            )
+        self.steps_per_epoch = math.ceil(len(self.train) / config.batch_size)
+        self._check_batches(len(self.train) // self.steps_per_epoch)
         self.total_steps = config.max_steps or config.num_epochs * self.steps_per_epoch
         self.num_epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self.step = self.skipped = self.skipped_in_a_row = 0
@@ -123,8 +126,10 @@ class MaskedMultimodalTrainer:
         self.best_loss, self.seconds, self._mark = math.inf, 0.0, time.perf_counter()
         self.epoch_loss, self.epoch_steps = torch.zeros((), device=self.device), 0
         self.epoch_waited = 0.0  # share of this epoch's training that went by without a batch
-        self.plan = MaskPlan(config, self.model, train, self.num_epochs)
-        self.objective.check_steps(self.total_steps, self.steps_per_epoch, self.plan)
+        self.plan = MaskPlan(config, self.model, self.train, self.num_epochs)
+        self.idle_terms = self.objective.check_steps(
+            self.total_steps, self.steps_per_epoch, self.plan
+        )
         self.terms: dict[str, Tensor] = {}  # this process's parts of the last step's terms
         self.drawn: list = []  # the (image, text) maskings of the step's micro-batches
         self.path = Path(config.output_dir) / self._run_name(resume is True)
@@ -147,6 +152,32 @@ class MaskedMultimodalTrainer:
             )
         check_maskers(config, self.train, self.val)
         run_state.check_restarts(config)
+
+    def _check_batches(self, smallest: int):
+        """ValueError where the smallest batch of an epoch cannot be cut, or leaves no negatives."""
+        config, cut = self.config, self.config.gradient_accumulation_steps
+        if smallest < self.processes * cut:
+            raise ValueError(
+                f"batches of {smallest} pairs cannot be cut for {self.processes} processes and "
+                f"{cut} micro-batches; take a larger batch_size"
+            )
+        # how many pairs each of these terms sees at once, and so how many wrong ones
+        sees = {
+            "contrastive": smallest if config.accumulation == "exact" else smallest // cut,
+            "matching": smallest // (self.processes * cut),
+        }
+        for term, pairs in sees.items():
+            if term in config.terms and pairs < 2:
+                raise ValueError(
+                    f"batch_size={config.batch_size} leaves {term} a single pair at a time "
+                    f"({len(self.train)} images, {self.steps_per_epoch} batches): without a wrong "
+                    "one beside it there is nothing to learn; take a batch_size of at least "
+                    f"{2 * config.batch_size}, fewer micro-batches, or {term}_weight=0"
+                )
+
+    def recorded_config(self) -> dict:
+        """The configuration as files record it: of the model, what it was when the run started."""
+        return self.config.to_dict() | self.model_settings
 
     def _prepare_layers(self):
         """What was asked of the transformer layers: to keep less, to be compiled."""
@@ -347,6 +378,7 @@ class MaskedMultimodalTrainer:
             self.plan.after_step()
             if self.ema is not None:
                 self.ema.update(self.model)
+            self.model.trained_steps += 1
             self.epoch_loss += loss
             self.epoch_steps += 1
         self.scaler.update()
@@ -395,7 +427,7 @@ class MaskedMultimodalTrainer:
         self.say(describe(self))
         self._warn_of_overlap()
         if self.rank == 0:
-            settings = self.config.to_dict() | {"run_name": self.path.name}
+            settings = self.recorded_config() | {"run_name": self.path.name}
             self.writer = RunWriter(self.path, settings, self.step if self.resumed else None)
         self.resumed = True  # whoever calls `fit` once more goes on
         self.accelerator.wait_for_everyone()
@@ -618,6 +650,27 @@ def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
 def _finite(value: float) -> float | None:
     """JSON has no NaN."""
     return value if math.isfinite(value) else None
+
+
+def check_arguments(config, model, callbacks):
+    """ValueError in words for an argument of another kind than `train_model` takes."""
+    if not isinstance(config, TrainingConfig):
+        hint = "TrainingConfig(**config)" if isinstance(config, dict) else "TrainingConfig(...)"
+        raise ValueError(f"config is a {type(config).__name__}; give mm.{hint}")
+    if not (model is None or isinstance(model, MultimodalEncoder)):
+        remedy = "give a mm.MultimodalEncoder, or None for a new one of config.preset"
+        if isinstance(model, str | os.PathLike):
+            remedy = f"give what mm.load({str(model)!r}) returns"
+        elif isinstance(getattr(model, "module", None), MultimodalEncoder):
+            remedy = "give model.module: the trainer wraps it itself"
+        raise ValueError(f"model is a {type(model).__name__}; {remedy}")
+    if not (isinstance(callbacks, Sequence) and all(map(callable, callbacks))):
+        raise ValueError(f"callbacks={callbacks!r} must be a list of functions f(trainer, record)")
+    given = model is not None and config.preset == "own"  # as the files of a run record it
+    if not given and config.preset not in PRESETS:
+        raise ValueError(
+            f"preset={config.preset!r} is not known; {nearest(config.preset, PRESETS)}"
+        )
 
 
 def train_model(

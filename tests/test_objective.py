@@ -461,9 +461,9 @@ def test_other_micro_batches_are_another_run_where_there_is_matching(make_traine
 
 
 def test_a_share_that_is_none_is_refused(make_trainer):
-    """Below 0 a term would be climbed, and NaN is no number of steps."""
-    for share in (-0.5, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"pixels_schedule gives a weight of .* at step 1"):
+    """Below 0 a term would be climbed, above 1 it is more than its weight, and NaN is no number."""
+    for share in (-0.5, 50, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"pixels_schedule gives .* at step 1 of 3"):
             make_trainer(**BESIDE, pixels_schedule=lambda p, x=share: x if p else 1.0, max_steps=3)
 
 

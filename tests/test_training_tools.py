@@ -9,6 +9,7 @@ import torch
 
 import mmkit as mm
 from mmkit.checkpoint import read_checkpoint
+from mmkit.config import RATIO_SCHEDULES
 from mmkit.optim import build_optimizers, freeze, layer_multiplier, thaw
 from mmkit.step import backward
 from tests.test_trainer import QUICK
@@ -481,3 +482,205 @@ def test_neighbours_need_the_sigmoid_loss(make_config):
     with pytest.raises(ValueError, match="needs loss='sigmoid'"):
         make_config(exchange="neighbours")
     assert make_config(exchange="neighbours", loss="sigmoid").exchange == "neighbours"
+
+
+# -- what is given is checked before anything starts -------------------------------------------
+
+
+def said_by(trainer) -> str:
+    return mm.describe(trainer)
+
+
+def test_rates_and_decays_stand_in_the_report_as_they_hold(make_trainer):
+    """A caller's own in place of the configuration's, in the report and in the step."""
+    build = lambda groups: torch.optim.SGD(groups, lr=0.1, weight_decay=0.0)  # noqa: E731
+    trainer = make_trainer(optimizer=build, warmup_steps=2)
+    assert "peak rates  SGD 0.1, decay 0\n" in said_by(trainer)
+    trainer.train_step(trainer.first_batch(), 0)
+    assert {group["lr"] for group in trainer.optimizers[0].param_groups} == {0.05}
+    said = said_by(make_trainer(layer_decay=0.5))
+    assert "peak rates  Muon 0.00375 to 0.0075, decay 0.1; AdamW 0.000625 to 0.005" in said
+
+
+def test_the_models_own_dropout_is_said(make_trainer, make_model):
+    assert "AdamW, dropout 0\n" in said_by(make_trainer(make_model()))
+    assert "AdamW, dropout 0.2\n" in said_by(make_trainer(make_model(dropout=0.2)))
+    model = make_model()
+    model.bert.encoder.layer[1].output.dropout.p = 0.3
+    said = said_by(make_trainer(model))
+    assert "dropout 0 (ViT), 0.3 (BERT), 0 (projections)" in said
+
+
+@pytest.mark.parametrize(
+    "values, count, words",
+    [
+        (dict(batch_size=1), 7, "batch_size=1 leaves contrastive a single pair at a time"),
+        (dict(batch_size=2), 3, r"a single pair at a time \(3 images, 2 batches\)"),
+        (dict(batch_size=7, gradient_accumulation_steps=7, accumulation="naive"), 7, "a single"),
+        (dict(batch_size=7, gradient_accumulation_steps=5, matching_weight=1.0, cross_modal=True),
+         7, "leaves matching a single pair at a time"),
+    ],
+)  # fmt: skip
+def test_a_pair_alone_is_refused(make_trainer, make_data, values, count, words):
+    """Without a wrong pair beside it a true one has loss 0 and no gradient."""
+    with pytest.raises(ValueError, match=words):
+        make_trainer(data=make_data(count), **values)
+
+
+def test_a_batch_of_one_may_reconstruct(make_trainer, make_data):
+    values = dict(contrastive_weight=0.0, pixels_weight=1.0, decoder_width=32, max_steps=1)
+    trainer = make_trainer(data=make_data(7), batch_size=1, **values)
+    _, norm = trainer.train_step(trainer.first_batch(), 0)
+    assert norm > 0
+
+
+def test_settings_that_change_nothing_are_said(make_trainer):
+    def beware(**values):
+        lines = [x for x in said_by(make_trainer(**values)).splitlines() if x[:6] == "beware"]
+        return "".join(lines)
+
+    assert not beware(num_epochs=2, unmasked_epochs=1)
+    words = "unmasked_epochs=99 of 2 epochs: nothing is masked in this run"
+    assert words in beware(num_epochs=2, unmasked_epochs=99)
+    assert words in beware(num_epochs=99, max_steps=6, unmasked_epochs=99)
+    assert not beware(num_epochs=2, unmasked_epochs=99, image_mask_ratio=0, text_mask_ratio=0)
+    assert "image_mask_ratio=0.02 masks nothing so short" in beware(image_mask_ratio=0.02)
+    assert "text_mask_ratio=0.01 masks nothing so short" in beware(text_mask_ratio=0.01)
+    idle = dict(pixels_weight=0.5, decoder_width=32, max_steps=3)
+    assert "pixels_weight=0.5 has nothing" in beware(**idle, pixels_schedule=lambda p: 0.0)
+    assert "all learning rates are 0" in beware(learning_rate=0, matrix_learning_rate=0)
+    trainer = make_trainer(num_epochs=99, max_steps=6, frozen_image_epochs=5)
+    assert "ViT frozen for 2 epochs" in said_by(trainer)
+
+
+@pytest.mark.parametrize("value", [-0.5, 50, math.nan])
+def test_a_learning_rate_out_of_range_is_refused_before_the_run(make_trainer, value):
+    words = r"schedule gives .* at step 4 of 7; it must give a number in \[0, 1\]"
+    with pytest.raises(ValueError, match=words):
+        make_trainer(max_steps=7, warmup_steps=1, schedule=lambda p: value if p == 0.6 else 1.0)
+    assert not list(make_trainer().path.parent.iterdir())
+
+
+@pytest.mark.parametrize("value", [-0.5, 1.0, 50, math.nan])
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_a_ratio_out_of_range_is_refused_before_the_run(make_trainer, monkeypatch, kind, value):
+    """Of a schedule of one's own, for all samples or for one of them, in a late epoch."""
+    for late in (lambda noise: value, lambda noise: noise * 0 + value):
+        late_one = lambda s, f, p, noise, late=late: late(noise) if p == 1 else s  # noqa: E731
+        monkeypatch.setitem(RATIO_SCHEDULES, "late", late_one)
+        values = {f"{kind}_mask_schedule": "late", f"{kind}_mask_final_ratio": 0.5}
+        words = rf"{kind}_mask_schedule='late' in epoch 3: mask_ratio=.* must be in \[0, 1\)"
+        with pytest.raises(ValueError, match=words):
+            make_trainer(num_epochs=3, **values)
+
+
+def test_a_model_that_was_trained_is_said_to_be(make_trainer, make_model, tmp_path):
+    """A cell that is run twice goes on from what the first left; so does a loaded model."""
+    model, words = make_model(), "the model has been trained before"
+    assert words not in said_by(make_trainer(model))
+    make_trainer(model, max_steps=3).fit()
+    assert f"{words} (3 steps)" in said_by(make_trainer(model))
+    again = make_trainer(model, max_steps=5, run_name="two").fit()
+    assert f"{words} (8 steps)" in said_by(make_trainer(mm.load(again.path / "best_model.pth")))
+    resumed = make_trainer(make_model(), max_steps=5, run_name="two", resume=True)
+    assert words not in said_by(resumed) and resumed.model.trained_steps == 8
+    assert words not in said_by(make_trainer(run_name="fork", max_steps=7, resume=again.path))
+
+
+def test_settings_of_a_given_model_are_recorded_as_they_are(make_trainer, make_model, make_data):
+    """Those that were asked for and do not hold are said; a model of the preset has them."""
+    model = make_model(dropout=0.2, temperature=0.13)
+    trainer = make_trainer(model, max_steps=2, temperature=0.5, dropout=0.4)
+    said = said_by(trainer)
+    assert "temperature=0.5 is for a new model; the one that was given has 0.13" in said
+    assert "dropout=0.4 is for a new model; the one that was given has 0.2" in said
+    assert "preset=" not in said
+    run = trainer.fit()
+    real = dict(preset="own", dropout=0.2, temperature=0.13)
+    saved = read_checkpoint(run.path / "best_model.pth")["config"]
+    for recorded in (json.loads((run.path / "config.json").read_text()), saved):
+        assert {name: recorded[name] for name in real} == real
+    same = make_trainer(make_model(dropout=0.2), max_steps=2, resume=True)  # goes on all the same
+    assert same.step == 2
+    written = mm.TrainingConfig(**saved)
+    mm.MaskedMultimodalTrainer(written, make_data(53), None, make_model(dropout=0.2))
+    with pytest.raises(ValueError, match="preset='own' is not known; known: base, small, tiny"):
+        mm.MaskedMultimodalTrainer(written, make_data(53))
+    data = make_data(53, size=64)
+    tiny = mm.MultimodalEncoder.preset("tiny", tokenizer=data.tokenizer)
+    trainer = make_trainer(tiny, data=data, preset="small")
+    assert "preset='small' is for a new model; the one that was given has 'tiny'" in said_by(
+        trainer
+    )
+    assert trainer.recorded_config()["preset"] == "tiny"
+
+
+def test_a_configuration_that_is_changed_later_changes_no_run(make_config, make_model, make_data):
+    """And one whose fields no longer fit each other is refused when the run starts."""
+    config = make_config(max_steps=2)
+    trainer = mm.MaskedMultimodalTrainer(config, make_data(53), None, make_model())
+    config.batch_size, config.image_mask_schedule = 7, "linear"
+    assert trainer.config.batch_size == 11
+    with pytest.raises(ValueError, match="image_mask_final_ratio=None must be given with a sched"):
+        mm.MaskedMultimodalTrainer(config, make_data(53), None, make_model())
+
+
+def test_a_torch_subset_of_ours_is_a_data_set(make_trainer, make_data, make_model):
+    """The rows of the subset, and of a subset of it; anything else is named with its remedy."""
+    data, model = make_data(53), make_model()
+    first, second = torch.utils.data.random_split(
+        data, [37, 16], generator=torch.Generator().manual_seed(0)
+    )
+    val = torch.utils.data.Subset(second, range(3, 14))
+    trainer = make_trainer(model, data=first, val=val, max_steps=1)
+    assert trainer.train.sample_ids.tolist() == list(first.indices)
+    assert trainer.val.sample_ids.tolist() == [second.indices[i] for i in range(3, 14)]
+    trainer.fit()
+    whole = data.subset(second.indices)
+    assert mm.evaluate(model, second) == mm.evaluate(model, whole)
+    assert mm.Index(model, second).dataset.texts == whole.texts
+    assert mm.inspect(second).rows == 16
+    assert mm.overlap(first, second, near=False).pictures == 16
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (lambda d: torch.utils.data.DataLoader(d), r"is a DataLoader, .* \({}=loader\.dataset\)"),
+        (lambda d: [(d[0]["image"], "a dog")], r"is a list, .* give mm\.MultimodalDataset\("),
+        (lambda d: torch.utils.data.TensorDataset(torch.zeros(7)), "is a TensorDataset, no data"),
+        (lambda d: torch.utils.data.Subset([1, 2, 3], [0]), "is a list, no data set"),
+        (lambda d: (d, d), "is a tuple, .* give one of the data sets in it"),
+        (lambda d: "pairs.csv", r"is a str, .* mm\.load_data\('pairs\.csv'\)"),
+    ],
+)
+def test_what_is_no_data_set_is_named(make_config, make_model, make_data, wrong, words):
+    data, model = make_data(53), make_model()
+    given = wrong(data)
+    with pytest.raises(ValueError, match="train " + words.format("train")):
+        mm.train_model(make_config(), given, None, model)
+    with pytest.raises(ValueError, match="val " + words.format("val")):
+        mm.train_model(make_config(), data, given, model)
+    for call in (mm.evaluate, mm.embed, mm.evaluate_reconstruction, mm.Index):
+        shown = (
+            model if call is not mm.evaluate_reconstruction else make_model().add_decoder(width=32)
+        )
+        with pytest.raises(ValueError, match="dataset " + words.format("dataset")):
+            call(shown, given)
+
+
+def test_arguments_of_another_kind_are_named(make_config, make_model, make_data):
+    data, model, config = make_data(53), make_model(), make_config()
+    for arguments, words in (
+        ((data, config), r"config is a MultimodalDataset; give mm\.TrainingConfig"),
+        (({"num_epochs": 3}, data), r"config is a dict; give mm\.TrainingConfig\(\*\*config\)"),
+        ((config, data, None, "runs/a/best_model.pth"), r"give what mm\.load\('runs/a/best"),
+        ((config, data, None, torch.nn.DataParallel(model)), "give model.module: the trainer"),
+        ((config, data, None, torch.nn.Linear(3, 5)), r"model is a Linear; give a mm\.Multimodal"),
+        ((config, data, None, model, False, print), "callbacks=.* must be a list of functions"),
+        ((config, data, None, model, False, ["stop"]), "must be a list of functions"),
+        ((make_config(preset="nano"), data), "preset='nano' is not known; known: base, small"),
+        ((make_config(preset="nano"), data, None, model), "preset='nano' is not known"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            mm.train_model(*arguments)
