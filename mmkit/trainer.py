@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from . import run_state
-from .config import TrainingConfig, nearest
+from .checks import check_arguments, check_batches
+from .config import TrainingConfig
 from .data import Batch, MultimodalDataset, as_dataset, load_batches
 from .decoder import Wanted
 from .describe import describe
 from .distributed import my_share, sum_over_processes, world
-from .encoder import MAX_LOGIT_SCALE, PRESETS, EncoderOutput, MultimodalEncoder
+from .encoder import MAX_LOGIT_SCALE, EncoderOutput, MultimodalEncoder
 from .layers import draws_dropout
 from .mask_plan import MaskPlan, check_maskers
 from .masking import mask_noise
@@ -118,7 +119,7 @@ class MaskedMultimodalTrainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
 
         self.steps_per_epoch = math.ceil(len(self.train) / config.batch_size)
-        self._check_batches(len(self.train) // self.steps_per_epoch)
+        check_batches(config, len(self.train), self.processes)
         self.total_steps = config.max_steps or config.num_epochs * self.steps_per_epoch
         self.num_epochs = math.ceil(self.total_steps / self.steps_per_epoch)
         self.step = self.skipped = self.skipped_in_a_row = 0
@@ -152,28 +153,6 @@ class MaskedMultimodalTrainer:
             )
         check_maskers(config, self.train, self.val)
         run_state.check_restarts(config)
-
-    def _check_batches(self, smallest: int):
-        """ValueError where the smallest batch of an epoch cannot be cut, or leaves no negatives."""
-        config, cut = self.config, self.config.gradient_accumulation_steps
-        if smallest < self.processes * cut:
-            raise ValueError(
-                f"batches of {smallest} pairs cannot be cut for {self.processes} processes and "
-                f"{cut} micro-batches; take a larger batch_size"
-            )
-        # how many pairs each of these terms sees at once, and so how many wrong ones
-        sees = {
-            "contrastive": smallest if config.accumulation == "exact" else smallest // cut,
-            "matching": smallest // (self.processes * cut),
-        }
-        for term, pairs in sees.items():
-            if term in config.terms and pairs < 2:
-                raise ValueError(
-                    f"batch_size={config.batch_size} leaves {term} a single pair at a time "
-                    f"({len(self.train)} images, {self.steps_per_epoch} batches): without a wrong "
-                    "one beside it there is nothing to learn; take a batch_size of at least "
-                    f"{2 * config.batch_size}, fewer micro-batches, or {term}_weight=0"
-                )
 
     def recorded_config(self) -> dict:
         """The configuration as files record it: of the model, what it was when the run started."""
@@ -650,27 +629,6 @@ def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
 def _finite(value: float) -> float | None:
     """JSON has no NaN."""
     return value if math.isfinite(value) else None
-
-
-def check_arguments(config, model, callbacks):
-    """ValueError in words for an argument of another kind than `train_model` takes."""
-    if not isinstance(config, TrainingConfig):
-        hint = "TrainingConfig(**config)" if isinstance(config, dict) else "TrainingConfig(...)"
-        raise ValueError(f"config is a {type(config).__name__}; give mm.{hint}")
-    if not (model is None or isinstance(model, MultimodalEncoder)):
-        remedy = "give a mm.MultimodalEncoder, or None for a new one of config.preset"
-        if isinstance(model, str | os.PathLike):
-            remedy = f"give what mm.load({str(model)!r}) returns"
-        elif isinstance(getattr(model, "module", None), MultimodalEncoder):
-            remedy = "give model.module: the trainer wraps it itself"
-        raise ValueError(f"model is a {type(model).__name__}; {remedy}")
-    if not (isinstance(callbacks, Sequence) and all(map(callable, callbacks))):
-        raise ValueError(f"callbacks={callbacks!r} must be a list of functions f(trainer, record)")
-    given = model is not None and config.preset == "own"  # as the files of a run record it
-    if not given and config.preset not in PRESETS:
-        raise ValueError(
-            f"preset={config.preset!r} is not known; {nearest(config.preset, PRESETS)}"
-        )
 
 
 def train_model(

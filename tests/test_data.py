@@ -1,6 +1,8 @@
 """Pictures arrive as a person would see them; batches are the same from files and from memory."""
 
 import random
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -255,3 +257,31 @@ def test_bad_input_is_refused_in_words(files, tmp_path):
             data.batch([0, 1])
         with pytest.raises(ValueError, match=rf"{name} \(row 1\) cannot be read"):
             MultimodalDataset([files[0], tmp_path / name], ["a", "b"], device="cpu")
+
+
+# -- workers without shared memory ----------------------------------------------------------------
+
+NO_SHARED_MEMORY = """
+import resource, sys, torch
+from pathlib import Path
+from mmkit.data import load_batches
+from tests.train_small import data_in_files
+
+data = data_in_files(Path(sys.argv[1]), 23)
+data.transform = lambda picture: torch.full((3, 223, 227), float(sum(picture.size)))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
+keys = [(torch.arange(i, i + 7), torch.rand(7)) for i in (0, 7, 13)]
+found = list(load_batches(data, keys, 2, False))
+for batch, key in zip(found, keys, strict=True):
+    wanted = data.batch(*key)
+    for part in ("pixel_values", "input_ids", "valid", "sample_ids"):
+        assert torch.equal(getattr(batch, part), getattr(wanted, part)), part
+print("all batches came")
+"""
+
+
+def test_workers_without_room_for_shared_memory_send_their_batches_all_the_same(tmp_path):
+    """No file of more than 1 MB, as in a full /dev/shm: a batch of 4 MB still arrives."""
+    command = [sys.executable, "-c", NO_SHARED_MEMORY, str(tmp_path / "pictures")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "all batches came\n", done.stderr[-2000:]
