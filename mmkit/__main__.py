@@ -18,6 +18,7 @@ import tyro
 
 from . import plots
 from .checkpoint import load, read_checkpoint
+from .checks import check_arguments
 from .config import TrainingConfig
 from .data import MultimodalDataset
 from .distributed import leave_group
@@ -95,7 +96,8 @@ def train(
         resume: Go on from the last checkpoint of --run-name; without a name, of the newest run.
         fork: Folder of a run whose last state this run starts from; only --batch-size must agree.
     """
-    size = PRESETS[config.preset]["image"] if config.preset in PRESETS else 64
+    check_arguments(config, None, ())  # before anything is loaded
+    size = PRESETS[config.preset]["image"]
     training, val, test = _parts(source, size, split, config)
     name = f"{split} test" if not source.data else "test part"
     own = Path(config.output_dir) / config.run_name / "last" / "state.pth"

@@ -10,10 +10,11 @@ from typing import Any
 
 from .config import TrainingConfig, nearest
 from .encoder import PRESETS, MultimodalEncoder
+from .masking import IMAGE_MASKERS, TEXT_MASKERS, find_masker
 
 
 def check_arguments(config: Any, model: Any, callbacks: Any):
-    """ValueError for an argument of another kind than `train_model` takes, or an unknown preset."""
+    """ValueError for an argument of another kind than `train_model` takes, or an unknown name."""
     if not isinstance(config, TrainingConfig):
         hint = "TrainingConfig(**config)" if isinstance(config, dict) else "TrainingConfig(...)"
         raise ValueError(f"config is a {type(config).__name__}; give mm.{hint}")
@@ -31,6 +32,8 @@ def check_arguments(config: Any, model: Any, callbacks: Any):
         raise ValueError(
             f"preset={config.preset!r} is not known; {nearest(config.preset, PRESETS)}"
         )
+    find_masker(config.image_mask, IMAGE_MASKERS)
+    find_masker(config.text_mask, TEXT_MASKERS)
 
 
 def check_batches(config: TrainingConfig, count: int, processes: int):

@@ -160,6 +160,11 @@ def _checked(name: str, given: Any, annotation: Any) -> Any:
         value = float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         hint = " (without quotes)" if isinstance(value, str) else ""
+        if callable(value) and name in ("image_mask", "text_mask"):
+            maskers = f"mmkit.masking.{name.upper()}ERS"
+            hint = (
+                f": give your function a name by {maskers}['mine'] = function, and that name here"
+            )
         raise ValueError(f"{name}={given!r} must be {none}{_KINDS[kind]}{hint}")
     if name in _CHOICES and value not in _CHOICES[name]:
         what, own = ("known", "; or give a function") if name in _OWN else ("a choice", "")

@@ -5,13 +5,15 @@ or an accumulation that loses negatives, shows here. Walk-through: notebooks/03_
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from .config import TrainingConfig
+from .config import TERMS, TrainingConfig
 from .cost import objective_flops, tower_flops
 from .layers import dropouts
+from .masking import ATTENTION_MASKERS
 from .objective import PAIR_ENTROPY
 from .optim import Muon, orthogonalizing_type
 from .precision import multiplies_bfloat16, why_precision
@@ -165,29 +167,56 @@ def _beware(trainer, e: dict) -> list[str]:
     return beware
 
 
+def _learns(term: str) -> Callable[[TrainingConfig], bool]:
+    return lambda config: term in config.terms
+
+
+# field -> what it needs to play a part, in words and as a test
+_NEEDS: dict[str, tuple[str, Callable[[TrainingConfig], bool]]] = {
+    "matrix_learning_rate": ("optimizer='muon'", lambda c: c.optimizer == "muon"),
+    "image_mask": ("image_mask_ratio above 0", lambda c: _masks(c, "image")),
+    "text_mask": ("text_mask_ratio above 0", lambda c: _masks(c, "text")),
+    "text_mask_mode": ("text_mask_ratio above 0", lambda c: _masks(c, "text")),
+    "ema_momentum": ("an attentive masker", lambda c: c.image_mask in ATTENTION_MASKERS),
+    "cross_modal_ratio": ("cross_modal=True", lambda c: c.cross_modal),
+    "pixel_error": ("pixels_weight above 0", _learns("pixels")),
+    "norm_pix_loss": ("pixels_weight above 0", _learns("pixels")),
+    "decoder_width": ("a term that reconstructs", lambda c: c.terms != ["contrastive"]),
+    "decoder_depth": ("a term that reconstructs", lambda c: c.terms != ["contrastive"]),
+    **{f"{term}_schedule": (f"{term}_weight above 0", _learns(term)) for term in TERMS},
+}
+
+
+def _masks(config: TrainingConfig, kind: str) -> bool:
+    """Whether masks of a modality are asked for at all."""
+    ratios = [getattr(config, f"{kind}_mask_{which}") for which in ("ratio", "final_ratio")]
+    return any(ratios) or (kind == "image" and config.painted_mask is not None)
+
+
 def _settings_without_use(trainer, e: dict) -> list[str]:
     """Settings that were chosen and change nothing in this run, in words."""
     config, found = trainer.config, []
-    if trainer.given_model:
-        for name, real in trainer.model_settings.items():
-            asked = getattr(config, name)
-            if asked not in (real, getattr(TrainingConfig, name)) and asked != "own":
-                found.append(
-                    f"{name}={asked!r} is for a new model; the one that was given has {real!r}"
-                )
-    masked = {kind: getattr(config, f"{kind}_mask_ratio") for kind in ("image", "text")}
-    masked["image"] = masked["image"] or config.painted_mask
-    if config.unmasked_epochs >= trainer.num_epochs and any(masked.values()):
+    default = TrainingConfig()
+    for name, (need, used) in _NEEDS.items():
+        if (value := getattr(config, name)) != getattr(default, name) and not used(config):
+            found.append(f"{name}={value!r} plays no part without {need}")
+    given = dict(trainer.model_settings)
+    if given and trainer.model.decoder is not None:
+        given["decoder_width"] = trainer.model.decoder.spec["width"]
+    for name, real in given.items():
+        if (asked := getattr(config, name)) not in (real, getattr(default, name), "own"):
+            found.append(f"{name}={asked!r} is for a new model; the given one has {real!r}")
+    masked = [kind for kind in ("image", "text") if _masks(config, kind)]
+    if config.unmasked_epochs >= trainer.num_epochs and masked:
         found.append(
             f"unmasked_epochs={config.unmasked_epochs} of {trainer.num_epochs} epochs: nothing is "
             "masked in this run; lower it, or take ratios of 0"
         )
-    elif trainer.step < trainer.steps_per_epoch:  # what was drawn is the first epoch
-        for kind, ratio in masked.items():
-            if ratio and not e[f"{kind}_mask_ratio"]:
-                found.append(
-                    f"{kind}_mask_ratio={ratio!r} masks nothing so short; raise it, or take 0"
-                )
+        masked = []
+    for kind in masked:  # what was drawn is the first epoch
+        ratio = getattr(config, f"{kind}_mask_ratio")
+        if ratio and not e[f"{kind}_mask_ratio"]:
+            found.append(f"{kind}_mask_ratio={ratio!r} masks nothing so short; raise it, or take 0")
     for term in trainer.idle_terms:
         found.append(
             f"{term}_weight={getattr(config, f'{term}_weight'):g} has nothing to learn from in any "

@@ -18,10 +18,8 @@ from .masking import (
     ATTENTION_MASKERS,
     IMAGE_MASKERS,
     RATIO_SCHEDULES,
-    TEXT_MASKERS,
     Masking,
     draw_maskings,
-    find_masker,
     mask_noise,
     mask_ratios,
 )
@@ -34,9 +32,7 @@ from .running_mean import RunningMean
 def check_maskers(
     config: TrainingConfig, train: MultimodalDataset, val: MultimodalDataset | None = None
 ):
-    """ValueError for a masker that is not known, or that these pictures cannot serve."""
-    find_masker(config.image_mask, IMAGE_MASKERS)
-    find_masker(config.text_mask, TEXT_MASKERS)
+    """ValueError for a masker that these pictures cannot serve."""
     seen = [train] if val is None or "pixels" not in config.terms else [train, val]
     if config.image_mask == "layers" and any(data.layers is None for data in seen):
         raise ValueError(

@@ -222,6 +222,12 @@ def _own_optimizer(build, groups: list[dict], peak: float) -> torch.optim.Optimi
             "torch.optim.Optimizer over the groups it is given, "
             "such as lambda groups: torch.optim.SGD(groups)"
         )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} computes the loss anew in each step (a closure), which a "
+            "training does not; take one that goes by the gradient, such as torch.optim.SGD(groups)"
+        )
     taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if taken != given.keys():
         raise ValueError(

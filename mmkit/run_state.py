@@ -237,7 +237,7 @@ def _differing(trainer, theirs: dict) -> dict[str, tuple]:
     """{field: (then, now)} of the settings that differ, but for those that may freely."""
     ours = trainer.config.to_dict()
     # What a model that was given is, it is by itself, whatever the configuration says.
-    free = _FREE | trainer.model_settings.keys() if trainer.given_model else _FREE
+    free = _FREE | trainer.model_settings.keys()
     theirs = TrainingConfig().to_dict() | theirs  # a field it does not have yet did not matter
     return {k: (theirs[k], v) for k, v in ours.items() if theirs[k] != v and k not in free}
 

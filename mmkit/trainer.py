@@ -78,7 +78,8 @@ class MaskedMultimodalTrainer:
         self.frozen: dict[str, list] = {}  # what the run has frozen, by tower
         resume = resume or False
         self._check()
-        self.given_model = model is not None
+        # Of a model that is given, when the run starts; what holds in place of the configuration.
+        self.model_settings = {} if model is None else model.settings()
         ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
         with warnings.catch_warnings():  # it shares out the cores; the run says how many
             warnings.filterwarnings("ignore", "OMP_NUM_THREADS")
@@ -103,7 +104,6 @@ class MaskedMultimodalTrainer:
                 f"the model has weights of type {', '.join(map(str, odd))}; training keeps float32 "
                 "ones and computes by mixed_precision: call model.float()"
             )
-        self.model_settings = model.settings()  # at the start; what the run's files record
         self.trained_before = model.trained_steps
         self.objective = Objective(config, model)
         self.objective.prepare_model()
@@ -155,7 +155,7 @@ class MaskedMultimodalTrainer:
         run_state.check_restarts(config)
 
     def recorded_config(self) -> dict:
-        """The configuration as files record it: of the model, what it was when the run started."""
+        """The configuration as files record it: with what a given model is, not what was asked."""
         return self.config.to_dict() | self.model_settings
 
     def _prepare_layers(self):

@@ -81,6 +81,8 @@ from mmkit.config import RATIO_SCHEDULES
         (dict(num_epochs=None), "num_epochs=None must be a whole number"),
         (dict(run_name=7), "run_name=7 must be a string"),
         (dict(image_mask=["random"]), r"image_mask=\['random'\] must be a string"),
+        (dict(image_mask=len), r"a name by mmkit\.masking\.IMAGE_MASKERS\['mine'\] = function"),
+        (dict(text_mask=len), r"mmkit\.masking\.TEXT_MASKERS\['mine'\] = function"),
         (dict(loss=len), "loss=<built-in function len> must be a string"),
         (dict(decoder_width=40), "decoder_width=40 must be a multiple of 32"),
     ],

@@ -108,6 +108,16 @@ def test_layer_decay_scales_the_callers_own_rate(make_model):
     assert rates == pytest.approx([0.1, 0.05, 0.025, 0.0125])
 
 
+def test_an_optimizer_that_wants_a_closure_is_refused(make_model):
+    config = mm.TrainingConfig(optimizer=lambda groups: torch.optim.LBFGS(params(groups)))
+    with pytest.raises(ValueError, match="LBFGS computes the loss anew in each step"):
+        build_optimizers(make_model(), config)
+
+
+def params(groups):
+    return [p for group in groups for p in group["params"]]
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_rate_that_is_no_number_is_refused(make_model, value):
     config = mm.TrainingConfig(optimizer=lambda g: SGD([{**x, "lr": value} for x in g]))

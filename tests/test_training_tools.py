@@ -556,6 +556,19 @@ def test_settings_that_change_nothing_are_said(make_trainer):
     idle = dict(pixels_weight=0.5, decoder_width=32, max_steps=3)
     assert "pixels_weight=0.5 has nothing" in beware(**idle, pixels_schedule=lambda p: 0.0)
     assert "all learning rates are 0" in beware(learning_rate=0, matrix_learning_rate=0)
+    for name, value, need in (
+        ("matrix_learning_rate", 0.1, dict(optimizer="adamw")),
+        ("image_mask", "block", dict(image_mask_ratio=0)),
+        ("text_mask", "whole_word", dict(text_mask_ratio=0)),
+        ("text_mask_mode", "drop", dict(text_mask_ratio=0)),
+        ("cross_modal_ratio", 0.5, {}),
+        ("pixel_error", "l1", {}),
+        ("decoder_width", 64, {}),
+        ("words_schedule", "rising", {}),
+        ("ema_momentum", 0.9, {}),
+    ):
+        assert f"{name}={value!r} plays no part without" in beware(**{name: value}, **need), name
+    assert "plays no part" not in beware(text_mask="whole_word", text_mask_mode="drop")
     trainer = make_trainer(num_epochs=99, max_steps=6, frozen_image_epochs=5)
     assert "ViT frozen for 2 epochs" in said_by(trainer)
 
@@ -599,8 +612,8 @@ def test_settings_of_a_given_model_are_recorded_as_they_are(make_trainer, make_m
     model = make_model(dropout=0.2, temperature=0.13)
     trainer = make_trainer(model, max_steps=2, temperature=0.5, dropout=0.4)
     said = said_by(trainer)
-    assert "temperature=0.5 is for a new model; the one that was given has 0.13" in said
-    assert "dropout=0.4 is for a new model; the one that was given has 0.2" in said
+    assert "temperature=0.5 is for a new model; the given one has 0.13" in said
+    assert "dropout=0.4 is for a new model; the given one has 0.2" in said
     assert "preset=" not in said
     run = trainer.fit()
     real = dict(preset="own", dropout=0.2, temperature=0.13)
@@ -616,10 +629,18 @@ def test_settings_of_a_given_model_are_recorded_as_they_are(make_trainer, make_m
     data = make_data(53, size=64)
     tiny = mm.MultimodalEncoder.preset("tiny", tokenizer=data.tokenizer)
     trainer = make_trainer(tiny, data=data, preset="small")
-    assert "preset='small' is for a new model; the one that was given has 'tiny'" in said_by(
-        trainer
-    )
+    assert "preset='small' is for a new model; the given one has 'tiny'" in said_by(trainer)
     assert trainer.recorded_config()["preset"] == "tiny"
+
+
+def test_a_new_model_has_what_was_asked_for_to_the_last_digit(make_config, make_data):
+    """A resume compares it with what was recorded."""
+    data, values = make_data(17, size=64), dict(temperature=0.1234567891, max_steps=1)
+    for resume in (False, True):
+        config = make_config(**values, num_epochs=1)
+        trainer = mm.MaskedMultimodalTrainer(config, data, None, None, resume)
+        assert trainer.recorded_config()["temperature"] == 0.1234567891
+        trainer.fit()
 
 
 def test_a_configuration_that_is_changed_later_changes_no_run(make_config, make_model, make_data):
@@ -688,6 +709,7 @@ def test_arguments_of_another_kind_are_named(make_config, make_model, make_data)
         ((config, data, None, model, False, ["stop"]), "must be a list of functions"),
         ((make_config(preset="nano"), data), "preset='nano' is not known; known: base, small"),
         ((make_config(preset="nano"), data, None, model), "preset='nano' is not known"),
+        ((make_config(text_mask="wole_word"), data, None, model), "did you mean 'whole_word'"),
     ):
         with pytest.raises(ValueError, match=words):
             mm.train_model(*arguments)
