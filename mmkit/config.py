@@ -139,17 +139,15 @@ _RULE_OF = {name: rule for rule, (_, names) in _RULES.items() for name in names.
 _KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
 
 
-def _checked(name: str, given: Any, annotation: Any) -> Any:
-    """The value of a field in the type of its annotation; ValueError where it breaks a rule.
+def as_type(name: str, given: Any, annotation: Any) -> Any:
+    """A setting in the type of its annotation (int, float, bool or str, or None); else ValueError.
 
     Scalars of NumPy and torch, whole numbers written as floats and paths become plain values.
     """
     kinds = get_args(annotation) or (annotation,)
     kind, value, none = kinds[0], given, "None or " if NoneType in kinds else ""
-    if (none and value is None) or (name in _OWN and callable(value)):
+    if none and value is None:
         return value
-    if name == "painted_mask":  # an array becomes plain values, for JSON
-        return _rows_of_patches(value)
     if getattr(value, "ndim", None) == 0:
         value = value.item()
     if kind is str and isinstance(value, os.PathLike):
@@ -160,19 +158,30 @@ def _checked(name: str, given: Any, annotation: Any) -> Any:
         value = float(value)
     if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
         hint = " (without quotes)" if isinstance(value, str) else ""
-        if callable(value) and name in ("image_mask", "text_mask"):
-            maskers = f"mmkit.masking.{name.upper()}ERS"
-            hint = (
-                f": give your function a name by {maskers}['mine'] = function, and that name here"
-            )
         raise ValueError(f"{name}={given!r} must be {none}{_KINDS[kind]}{hint}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name}={given!r} must be {none}a finite number")
+    return value
+
+
+def _checked(name: str, given: Any, annotation: Any) -> Any:
+    """The value of a field of `TrainingConfig`; ValueError where type, choice or rule is broken."""
+    if name in _OWN and callable(given):
+        return given
+    if name == "painted_mask":  # an array becomes plain values, for JSON
+        return None if given is None else _rows_of_patches(given)
+    if name in ("image_mask", "text_mask") and callable(given):
+        raise ValueError(
+            f"{name}={given!r} must be a string: give your function a name by "
+            f"mmkit.masking.{name.upper()}ERS['mine'] = function, and that name here"
+        )
+    value = as_type(name, given, annotation)
     if name in _CHOICES and value not in _CHOICES[name]:
         what, own = ("known", "; or give a function") if name in _OWN else ("a choice", "")
         raise ValueError(f"{name}={given!r} is not {what}; {nearest(value, _CHOICES[name])}{own}")
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"{name}={given!r} must be {none}a finite number")
     rule = _RULE_OF.get(name)
-    if rule and not _RULES[rule][0](value):
+    if rule and value is not None and not _RULES[rule][0](value):
+        none = "None or " if NoneType in get_args(annotation) else ""
         raise ValueError(f"{name}={given!r} must be {none}{rule}")
     return value
 

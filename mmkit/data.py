@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .captions import clean_captions, groups_of
+from .config import as_type
 from .masks import mask_noise
 from .picture_cache import content_hashes, decode_once, room_for
 from .picture_files import Files, PictureStore, Refused
@@ -163,8 +164,11 @@ class MultimodalDataset:
 
     def _shape(self, transform: Callable | None, image_size: int):
         """What becomes of a picture once it is read."""
+        image_size = as_type("image_size", image_size, int)
         if image_size < 1:
             raise ValueError(f"image_size={image_size} must be at least 1 pixel")
+        if not (transform is None or callable(transform)):
+            raise ValueError(f"transform={transform!r} must be a function of a PIL image, or None")
         self.transform = transform or square(image_size)
         self.side = None if transform else image_size
 

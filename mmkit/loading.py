@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from .captions import clean_captions, count_blank
-from .config import nearest
+from .config import as_type, nearest
 from .data import HASH_BYTES, MultimodalDataset
 from .picture_files import Files, PictureStore, Refused
 from .pictures import Reading, check_picture
@@ -72,6 +72,12 @@ class Options:
             if getattr(self, name) not in known:
                 names = ", ".join(map(repr, known))
                 raise ValueError(f"{name}={getattr(self, name)!r} is not a choice; take {names}")
+        numbers = {"max_skipped": float, "cache_gigabytes": float, "num_workers": int}
+        for name, kind in numbers.items():
+            value = as_type(name, getattr(self, name), kind)
+            if value < 0:
+                raise ValueError(f"{name}={value!r} must be 0 or more")
+            setattr(self, name, value)
         if not 0 <= self.max_skipped <= 1:
             raise ValueError(
                 f"max_skipped={self.max_skipped!r} must be in [0, 1]; it is a share of the rows"

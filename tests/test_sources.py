@@ -292,3 +292,24 @@ def test_a_report_counts_every_row(root):
     assert report.bytes == sum((root / name).stat().st_size for name in NAMES)
     assert "19 = 15 loaded + 4 skipped" in str(report)
     assert report.to_dict()["width"]["median"] == 26
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(image_size="64"), r"image_size='64' must be a whole number \(without quotes\)"),
+        (dict(image_size=12.5), "image_size=12.5 must be a whole number"),
+        (dict(image_size=0), "image_size=0 must be at least 1 pixel"),
+        (dict(num_workers=-1), "num_workers=-1 must be 0 or more"),
+        (dict(num_workers="2"), "num_workers='2' must be a whole number"),
+        (dict(max_skipped="0.1"), "max_skipped='0.1' must be a number"),
+        (dict(max_skipped=float("nan")), "max_skipped=nan must be a finite number"),
+        (dict(cache_gigabytes=-1), "cache_gigabytes=-1.0 must be 0 or more"),
+        (dict(transform="resize"), "transform='resize' must be a function of a PIL image"),
+    ],
+)
+def test_options_of_another_type_are_named(root, options, words):
+    with pytest.raises(ValueError, match=words):
+        mm.from_folder(root, **OPTIONS | options)
+    size = np.int64(13)
+    assert mm.from_folder(root, **OPTIONS | dict(image_size=size))[0]["image"].shape == (3, 13, 13)
