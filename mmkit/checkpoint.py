@@ -241,3 +241,55 @@ def set_random_state(state: dict) -> None:
     random.setstate((version, tuple(internal), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Whatever is drawn in here, the generators stand afterwards where they stood before."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)
+
+
+class OwnState:
+    """Generators and global flags of a training run, apart from those of whoever calls it.
+
+    `inside()` puts the run's in their place, `outside()` (for callbacks) the caller's again; both
+    put back what they found, and do nothing where that is there already.
+    """
+
+    def __init__(self, deterministic: bool):
+        self._deterministic = deterministic
+        self._inside = False
+        self._other: dict | None = None  # of the generators: what is not in place now
+
+    def inside(self) -> contextlib.AbstractContextManager:
+        """A context in which the run's own state is in place."""
+        return contextlib.nullcontext() if self._inside else self._swapped()
+
+    def outside(self) -> contextlib.AbstractContextManager:
+        """A context in which the caller's state is in place."""
+        return self._swapped() if self._inside else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _swapped(self) -> Iterator[None]:
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        now = random_state()
+        if self._other is not None:
+            set_random_state(self._other)
+        self._other, self._inside = now, not self._inside
+        if not self._deterministic:  # what the caller has asked for holds in the run, too
+            return
+        if self._inside:
+            self._asked = torch.are_deterministic_algorithms_enabled()
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        if not self._asked:
+            torch.use_deterministic_algorithms(self._inside, warn_only=self._inside)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .checkpoint import random_state_kept
 from .config import TrainingConfig
 from .data import Batch
 from .encoder import MultimodalEncoder
@@ -40,6 +41,7 @@ def matmul_rate(
     with the threads of now.
     """
     device, total, seconds = model.logit_scale.device, 0.0, 0.0
+    draws = torch.Generator(device).manual_seed(0)
     for config, tokens in (
         (model.vit.config, batch_size * (num_patches + 1)),
         (model.bert.config, batch_size * num_words),
@@ -47,7 +49,7 @@ def matmul_rate(
         width, inner, rows = config.hidden_size, config.intermediate_size, round(tokens)
         for columns, out in ((width, 3 * width), (width, width), (width, inner), (inner, width)):
             x, w, g = (
-                torch.randn(shape, device=device).to(dtype)
+                torch.randn(shape, device=device, generator=draws).to(dtype)
                 for shape in ((rows, columns), (out, columns), (rows, out))
             )
             for product in (lambda: x @ w.T, lambda: g @ w, lambda: g.T @ x):  # noqa: B023
@@ -94,22 +96,26 @@ def measure_ratios(
 
     A step here is forward and backward of one batch (patches dropped, words seen), no optimizer.
     The ratios take turns, so that a busy moment does not hit one of them alone; the first round
-    warms up and is not counted. Returns for each ratio {"ratio", "tokens" per pair, "gflop" per
-    pair, "milliseconds" (median), "quartiles"}.
+    warms up and is not counted. The model's gradients stay as they were. Returns for each ratio
+    {"ratio", "tokens" per pair, "gflop" per pair, "milliseconds" (median), "quartiles"}.
     """
     maskings = [
         draw_maskings(batch, model, seed=0, epoch=0, image=(masker, ratio))[0] for ratio in ratios
     ]
     times: list[list[float]] = [[] for _ in ratios]
-    for _ in range(rounds + 1):
-        for masking, took in zip(maskings, times, strict=True):
-            start = time.perf_counter()
-            out = model(batch, masking)
-            loss = info_nce(out.image_features, out.text_features, out.logit_scale.exp())
-            loss.backward()
-            loss.item()  # waits for a GPU
-            took.append(1000 * (time.perf_counter() - start))
-            model.zero_grad(set_to_none=True)
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    with random_state_kept():  # dropout draws
+        for _ in range(rounds + 1):
+            for masking, took in zip(maskings, times, strict=True):
+                model.zero_grad(set_to_none=True)
+                start = time.perf_counter()
+                out = model(batch, masking)
+                loss = info_nce(out.image_features, out.text_features, out.logit_scale.exp())
+                loss.backward()
+                loss.item()  # waits for a GPU
+                took.append(1000 * (time.perf_counter() - start))
+    for parameter, gradient in gradients.items():
+        parameter.grad = gradient
     costs = []
     words = batch.valid.sum(1).float().mean().item()
     for ratio, masking, took in zip(ratios, maskings, times, strict=True):

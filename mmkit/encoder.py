@@ -454,8 +454,9 @@ class MultimodalEncoder(nn.Module, Exportable):
         heads = spec.pop("decoder", None)
         vit = ViTConfig(**_settings(ViTConfig, spec.pop("vit")))
         bert = BertConfig(**_settings(BertConfig, spec.pop("bert")))
-        model = cls(vit, bert, tokenizer_from_state(spec.pop("tokenizer")), **spec)
-        return model if heads is None else model.add_decoder(**heads)
+        with torch.random.fork_rng(devices=[]):  # weights to be replaced use up no draws
+            model = cls(vit, bert, tokenizer_from_state(spec.pop("tokenizer")), **spec)
+            return model if heads is None else model.add_decoder(**heads)
 
 
 def _kept(masking: Masking | None, mode: str) -> Tensor | None:

@@ -5,7 +5,7 @@ other, so that N pictures may have M captions. Shapes: N pictures, M captions, D
 Walk-through: notebooks/04_retrieval.ipynb.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -266,27 +266,35 @@ def mean_recall(result: dict, k: int = 1) -> float:
     return (result["image_to_text"][k] + result["text_to_image"][k]) / 2
 
 
-@torch.no_grad()
 def embed_texts(model: MultimodalEncoder, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-    """Unit-length features (M, D) of texts, on the CPU. Raises ValueError for an empty text."""
-    if isinstance(texts, str) or not all(isinstance(t, str) and t.strip() for t in texts):
+    """Unit-length features (M, D) of texts, on the CPU, the model in evaluation mode.
+
+    Raises ValueError for no text, or an empty one.
+    """
+    written = not isinstance(texts, str) and all(isinstance(t, str) and t.strip() for t in texts)
+    if not written or not len(texts):
         raise ValueError(f"texts={texts!r}: give a list of texts, none of them empty")
     device, features = model.logit_scale.device, []
     for start in range(0, len(texts), batch_size):
         part = texts[start : start + batch_size]
         input_ids, valid = encode_texts(model.tokenizer, part, model.max_length)
-        features.append(model.encode_text(input_ids.to(device), valid.to(device)).cpu())
+        with at_rest(model):
+            features.append(model.encode_text(input_ids.to(device), valid.to(device)).cpu())
     return torch.cat(features)
 
 
 def zero_shot(
-    model: MultimodalEncoder, features: Features, prompts: dict[str, Sequence[str]]
+    model: MultimodalEncoder, features: Features, prompts: Mapping[str, str | Sequence[str]]
 ) -> tuple[Tensor, Tensor]:
     """Classify pictures by texts alone: each class is the mean of its prompts' features.
 
-    Returns the winning class's number (N,) in the order of `prompts`, and all cosines (N, classes).
+    A class of one prompt may give it as it is. Returns the winning class's number (N,) in the order
+    of `prompts`, and all cosines (N, classes). Raises ValueError for a class without a prompt.
     """
-    means = [embed_texts(model, list(texts)).mean(0) for texts in prompts.values()]
+    if not isinstance(prompts, Mapping) or not prompts:
+        raise ValueError(f"prompts={prompts!r}: give a dict, {{class: its prompts}}")
+    lists = [[texts] if isinstance(texts, str) else list(texts) for texts in prompts.values()]
+    means = [embed_texts(model, texts).mean(0) for texts in lists]
     classes = torch.nn.functional.normalize(torch.stack(means), dim=-1)
     scores = similarity(features.image_features, classes)
     return scores.argmax(1), scores
@@ -335,10 +343,9 @@ class Index:
     def __init__(
         self, model: MultimodalEncoder, dataset: MultimodalDataset, mixed_precision: str = "auto"
     ):
-        self.model, self.dataset = model.eval(), as_dataset(dataset, "dataset")
+        self.model, self.dataset = model, as_dataset(dataset, "dataset")
         self.features = embed(model, dataset, mixed_precision=mixed_precision)
 
-    @torch.no_grad()
     def query(self, query) -> Tensor:
         """Unit-length feature (D,) of a text or a picture (see `search`)."""
         if isinstance(query, str) and not query.lower().endswith(
@@ -351,7 +358,8 @@ class Index:
             picture = as_seen(query) if hasattr(query, "convert") else read_picture(query)
             pixels = square(self.model.image_size)(picture)
         device = self.model.logit_scale.device
-        return self.model.encode_image(pixels[None].to(device))[0].cpu()
+        with at_rest(self.model):
+            return self.model.encode_image(pixels[None].to(device))[0].cpu()
 
     def search(self, query, k: int = 10) -> list[Hit]:
         """The k pictures nearest to a text or a picture, best first.

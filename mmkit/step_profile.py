@@ -44,6 +44,7 @@ def step_parts(trainer: Any, rounds: int = 3) -> dict[str, float]:
     on_gpu: dict[str, Any] = dict(use_device="cuda", use_kineto=True)
     options = on_gpu if device.type == "cuda" else dict(use_kineto=False)
     found: list[dict[str, float]] = []
+    modes = {part: part.training for part in trainer.net.modules()}
     try:
         torch.set_num_threads(1)
         trainer.net.train()
@@ -59,6 +60,8 @@ def step_parts(trainer: Any, rounds: int = 3) -> dict[str, float]:
             found.append(by_kind(profiler.function_events, device.type, seconds))
     finally:
         torch.set_num_threads(threads)
+        for part, mode in modes.items():
+            part.training = mode
     return {kind: statistics.median(parts[kind] for parts in found) for kind in found[0]}
 
 

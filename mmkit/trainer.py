@@ -7,6 +7,7 @@ Walk-through: notebooks/03_training.ipynb.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import shutil
@@ -15,12 +16,13 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from . import run_state
+from .checkpoint import OwnState
 from .checks import check_arguments, check_batches
 from .config import TrainingConfig
 from .data import Batch, MultimodalDataset, as_dataset, load_batches
@@ -44,8 +46,20 @@ from .term_gradients import compare_terms, tower_gradients
 from .text_maskers import maskable_words
 from .validation import validate
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 SMALLEST_PART = 16  # pairs: with fewer, to prepare the work takes longer than the work
 Callback = Callable[["MaskedMultimodalTrainer", dict], None]
+
+
+def with_own_state(method: Method) -> Method:
+    """A method that draws from the run's own generators and leaves the caller's as they were."""
+
+    @functools.wraps(method)
+    def run(self, *args, **kwargs):
+        with self.own_state.inside():
+            return method(self, *args, **kwargs)
+
+    return cast(Method, run)
 
 
 class MaskedMultimodalTrainer:
@@ -67,9 +81,14 @@ class MaskedMultimodalTrainer:
         resume: bool | str | os.PathLike = False,
         callbacks: Sequence[Callback] = (),
     ):
+        check_arguments(config, model, callbacks)
+        self.own_state = OwnState(config.deterministic)
+        self._set_up(config, train, val, model, resume, callbacks)
+
+    @with_own_state
+    def _set_up(self, config, train, val, model, resume, callbacks):
         from accelerate import Accelerator, DistributedDataParallelKwargs
 
-        check_arguments(config, model, callbacks)
         self.train = as_dataset(train, "train")
         self.val = None if val is None else as_dataset(val, "val")
         # A copy, its rules checked anew: what is set in the caller's later changes no running run.
@@ -88,9 +107,6 @@ class MaskedMultimodalTrainer:
         self.rank, self.processes = world()
         self.device = self.accelerator.device
         self.precision = pick_precision(config.mixed_precision, self.device)
-        if config.deterministic:  # what cuBLAS asks for, read when CUDA starts
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
         torch.manual_seed(config.seed)
         if model is None:
             model = MultimodalEncoder.preset(
@@ -248,12 +264,14 @@ class MaskedMultimodalTrainer:
 
     # -- the step ----------------------------------------------------------------------------
 
+    @with_own_state
     def encode(self, batch: Batch, maskings, wanted: Wanted | None = None) -> EncoderOutput:
         """The masked forward pass of a micro-batch, in this run's precision."""
         modes = (self.config.image_mask_mode, self.config.text_mask_mode)
         with autocast_for(self.config.mixed_precision, self.device):
             return self.net(batch, *maskings, *modes, wanted)
 
+    @with_own_state
     def gradients(
         self, batch: Batch, epoch: int, weights: dict[str, float] | None = None
     ) -> Tensor:
@@ -337,6 +355,7 @@ class MaskedMultimodalTrainer:
             return 1
         return max(1, min(MOST_AT_ONCE, torch.get_num_threads(), size // SMALLEST_PART))
 
+    @with_own_state
     def train_step(self, batch: Batch, epoch: int) -> tuple[Tensor, float]:
         """One optimizer step: (this process's part of the loss, gradient norm before clipping)."""
         config = self.config
@@ -398,6 +417,7 @@ class MaskedMultimodalTrainer:
 
     # -- the loop ----------------------------------------------------------------------------
 
+    @with_own_state
     def fit(self) -> Run:
         """Train to the end; returns the `Run`."""
         for data in (self.train, self.val):
@@ -419,6 +439,7 @@ class MaskedMultimodalTrainer:
         if self.forked:  # killed before its first epoch, it can go on, too
             run_state.save_last(self)
         self._mark, self.stopping, self._asked_to_stop = time.perf_counter(), False, False
+        modes = {part: part.training for part in self.net.modules()}
         try:
             with self._progress() as bar:
                 while self.step < self.total_steps and not self.stopping:
@@ -426,6 +447,8 @@ class MaskedMultimodalTrainer:
         finally:  # the model may go on to another training
             for tower in [*self.frozen]:
                 thaw(self.frozen.pop(tower))
+            for part, mode in modes.items():
+                part.training = mode
         if self.writer:
             self.writer.close()
         self.accelerator.wait_for_everyone()
@@ -483,7 +506,8 @@ class MaskedMultimodalTrainer:
         if self.writer:
             self.writer.write(record)
         for callback in self.callbacks:
-            callback(self, record)
+            with self.own_state.outside():  # whatever it draws, the run goes on as if it had not
+                callback(self, record)
         # All processes stop where one asks for it, whether or not the others have callbacks.
         asked = self.epoch_loss.new_tensor(float(self._asked_to_stop))
         self.stopping = bool(sum_over_processes(asked))
@@ -561,6 +585,7 @@ class MaskedMultimodalTrainer:
             pictures = example_pictures(self.validated, self.val, self.config)
             self.writer.write_pictures(*pictures, step=self.step)
 
+    @with_own_state
     def measure_terms(self, batch: Batch, epoch: int) -> dict[str, float]:
         """What the terms do to each other: see `term_gradients.compare_terms`.
 
