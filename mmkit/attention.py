@@ -28,11 +28,12 @@ def at_rest(model):
 def key_mask(real: Tensor | None, implementation: str, dtype: torch.dtype) -> Tensor | None:
     """What a transformers layer takes for keys of which only the real ones (B, T) count.
 
-    (B, 1, 1, T): bool, True = counts, for "sdpa"; 0 or -inf for "eager", which adds its mask.
+    (B, 1, 1, T): bool, True = counts, for "sdpa"; 0 or -inf for "eager", which adds its mask. In a
+    row without a real key all count: its states mean nothing, but they are finite.
     """
     if real is None:
         return None
-    real = real[:, None, None, :]
+    real = (real | ~real.any(1, keepdim=True))[:, None, None, :]
     if implementation != "eager":
         return real
     return torch.zeros_like(real, dtype=dtype).masked_fill(~real, -math.inf)
@@ -58,7 +59,8 @@ def class_attention(vit: Any, pixels: Tensor, half: bool = False, of: str = "cls
         plane = place[:, 1:].transpose(1, 2).unflatten(2, grid)  # (1, D, h, w)
         plane = F.adaptive_avg_pool2d(plane, small).flatten(2).transpose(1, 2)
         place = torch.cat([place[:, :1], plane], 1)
-    x = embeddings.patch_embeddings.projection(pixels).flatten(2).transpose(1, 2)
+    projection = embeddings.patch_embeddings.projection
+    x = projection(pixels.to(projection.weight.dtype)).flatten(2).transpose(1, 2)
     x = torch.cat([embeddings.cls_token.expand(len(x), -1, -1), x], 1) + place
     total = torch.zeros(len(x), x.shape[1] - 1, device=x.device)
     with at_rest(vit):  # with dropout, a mask that goes by attention would be another each time

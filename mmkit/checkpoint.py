@@ -208,7 +208,8 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Multimo
         known = ", ".join(sorted(map(str, state))[:6])
         raise ValueError(f"{path} is no mmkit model (it has {known}); give a best_model.pth")
     try:
-        model = MultimodalEncoder.from_architecture(state["architecture"])
+        trained_by = {"loss": state.get("config", {}).get("loss", "info_nce")}
+        model = MultimodalEncoder.from_architecture(trained_by | state["architecture"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} has an architecture that cannot be built ({error!r}); use a file mmkit wrote"

@@ -10,19 +10,26 @@ notebooks/03_training.ipynb.
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import class_attention, key_mask
-from .backbones import checkpoint_config, load_tower, pixel_statistics
+from .backbones import (
+    checkpoint_config,
+    hub_options,
+    load_tokenizer,
+    load_tower,
+    pixel_statistics,
+)
 from .config import nearest
 from .data import Batch
 from .decoder import Encoded, MultimodalDecoder, Wanted
 from .export import Exportable
-from .layers import bert_states, dropouts, own_layers, vit_layers
+from .layers import bert_states, dropouts, has_hook, own_layers, vit_layers
+from .losses import check_loss
 from .masks import Masking
 from .patches import patchify, pick_tokens
 from .tokenizer import (
@@ -84,7 +91,9 @@ class MultimodalEncoder(nn.Module, Exportable):
     vit_config, bert_config: any transformers ViTConfig (square patches) and BertConfig. tokenizer:
     a Hugging Face fast tokenizer; its vocabulary must fit bert_config. embed_dim: width of the
     common space. Pooling is the mean over the visible patches / real tokens ("mean") or the first
-    token ("cls"). Build one with `preset` or `from_backbones`.
+    token ("cls"). loss: the contrastive one that it is trained by, and judged by unless another is
+    asked for. Build one with `preset` or `from_backbones`. Raises ValueError for towers that do not
+    fit images, tokenizer or each other.
     """
 
     pixel_stats: Tensor  # (2, 3, 1, 1): mean and deviation of each channel
@@ -104,16 +113,18 @@ class MultimodalEncoder(nn.Module, Exportable):
         pooling: str = "mean",
         image_mean=(0.5, 0.5, 0.5),
         image_std=(0.5, 0.5, 0.5),
+        loss: str = "info_nce",
     ):
         from transformers import BertModel, ViTModel
 
         super().__init__()
         _check_towers(vit_config, bert_config, tokenizer, pooling)
+        check_loss(loss)
         self.tokenizer, self.pooling = tokenizer, pooling
         self.image_size, self.patch_size = vit_config.image_size, vit_config.patch_size
         self.num_patches = (self.image_size // self.patch_size) ** 2
         self.max_length = bert_config.max_position_embeddings
-        self.embed_dim, self.dropout = embed_dim, dropout
+        self.embed_dim, self.dropout, self.loss = embed_dim, dropout, loss
         self.vit = ViTModel(vit_config, add_pooling_layer=False)
         self.bert = BertModel(bert_config, add_pooling_layer=False)
         self.image_mask_token = nn.Parameter(torch.randn(vit_config.hidden_size) * 0.02)
@@ -172,20 +183,23 @@ class MultimodalEncoder(nn.Module, Exportable):
         come from the checkpoint's own preprocessor. options: dropout (of the projections and of a
         preset's new ViT; a checkpoint keeps its towers' own), temperature, pooling (take the one
         that the BERT was trained with: "mean" for sentence-transformers). Reads safetensors or
-        weights-only files, never code.
+        weights-only files, never code. Raises FileNotFoundError, and soon, where there is no such
+        folder and no network, ValueError for a BERT without its tokenizer's vocabulary.
         """
-        from transformers import AutoTokenizer, BertModel, ViTModel
+        from transformers import BertModel, ViTModel
 
-        text_config = checkpoint_config(text_backbone, "bert")
+        hub = hub_options(text_backbone)
+        text_config = checkpoint_config(text_backbone, "bert", hub)
         new = _new_vit(image_backbone, options.get("dropout", 0.0))
-        image_config = new or checkpoint_config(image_backbone, "vit")
+        image_hub = {} if new else hub_options(image_backbone)
+        image_config = new or checkpoint_config(image_backbone, "vit", image_hub)
         if new is None:
-            options = pixel_statistics(image_backbone) | options
-        tokenizer = AutoTokenizer.from_pretrained(text_backbone, trust_remote_code=False)
+            options = pixel_statistics(image_backbone, image_hub) | options
+        tokenizer = load_tokenizer(text_backbone, hub)
         model = cls(image_config, text_config, tokenizer, embed_dim, **options)
         if new is None:
-            model.vit = load_tower(ViTModel, image_backbone, image_config)
-        model.bert = load_tower(BertModel, text_backbone, text_config)
+            model.vit = load_tower(ViTModel, image_backbone, image_config, image_hub)
+        model.bert = load_tower(BertModel, text_backbone, text_config, hub)
         return model
 
     def to_device(self, device) -> "MultimodalEncoder":
@@ -247,8 +261,7 @@ class MultimodalEncoder(nn.Module, Exportable):
         patches = self._normalize_patches(patches)
         if masking is not None and mode == "drop" and masking.keep_valid is not None:
             patches = patches.masked_fill(~masking.keep_valid[..., None], 0)  # nor does the filler
-        projection = embeddings.patch_embeddings.projection
-        x = F.linear(patches, projection.weight.flatten(1), projection.bias)
+        x = _projected(patches, embeddings.patch_embeddings.projection)
         if masking is not None and mode == "replace":
             x = torch.where(masking.mask[..., None], self.image_mask_token.to(x.dtype), x)
         first = (embeddings.cls_token + positions[:, :1]).expand(len(x), -1, -1)
@@ -331,18 +344,23 @@ class MultimodalEncoder(nn.Module, Exportable):
         """BERT's states (B, K, width) of embedded words."""
         if own_layers(self.bert, words):
             return bert_states(self.bert, words, positions, valid)
-        out = self.bert(inputs_embeds=words, position_ids=positions, attention_mask=valid.long())
+        seen = valid | ~valid.any(1, keepdim=True)  # of padding alone all, or its states are NaN
+        out = self.bert(inputs_embeds=words, position_ids=positions, attention_mask=seen.long())
         return out.last_hidden_state
 
     def encode_text(
         self, input_ids: Tensor, valid: Tensor, masking: Masking | None = None, mode: str = "drop"
     ):
-        """Unit-length features (B, D) of captions: input_ids (B, L), valid (B, L) True = real."""
+        """Unit-length features (B, D) of captions: input_ids (B, L), valid (B, L) True = real.
+
+        Of a caption that is padding alone all are 0.
+        """
         return self._text_features(*self.text_tokens(input_ids, valid, masking, mode))
 
     def _text_features(self, tokens: Tensor, valid: Tensor) -> Tensor:
         pooled = tokens[:, 0] if self.pooling == "cls" else _mean(tokens, valid)
-        return F.normalize(self.text_projection(pooled).float(), dim=-1)
+        features = F.normalize(self.text_projection(pooled).float(), dim=-1)
+        return features.masked_fill(~valid.any(1, keepdim=True), 0)  # nor does it learn
 
     # -- both --------------------------------------------------------------------------------
 
@@ -425,6 +443,7 @@ class MultimodalEncoder(nn.Module, Exportable):
             "dropout": self.dropout,
             "pooling": self.pooling,
             "tokenizer": tokenizer_state(self.tokenizer),
+            **({} if self.loss == "info_nce" else {"loss": self.loss}),
             **({} if self.decoder is None else {"decoder": self.decoder.spec}),
         }
 
@@ -457,6 +476,16 @@ class MultimodalEncoder(nn.Module, Exportable):
         with torch.random.fork_rng(devices=[]):  # weights to be replaced use up no draws
             model = cls(vit, bert, tokenizer_from_state(spec.pop("tokenizer")), **spec)
             return model if heads is None else model.add_decoder(**heads)
+
+
+def _projected(patches: Tensor, projection: nn.Module) -> Tensor:
+    """Patches (B, K, 3 * p * p) by a ViT's patch projection: (B, K, D)."""
+    weight = cast(Tensor, projection.weight)
+    patches = patches.to(weight.dtype)
+    if type(projection) is nn.Conv2d and not has_hook(projection):  # a product serves for it
+        return F.linear(patches, weight.flatten(1), projection.bias)
+    single = patches.flatten(0, 1).unflatten(1, weight.shape[1:])
+    return projection(single).flatten(1).unflatten(0, patches.shape[:2])
 
 
 def _kept(masking: Masking | None, mode: str) -> Tensor | None:
@@ -529,16 +558,45 @@ def _settings(config_class, values: dict) -> dict:
     return {k: v for k, v in values.items() if k in known and "implementation" not in k}
 
 
-def _check_towers(vit_config, bert_config, tokenizer, pooling: str):
-    if vit_config.image_size % vit_config.patch_size:
-        side, p = vit_config.image_size, vit_config.patch_size
+def _one_side(config, name: str) -> int:
+    """A side in pixels, of a square; ValueError for a rectangle."""
+    sides = value if isinstance(value := getattr(config, name), list | tuple) else (value, value)
+    if len(sides) != 2 or sides[0] != sides[1]:
         raise ValueError(
-            f"image size {side} is not a multiple of patch_size {p}; try {side - side % p}"
+            f"vit_config.{name}={value!r}: the encoder takes square images and patches; give one "
+            f"number, such as {name}={min(sides)}"
         )
+    return sides[0]
+
+
+def _check_towers(vit_config, bert_config, tokenizer, pooling: str):
+    for name in ("image_size", "patch_size"):
+        setattr(vit_config, name, _one_side(vit_config, name))
+    side, p = vit_config.image_size, vit_config.patch_size
+    if side % p or side < p:
+        raise ValueError(
+            f"image size {side} is not a multiple of patch_size {p}; try {side - side % p or p}"
+        )
+    if vit_config.num_channels != 3:
+        raise ValueError(
+            f"vit_config.num_channels={vit_config.num_channels}: images have 3 channels, grey ones "
+            "three equal ones; give num_channels=3"
+        )
+    for name, config in (("vit_config", vit_config), ("bert_config", bert_config)):
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                f"{name}.hidden_size={config.hidden_size} is not a multiple of its "
+                f"{config.num_attention_heads} attention heads; change one of them"
+            )
     if len(tokenizer) > bert_config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} pieces, bert_config.vocab_size is "
             f"{bert_config.vocab_size}; set it to at least {len(tokenizer)}"
+        )
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ValueError(
+            f"the tokenizer knows no words, only {len(tokenizer)} special tokens: every caption "
+            "would be the same; give the folder or name of a tokenizer with its vocabulary"
         )
     if pooling not in ("mean", "cls"):
         raise ValueError(f"pooling={pooling!r} is not known; {nearest(pooling, ('mean', 'cls'))}")

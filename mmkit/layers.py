@@ -8,6 +8,7 @@ Shapes: B batch, N tokens, L text length, T real tokens of a batch, D width, H h
 Walk-through: notebooks/09_speed.ipynb.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -141,33 +142,149 @@ class Mlp(torch.autograd.Function):
 def own_layers(tower: nn.Module, x: Tensor) -> bool:
     """Whether the layers of a ViTModel or BertModel are computed here: see the top of this file.
 
-    Not where somebody has hung a hook on one of their parts, which would never be called.
+    Only where all their parts are those that transformers builds from the tower's config, of one
+    mode and of the type of the states x. Whatever somebody has changed (a hook, another dropout, a
+    subclass such as LoRA's, a method of an object) is then run as it is, by transformers' layers.
     """
-    if x.device.type != "cpu" or any(_has_hook(part) for part in tower.modules()):
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or _looked_into():
         return False
-    layer = next(m for m in tower.modules() if type(m).__name__ in ("ViTLayer", "BertLayer"))
-    return layer._compiled_call_impl is None
+    config: Any = tower.config
+    if (
+        getattr(config, "is_decoder", False)
+        or config.hidden_size != config.num_attention_heads * _head(config)
+        or config._attn_implementation not in ("eager", "sdpa")
+    ):
+        return False
+    plain = _plain_parts(tower, config)
+    return plain is not None and _parts(tower, x.dtype) == plain
 
 
-def _has_hook(part: nn.Module) -> bool:
+def _head(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _looked_into() -> bool:
+    """Whether somebody wants to see each module called, or a derivative that `Mlp` has not."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch.nn.modules.module._has_any_global_hook()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def _parts(tower: nn.Module, dtype: torch.dtype | None) -> tuple[list, list] | None:
+    """What the tower is made of around its layers, and each kind of layer that it has.
+
+    None where some part is not to be compared: a hook, compiled code, weights of another type than
+    `dtype` (None = any), a part that is in another mode than those around it.
+    """
+    around: list = []
+    layers: list[list] = []
+    inside: set[nn.Module] = set()
+    for part in tower.modules():
+        if part in inside:
+            continue
+        found, whole = around, [part]
+        if type(part).__name__ in ("ViTLayer", "BertLayer"):
+            found, whole = [], list(part.modules())
+            inside.update(whole)
+            layers.append(found)
+        mode = part.training if found is not around else tower.training
+        for one in whole:
+            if (
+                one.training != mode
+                or one._compiled_call_impl is not None
+                or has_hook(one)
+                or (dtype is not None and any(not _of_type(p, dtype) for p in _weights(one)))
+            ):
+                return None
+            found.append(_settings(one))
+    kinds: list = []
+    for layer in layers:
+        if layer not in kinds:
+            kinds.append(layer)
+    return around, kinds
+
+
+def _weights(part: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in part._parameters.values() if weight is not None]
+
+
+def _of_type(weight: Tensor, dtype: torch.dtype) -> bool:
+    return type(weight) is nn.Parameter and weight.dtype == dtype
+
+
+def _settings(part: nn.Module) -> tuple:
+    """Class, numbers, names, functions and shapes of one part."""
+    kept = {
+        name: value
+        for name, value in vars(part).items()
+        if (type(value) in (int, float, bool, str) or callable(value))
+        and not name.startswith("_")
+        and name not in ("training", "layer_idx", "gradient_checkpointing")
+    }
+    shapes = {name: None if w is None else w.shape for name, w in part._parameters.items()}
+    if isinstance(part, nn.ModuleList):  # of layers, of which there may be any number
+        kept, shapes = {}, {}
+    return type(part), kept, shapes
+
+
+_PLAIN: dict[tuple, tuple[list, list] | None] = {}
+
+
+def _plain_parts(tower: Any, config: Any) -> tuple[list, list] | None:
+    """`_parts` of what transformers builds from a config; None for what is no tower of its own."""
+    kind = type(tower)
+    if kind.__name__ not in ("ViTModel", "BertModel") or not _of_transformers(kind):
+        return None
+    values = tuple(
+        item
+        for item in vars(config).items()
+        if type(item[1]) in (int, float, bool, str) or callable(item[1])
+    )
+    key = (kind, *values)
+    if key not in _PLAIN:
+        one_layer = copy.deepcopy(config)
+        one_layer.num_hidden_layers = 1
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            _PLAIN[key] = _parts(kind(one_layer, add_pooling_layer=False), None)
+    return _PLAIN[key]
+
+
+def _of_transformers(kind: type) -> bool:
+    return kind.__module__.startswith("transformers.")
+
+
+def has_hook(part: nn.Module) -> bool:
+    """Whether somebody has hung a hook on a part, which would miss calls that are not made."""
+    if not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks):
+        return bool(part._backward_pre_hooks)
     hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
     own = "transformers."  # which leaves hooks of its own behind, for states that are asked for
-    return bool(part._backward_hooks) or any(
+    return bool(part._backward_hooks or part._backward_pre_hooks) or any(
         not getattr(hook, "__module__", "").startswith(own) for hook in hooks
     )
 
 
 def draws_dropout(model: nn.Module) -> bool:
-    """Whether a training step of this model draws random numbers."""
-    return any(p > 0 for p in dropouts(model))
+    """Whether a training step of this model draws random numbers, or may, for all that is known.
+
+    Known are the parts of torch, transformers and mmkit: they are given dropout as a number.
+    """
+    known = ("torch", "transformers", "mmkit")
+    foreign = (type(part).__module__.partition(".")[0] not in known for part in model.modules())
+    return any(foreign) or any(p > 0 for p in dropouts(model))
 
 
 def dropouts(model: nn.Module) -> set[float]:
     """Every dropout probability in a model: of its modules, and of its towers' configurations."""
-    names = ("hidden_dropout_prob", "attention_probs_dropout_prob")
-    configs = [m.config for m in model.modules() if hasattr(m, "config")]
-    found = {getattr(config, name, 0.0) for config in configs for name in names}
-    return found | {m.p for m in model.modules() if isinstance(m, nn.Dropout)}
+    names, found = ("hidden_dropout_prob", "attention_probs_dropout_prob"), set()
+    for part in model.modules():
+        found |= {getattr(getattr(part, "config", None), name, 0.0) for name in names}
+        own = {v for name, v in vars(part).items() if name == "p" or "dropout" in name}
+        found |= {p for p in own if isinstance(p, int | float)}
+    return found
 
 
 def attend(mixed: Tensor, heads: int, hidden_keys: Tensor | None, dropout: float = 0.0) -> Tensor:
@@ -181,7 +298,9 @@ def attend(mixed: Tensor, heads: int, hidden_keys: Tensor | None, dropout: float
     scores = torch.bmm(query, key.transpose(1, 2))  # (B * H, N, N)
     if hidden_keys is not None:
         scores = scores.view(batch, heads, tokens, tokens)
-        scores = scores.masked_fill(hidden_keys[:, None, None, :], float("-inf"))
+        # Not -inf: where all are hidden, its softmax and all gradients through it would be NaN.
+        least = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(hidden_keys[:, None, None, :], least)
         scores = scores.view(batch * heads, tokens, tokens)
     share = _drop(scores.softmax(-1), dropout)
     seen = torch.bmm(share, value).view(batch, heads, tokens, width // heads)

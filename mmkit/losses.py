@@ -15,6 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .config import nearest
+
+CONTRASTIVE = ("info_nce", "sigmoid")
+
+
+def check_loss(name: str):
+    """ValueError for a contrastive loss that is not known."""
+    if name not in CONTRASTIVE:
+        raise ValueError(f"loss={name!r} is not known; {nearest(name, CONTRASTIVE)}")
+
 
 def similarity(rows: Tensor, columns: Tensor) -> Tensor:
     """Dot products (R, C) of features (R, D) and (C, D) in float32, also under autocast."""

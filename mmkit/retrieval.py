@@ -17,7 +17,7 @@ from .attention import at_rest
 from .data import Batch, MultimodalDataset, as_dataset
 from .distributed import gather_rows, my_share
 from .encoder import MultimodalEncoder
-from .losses import info_nce_rows, sigmoid_rows, similarity
+from .losses import check_loss, info_nce_rows, sigmoid_rows, similarity
 from .masking import draw_maskings
 from .pictures import as_seen, read_picture, square
 from .precision import autocast_for
@@ -220,11 +220,13 @@ def recall_at_k(
 
 
 @torch.no_grad()
-def pool_loss(model: MultimodalEncoder, features: Features, loss: str = "info_nce") -> float:
+def pool_loss(model: MultimodalEncoder, features: Features, loss: str | None = None) -> float:
     """The loss over the whole set as ONE pool of negatives (canonical captions), in chunks.
 
-    It does not depend on any batch size; chance is ln(N) for "info_nce".
+    loss: "info_nce" or "sigmoid"; None = the one that the model is trained by. It does not depend
+    on any batch size; chance is ln(N) for "info_nce". Raises ValueError for another loss.
     """
+    check_loss(loss := loss or model.loss)
     images, texts = features.image_features, features.text_features[features.first_caption]
     scale, groups = model.logit_scale.exp().cpu(), features.image_groups
     total = 0.0
@@ -239,7 +241,7 @@ def pool_loss(model: MultimodalEncoder, features: Features, loss: str = "info_nc
 
 
 def score(
-    model: MultimodalEncoder, features: Features, loss: str = "info_nce", ks=(1, 5, 10)
+    model: MultimodalEncoder, features: Features, loss: str | None = None, ks=(1, 5, 10)
 ) -> dict:
     """Loss and Recall@K of features: {"loss", "image_to_text": {k: …}, "text_to_image": {k: …}}."""
     groups = (features.image_groups, features.text_groups)
@@ -251,13 +253,16 @@ def evaluate(
     model: MultimodalEncoder,
     dataset: MultimodalDataset,
     ks: Sequence[int] = (1, 5, 10),
-    loss: str = "info_nce",
+    loss: str | None = None,
     **masks,
 ) -> dict:
     """Loss ("info_nce" or "sigmoid", one pool) and Recall@K over a whole data set.
 
-    Masks are off unless asked for (see `embed`).
+    loss: None = the one that the model is trained by. Masks are off unless asked for (see `embed`).
+    Raises ValueError for a loss that is not known.
     """
+    if loss is not None:
+        check_loss(loss)
     return score(model, embed(model, dataset, **masks), loss, ks)
 
 

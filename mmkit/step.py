@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from .data import Batch
 from .distributed import around_the_ring, gather_rows, row_counts, world
 from .encoder import EncoderOutput
-from .losses import info_nce_rows, sigmoid_block, sigmoid_rows
+from .losses import check_loss, info_nce_rows, sigmoid_block, sigmoid_rows
 from .side_by_side import side_by_side
 
 _LOGITS = 2**22  # entries of a similarity matrix held at once (16 MB in float32)
@@ -54,6 +54,7 @@ def contrastive_share(
     `sigmoid_loss`) of the joined batch. Memory for logits is at most (R, C), never (C, C), and
     from 4 million on a slice of that. exchange: "gather", or "neighbours" (sigmoid only).
     """
+    check_loss(kind)
     rank, _ = world()
     counts = row_counts(len(image), image.device)
     offset, total, scale = sum(counts[:rank]), sum(counts), logit_scale.exp()

@@ -124,6 +124,7 @@ class MaskedMultimodalTrainer:
         self.objective = Objective(config, model)
         self.objective.prepare_model()
         self.model = model.to_device(self.device)
+        self.model.loss = config.loss  # by which `evaluate` then judges it
         self._share_tokenizer()
         self.ema = RunningMean(self.model, config.ema_decay) if config.ema_decay else None
         self._prepare_layers()

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+import mmkit as mm
 from mmkit import Masking, MultimodalEncoder, mask_noise
+from mmkit.decoder import Wanted
 from mmkit.masking import (
     IMAGE_MASKERS,
     TEXT_MASKERS,
@@ -436,3 +438,117 @@ def test_gradients_of_dropped_patches_are_the_same_bits_with_several_threads(tok
         assert all(torch.equal(first, gradient()[0]) for _ in range(5))
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_caption_of_padding_alone_has_no_feature_and_spoils_no_gradient(make_model, make_data):
+    """Whoever's layers run, filler rows beside it or not; the others learn as without it."""
+    data = make_data(7)
+    batch = data.batch(range(7))
+    for own in (True, False):
+        for pooling in ("mean", "cls"):
+            model = make_model(pooling=pooling).to_device("cpu").train()
+            if not own:
+                model.bert.encoder.layer[0].register_forward_hook(lambda *_: None)
+            valid = batch.valid.clone()
+            valid[3] = False
+            features = model.encode_text(batch.input_ids, valid)
+            assert not features[3].any()
+            rest = [0, 1, 2, 4, 5, 6]
+            found = []
+            for part in (features, model.encode_text(batch.input_ids[rest], valid[rest])):
+                model.zero_grad()
+                (part[part.any(1)].cos().sum() + part.square().sum()).backward()
+                found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+            for name, gradient in found[1].items():
+                assert gradient.isfinite().all(), name
+                torch.testing.assert_close(found[0][name], gradient, msg=name, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_decoder_of_a_caption_of_padding_alone_stays_finite(make_model, make_data, own):
+    model, batch = make_model(), make_data(5).batch(range(5))
+    model.add_decoder(pixels=True, words=True, across=True, width=32)
+    model.to_device("cpu") if own else model
+    image, text = mm.masking.draw_maskings(
+        batch, model, seed=0, epoch=0, image=("random", 0.5), text=("random", 0.4)
+    )
+    batch.valid[2] = text.mask[2] = False
+    out = model(batch, image, text, "drop", "replace", Wanted(pixels=True, words=True))
+    total = out.image_features.sum() + out.text_features.sum() + out.pixels.sum()
+    (total + out.word_logits.sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_in_another_type_encodes(make_model, make_data, dtype):
+    model, batch = make_model().to_device("cpu").eval(), make_data(7).batch(range(7))
+    masking, text = mm.masking.draw_maskings(
+        batch, model, seed=0, epoch=0, image=("random", 0.5), text=("random", 0.4)
+    )
+    with torch.no_grad():
+        exact = model(batch, masking, text)
+        other = model.to(dtype)(batch, masking, text)
+        whole = model.encode_image(batch.pixel_values), model.class_attention(batch.pixel_values)
+    for name in ("image_features", "text_features"):
+        a, b = getattr(exact, name), getattr(other, name)
+        assert b.dtype == torch.float32
+        assert (a - b).norm() < (0.05 if dtype == torch.bfloat16 else 1e-5) * a.norm()
+    assert all(x.isfinite().all() for x in whole)
+
+
+def test_what_is_changed_in_the_patch_projection_is_used(make_model, make_data):
+    """A subclass of the convolution, such as LoRA's, is called; a hook on it, too."""
+
+    class Doubled(torch.nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, batch = make_model().to_device("cpu").eval(), make_data(5).batch(range(5))
+    patches = model.vit.embeddings.patch_embeddings
+    plain = patches.projection
+    seen = []
+    with torch.no_grad():
+        before = model.image_tokens(batch.pixel_values)
+        hook = plain.register_forward_hook(lambda *_: seen.append(1))
+        torch.testing.assert_close(model.image_tokens(batch.pixel_values), before)
+        hook.remove()
+        patches.projection = Doubled(3, 22, 5, 5)
+        patches.projection.load_state_dict(plain.state_dict())
+        changed = model.image_tokens(batch.pixel_values)
+        patches.projection = plain
+        plain.weight *= 2
+        plain.bias *= 2
+        expected = model.image_tokens(batch.pixel_values)
+    assert seen == [1] and not torch.equal(changed, before)
+    torch.testing.assert_close(changed, expected)
+
+
+@pytest.mark.parametrize(
+    ("vit", "words"),
+    [
+        (dict(image_size=(15, 20)), r"image_size=\(15, 20\): the encoder takes square .*=15"),
+        (dict(patch_size=[5, 3]), r"patch_size=\[5, 3\]: the encoder takes square .*=3"),
+        (dict(num_channels=1), "num_channels=1: images have 3 channels"),
+        (dict(image_size=3), "image size 3 is not a multiple of patch_size 5; try 5"),
+        (dict(num_attention_heads=3), "vit_config.hidden_size=22 is not a multiple of its 3 att"),
+    ],
+)
+def test_towers_that_do_not_fit_are_refused_when_they_are_built(tokenizer, vit, words):
+    from transformers import BertConfig, ViTConfig
+
+    tower = dict(hidden_size=22, num_hidden_layers=1, num_attention_heads=2, intermediate_size=31)
+    bert = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=17, **tower)
+    sizes = dict(image_size=15, patch_size=5)
+    with pytest.raises(ValueError, match=words):
+        mm.MultimodalEncoder(ViTConfig(**sizes | tower | vit), bert, tokenizer)
+    square = ViTConfig(**sizes | tower | dict(image_size=[15, 15], patch_size=(5, 5)))
+    assert mm.MultimodalEncoder(square, bert, tokenizer).num_patches == 9
+
+
+def test_a_loss_that_is_not_known_is_named(make_model):
+    with pytest.raises(ValueError, match="'siglip' is not known; did you mean 'sigmoid'"):
+        make_model(loss="siglip")
+    assert "loss" not in make_model().architecture()
+    spec = make_model(loss="sigmoid").architecture()
+    assert mm.MultimodalEncoder.from_architecture(spec).loss == "sigmoid"

@@ -203,3 +203,136 @@ def test_many_tokens_are_computed_in_whole_numbers_of_rows(bert):
     ours = same_as_transformers(bert, words, positions, valid, atol=1e-4)
     spoilt = words.detach().masked_fill(~valid[..., None], float("nan"))
     assert torch.equal(bert_states(bert, spoilt, positions, valid), ours)
+
+
+def lora(linear, trainable=True):
+    """A Linear as LoRA's: a subclass of nn.Linear with a product of its own beside it."""
+
+    class Lora(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 0.1 * x.sum(-1, keepdim=True)
+
+    new = Lora(linear.in_features, linear.out_features)
+    new.load_state_dict(linear.state_dict())
+    return new
+
+
+def replace(owner, name, change):
+    setattr(owner, name, change(getattr(owner, name)))
+
+
+CHANGES = {
+    "dropout set by hand": lambda vit, bert: (
+        setattr(vit.layers[1].dropout, "p", 0.3),
+        setattr(bert.encoder.layer[2].output.dropout, "p", 0.3),
+    ),
+    "attention's dropout set by hand": lambda vit, bert: (
+        setattr(vit.layers[1].attention, "attention_dropout", 0.3),
+        setattr(bert.encoder.layer[0].attention.self.dropout, "p", 0.3),
+    ),
+    "a subclass of Linear": lambda vit, bert: (
+        replace(vit.layers[0].attention, "q_proj", lora),
+        replace(bert.encoder.layer[1].attention.self, "value", lora),
+    ),
+    "a parametrized weight": lambda vit, bert: (
+        torch.nn.utils.parametrizations.spectral_norm(vit.layers[0].mlp.fc1),
+        torch.nn.utils.parametrizations.spectral_norm(bert.encoder.layer[1].output.dense),
+    ),
+    "another activation": lambda vit, bert: (
+        setattr(vit.layers[2].mlp, "activation_fn", torch.nn.ReLU()),
+        setattr(bert.encoder.layer[2].intermediate, "intermediate_act_fn", torch.nn.ReLU()),
+    ),
+    "another norm": lambda vit, bert: (
+        setattr(vit.layers[0], "layernorm_after", torch.nn.RMSNorm(D)),
+        setattr(bert.encoder.layer[0].output, "LayerNorm", torch.nn.RMSNorm(D)),
+    ),
+    "an adapter beside": lambda vit, bert: (
+        setattr(vit.layers[0].mlp, "activation_fn", torch.nn.Sequential(torch.nn.Linear(31, 31))),
+        setattr(bert.embeddings, "dropout", torch.nn.Sequential(torch.nn.Linear(D, D))),
+    ),
+    "a method of an object": lambda vit, bert: (
+        setattr(vit.layers[0], "forward", lambda x, *_, **__: 2 * x),
+        setattr(bert.encoder.layer[1], "feed_forward_chunk", lambda x: 2 * x),
+    ),
+    "another scale of the attention": lambda vit, bert: (
+        setattr(vit.layers[2].attention, "scaling", 1.5),
+        setattr(bert.encoder.layer[0].attention.self, "scaling", 1.5),
+    ),
+    "parts in another mode": lambda vit, bert: (
+        vit.layers[1].dropout.train(),
+        bert.encoder.layer[0].attention.train(),
+    ),
+    "a config changed afterwards": lambda vit, bert: (
+        setattr(vit.config, "hidden_act", "relu"),
+        setattr(bert.config, "hidden_dropout_prob", 0.7),
+    ),
+    "weights in another type": lambda vit, bert: (
+        vit.layers[1].mlp.fc1.double(),
+        bert.encoder.layer[1].double(),
+    ),
+    "attention of one's own": lambda vit, bert: (
+        setattr(vit.config, "_attn_implementation", "mine"),
+        setattr(bert.config, "_attn_implementation", "mine"),
+    ),
+    "a hook on the way back": lambda vit, bert: (
+        vit.layers[1].register_full_backward_pre_hook(lambda *_: None),
+        bert.encoder.register_full_backward_hook(lambda *_: None),
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_whatever_is_not_the_plain_layer_is_left_to_transformers(vit, bert, change):
+    x = torch.randn(B, N, D)
+    assert own_layers(vit, x) and own_layers(bert, x)
+    change(vit, bert)
+    assert not own_layers(vit, x) and not own_layers(bert, x)
+
+
+def test_a_decoder_and_states_of_another_type_are_left_to_transformers(bert):
+    from transformers import BertModel
+
+    x = torch.randn(B, L, D)
+    assert not own_layers(bert, x.bfloat16()) and not own_layers(bert, x.double())
+    assert own_layers(bert.double(), x.double())
+    bert.config.is_decoder = True
+    assert not own_layers(bert, x.double())
+    causal = BertModel(bert.config, add_pooling_layer=False)
+    assert not own_layers(causal, x)
+
+
+def test_who_asks_for_other_derivatives_or_watches_all_modules_gets_transformers_layers(vit):
+    x, seen = torch.randn(1, N, D), []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+    try:
+        assert not own_layers(vit, x)
+    finally:
+        hook.remove()
+    torch.func.grad(lambda x: seen.append(own_layers(vit, x)) or x.sum())(x)
+    with torch.autograd.forward_ad.dual_level():
+        seen.append(own_layers(vit, x))
+    assert seen == [False, False] and own_layers(vit, x)
+
+
+def test_a_part_that_is_not_known_may_draw(vit):
+    assert not draws_dropout(vit)
+    vit.layers[1].attention.attention_dropout = 0.3
+    assert draws_dropout(vit)
+    vit.layers[1].attention.attention_dropout = 0.0
+    replace(vit.layers[0].attention, "q_proj", lora)
+    assert draws_dropout(vit)
+
+
+def test_a_caption_of_padding_alone_spoils_no_gradient(bert):
+    """Its own states are 0; those of the others, and all gradients, are as without it."""
+    lengths = torch.tensor([4, 0, L])
+    valid = torch.arange(L) < lengths[:, None]
+    words = torch.randn(B, L, D, requires_grad=True)
+    positions = torch.arange(L).expand(B, -1)
+    states = bert_states(bert, words, positions, valid)
+    assert not states[1].any()
+    found = gradients(bert, states[[0, 2]], words)
+    alone = bert_states(bert, words[[0, 2]], positions[:2], valid[[0, 2]])
+    for name, gradient in gradients(bert, alone, words).items():
+        assert gradient.isfinite().all()
+        torch.testing.assert_close(found[name], gradient, msg=name, rtol=1e-4, atol=1e-5)

@@ -24,9 +24,9 @@ def everything(model) -> dict:
         "modes": [part.training for part in model.modules()],
         "learning": [p.requires_grad for p in model.parameters()],
         "gradients": [p.grad is None for p in model.parameters()],
-        "hooks": [len(part._forward_pre_hooks) + len(part._forward_hooks) for part in model.modules()],
+        "hooks": [(*p._forward_pre_hooks, *p._forward_hooks) for p in model.modules()],
         "torch": torch.get_rng_state().tolist(),
-        "numpy": np.random.get_state()[1].tolist() + [np.random.get_state()[2]],
+        "numpy": [*np.random.get_state()[1].tolist(), np.random.get_state()[2]],
         "python": random.getstate(),
         "flags": (
             torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(),
@@ -193,3 +193,32 @@ def test_a_step_by_hand_draws_as_in_the_run(make_data, make_model, tmp_path):
         found.append((float(loss), norm))
         assert torch.equal(torch.get_rng_state(), before)
     assert found[0] == found[1]
+
+
+def test_a_text_is_one_prompt_and_a_loss_must_be_known(make_model, make_data):
+    model, data = make_model().eval(), make_data(23)
+    features = mm.embed(model, data)
+    alone = mm.zero_shot(model, features, {"cat": "a cat", "dog": ["dog", "big dog"]})[1]
+    listed = mm.zero_shot(model, features, {"cat": ["a cat"], "dog": ["dog", "big dog"]})[1]
+    assert torch.equal(alone, listed)
+    for wrong in ({"cat": []}, {"cat": " "}, {}, ["cat"]):
+        with pytest.raises(ValueError, match="give a"):
+            mm.zero_shot(model, features, wrong)
+    with pytest.raises(ValueError, match=r"loss='siglip' is not known; did you mean 'sigmoid'\?"):
+        mm.evaluate(model, data, loss="siglip")
+
+
+def test_a_model_is_judged_by_the_loss_that_it_was_trained_by(make_model, make_data, tmp_path):
+    data = make_data(23)
+    run = mm.train_model(config(tmp_path, loss="sigmoid"), data, data, make_model())
+    run.model.save_pretrained(tmp_path / "shared")
+    for model in (run.model, mm.load(tmp_path / "shared")):
+        own, named, other = (mm.evaluate(model, data, loss=x)["loss"] for x in (None, "sigmoid", "info_nce"))  # fmt: skip
+        assert own == named == pytest.approx(run.best["loss"]) != pytest.approx(other)
+    state = torch.load(run.path / "best_model.pth", weights_only=True)
+    del state["architecture"]["loss"]  # as it was written before
+    torch.save(state, tmp_path / "old.pth")
+    assert mm.load(tmp_path / "old.pth").loss == "sigmoid"  # its configuration says so
+    del state["config"]
+    torch.save(state, tmp_path / "old.pth")
+    assert mm.load(tmp_path / "old.pth").loss == "info_nce"

@@ -258,3 +258,80 @@ def test_the_benchmarks_other_words_stand_in_no_caption():
     for text in REWORDED.values():
         new = set(re.findall(r"[\w-]+", text.lower())) - LITTLE_WORDS
         assert new and not new & words, text
+
+
+NO_NETWORK = """
+import time
+import mmkit as mm
+import transformers.models.bert.modeling_bert
+for call in (
+    lambda: mm.MultimodalEncoder.from_backbones("google/vit-base-patch16-224", mm.minilm()),
+    lambda: mm.MultimodalEncoder.from_backbones("tiny", "google-bert/bert-base-uncased"),
+    lambda: mm.MultimodalEncoder.from_pretrained("owner/name"),
+):
+    start = time.perf_counter()
+    try:
+        call()
+    except FileNotFoundError as error:
+        print(time.perf_counter() - start, error)
+"""
+
+
+@needs_minilm
+def test_without_a_network_it_says_soon_which_checkpoint_is_missing(tmp_path):
+    """transformers alone tries for 23 seconds, then names no model."""
+    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", NO_NETWORK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=env)
+    lines = [line for line in done.stdout.splitlines() if "no " in line]
+    assert len(lines) == 3, done.stderr[-3000:]
+    assert all(float(line.split()[0]) < 12 for line in lines)
+    assert "no checkpoint 'google/vit-base-patch16-224'" in lines[0]
+    assert "no checkpoint 'google-bert/bert-base-uncased'" in lines[1]
+    assert all("no hub can be reached" in x and "mm.minilm()" in x for x in lines[:2])
+    assert "no model 'owner/name'" in lines[2]
+
+
+def test_a_bert_without_its_tokenizer_is_refused(saved, tokenizer):
+    """To what transformers makes up instead, every word would be unknown."""
+    from transformers import BertConfig, PreTrainedTokenizerFast
+
+    folder = saved
+    for path in folder.iterdir():
+        if "token" in path.name or "vocab" in path.name:
+            path.unlink()
+    with pytest.raises(ValueError, match=r"has no tokenizer files .*save_pretrained\(folder\)"):
+        MultimodalEncoder.from_backbones(small_vit(), str(folder))
+    tokenizer.save_pretrained(folder)
+    MultimodalEncoder.from_backbones(small_vit(), str(folder))
+    bare = tokenizer.backend_tokenizer.__class__(tokenizer.backend_tokenizer.model.__class__(
+        {"[UNK]": 0, "[PAD]": 1, "[CLS]": 2, "[SEP]": 3}, unk_token="[UNK]"
+    ))  # fmt: skip
+    names = dict(unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
+    wordless = PreTrainedTokenizerFast(tokenizer_object=bare, **names)
+    bert = BertConfig(hidden_size=22, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ValueError, match="knows no words, only 4 special tokens"):
+        MultimodalEncoder(small_vit(), bert, wordless)
+
+
+TINTED, SPREAD = [0.1, 0.2, 0.3], [0.5, 0.4, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean", "std"),
+    [
+        (dict(image_mean=TINTED, image_std=SPREAD), TINTED, SPREAD),
+        (dict(image_mean=[0.1] * 3, image_std=[0.5] * 3, do_normalize=False), [0] * 3, [1] * 3),
+        (dict(image_mean=[1] * 3, image_std=[1] * 3, rescale_factor=2 / 255), [0.5] * 3, [0.5] * 3),
+        (dict(image_mean=[51] * 3, image_std=[255] * 3, do_rescale=False), [0.2] * 3, [1] * 3),
+        (dict(size=15), [0.5] * 3, [0.5] * 3),
+    ],
+)  # fmt: skip
+def test_a_preprocessor_s_numbers_are_the_models(make_model, saved, tmp_path, settings, mean, std):
+    """Whether it normalises, and what it scales by; without one as the encoder's own."""
+    vit = tmp_path / "vit"
+    make_model().vit.save_pretrained(vit)
+    (vit / "preprocessor_config.json").write_text(json.dumps(settings))
+    model = MultimodalEncoder.from_backbones(str(vit), str(saved))
+    expected = torch.tensor([mean, std]).float().reshape(2, 3, 1, 1)
+    torch.testing.assert_close(model.pixel_stats, expected)
