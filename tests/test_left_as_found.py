@@ -213,7 +213,8 @@ def test_a_model_is_judged_by_the_loss_that_it_was_trained_by(make_model, make_d
     run = mm.train_model(config(tmp_path, loss="sigmoid"), data, data, make_model())
     run.model.save_pretrained(tmp_path / "shared")
     for model in (run.model, mm.load(tmp_path / "shared")):
-        own, named, other = (mm.evaluate(model, data, loss=x)["loss"] for x in (None, "sigmoid", "info_nce"))  # fmt: skip
+        losses = (None, "sigmoid", "info_nce")
+        own, named, other = (mm.evaluate(model, data, loss=loss)["loss"] for loss in losses)
         assert own == named == pytest.approx(run.best["loss"]) != pytest.approx(other)
     state = torch.load(run.path / "best_model.pth", weights_only=True)
     del state["architecture"]["loss"]  # as it was written before
