@@ -282,8 +282,8 @@ def dropouts(model: nn.Module) -> set[float]:
     names, found = ("hidden_dropout_prob", "attention_probs_dropout_prob"), set()
     for part in model.modules():
         found |= {getattr(getattr(part, "config", None), name, 0.0) for name in names}
-        own = {v for name, v in vars(part).items() if name == "p" or "dropout" in name}
-        found |= {p for p in own if isinstance(p, int | float)}
+        named = (p for name, p in vars(part).items() if name == "p" or "dropout" in name)
+        found |= {p for p in named if isinstance(p, int | float)}
     return found
 
 

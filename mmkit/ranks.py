@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from .distributed import depart
 from .preflight import gpus
 
 _LINGER = 1.0  # seconds
@@ -42,6 +43,7 @@ def run_rank(job: dict) -> None:
         _meet(job)
         fn, args, kwargs = job["call"]
         value = fn(*args, **kwargs)
+        depart()
         if rank == 0:
             _send(job, value)
         if dist.is_initialized():

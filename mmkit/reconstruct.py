@@ -17,7 +17,7 @@ from .attention import at_rest
 from .config import TrainingConfig, nearest
 from .data import Batch, MultimodalDataset, as_dataset
 from .decoder import Wanted
-from .distributed import my_share, sum_over_processes
+from .distributed import joint, my_share, sum_over_processes
 from .encoder import EncoderOutput, MultimodalEncoder
 from .mask_plan import validation_masks
 from .masking import draw_maskings
@@ -188,6 +188,7 @@ def mean_patches(dataset: MultimodalDataset, patch_size: int, chunk: int = 256) 
     return (total / count).float()
 
 
+@joint("mm.evaluate_reconstruction")
 @torch.no_grad()
 def evaluate_reconstruction(
     model: MultimodalEncoder,

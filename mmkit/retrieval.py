@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .attention import at_rest
 from .data import Batch, MultimodalDataset, as_dataset
-from .distributed import gather_rows, my_share
+from .distributed import gather_rows, joint, my_share
 from .encoder import MultimodalEncoder
 from .losses import check_loss, info_nce_rows, sigmoid_rows, similarity
 from .masking import draw_maskings
@@ -49,6 +49,7 @@ def _my_chunks(count: int, size: int) -> list[Tensor]:
     return [rows for rows in my_share(torch.arange(count))[0].split(size) if len(rows)]
 
 
+@joint("mm.embed, by itself or in mm.evaluate, mm.Index, probe")
 def embed(
     model: MultimodalEncoder,
     dataset: MultimodalDataset,
@@ -80,6 +81,7 @@ def embed(
     return Features(image_features, text_features, groups, text_groups, first)
 
 
+@joint("mm.embed, by itself or in mm.evaluate, mm.Index, probe")
 def of_pictures(
     model: MultimodalEncoder,
     dataset: MultimodalDataset,
@@ -112,6 +114,7 @@ def of_pictures(
     return _joined(parts, width, device)
 
 
+@joint("mm.embed, by itself or in mm.evaluate, mm.Index, probe")
 def of_captions(
     model: MultimodalEncoder,
     dataset: MultimodalDataset,

@@ -28,7 +28,7 @@ from .config import TrainingConfig
 from .data import Batch, MultimodalDataset, as_dataset, load_batches
 from .decoder import Wanted
 from .describe import describe
-from .distributed import my_share, sum_over_processes, world
+from .distributed import each_alone, joint, meet, my_share, sum_over_processes, world
 from .encoder import MAX_LOGIT_SCALE, EncoderOutput, MultimodalEncoder
 from .layers import draws_dropout
 from .mask_plan import MaskPlan, check_maskers
@@ -52,11 +52,14 @@ Callback = Callable[["MaskedMultimodalTrainer", dict], None]
 
 
 def with_own_state(method: Method) -> Method:
-    """A method that draws from the run's own generators and leaves the caller's as they were."""
+    """A method that draws from the run's own generators and leaves the caller's as they were.
+
+    All processes must call it.
+    """
 
     @functools.wraps(method)
     def run(self, *args, **kwargs):
-        with self.own_state.inside():
+        with self.own_state.inside(), joint(f"the trainer's {method.__name__}"):
             return method(self, *args, **kwargs)
 
     return cast(Method, run)
@@ -265,7 +268,6 @@ class MaskedMultimodalTrainer:
 
     # -- the step ----------------------------------------------------------------------------
 
-    @with_own_state
     def encode(self, batch: Batch, maskings, wanted: Wanted | None = None) -> EncoderOutput:
         """The masked forward pass of a micro-batch, in this run's precision."""
         modes = (self.config.image_mask_mode, self.config.text_mask_mode)
@@ -507,8 +509,9 @@ class MaskedMultimodalTrainer:
         if self.writer:
             self.writer.write(record)
         for callback in self.callbacks:
-            with self.own_state.outside():  # whatever it draws, the run goes on as if it had not
+            with self.own_state.outside(), each_alone():  # the run goes on as if it had not been
                 callback(self, record)
+        meet("training, after the callbacks")
         # All processes stop where one asks for it, whether or not the others have callbacks.
         asked = self.epoch_loss.new_tensor(float(self._asked_to_stop))
         self.stopping = bool(sum_over_processes(asked))
