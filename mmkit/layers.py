@@ -165,9 +165,16 @@ def _head(config: Any) -> int:
 
 def _looked_into() -> bool:
     """Whether somebody wants to see each module called, or a derivative that `Mlp` has not."""
+    module = torch.nn.modules.module
+    hooks = (
+        *module._global_forward_hooks.values(),
+        *module._global_forward_pre_hooks.values(),
+        *module._global_backward_hooks.values(),
+        *module._global_backward_pre_hooks.values(),
+    )
     return bool(
         torch.compiler.is_compiling()
-        or torch.nn.modules.module._has_any_global_hook()
+        or any(not hook.__module__.startswith("torch.") for hook in hooks)  # FlopCounterMode's
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0
     )

@@ -274,12 +274,12 @@ class MaskedMultimodalTrainer:
         with autocast_for(self.config.mixed_precision, self.device):
             return self.net(batch, *maskings, *modes, wanted)
 
-    @with_own_state
     def gradients(
         self, batch: Batch, epoch: int, weights: dict[str, float] | None = None
     ) -> Tensor:
         """Add the gradient of a batch to the parameters; returns its share of the loss.
 
+        Dropout draws from torch's generator as it stands: the run's own within `train_step`.
         weights: of the terms; None = what the schedules say. `self.terms` then holds each term's
         share, not weighted.
         """
