@@ -203,7 +203,7 @@ def _parts(tower: nn.Module, dtype: torch.dtype | None) -> tuple[list, list] | N
                 one.training != mode
                 or one._compiled_call_impl is not None
                 or has_hook(one)
-                or (dtype is not None and any(not _of_type(p, dtype) for p in _weights(one)))
+                or (dtype is not None and not _of_type(one, dtype))
             ):
                 return None
             found.append(_settings(one))
@@ -214,12 +214,10 @@ def _parts(tower: nn.Module, dtype: torch.dtype | None) -> tuple[list, list] | N
     return around, kinds
 
 
-def _weights(part: nn.Module) -> list[nn.Parameter]:
-    return [weight for weight in part._parameters.values() if weight is not None]
-
-
-def _of_type(weight: Tensor, dtype: torch.dtype) -> bool:
-    return type(weight) is nn.Parameter and weight.dtype == dtype
+def _of_type(part: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether all weights of a part itself are plain ones of this type."""
+    weights = (weight for weight in part._parameters.values() if weight is not None)
+    return all(type(weight) is nn.Parameter and weight.dtype == dtype for weight in weights)
 
 
 def _settings(part: nn.Module) -> tuple:
@@ -227,9 +225,9 @@ def _settings(part: nn.Module) -> tuple:
     kept = {
         name: value
         for name, value in vars(part).items()
-        if (type(value) in (int, float, bool, str) or callable(value))
-        and not name.startswith("_")
+        if name[0] != "_"
         and name not in ("training", "layer_idx", "gradient_checkpointing")
+        and (type(value) in (int, float, bool, str) or callable(value))
     }
     shapes = {name: None if w is None else w.shape for name, w in part._parameters.items()}
     if isinstance(part, nn.ModuleList):  # of layers, of which there may be any number

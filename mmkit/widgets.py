@@ -10,6 +10,9 @@ long. Walk-through: notebooks/02_masking.ipynb.
 import base64
 import contextlib
 import io
+import weakref
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,6 +43,29 @@ from .masking import ATTENTION_MASKERS, IMAGE_MASKERS, TEXT_MASKERS, draw_maskin
 from .plots import paint_mask
 from .reconstruct import PutBack
 
+
+def weakly(method: Callable[[dict], None]) -> Callable[[dict], None]:
+    """A bound method as a handler that does not keep its object alive."""
+    held = weakref.WeakMethod(method)
+
+    def handle(change: dict):
+        if (alive := held()) is not None:
+            alive(change)
+
+    return handle
+
+
+def close_all(widget: Any):
+    """Close a widget and all that it holds, with their layouts and styles."""
+    for child in getattr(widget, "children", ()):
+        close_all(child)
+    for part in (getattr(widget, "layout", None), getattr(widget, "style", None), widget):
+        if part is not None:
+            part.unobserve_all()
+            type(part).close(part)
+
+
+_SHOWN: deque = deque(maxlen=3)  # labs on a page, which live on there without a name
 POOL = 24  # captions that the picture is compared with
 
 
@@ -61,6 +87,9 @@ class MaskLab:
     one more control, `sees`: whether at the row's own other modality, at none or a wrong one.
     patch_size: None takes the model's; without one 8 up to 96 pixels, else 16. Raises ValueError
     where it does not divide the picture.
+
+    `close()` takes the view off the page and lets go of model and data. So does dropping the lab;
+    but the last three that were shown stay alive without a name.
     """
 
     def __init__(
@@ -119,8 +148,8 @@ class MaskLab:
         self.ranking = w.HTML(layout=w.Layout(width="418px", display=None if model else "none"))
         self._update()
         for control in self.controls:
-            control.observe(self._moved, "value")
-        self.canvas.observe(self._painted_by_hand, "mask")
+            control.observe(weakly(self._moved), "value")
+        self.canvas.observe(weakly(self._painted_by_hand), "mask")
         line = w.Layout(flex_flow="row wrap", grid_gap="4px 16px")
         top = w.HBox([w.VBox(column) for column in columns], layout=line)
         below = [self.canvas, self.words, self.ranking]
@@ -131,6 +160,20 @@ class MaskLab:
         below = w.HBox([part for part in below if part is not None], layout=line)
         self.view = w.VBox([top, below], layout=w.Layout(grid_gap="10px"))
         self.view.add_class("mmkit-lab")
+
+        # ipywidgets keeps every widget that is not closed, for as long as the kernel runs.
+        self._finalizer = weakref.finalize(self, close_all, self.view)
+        me = weakref.ref(self)
+        self.view.close = lambda: (lab := me()) and lab.close()
+
+    def close(self):
+        """Close all widgets of the lab and let go of its model, data and results."""
+        if not vars(self):  # it is closed
+            return
+        self._finalizer()
+        vars(self).clear()
+        with contextlib.suppress(ValueError):
+            _SHOWN.remove(self)
 
     # -- what moves --------------------------------------------------------------------------
 
@@ -356,6 +399,8 @@ class MaskLab:
         return still_figure(self.picture(), self.still(), titles, self.pieces(), words)
 
     def __repr__(self) -> str:
+        if not vars(self):
+            return "MaskLab(closed)"
         seen = " and ".join(seen_in_words(self.counts()))
         error = None if self.back is None else self.back.pixel_errors
         back = ""
@@ -365,6 +410,10 @@ class MaskLab:
 
     def _repr_mimebundle_(self, **kwargs) -> dict[str, Any]:
         """The live view, and a still for a page that has no kernel."""
+        if not vars(self):
+            return {"text/plain": repr(self)}
+        if self not in _SHOWN:
+            _SHOWN.append(self)
         buffer = io.BytesIO()
         self.figure().savefig(buffer, dpi=110)
         still = base64.b64encode(buffer.getvalue()).decode()
@@ -380,7 +429,8 @@ class MaskLab:
         from IPython.display import display
 
         live = self._repr_mimebundle_()
-        still = live.pop("image/png")
+        if (still := live.pop("image/png", None)) is None:  # closed
+            return display(live, raw=True)
         self.canvas.still = still[-60:]  # by which the canvas knows it
         display({"image/png": still, "text/plain": repr(self)}, raw=True)
         display(live, raw=True)

@@ -1,7 +1,9 @@
 """The masking lab without a browser: masks are the trainer's, numbers are those of evaluation."""
 
 import base64
+import gc
 import io
+import weakref
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 import mmkit as mm
 from mmkit.lab_parts import caption_html, pool_rows, rank_of, ranking_html
 from mmkit.masking import IMAGE_MASKERS, TEXT_MASKERS
-from mmkit.widgets import MaskLab, png
+from mmkit.widgets import _SHOWN, MaskLab, png
 from tests.train_small import DEFAULTS
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -380,3 +382,59 @@ def test_patches_must_fit(make_data, make_model):
         MaskLab(make_data(3), make_model(), patch_size=3)
     with pytest.raises(ValueError, match="load them with image_size=15"):
         MaskLab(make_data(3, size=20), make_model())
+
+
+# -- what stays in memory --------------------------------------------------------------------
+
+
+def dropped(lab) -> None:
+    pass
+
+
+def closed(lab) -> None:
+    lab.close()
+    assert repr(lab) == "MaskLab(closed)"
+    assert lab._repr_mimebundle_() == {"text/plain": "MaskLab(closed)"}
+
+
+def view_closed(lab) -> None:
+    lab._repr_mimebundle_()
+    lab.view.close()
+
+
+@pytest.mark.parametrize("end", [dropped, closed, view_closed])
+def test_a_lab_that_is_gone_leaves_no_model_no_data_and_no_widget(make_data, make_model, end):
+    """ipywidgets itself keeps every widget, and what observes it, as long as the kernel runs."""
+    from ipywidgets.widgets.widget import _instances
+
+    _SHOWN.clear()
+    gc.collect()
+    before, alive = set(_instances), []
+    for seed in range(5):
+        model = make_model(seed=seed).add_decoder(words=True, pixels=True, across=True, width=32)
+        lab = MaskLab(make_data(23), model)
+        lab.row.value = 7
+        alive += [weakref.ref(x) for x in (lab, lab.dataset, model, lab.ranking)]
+        end(lab)
+        del lab, model
+    gc.collect()
+    assert not [reference for reference in alive if reference() is not None]
+    assert set(_instances) == before
+
+
+def test_labs_on_a_page_work_without_a_name_the_last_ones(make_data, make_model):
+    _SHOWN.clear()
+    views, models = [], []
+    for seed in range(5):
+        lab = MaskLab(make_data(23), make_model(seed=seed))
+        lab._repr_mimebundle_()
+        views.append(lab.view)
+        models.append(weakref.ref(lab.model))
+        del lab
+    gc.collect()
+    assert [model() is not None for model in models] == [False, False, True, True, True]
+    row = views[-1].children[0].children[0].children[0]
+    words = views[-1].children[1].children[1]
+    before, row.value = words.value, 9
+    assert words.value != before
+    _SHOWN.clear()
