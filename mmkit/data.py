@@ -11,12 +11,13 @@ import copy
 import functools
 import hashlib
 import json
+import math
 import os
 import queue
 import random
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, BinaryIO
@@ -25,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .captions import clean_captions, groups_of
+from .captions import CorrectCaptions, clean_captions, correct_pairs, number
 from .config import as_type
 from .masks import mask_noise
-from .picture_cache import content_hashes, decode_once, room_for
+from .picture_cache import content_hashes, decode_once, room_for, same_files
 from .picture_files import Files, PictureStore, Refused
 from .pictures import Reading, as_png, read_picture, read_square, square, tensor_decoder
 from .tokenizer import encode_texts, piece_counts, special_ids, train_wordpiece
@@ -38,19 +39,39 @@ HASH_BYTES = 20_000_000_000  # sources up to this size are searched for identica
 
 @dataclass
 class Batch:
-    """What the encoder eats. All five have the same first dimension B."""
+    """What the encoder eats. All have the same first dimension B.
+
+    The last two say which captions are correct for which images, see `correct`. They are None where
+    each caption of the data set belongs to one row alone: then only a row's own partner is correct.
+    """
 
     pixel_values: Tensor  # (B, 3, H, W) uint8; float only from a transform that normalises itself
     input_ids: Tensor  # (B, L) int64, L = the longest caption of the batch
     valid: Tensor  # (B, L) bool, True = a real token, False = padding
     sample_ids: Tensor  # (B,) int64, the same for a picture in every epoch, worker and process
-    group_ids: Tensor  # (B,) int64, equal for pairs that are correct for each other
+    caption_ids: Tensor | None = None  # (B,) int64, equal for captions of the same tokens
+    image_captions: Tensor | None = None  # (B, K) int64: of all its captions; -1 = none
 
     def __len__(self) -> int:
         return len(self.sample_ids)
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> "Batch":
-        return Batch(*(f(getattr(self, field.name)) for field in fields(self)))
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts: Any = {name: None if x is None else f(x) for name, x in values.items()}
+        return Batch(**parts)
+
+    @property
+    def partners(self) -> tuple[Tensor, Tensor] | None:
+        """(caption_ids, image_captions), what the losses take; None = one to one."""
+        if self.caption_ids is None or self.image_captions is None:
+            return None
+        return self.caption_ids, self.image_captions
+
+    def correct(self) -> Tensor:
+        """(B, B) bool: is caption j correct for image i? Its own is, and each of its others."""
+        if self.caption_ids is None or self.image_captions is None:
+            return torch.eye(len(self), dtype=torch.bool, device=self.sample_ids.device)
+        return correct_pairs(self.image_captions, self.caption_ids)
 
     def __getitem__(self, rows) -> "Batch":
         """The batch of these rows (a slice or an index tensor)."""
@@ -106,7 +127,7 @@ class MultimodalDataset:
     places: Any = None  # where each row stands in its source: ("pairs.csv, line", numbers)
     max_length = 77  # pieces of a caption that are read: CLIP's length; a model asks for its own
     _store: Any = None  # PictureStore: where the encoded pictures are
-    _encoded: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    _encoded: tuple[tuple[Tensor, Tensor, Tensor, Tensor], CorrectCaptions] | None = None
 
     def __init__(
         self,
@@ -132,8 +153,7 @@ class MultimodalDataset:
                     f"picture {path} (row {row}) does not exist; check the path or leave it out"
                 )
         self._shape(transform, image_size)
-        paths = [[("path", path)] for path in map(os.path.realpath, self._store.paths)]
-        self._start(texts, tokenizer, same_picture=paths)
+        self._start(texts, tokenizer, same_picture=same_files(self._store.paths))
         if device is not None:
             self.keep_on(device)
 
@@ -157,7 +177,7 @@ class MultimodalDataset:
         self._store = store
         self._shape(transform, image_size)
         rows = np.arange(len(store)) if rows is None else np.asarray(rows)
-        same = [[("path", store.name(i))] for i in rows.tolist()]
+        same = [store.name(i) for i in rows.tolist()]
         self._start(texts, tokenizer, meta=meta, same_picture=same)
         self._rows = rows
         return self
@@ -196,22 +216,28 @@ class MultimodalDataset:
         if count != len(texts):
             raise ValueError(f"{count} pictures but {len(texts)} texts; give one text per picture")
         rows = np.arange(count) if rows is None else np.asarray(rows)
-        self._start(texts, tokenizer, sample_ids, meta, [[("row", int(r))] for r in rows])
+        self._start(texts, tokenizer, sample_ids, meta, rows.tolist())
         self._decoded = _Decoded(pixels, rows)
+        if math.prod(pixels.shape) <= HASH_BYTES:
+            self.same_pictures(self.content_hashes())
         if device is not None and torch.device(device).type != "cpu":
             self.keep_on(device)
         return self
 
     def _start(self, texts, tokenizer, sample_ids=None, meta=None, same_picture=()):
-        """The part that files and decoded pictures share: captions, ids, groups."""
+        """The part that files and decoded pictures share: captions and ids."""
         self.texts = [clean_captions(f"row {row}", text) for row, text in enumerate(texts)]
         if not self.texts:
             raise ValueError("the dataset is empty; give at least one picture and its text")
         ids = torch.arange(len(self.texts)) if sample_ids is None else torch.as_tensor(sample_ids)
         self.sample_ids = ids.to(torch.int64)
-        self.group_ids = groups_of(
-            [[*k, *c] for k, c in zip(same_picture, self.texts, strict=True)]
-        )
+        if len(self.sample_ids.unique()) < len(self.texts):
+            repeated, times = Counter(self.sample_ids.tolist()).most_common(1)[0]
+            raise ValueError(
+                f"sample id {repeated} stands at {times} rows; give each row another: order and "
+                "masks are drawn by it"
+            )
+        self.image_ids = number(same_picture)  # (N,) equal for rows that show the same image
         self.meta = meta or [{} for _ in self.texts]
         # of each row: its place in the store, in what was loaded
         self._rows = self._place_rows = np.arange(len(self.texts))
@@ -242,6 +268,9 @@ class MultimodalDataset:
 
     def encoded_captions(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All captions: ids (M, L) int32, length (M,); of pictures (N,) the first and how many."""
+        return self._encode()[0]
+
+    def _encode(self) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], CorrectCaptions]:
         if self._encoded is None:
             for tokenizer, max_length, encoded in self._encodings:  # of views made before
                 if tokenizer is self.tokenizer and max_length == self.max_length:
@@ -249,10 +278,40 @@ class MultimodalDataset:
         if self._encoded is None:
             flat = [c for captions in self.texts for c in captions]
             input_ids, valid = encode_texts(self.tokenizer, flat, self.max_length)
+            ids, lengths = input_ids.int(), valid.sum(1)
             counts = torch.tensor([len(c) for c in self.texts])
-            self._encoded = (input_ids.int(), valid.sum(1), counts.cumsum(0) - counts, counts)
+            same = number(_as_read(self.tokenizer, ids, lengths, flat))
+            correct = CorrectCaptions(self.image_ids, counts, same)
+            self._encoded = (ids, lengths, counts.cumsum(0) - counts, counts), correct
             self._encodings.append((self.tokenizer, self.max_length, self._encoded))
         return self._encoded
+
+    @property
+    def correct_captions(self) -> CorrectCaptions:
+        """Which captions are correct for which images, as this data set encodes them."""
+        return self._encode()[1]
+
+    def partners(self, rows=None, captions=None) -> tuple[Tensor, Tensor]:
+        """(caption_ids (M,), image_captions (N, K)): what losses and `recall_at_k` take.
+
+        rows: of the images; captions: rows of `encoded_captions`; None = all.
+        """
+        correct = self.correct_captions
+        rows = torch.arange(len(self)) if rows is None else torch.as_tensor(rows)
+        ids = correct.caption_ids if captions is None else correct.caption_ids[captions]
+        return ids, correct.of_images(rows)
+
+    def drawn_captions(self, rows: Tensor, caption_noise: Tensor | None = None) -> Tensor:
+        """(B,) rows of `encoded_captions` that a batch of these rows has; see `batch`."""
+        _, _, first, counts = self.encoded_captions()
+        if caption_noise is None:
+            return first[rows]
+        return first[rows] + (caption_noise * counts[rows]).long()
+
+    def common_captions(self) -> list[tuple[str, int]]:
+        """(caption, images that it is correct for) of those that very many share, most first."""
+        flat = [c for captions in self.texts for c in captions]
+        return [(flat[row], count) for row, count in self.correct_captions.common()]
 
     def piece_frequency(self) -> Tensor:
         """(V,) share of each word piece among all words of the captions (no ends, no padding).
@@ -285,10 +344,9 @@ class MultimodalDataset:
         return as_png(self._take(np.array([row]))[0])
 
     def same_pictures(self, keys: Sequence) -> None:
-        """Join pictures with equal keys (one each) and equal captions, into groups anew."""
-        self.group_ids = groups_of(
-            [[("same", key), *c] for key, c in zip(keys, self.texts, strict=True)]
-        )
+        """Rows with equal keys (one each) show the same picture: each has the others' captions."""
+        self.image_ids, self._encoded = number(keys), None
+        self._encodings.clear()
 
     @property
     def expensive(self) -> bool:
@@ -304,8 +362,11 @@ class MultimodalDataset:
         """
         if self._store:
             return content_hashes(self._store, self._rows.tolist(), self.cache_dir)
-        rows = range(len(self))
-        pictures = (self._take(np.array([row]))[0].cpu().numpy() for row in rows)
+        pictures = (
+            picture
+            for rows in np.array_split(np.arange(len(self)), -(-len(self) // 256))
+            for picture in self._take(rows).cpu().numpy()
+        )
         return [hashlib.blake2b(p.tobytes(), digest_size=16).hexdigest() for p in pictures]
 
     def _decode(self, row: int, noise: float | None = None) -> Tensor:
@@ -427,7 +488,7 @@ class MultimodalDataset:
         view.texts = view.meta = []
         view._encoded = view._tokenizer = view.report = None
         view._encodings = deque()
-        view.sample_ids = view.group_ids = torch.empty(0)
+        view.sample_ids = view.image_ids = torch.empty(0)
         return functools.partial(_decoded_array, view)
 
     def fingerprint(self) -> str:
@@ -457,19 +518,14 @@ class MultimodalDataset:
         """
         rows = torch.as_tensor(rows, dtype=torch.int64)
         pixels = self._take(rows.numpy(), caption_noise)
-        input_ids, lengths, first, counts = self.encoded_captions()
-        which = first[rows]
-        if caption_noise is not None:
-            which = which + (caption_noise * counts[rows]).long()
+        input_ids, lengths, _, _ = self.encoded_captions()
+        which = self.drawn_captions(rows, caption_noise)
         length = lengths[which]
         longest = int(length.max())
         valid = torch.arange(longest) < length[:, None]
-        ids = (
-            input_ids[which, :longest].long(),
-            valid,
-            self.sample_ids[rows],
-            self.group_ids[rows],
-        )
+        ids = [input_ids[which, :longest].long(), valid, self.sample_ids[rows]]
+        if not self.correct_captions.one_to_one:
+            ids += self.partners(rows, which)
         return Batch(pixels, *(x.to(pixels.device) for x in ids))
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
@@ -499,14 +555,17 @@ class MultimodalDataset:
         )
 
     def subset(self, rows: Sequence[int] | np.ndarray) -> "MultimodalDataset":
-        """The dataset of these rows: same ids, same groups, same tokenizer, nothing copied."""
+        """The dataset of these rows: same ids, same images, same tokenizer, nothing copied."""
         rows = np.asarray(rows, dtype=np.int64)
         if not len(rows):
             raise ValueError("a subset of 0 rows; give at least one")
         part = object.__new__(type(self))
         part.__dict__.update(self.__dict__)
         part.texts, part.meta = [self.texts[r] for r in rows], [self.meta[r] for r in rows]
-        part.sample_ids, part.group_ids = self.sample_ids[rows], self.group_ids[rows]
+        part.sample_ids, part.image_ids = (
+            self.sample_ids[rows],
+            number(self.image_ids[rows].tolist()),
+        )
         part._rows, part._place_rows = self._rows[rows], self._place_rows[rows]
         part._decoded = _Decoded(self._decoded.pixels, self._decoded.rows[rows])
         part._tokenizer, part._encoded, part._encodings = self.tokenizer, None, deque(maxlen=2)
@@ -540,6 +599,19 @@ def as_dataset(given: Any, name: str) -> MultimodalDataset:
     raise ValueError(
         f"{name} is a {type(given).__name__}, no data set of images and texts; {remedy}"
     )
+
+
+def _as_read(tokenizer, ids: Tensor, lengths: Tensor, texts: list[str]) -> Iterator[tuple]:
+    """What makes a caption the same as another to a model: its tokens.
+
+    An unknown token stands for any word: captions with one are the same where their texts are.
+    """
+    unknown = torch.zeros(len(ids), dtype=torch.bool)
+    if tokenizer.unk_token_id not in special_ids(tokenizer).tolist():  # where it is no end, too
+        unknown = (ids == (-1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id)).any(1)
+    tokens = map(bytes, torch.cat([ids, lengths[:, None].int()], 1).numpy())
+    for token, text, some in zip(tokens, texts, unknown.tolist(), strict=True):
+        yield token, text.casefold() if some else None
 
 
 class _Decodes(torch.utils.data.Dataset):

@@ -287,13 +287,13 @@ class MultimodalDecoder(nn.Module):
         wanted: Wanted,
         embedding: Tensor,
         features: tuple[Tensor, Tensor, Tensor] | None = None,
-        groups: Tensor | None = None,
+        correct: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """What is asked for: "pixels" (B, N, 3pp), "word_logits" (M, V), "matching" (P,), "match".
 
-        embedding (V, D): the word embeddings. features: (image, text, scale) and groups (B,), for
-        matching. word_logits: hidden words in the order of `text.masking.mask.nonzero()`. match
-        (P,) is 1.0 for a true pair.
+        embedding (V, D): the word embeddings. For matching, features: (image, text, scale), and
+        correct (B, B) bool: caption j is correct for image i. word_logits: hidden words in the
+        order of `text.masking.mask.nonzero()`. match (P,) is 1.0 for a true pair.
         """
         out: dict[str, Tensor] = {}
         if wanted.pixels:
@@ -306,7 +306,7 @@ class MultimodalDecoder(nn.Module):
             raise ValueError("this model puts back no words; call model.add_decoder(words=True)")
         captions, pictures = None, wanted.sees
         if wanted.matching is not None:
-            captions, pictures, looking = self._pairs(wanted, features, groups)
+            captions, pictures, looking = self._pairs(wanted, features, correct)
         states = self.fused(text, image, captions, pictures)
         if wanted.words and self.word_head is not None and text.masking is not None:
             hidden = states[: len(text.states)][text.masking.mask]  # (M, W)
@@ -318,17 +318,17 @@ class MultimodalDecoder(nn.Module):
             out["match"] = (torch.arange(len(rows), device=rows.device) < len(looking)).float()
         return out
 
-    def _pairs(self, wanted: Wanted, features, groups) -> tuple[Tensor, Tensor, Tensor]:
+    def _pairs(self, wanted: Wanted, features, correct) -> tuple[Tensor, Tensor, Tensor]:
         """(captions, pictures, looking): rows of each pair to be fused, true ones first."""
         assert wanted.matching is not None
         if self.matching_head is None:
             raise ValueError(
                 "this model has no matching head; model.add_decoder(matching=True) adds one"
             )
-        own = torch.arange(len(groups), device=groups.device)
+        own = torch.arange(len(correct), device=correct.device)
         sees = own if wanted.sees is None else wanted.sees
         image, text, scale = features
-        caption, picture, has_one = hard_negatives(image, text, scale, groups, wanted.matching)
+        caption, picture, has_one = hard_negatives(image, text, scale, correct, wanted.matching)
         looking = own[sees == own]
         wrong = looking[has_one[looking]]
         captions = torch.cat([own, wrong, caption[wrong]])
@@ -338,25 +338,28 @@ class MultimodalDecoder(nn.Module):
 
 @torch.no_grad()
 def hard_negatives(
-    image_features: Tensor, text_features: Tensor, scale: Tensor, groups: Tensor, noise: Tensor
+    image_features: Tensor, text_features: Tensor, scale: Tensor, correct: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A wrong caption and a wrong picture for each row, the more likely the more alike they are.
 
-    Drawn from the softmax of this micro-batch's similarities without the row's own group (Li et al.
-    2021, ALBEF, arXiv:2107.07651), by noise (B, 2) in [0, 1). The candidates are those of ONE
-    micro-batch on one process: with other micro-batches the negatives are others, too. Returns
-    caption (B,), picture (B,) and has_one (B,) bool, False where all rows are of one group.
+    Drawn from the softmax of this micro-batch's similarities without what is correct for the row,
+    by noise (B, 2) in [0, 1) (Li et al. 2021, ALBEF, arXiv:2107.07651). correct (B, B) bool: is
+    caption j correct for image i? The candidates are those of ONE micro-batch on one process: with
+    other micro-batches the negatives are others, too. Returns caption (B,), picture (B,) and
+    has_one (B,) bool, False where all captions or all pictures are correct for the row.
     """
-    allowed = groups[:, None] != groups[None, :]
     logits = scale * similarity(image_features, text_features)
-    picked = []
-    for score, draw in ((logits, noise[:, :1]), (logits.T, noise[:, 1:])):
+    picked, columns = [], torch.arange(len(correct), device=correct.device)
+    for score, allowed, draw in (
+        (logits, ~correct, noise[:, :1]),
+        (logits.T, ~correct.T, noise[:, 1:]),
+    ):
         score = score.double().masked_fill(~allowed, -math.inf)
         chance = score.softmax(1).nan_to_num().cumsum(1)
         rank = (chance <= draw * chance[:, -1:]).sum(1)
-        last = (allowed * torch.arange(len(groups), device=groups.device)).amax(1)
+        last = (allowed * columns).amax(1)
         picked.append(torch.minimum(rank, last))  # rounding may end one behind the last
-    return picked[0], picked[1], allowed.any(1)
+    return picked[0], picked[1], ~correct.all(1) & ~correct.all(0)
 
 
 def _check(spec: dict):

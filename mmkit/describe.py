@@ -10,10 +10,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from .captions import partner_counts
 from .config import TERMS, TrainingConfig
 from .cost import objective_flops, tower_flops
 from .layers import dropouts
 from .masking import ATTENTION_MASKERS
+from .masks import mask_noise
 from .objective import PAIR_ENTROPY
 from .optim import Muon, orthogonalizing_type
 from .precision import multiplies_bfloat16, why_precision
@@ -38,9 +40,7 @@ def effective_configuration(trainer) -> dict:
         encoded_words = text.keep_valid.sum(1).float().mean().item()
         padded = text.ids_keep.shape[1]
     maskable = maskable_words(batch.input_ids, batch.valid, model.special_ids).sum().item()
-    exact = config.accumulation == "exact"
     pairs = len(trainer.train) / trainer.steps_per_epoch
-    micro = len(batch.split(config.gradient_accumulation_steps)[0]) * trainer.processes
     look = 0.0 if trainer.plan.ema is None else tower_flops(model.vit.config, patches / 4 + 1)
     encoded, whole = (encoded_patches, encoded_words), (patches, words)
     flops = objective_flops(config, model, encoded, whole, padded) + look
@@ -59,7 +59,7 @@ def effective_configuration(trainer) -> dict:
         "words": words,
         "words_encoded": encoded_words,
         "text_mask_ratio": 0.0 if text is None else text.mask.sum().item() / max(1, maskable),
-        "negatives": (pairs if exact else micro) - 1,
+        **_negatives(trainer),
         "gflop_per_pair": flops / 1e9,
         "precision": _name(trainer.precision or torch.float32),
         "why_precision": why_precision(config.mixed_precision, trainer.device),
@@ -70,14 +70,50 @@ def effective_configuration(trainer) -> dict:
     }
 
 
+def _negatives(trainer) -> dict[str, float]:
+    """Counted in the run's first batch, of all processes: negatives of a pair (mean of both
+    directions), pairs compared with it, and what guessing costs, the mean of ln(1 + negatives)."""
+    config, train = trainer.config, trainer.train
+    rows = train.epoch_rows(config.seed, 0, trainer.steps_per_epoch)[0]
+    if config.accumulation != "exact":  # each micro-batch by itself
+        parts = config.gradient_accumulation_steps
+        shares = rows.tensor_split(trainer.processes)
+        rows = torch.cat([share.tensor_split(min(parts, len(share)))[0] for share in shares])
+    noise = mask_noise(config.seed, 0, train.sample_ids[rows], 1, "caption")[:, 0]
+    captions, images = train.partners(rows, train.drawn_captions(rows, noise))
+    negatives = len(rows) - torch.cat(partner_counts(images, captions)).double()
+    return {
+        "negatives": negatives.mean().item(),
+        "compared": len(rows) - 1,
+        "guessing_costs": negatives.log1p().mean().item(),
+    }
+
+
+def _pool(data) -> tuple[float, float]:
+    """(what guessing costs in a validation, chance of R@1), both counted with all partners."""
+    first = data.drawn_captions(torch.arange(len(data)))
+    captions, images = data.partners(None, first)
+    negatives = len(data) - torch.cat(partner_counts(images, captions)).double()
+    captions, images = data.partners()
+    of_images, of_captions = partner_counts(images, captions)
+    chances = (of_images / len(captions)).mean() + (of_captions / len(images)).mean()
+    return negatives.log1p().mean().item(), chances.item() / 2
+
+
+def _guessing(config, costs: float) -> str:
+    """What guessing costs, in words; the sigmoid loss has no such yardstick."""
+    if config.loss != "info_nce":
+        return ""
+    among = math.exp(costs)
+    count = f"{among:.0f}" if abs(among - round(among)) < 1e-6 else f"{among:.1f}"
+    return f"; guessing costs ln({count}) = {costs:.2f}"
+
+
 def describe(trainer) -> str:
     """The effective configuration in words, with the yardsticks of the curves to come."""
     e, config = effective_configuration(trainer), trainer.config
-    candidates = round(e["negatives"]) + 1
-
-    def guessing(n: int) -> str:  # the sigmoid loss has no such yardstick
-        return f"; guessing costs ln({n}) = {math.log(n):.2f}" if config.loss == "info_nce" else ""
-
+    left_out = e["compared"] - e["negatives"]
+    count = f"{e['negatives']:.1f} of {e['compared']}" if left_out else f"{e['compared']}"
     lines = {
         "run": f"{trainer.path}",
         "model": f"{e['parameters'] / 1e6:.2f} M parameters, {e['optimizer']}, dropout "
@@ -92,7 +128,7 @@ def describe(trainer) -> str:
         f"({config.text_mask_mode}{_schedule(config, 'text')}): "
         f"{e['words_encoded']:.1f} of {e['words']:.1f} tokens encoded",
         "terms": _terms(trainer),
-        "negatives": f"{e['negatives']:.0f} per pair{guessing(candidates)}",
+        "negatives": f"{count} per pair{_guessing(config, e['guessing_costs'])}",
         "cost": f"{e['gflop_per_pair']:.2f} GFLOP per pair and step",
         "machine": f"{e['device']}, {e['precision']} ({e['why_precision']}), "
         f"processes: {e['processes']}, threads: {e['threads']}"
@@ -103,6 +139,12 @@ def describe(trainer) -> str:
             f"; {cut:,} captions are longer than {trainer.train.max_length} word pieces"
         )
         lines["data"] += " and are cut"
+    if left_out:
+        lines["negatives"] += "; the others are correct, too"
+        if common := trainer.train.common_captions():
+            named = ", ".join(f"“{caption}” ({n:,} pictures)" for caption, n in common[:3])
+            more = f" and {len(common) - 3:,} more" if len(common) > 3 else ""
+            lines["negatives"] += f": very common captions take negatives away, {named}{more}"
     if config.terms == ["contrastive"]:
         del lines["terms"]  # as everybody expects
     if "contrastive" not in config.terms:
@@ -116,7 +158,9 @@ def describe(trainer) -> str:
         n = len(trainer.val)
         lines["validation"] = f"{n:,} pictures"
         if "contrastive" in config.terms:
-            lines["validation"] += f" as one pool{guessing(n)}; chance of R@1 {100 / n:.1f} %"
+            costs, chance = _pool(trainer.val)
+            lines["validation"] += f" as one pool{_guessing(config, costs)}"
+            lines["validation"] += f"; chance of R@1 {100 * chance:.1f} %"
     if tools := _tools(trainer):
         lines["tools"] = "; ".join(tools)
     if beware := _beware(trainer, e):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .captions import CorrectCaptions, partner_counts
 from .data import MultimodalDataset
 from .near_pictures import NEAR, Clusters, exact_duplicates, near_duplicates, picture_signature
 
@@ -88,13 +89,15 @@ class Duplicates:
     near_clusters: int  # clusters of two and more that they form
     exact_captions: int  # captions that occur again, after `caption_key`
     near_captions: int  # captions that occur again by `near_caption_groups`, those included
-    # Near captions do not count here: one word may be all that tells two pictures apart.
-    pairs: int  # pairs of pictures that share a cluster or a caption by `caption_key`
-    unknown_pairs: int  # those with different group_ids: the loss pushes them apart
+    # A picture and the caption that another row draws, where that caption, by `caption_key`, is one
+    # of the picture's own or of its near-duplicates'. Counted from both rows, halved. Near captions
+    # do not count here: one word may be all that tells two pictures apart.
+    pairs: float
+    unknown_pairs: float  # of these, those that the loss pushes apart, not knowing them as partners
     examples: list[list[int]]  # rows of the largest clusters of pictures
 
     def per_batch(self, batch_size: int) -> float:
-        """Expected number of false negatives, pairs not known as equal, in a random batch.
+        """Expected number of false negatives, pairs not known as partners, in a random batch.
 
         By pairs: B pictures drawn without putting back hold a given pair with the chance
         B (B - 1) / (N (N - 1)). Raises ValueError unless 1 <= batch_size <= N.
@@ -119,12 +122,12 @@ def count_duplicates(
     texts: Sequence[Sequence[str]],
     hashes: Sequence[Hashable],
     signature: Tensor,
-    group_ids: Tensor | None = None,
+    partners: tuple[Tensor, Tensor] | None = None,
     threshold: float = NEAR,
 ) -> Duplicates:
     """The `Duplicates` of N pictures with lists of captions, content hashes and signatures.
 
-    group_ids (N,): pairs that are known to be correct for each other; None: none is known.
+    partners: what is known to be correct for each other (`dataset.partners()`); None: nothing.
     Raises ValueError for unequal numbers.
     """
     if not len(texts) == len(hashes) == len(signature):
@@ -136,11 +139,15 @@ def count_duplicates(
     exact = exact_duplicates(hashes)
     near = _joined(exact, near_duplicates(signature, threshold))
     keys = exact_duplicates([caption_key(caption) for caption in flat])
-    ends = np.cumsum([len(captions) for captions in texts])[:-1]
-    wording = rows_that_share([part.tolist() for part in np.split(keys, ends)])
-    known = np.arange(len(texts)) if group_ids is None else group_ids.cpu().numpy()
-    every = _pairs(near) + _pairs(wording) - _pairs(near, wording)
-    known_ones = _pairs(near, known) + _pairs(wording, known) - _pairs(near, wording, known)
+    counts = torch.tensor([len(captions) for captions in texts])
+    drawn = 1 / counts.double().repeat_interleave(counts)  # chance of each caption in its row
+    alike = known = torch.ones(len(flat))  # rows that each caption is correct for, its own included
+    same = torch.from_numpy(keys)
+    if partners is not None:
+        _, known = partner_counts(partners[1], partners[0])
+        same = torch.from_numpy(_joined(keys, partners[0].numpy()))  # the loss knows more than keys
+    correct = CorrectCaptions(torch.from_numpy(near), counts, same)
+    _, alike = partner_counts(correct.of_images(torch.arange(len(texts))), same)
     size = np.bincount(near)
     largest = [c for c in np.argsort(-size, kind="stable")[:5] if size[c] > 1]
     return Duplicates(
@@ -151,8 +158,8 @@ def count_duplicates(
         near_clusters=int((size > 1).sum()),
         exact_captions=_repeated(keys),
         near_captions=_repeated(_joined(keys, near_caption_groups(flat))),
-        pairs=every,
-        unknown_pairs=every - known_ones,
+        pairs=float(((alike - 1) * drawn).sum()) / 2,
+        unknown_pairs=float(((alike - known) * drawn).sum()) / 2,
         examples=[np.flatnonzero(near == c).tolist() for c in largest],
     )
 
@@ -167,12 +174,6 @@ def _repeated(group: np.ndarray) -> int:
     """How many are in groups of two or more."""
     size = np.bincount(group)
     return int(size[size > 1].sum())
-
-
-def _pairs(*groupings: np.ndarray) -> int:
-    """Pairs that are together in each of the groupings."""
-    size = np.unique(np.stack(groupings), axis=1, return_counts=True)[1].astype(np.int64)
-    return int((size * (size - 1) // 2).sum())
 
 
 # ---- data sets -----------------------------------------------------------------------------------
@@ -194,5 +195,5 @@ def find_duplicates(
     """
     hashes = hashes or dataset.content_hashes()
     return count_duplicates(
-        dataset.texts, hashes, signatures(dataset), dataset.group_ids, threshold
+        dataset.texts, hashes, signatures(dataset), dataset.partners(), threshold
     )

@@ -387,7 +387,8 @@ class MultimodalEncoder(nn.Module, Exportable):
                 raise ValueError("the model has no decoder; call model.add_decoder(...) first")
             embedding = self.bert.embeddings.word_embeddings.weight
             pair = (image_features, text_features, self.logit_scale.exp())
-            back = self.decoder(image, text, wanted, embedding, pair, batch.group_ids)
+            correct = None if wanted.matching is None else batch.correct()
+            back = self.decoder(image, text, wanted, embedding, pair, correct)
         # Nodes of the graph: DDP takes a bare parameter for unused.
         scale, bias = self.logit_scale.clone(), self.logit_bias.clone()
         if not wanted.contrast:  # and what no loss uses it would wait for

@@ -8,8 +8,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from html import escape
 
+import torch
 from torch import Tensor
 
+from .captions import correct_pairs
 from .data import Batch, MultimodalDataset
 from .encoder import MultimodalEncoder
 from .figures import BLUE, new_figure, show_picture, wrap
@@ -30,11 +32,16 @@ def heads_of(model: MultimodalEncoder | None) -> set[str]:
     return {name for name in ("pixels", "words") if model.decoder.spec[name]}
 
 
-def another_row(groups: Tensor, row: int) -> int | None:
+def another_row(dataset: MultimodalDataset, row: int) -> int | None:
     """A row whose partner is wrong for this one, half a data set away: neighbours are alike."""
-    count = len(groups)
-    rows = ((row + count // 2 + i) % count for i in range(count))
-    return next((other for other in rows if groups[other] != groups[row]), None)
+    count = len(dataset)
+    for i in range(count):
+        pair = torch.tensor([row, (row + count // 2 + i) % count])
+        captions, images = dataset.partners(pair, dataset.drawn_captions(pair))
+        correct = correct_pairs(images, captions)
+        if not (correct[0, 1] or correct[1, 0]):
+            return int(pair[1])
+    return None
 
 
 def put_back_first(
@@ -247,7 +254,7 @@ class DecoderView:
         """
         sees, other, batch = self.sees.value if self.sees else "right", None, now
         if sees == "wrong":
-            other = another_row(self.dataset.group_ids, row)
+            other = another_row(self.dataset, row)
             batch = now if other is None else masked([row, other])
         self.back, self.refused = put_back_first(self.model, batch, *modes, sees)
         self._say(sees, other, now)

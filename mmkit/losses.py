@@ -1,9 +1,10 @@
 """Losses as functions of features and scale.
 
-Features are unit-length (B, D); `scale` is exp(logit_scale), the inverse temperature. Pairs of one
-group (several captions of one picture, one caption of several pictures) are never each other's
-negatives. What is put back is judged where it was hidden, and nowhere else: `mask` True = HIDDEN.
-All arithmetic is float32, whatever the features' type. Shapes: B batch, N patches, M hidden words.
+Features are unit-length (B, D); `scale` is exp(logit_scale), the inverse temperature. A caption
+that is correct for an image (one of its own, whichever row it stands in) is never its negative,
+nor the image the caption's. What is put back is judged where it was hidden, and nowhere else:
+`mask` True = HIDDEN. All arithmetic is float32, whatever the features' type.
+Shapes: B batch, N patches, M hidden words.
 After Radford et al. 2021 (CLIP, arXiv:2103.00020), Khosla et al. 2020 (several positives,
 arXiv:2004.11362) and Zhai et al. 2023 (SigLIP, arXiv:2303.15343).
 Walk-through: notebooks/03_training.ipynb, 07_reconstruction.
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .captions import correct_pairs
 from .config import nearest
 
 CONTRASTIVE = ("info_nce", "sigmoid")
@@ -32,9 +34,40 @@ def similarity(rows: Tensor, columns: Tensor) -> Tensor:
         return rows.float() @ columns.float().T
 
 
-def _positives(row_groups: Tensor, column_groups: Tensor) -> Tensor:
-    """(R, C) bool, True where row and column are correct for each other."""
-    return row_groups[:, None] == column_groups[None, :]
+# Who is correct for whom in a batch: None, only row i for row i; (caption_ids (B,), image_captions
+# (B, K)), as `Batch.partners`, of which each chunk makes its part of a matrix; a (B, B) bool
+# matrix, images in rows; or (B,) numbers, equal for pairs that are correct for each other.
+Partners = Tensor | tuple[Tensor, Tensor] | None
+
+
+def _correct(partners: Partners, rows: Tensor, of_texts: bool = False) -> Tensor | None:
+    """(R, C) bool: which of all texts are correct for images `rows`, or images for texts `rows`."""
+    if partners is None:
+        return None
+    if isinstance(partners, Tensor):
+        if partners.ndim == 2:
+            return (partners.T if of_texts else partners)[rows]
+        partners = partners, partners[:, None]
+    caption_ids, image_captions = partners
+    if of_texts:
+        return correct_pairs(image_captions, caption_ids[rows]).T
+    return correct_pairs(image_captions[rows], caption_ids)
+
+
+def _checked(partners: Partners, group_ids: Tensor | None, count: int) -> Partners:
+    """The partners of `count` pairs; ValueError where they are of another number."""
+    partners = group_ids if partners is None else partners
+    parts = (partners,) if isinstance(partners, Tensor) else partners or ()
+    wrong = any(len(part) != count for part in parts)
+    if isinstance(partners, Tensor) and partners.ndim > 1:
+        wrong |= partners.dtype != torch.bool or partners.shape != (count, count)
+    if wrong:
+        shapes = ", ".join(f"{part.dtype} {tuple(part.shape)}" for part in parts)
+        raise ValueError(
+            f"partners of {count} pairs are given as {shapes}; give batch.partners, a bool matrix "
+            f"({count}, {count}) with images in rows, or None"
+        )
+    return partners
 
 
 def _whole_pairs(image: Tensor, text: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -66,7 +99,7 @@ def _float(value: Tensor | float) -> Tensor | float:
 
 
 def _softmax_rows(logits: Tensor, targets: Tensor, same: Tensor | None) -> Tensor:
-    """Cross entropy (R,) of each row against its own column, its group's others left out."""
+    """Cross entropy (R,) of each row against its own column, its other partners left out."""
     if same is not None:
         others = same.clone()
         others[torch.arange(len(targets), device=targets.device), targets] = False
@@ -81,41 +114,45 @@ def info_nce_rows(
     all_text_features: Tensor,
     scale: Tensor | float,
     offset: int = 0,
-    groups: Tensor | None = None,
+    partners: Partners = None,
 ) -> Tensor:
     """Summed loss of R rows against C candidates; row i's own pair is candidate offset + i.
 
-    image_features, text_features (R, D); all_* (C, D); groups (C,) of the candidates. The sum over
+    image_features, text_features (R, D); all_* (C, D); partners of all C candidates. The sum over
     disjoint rows divided by C is `info_nce`: processes and chunks split the matrix by rows and
     never hold more than (R, C) of it.
     """
     rows = torch.arange(len(image_features), device=image_features.device) + offset
-    same = None if groups is None else _positives(groups[rows], groups)
     per_image = _float(scale) * similarity(image_features, all_text_features)
     per_text = _float(scale) * similarity(text_features, all_image_features)
-    loss = _softmax_rows(per_image, rows, same) + _softmax_rows(per_text, rows, same)
-    return loss.sum() / 2
+    image_loss = _softmax_rows(per_image, rows, _correct(partners, rows))
+    text_loss = _softmax_rows(per_text, rows, _correct(partners, rows, of_texts=True))
+    return (image_loss + text_loss).sum() / 2
 
 
 def info_nce(
     image_features: Tensor,
     text_features: Tensor,
     scale: Tensor | float,
-    group_ids: Tensor | None = None,
+    partners: Partners = None,
     *,
+    group_ids: Tensor | None = None,
     normalize: bool = False,
 ) -> Tensor:
     """Symmetric softmax loss over the batch, mean of both directions; a scalar in nats.
 
     image_features, text_features (B, D) unit length, row i of one belongs to row i of the other.
-    group_ids (B,): equal for pairs that are correct for each other; such a pair is neither a target
-    nor a negative of its companions (each row keeps its own partner as the one target). At chance
-    the loss is ln(B). normalize: bring the features to unit length first; without it, a warning
-    says where they are not. Raises ValueError for shapes that differ.
+    partners: `batch.partners`, or a (B, B) bool matrix, True where caption j is correct for image
+    i: such a pair is neither a target nor a negative (each row keeps its own partner as the one
+    target). group_ids (B,): the older way, equal for pairs that are correct for each other. At
+    chance the loss is the mean of ln(1 + negatives), ln(B) without other partners. normalize: bring
+    the features to unit length first; without it, a warning says where they are not. Raises
+    ValueError for shapes that differ.
     """
     image_features, text_features = _whole_pairs(image_features, text_features, normalize)
+    partners = _checked(partners, group_ids, len(image_features))
     total = info_nce_rows(
-        image_features, text_features, image_features, text_features, scale, 0, group_ids
+        image_features, text_features, image_features, text_features, scale, 0, partners
     )
     return total / len(image_features)
 
@@ -146,14 +183,14 @@ def sigmoid_rows(
     scale: Tensor | float,
     logit_bias: Tensor | float,
     offset: int = 0,
-    groups: Tensor | None = None,
+    partners: Partners = None,
 ) -> Tensor:
     """Summed sigmoid loss of R pictures against C texts; see `sigmoid_loss` and `info_nce_rows`."""
     rows = torch.arange(len(image_features), device=image_features.device) + offset
     columns = torch.arange(len(all_text_features), device=rows.device)
-    same = None if groups is None else _positives(groups[rows], groups)
     own = rows[:, None] == columns[None, :]
-    return sigmoid_block(image_features, all_text_features, scale, logit_bias, own, same)
+    left_out = _correct(partners, rows)
+    return sigmoid_block(image_features, all_text_features, scale, logit_bias, own, left_out)
 
 
 def sigmoid_loss(
@@ -161,18 +198,20 @@ def sigmoid_loss(
     text_features: Tensor,
     scale: Tensor | float,
     logit_bias: Tensor | float,
-    group_ids: Tensor | None = None,
+    partners: Partners = None,
     *,
+    group_ids: Tensor | None = None,
     normalize: bool = False,
 ) -> Tensor:
     """Each picture-text pair judged by itself: true pair or not; a scalar in nats per picture.
 
     As SigLIP: sum over all B x B pairs divided by B; `logit_bias` is learned and starts at -10.
-    Pairs of one group that are not each other's own partner are left out. normalize, and what is
+    Partners that are not a row's own are left out. partners, group_ids, normalize, and what is
     raised: as `info_nce`.
     """
     image_features, text_features = _whole_pairs(image_features, text_features, normalize)
-    total = sigmoid_rows(image_features, text_features, scale, logit_bias, 0, group_ids)
+    partners = _checked(partners, group_ids, len(image_features))
+    total = sigmoid_rows(image_features, text_features, scale, logit_bias, 0, partners)
     return total / len(image_features)
 
 

@@ -144,7 +144,7 @@ class Objective:
             if want.words and text is not None:
                 total[1] += text.mask.sum()
             if want.matching is not None:
-                total[2] += num_pairs(batch.group_ids, want)
+                total[2] += num_pairs(batch.correct(), want)
         counts = sum_over_processes(total).tolist()  # a GPU is waited for once
         return dict(zip(("pixels", "words", "matching"), counts, strict=True))
 
@@ -182,12 +182,12 @@ def term_sums(
     return sums
 
 
-def num_pairs(groups: Tensor, wanted: Wanted) -> Tensor:
+def num_pairs(correct: Tensor, wanted: Wanted) -> Tensor:
     """True and wrong pairs of a micro-batch: a wrong picture and a wrong caption for each row that
-    looks across and has a row of another group beside it."""
-    own = torch.arange(len(groups), device=groups.device)
+    looks across and has both beside it. correct (B, B): see `Batch.correct`."""
+    own = torch.arange(len(correct), device=correct.device)
     looking = torch.ones_like(own, dtype=torch.bool) if wanted.sees is None else wanted.sees == own
-    other = (groups[:, None] != groups[None, :]).any(1)
+    other = ~correct.all(1) & ~correct.all(0)
     return looking.sum() + 2 * (looking & other).sum()
 
 

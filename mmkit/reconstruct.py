@@ -42,22 +42,22 @@ class PutBack:
     word_places: Tensor | None  # (M, 2) int64: row of the batch, place in the caption
 
 
-def partners(groups: Tensor, sees: str) -> Tensor | None:
+def partners(correct: Tensor, sees: str) -> Tensor | None:
     """(B,) which row's other modality a row's decoder looks at; see `Wanted.sees`.
 
-    sees: "right" (its own), "none" (-1), "wrong" (the next row that is of another group; -1 where
-    there is none).
+    correct (B, B) bool: caption j is correct for image i. sees: "right" (its own), "none" (-1),
+    "wrong" (the next row whose caption and picture are both wrong; -1 where there is none).
     """
     if sees not in SEES:
         raise ValueError(f"sees={sees!r} is not known; {nearest(sees, SEES)}")
     if sees == "right":
         return None
-    count = len(groups)
+    count = len(correct)
     if sees == "none":
-        return torch.full((count,), -1, device=groups.device)
-    own = torch.arange(count, device=groups.device)
+        return torch.full((count,), -1, device=correct.device)
+    own = torch.arange(count, device=correct.device)
     ahead = (own[:, None] + 1 + own[None, :]) % count  # (B, B): the rows after each, in turn
-    other = groups[ahead] != groups[:, None]
+    other = ~(correct | correct.T).gather(1, ahead)
     first = ahead.gather(1, other.long().argmax(1, keepdim=True))[:, 0]
     return first.masked_fill(~other.any(1), -1)
 
@@ -86,7 +86,7 @@ def put_back(
         contrast=False,
         pixels=decoder.spec["pixels"] and image_masking is not None,
         words=decoder.spec["words"] and text_masking is not None,
-        sees=partners(batch.group_ids, sees),
+        sees=partners(batch.correct(), sees),
     )
     back = PutBack(*[None] * 6)
     if not wanted.put_back:
@@ -240,7 +240,7 @@ def evaluate_reconstruction(
                 pixels=decoder.spec["pixels"] and maskings[0] is not None,
                 words=decoder.spec["words"] and maskings[1] is not None,
                 matching=mask_noise(seed, 0, batch.sample_ids, 2, "matching") if matching else None,
-                sees=partners(batch.group_ids, sees),
+                sees=partners(batch.correct(), sees),
             )
             if not wanted.put_back:
                 break  # the same in all processes; one without rows waits for their sums
@@ -276,7 +276,7 @@ def _sums(
         found["words_seen"] = float(len(labels))
         found["words_right"] = float((out.word_logits.argmax(1) == labels).sum())
     if out.matching is not None:
-        found["pairs"] = float(num_pairs(batch.group_ids, wanted))
+        found["pairs"] = float(num_pairs(batch.correct(), wanted))
         right = torch.eq(out.matching > 0, out.match == 1)
         found["matching_right"] = float(right.sum())
     return found

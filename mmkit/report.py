@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from .captions import CorrectCaptions, number
 from .picture_files import Refused
 
 CHECKS = {"decode": "each decoded", "head": "heads and ends looked at"}  # in words
 EXAMPLES = 5  # messages kept for each reason
 _PLAIN = (  # fields that go to JSON as they are
     "source rows loaded skipped examples pictures captions checked why_unchecked bytes "
-    "identical_pictures shared_captions blank_captions max_length unknown blank dark"
+    "identical_pictures shared_captions common_captions left_out blank_captions max_length unknown "
+    "blank dark"
 ).split()
 
 
@@ -43,6 +46,10 @@ class Report:
     caption_words: Sequence[int] = ()  # of each caption
     identical_pictures: int | None = None  # that equal an earlier one byte for byte; None = unknown
     shared_captions: int = 0  # captions that more than one picture has
+    # captions that very many have (`captions.very_common`) -> how many; the share of a batch's
+    # other captions that are then no negatives, because they are correct
+    common_captions: dict[str, int] = field(default_factory=dict)
+    left_out: float = 0.0
     blank_captions: int = 0  # without words, left out of rows that have others
     # what `mm.inspect` adds
     caption_pieces: Sequence[int] = ()  # of each caption, ends included
@@ -111,6 +118,8 @@ class Report:
         rows.append(
             ("captions", f"{self.captions:,}; {self.shared_captions:,} of several pictures")
         )
+        if self.common_captions:
+            rows.append(("  very common", self.common_in_words()))
         if self.blank_captions:
             rows.append(("  blank", f"{self.blank_captions:,} of rows with others, left out"))
         if len(self.caption_words):
@@ -122,6 +131,16 @@ class Report:
         if self.duplicates is not None:
             rows += [("duplicates", line) for line in str(self.duplicates).splitlines()]
         return rows
+
+    def common_in_words(self) -> str:
+        """The captions that very many pictures share, and what they cost."""
+        named = [f"“{c}” of {n:,}" for c, n in list(self.common_captions.items())[:EXAMPLES]]
+        more = len(self.common_captions) - len(named)
+        return (
+            f"{', '.join(named)}{f' and {more:,} more' if more else ''} of {self.pictures:,} "
+            f"pictures; {100 * self.left_out:.1f} % of a batch's other captions are correct, too, "
+            "and so no negatives"
+        )
 
     def _skipped(self) -> int:
         return sum(self.skipped.values())
@@ -190,5 +209,10 @@ def count_captions(report: Report, texts: Sequence[Sequence[str]]) -> None:
     """Fill in what the captions alone say."""
     report.captions = sum(map(len, texts))
     report.caption_words = [len(caption.split()) for captions in texts for caption in captions]
+    flat = [caption for captions in texts for caption in captions]
     pictures_of = Counter(caption for captions in texts for caption in set(captions))
     report.shared_captions = sum(count > 1 for count in pictures_of.values())
+    counts = torch.tensor([len(captions) for captions in texts])
+    correct = CorrectCaptions(torch.arange(len(texts)), counts, number(flat))
+    report.common_captions = {flat[row]: count for row, count in correct.common()}
+    report.left_out = correct.left_out()

@@ -1,10 +1,11 @@
 """Find pictures by words and words by pictures.
 
-Features are unit-length float32. A group id says which pictures and captions are correct for each
-other, so that N pictures may have M captions. Shapes: N pictures, M captions, D width.
+Features are unit-length float32. N pictures may have M captions; a caption is correct for the
+pictures that have it (captions.py). Shapes: N pictures, M captions, K of a picture, D width.
 Walk-through: notebooks/04_retrieval.ipynb.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention import at_rest
+from .captions import correct_pairs
 from .data import Batch, MultimodalDataset, as_dataset
 from .distributed import gather_rows, joint, my_share
 from .encoder import MultimodalEncoder
@@ -33,8 +35,8 @@ class Features:
 
     image_features: Tensor  # (N, D) unit length
     text_features: Tensor  # (M, D) unit length
-    image_groups: Tensor  # (N,) int64
-    text_groups: Tensor  # (M,) int64
+    caption_ids: Tensor  # (M,) int64, equal for captions of the same tokens
+    image_captions: Tensor  # (N, K) int64, of all captions of each picture; -1 = none
     first_caption: Tensor  # (N,) int64, row of each picture's canonical caption
 
 
@@ -71,14 +73,12 @@ def embed(
     "no" is exact. Several processes share the work, each sample counted once.
     """
     dataset = as_dataset(dataset, "dataset").encoded_by(model.tokenizer, model.max_length)
-    _, _, first, counts = dataset.encoded_captions()
+    _, _, first, _ = dataset.encoded_captions()
     common: Any = dict(batch_size=batch_size, seed=seed, mixed_precision=mixed_precision)
     size, images, texts = model.embed_dim, model.encode_image, model.encode_text
     image_features = of_pictures(model, dataset, images, size, image_mask, image_mode, **common)
     text_features = of_captions(model, dataset, texts, size, text_mask, text_mode, **common)
-    groups = dataset.group_ids
-    text_groups = torch.repeat_interleave(groups, counts)
-    return Features(image_features, text_features, groups, text_groups, first)
+    return Features(image_features, text_features, *dataset.partners(), first)
 
 
 @joint("mm.embed, by itself or in mm.evaluate, mm.Index, probe")
@@ -147,7 +147,7 @@ def of_captions(
         valid = torch.arange(longest) < lengths[rows, None]
         ids, owner = input_ids[rows, :longest].long(), picture[rows]
         # No pixels are needed here: the ids stand in for them.
-        batch = Batch(ids, ids, valid, dataset.sample_ids[owner], owner).to(device)
+        batch = Batch(ids, ids, valid, dataset.sample_ids[owner]).to(device)
         with at_rest(model), autocast:
             _, masking = draw_maskings(
                 batch, model, text=mask, text_mode=mode, seed=seed, epoch=0, frequency=frequency
@@ -172,22 +172,27 @@ def _of_rows(image_mask: tuple[str, Any], rows: Tensor, count: int) -> tuple[str
     return name, torch.as_tensor(value)[rows]
 
 
-def _recall(queries: Tensor, candidates: Tensor, query_groups: Tensor, groups: Tensor, ks) -> dict:
-    """Share of queries whose best correct candidate is among the k best, for each k."""
+def _recall(
+    queries: Tensor, candidates: Tensor, correct_of: Callable[[slice], Tensor], ks: Sequence[int]
+) -> dict[int, float]:
+    """Share of queries whose best correct candidate is among the k best, for each k.
+
+    correct_of(rows) (R, C) bool: the candidates that are correct for these queries.
+    """
     hits = dict.fromkeys(ks, 0)
+    finite = candidates.isfinite().all(1)  # NaN is never ahead of anything, and never found
     for rows in _chunks(len(queries), len(candidates)):
-        scores = similarity(queries[rows], candidates)
-        correct = query_groups[rows, None] == groups[None, :]
+        correct = correct_of(rows)
         if not correct.any(1).all():
             row = rows.start + int((~correct.any(1)).nonzero()[0])
-            raise ValueError(
-                f"query {row} has no correct candidate; check image_groups and text_groups"
-            )
+            raise ValueError(f"query {row} has no correct candidate; check the partners")
+        scores = similarity(queries[rows], candidates).masked_fill(~finite, float("-inf"))
         best = scores.masked_fill(~correct, float("-inf")).amax(1, keepdim=True)
         # Ties count against us: a model that maps everything to one point scores 0, not 100 %.
-        ahead = (~(scores < best) & ~correct).sum(1)  # so written that NaN is a miss, too
+        ahead = ((scores >= best) & ~correct).sum(1)
+        found = queries[rows].isfinite().all(1) & best[:, 0].isfinite()
         for k in ks:
-            hits[k] += int((ahead < k).sum())
+            hits[k] += int((found & (ahead < k)).sum())
     return {k: hit / len(queries) for k, hit in hits.items()}
 
 
@@ -197,29 +202,78 @@ def recall_at_k(
     ks: Sequence[int] = (1, 5, 10),
     image_groups: Tensor | None = None,
     text_groups: Tensor | None = None,
+    *,
+    partners: tuple[Tensor, Tensor] | Tensor | None = None,
 ) -> dict[str, dict[int, float]]:
     """Recall@K in both directions, as fractions: {"image_to_text": {1: ...}, "text_to_image":
     {...}}.
 
-    image_features (N, D), text_features (M, D), unit length. A candidate is correct where its group
-    equals the query's; a query counts if ANY correct candidate is among its K best (Karpathy &
-    Fei-Fei 2015). Without groups row i belongs to row i, and N must equal M. Ties count as misses.
-    Works in chunks: 100,000 pairs never hold more than 128 MB of the matrix at once.
+    image_features (N, D), text_features (M, D), unit length. partners says which caption is correct
+    for which picture: (caption_ids (M,), image_captions (N, K)) as `MultimodalDataset.partners`
+    gives it, or a bool matrix (N, M); image_groups (N,) and text_groups (M,), equal where they
+    belong together, are the simple case of it. Without any row i belongs to row i, and N must equal
+    M. A query counts if ANY correct candidate is among its K best (Karpathy & Fei-Fei 2015). Ties
+    count as misses, and so do features that are not finite: for themselves alone, with a warning.
+    A K above the number of candidates says nothing and is left out, with a warning. Works in
+    chunks: 100,000 pairs never hold more than 128 MB of the matrix at once. Raises ValueError for
+    no pairs, for a K below 1, and where nothing says what belongs together.
     """
+    images, texts = len(image_features), len(text_features)
+    if not images or not texts:
+        raise ValueError(f"{images} pictures and {texts} texts: give at least one of each")
     if (image_groups is None) != (text_groups is None):
         raise ValueError("only one of image_groups and text_groups is given; give both or none")
-    if image_groups is None or text_groups is None:
-        if len(image_features) != len(text_features):
+    if partners is None and image_groups is not None and text_groups is not None:
+        partners = text_groups, image_groups[:, None]
+    if partners is None:
+        if images != texts:
             raise ValueError(
-                f"{len(image_features)} pictures and {len(text_features)} texts: give image_groups "
-                "and text_groups to say which belong together"
+                f"{images} pictures and {texts} texts: give partners, dataset.partners() say, so "
+                "that it is known which belong together"
             )
-        image_groups = text_groups = torch.arange(len(image_features), device=image_features.device)
-    image, text = (image_features, image_groups), (text_features, text_groups)
-    return {
-        "image_to_text": _recall(image[0], text[0], image[1], text[1], ks),
-        "text_to_image": _recall(text[0], image[0], text[1], image[1], ks),
+        own = torch.arange(images, device=image_features.device)
+        partners = own, own[:, None]
+    _say_what_is_not_finite(image_features, text_features)
+
+    def texts_of(rows: slice) -> Tensor:
+        if isinstance(partners, Tensor):
+            return partners[rows]
+        return correct_pairs(partners[1][rows], partners[0])
+
+    def images_of(rows: slice) -> Tensor:
+        if isinstance(partners, Tensor):
+            return partners.T[rows]
+        return correct_pairs(partners[1], partners[0][rows]).T
+
+    ways = {
+        "image_to_text": (image_features, text_features, texts_of),
+        "text_to_image": (text_features, image_features, images_of),
     }
+    return {way: _recall(*found, _meaningful(ks, len(found[1]))) for way, found in ways.items()}
+
+
+def _meaningful(ks: Sequence[int], candidates: int) -> list[int]:
+    """Those of `ks` that ask something of so many candidates; a warning for the others."""
+    if any(k < 1 or k != int(k) for k in ks):
+        raise ValueError(f"ks={tuple(ks)!r}: each must be a whole number, 1 or more")
+    if above := [k for k in ks if k > candidates]:
+        names = ", ".join(f"R@{k}" for k in above)
+        warnings.warn(
+            f"{names} of {candidates} candidates would be 100 % for any model: left out",
+            stacklevel=3,
+        )
+    return [int(k) for k in ks if k <= candidates]
+
+
+def _say_what_is_not_finite(image_features: Tensor, text_features: Tensor) -> None:
+    for name, features in (("pictures", image_features), ("texts", text_features)):
+        bad = (~features.isfinite().all(1)).nonzero()[:, 0].tolist()
+        if bad:
+            warnings.warn(
+                f"features of {len(bad):,} of {len(features):,} {name} are not finite (the first "
+                f"is row {bad[0]}): they count as misses, and are in no loss",
+                stacklevel=3,
+            )
 
 
 @torch.no_grad()
@@ -227,19 +281,25 @@ def pool_loss(model: MultimodalEncoder, features: Features, loss: str | None = N
     """The loss over the whole set as ONE pool of negatives (canonical captions), in chunks.
 
     loss: "info_nce" or "sigmoid"; None = the one that the model is trained by. It does not depend
-    on any batch size; chance is ln(N) for "info_nce". Raises ValueError for another loss.
+    on any batch size; chance is ln(N) for "info_nce" where no two pictures share a caption. Pairs
+    whose features are not finite are left out (`recall_at_k` says how many). Raises ValueError for
+    another loss.
     """
     check_loss(loss := loss or model.loss)
     images, texts = features.image_features, features.text_features[features.first_caption]
-    scale, groups = model.logit_scale.exp().cpu(), features.image_groups
+    captions, table = features.caption_ids[features.first_caption], features.image_captions
+    finite = (images.isfinite() & texts.isfinite()).all(1)
+    if finite.any() and not finite.all():
+        images, texts, captions, table = (x[finite] for x in (images, texts, captions, table))
+    scale, partners = model.logit_scale.exp().cpu(), (captions, table)
     total = 0.0
     for rows in _chunks(len(images), len(images)):
         own = (images[rows], texts[rows])
         if loss == "sigmoid":
             bias = model.logit_bias.cpu()
-            total += float(sigmoid_rows(own[0], texts, scale, bias, rows.start, groups))
+            total += float(sigmoid_rows(own[0], texts, scale, bias, rows.start, partners))
         else:
-            total += float(info_nce_rows(*own, images, texts, scale, rows.start, groups))
+            total += float(info_nce_rows(*own, images, texts, scale, rows.start, partners))
     return total / len(images)
 
 
@@ -247,8 +307,8 @@ def score(
     model: MultimodalEncoder, features: Features, loss: str | None = None, ks=(1, 5, 10)
 ) -> dict:
     """Loss and Recall@K of features: {"loss", "image_to_text": {k: …}, "text_to_image": {k: …}}."""
-    groups = (features.image_groups, features.text_groups)
-    recalls = recall_at_k(features.image_features, features.text_features, ks, *groups)
+    partners = features.caption_ids, features.image_captions
+    recalls = recall_at_k(features.image_features, features.text_features, ks, partners=partners)
     return {"loss": pool_loss(model, features, loss), **recalls}
 
 
@@ -262,11 +322,14 @@ def evaluate(
     """Loss ("info_nce" or "sigmoid", one pool) and Recall@K over a whole data set.
 
     loss: None = the one that the model is trained by. Masks are off unless asked for (see `embed`).
-    Raises ValueError for a loss that is not known.
+    "cut_captions" of the result: how many captions are longer than the model reads, and were judged
+    without their end. Raises ValueError for a loss that is not known.
     """
     if loss is not None:
         check_loss(loss)
-    return score(model, embed(model, dataset, **masks), loss, ks)
+    dataset = as_dataset(dataset, "dataset").encoded_by(model.tokenizer, model.max_length)
+    result = score(model, embed(model, dataset, **masks), loss, ks)
+    return result | {"cut_captions": dataset.cut_captions()}
 
 
 def mean_recall(result: dict, k: int = 1) -> float:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from .captions import very_common
 from .data import MultimodalDataset, as_dataset
 from .duplicates import caption_key, rows_that_share, signatures
 from .near_pictures import NEAR, exact_duplicates, near_duplicates
@@ -31,15 +32,17 @@ def split(
     hashes: Sequence[Hashable] | None = None,
     threshold: float = NEAR,
 ) -> Parts:
-    """(train, val, test) that share no picture, no group and no caption.
+    """(train, val, test) that share no picture, and no caption but very common ones.
 
     val, test: shares of the groups, so that shares of the pictures only come near them; a part of
     share 0 is None. by: "near" keeps near-duplicates together (`near_duplicates`, by `threshold`);
     "content" only equal pictures, which decodes nothing where the data set hashes its files; any
     other word is a key of `meta`, such as "artist": rows of one value stay together, and
-    near-duplicates, too. Rows of one of `group_ids` always do, unless the captions are class
-    prompts (`class_prompts`): then a shared caption joins nothing, or a class could not be both
-    trained on and tested; by="caption" joins them all the same, to hold out whole classes.
+    near-duplicates, too. Rows of the same picture always do, and so do those that share a caption,
+    unless it is very common (of at least 10 pictures, and of more than 1 % of all or more than 100)
+    or the captions are class prompts (`class_prompts`): such a caption names a kind, not a picture,
+    and joins nothing, or a kind could not be both trained on and tested; by="caption" joins them
+    all the same, to hold out whole classes.
 
     A group's part is a hash of (seed, the smallest content hash in it): another order, other names
     and more pictures move no group but those that the new pictures join. hashes: of each picture's
@@ -54,21 +57,34 @@ def split(
     values = [] if by in ("near", "content", "caption") else _values(dataset.meta, by)
     hashes, near = _pictures(dataset, hashes, by != "content", threshold)
     joins = {"content": hashes, "near": near, "value": values}
+    joins["same"] = dataset.image_ids.tolist()
     if by == "caption" or not class_prompts(dataset.texts):
-        joins["group"] = dataset.group_ids.tolist()
-        joins["caption"] = _caption_groups(dataset.texts)
+        joins["caption"] = _caption_groups(dataset.texts, common=by == "caption")
     lists = [[(kind, key) for key in keys] for kind, keys in joins.items() if len(keys)]
     group = rows_that_share(list(zip(*lists, strict=True)))
     chance = _chances(group, hashes, seed)[group]
     where = np.where(chance < test, 2, np.where(chance < test + val, 1, 0))
     rows = [np.flatnonzero(where == part) for part in range(3)]
-    _refuse_empty(rows, (1 - val - test, val, test), int(group.max()) + 1, seed)
+    _refuse_empty(rows, (1 - val - test, val, test), int(group.max()) + 1, seed, joins)
     return _parts(dataset, rows)
 
 
-def _caption_groups(texts: Sequence[Sequence[str]]) -> list[int]:
-    keys = [[caption_key(caption) for caption in captions] for captions in texts]
-    return rows_that_share(keys).tolist()
+def _keys(texts: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The different `caption_key` of each row."""
+    return [list(dict.fromkeys(map(caption_key, captions))) for captions in texts]
+
+
+def _common_keys(keys: Sequence[Sequence[str]]) -> set[str]:
+    """Those of very common captions, which tell nothing about a single picture."""
+    pictures_of = Counter(key for own in keys for key in own)
+    return {key for key, count in pictures_of.items() if very_common(count, len(keys))}
+
+
+def _caption_groups(texts: Sequence[Sequence[str]], common: bool) -> list[int]:
+    """Rows that share a caption get one number; common: also where it is a very common one."""
+    keys = _keys(texts)
+    skipped = set() if common else _common_keys(keys)
+    return rows_that_share([[key for key in own if key not in skipped] for own in keys]).tolist()
 
 
 def _pictures(dataset, hashes, near: bool, threshold: float):
@@ -111,14 +127,21 @@ def _chances(group: np.ndarray, hashes: Sequence[Hashable], seed: int) -> np.nda
     return np.array([int.from_bytes(digest[:6], "big") / 2**48 for digest in digests])
 
 
-def _refuse_empty(rows: list[np.ndarray], shares: Sequence[float], groups: int, seed: int) -> None:
+def _refuse_empty(
+    rows: list[np.ndarray], shares: Sequence[float], groups: int, seed: int, joins: dict
+) -> None:
+    most = min(filter(joins.get, joins), key=lambda kind: len(set(joins[kind])))  # joins most
+    remedy = {
+        "near": "or by='content', which joins less",
+        "caption": "or leave captions out that many pictures share (mm.inspect counts them)",
+    }.get(most, "or more pictures")
     for name, part, share in zip(("train", "val", "test"), rows, shares, strict=True):
         if share > 0 and not len(part):
             total = sum(map(len, rows))
             raise ValueError(
                 f"{name} would be empty: {total} pictures are {groups} groups that must stay "
                 f"whole, and none falls into a share of {share:.2g}; try a larger share, another "
-                f"seed than {seed}, or by='content', which joins less"
+                f"seed than {seed}, {remedy}"
             )
 
 
@@ -161,7 +184,7 @@ class Overlap:
     pictures: int  # in the test part
     exact: int  # of these, equal to a training picture
     near: int | None  # near-duplicates of one, without the equal ones; None: not compared
-    captions: int  # those with a caption that a training picture has, too, after `caption_key`
+    captions: int  # those with a caption, not a very common one, that a training picture has, too
     class_prompts: bool  # captions are names of classes: shared by design, no reason to warn
     # (row of training, row of test), five of each kind: "exact", "near", "captions"
     examples: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
@@ -238,12 +261,14 @@ def _shared(group: np.ndarray, first: int) -> list[tuple[int, int]]:
 
 def _shared_captions(texts: Sequence[Sequence[str]], first: int) -> list[tuple[int, int]]:
     """The same for captions, one pair for each test row."""
+    keys = _keys(texts)
+    common = set() if class_prompts(texts) else _common_keys(keys)
     of_key: dict[str, int] = {}
-    for row, captions in enumerate(texts[:first]):
-        for caption in captions:
-            of_key.setdefault(caption_key(caption), row)
+    for row, own in enumerate(keys[:first]):
+        for key in own:
+            of_key.setdefault(key, row)
     pairs = []
-    for row, captions in enumerate(texts[first:]):
-        rows = [of_key[key] for key in map(caption_key, captions) if key in of_key]
+    for row, own in enumerate(keys[first:]):
+        rows = [of_key[key] for key in own if key in of_key and key not in common]
         pairs += [(rows[0], row)] if rows else []
     return pairs

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .captions import correct_pairs
 from .data import Batch
 from .distributed import around_the_ring, gather_rows, row_counts, world
 from .encoder import EncoderOutput
@@ -44,50 +45,79 @@ def contrastive_share(
     text: Tensor,
     logit_scale: Tensor,
     logit_bias: Tensor,
-    groups: Tensor,
+    partners: tuple[Tensor, Tensor] | None,
     kind: str,
     exchange: str = "gather",
 ) -> Tensor:
     """This process's rows against the candidates of all processes: its part of the global mean.
 
-    image, text (R, D), groups (R,); the parts of all processes add up to `info_nce` (or
-    `sigmoid_loss`) of the joined batch. Memory for logits is at most (R, C), never (C, C), and
-    from 4 million on a slice of that. exchange: "gather", or "neighbours" (sigmoid only).
+    image, text (R, D), partners: of these rows, see `Batch.partners`; the parts of all processes
+    add up to `info_nce` (or `sigmoid_loss`) of the joined batch. Memory for logits is at most
+    (R, C), never (C, C), and from 4 million on a slice of that. exchange: "gather", or "neighbours"
+    (sigmoid only).
     """
     check_loss(kind)
     rank, _ = world()
     counts = row_counts(len(image), image.device)
     offset, total, scale = sum(counts[:rank]), sum(counts), logit_scale.exp()
-    all_groups = gather_rows(groups, counts)
+    partners = _partners_of_all(partners, counts)
     if kind == "sigmoid" and exchange == "neighbours":
-        return _ring_of_texts(image, text, scale, logit_bias, all_groups, counts) / total
+        return _ring_of_texts(image, text, scale, logit_bias, partners, counts) / total
     all_text = gather_rows(text, counts)
     if kind == "sigmoid":
 
         def rows_loss(part: slice) -> Tensor:
             start = offset + part.start
-            return sigmoid_rows(image[part], all_text, scale, logit_bias, start, all_groups)
+            return sigmoid_rows(image[part], all_text, scale, logit_bias, start, partners)
     else:
         all_image = gather_rows(image, counts)
 
         def rows_loss(part: slice) -> Tensor:
-            candidates = (all_image, all_text, scale, offset + part.start, all_groups)
+            candidates = (all_image, all_text, scale, offset + part.start, partners)
             return info_nce_rows(image[part], text[part], *candidates)
 
     return _in_chunks(rows_loss, len(image), total) / total
 
 
+def _joined(partners: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
+    """The partners of several batches as those of one; None where they are one to one."""
+    found = [part for part in partners if part is not None]
+    if not found:
+        return None
+    captions, tables = zip(*found, strict=True)
+    return torch.cat(captions), _padded(tables)
+
+
+def _padded(tables: Sequence[Tensor], width: int = 0) -> Tensor:
+    """Tables of captions, (B, K) each, below each other; -1 where one is narrower."""
+    width = max(width, *(table.shape[1] for table in tables))
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(table, (0, width - table.shape[1]), value=-1) for table in tables])
+
+
+def _partners_of_all(partners: tuple[Tensor, Tensor] | None, counts: list[int]):
+    """Those of all processes, whose data is one to one either everywhere or nowhere."""
+    if partners is None or len(counts) == 1:
+        return partners
+    captions, table = partners
+    width = max(row_counts(table.shape[1], table.device))
+    return gather_rows(captions, counts), gather_rows(_padded([table], width), counts)
+
+
 def _ring_of_texts(
-    image: Tensor, text: Tensor, scale: Tensor, logit_bias: Tensor, groups: Tensor, counts
+    image: Tensor, text: Tensor, scale: Tensor, logit_bias: Tensor, partners, counts: list[int]
 ) -> Tensor:
     """Summed sigmoid loss of our pictures against each process's texts in turn."""
-    groups_of = groups.split(counts)
-    mine, rows = groups_of[world()[0]], torch.arange(len(image), device=image.device)
+    rank, rows = world()[0], torch.arange(len(image), device=image.device)
+    captions_of = None if partners is None else partners[0].split(counts)
+    own_captions = None if partners is None else partners[1].split(counts)[rank]
 
     def block(theirs: Tensor, owner: int, part: slice) -> Tensor:
-        own = rows[part, None] == rows[None, :] if owner == world()[0] else None
-        same = mine[part, None] == groups_of[owner][None, :]
-        return sigmoid_block(image[part], theirs, scale, logit_bias, own, same)
+        own = rows[part, None] == rows[None, :] if owner == rank else None
+        left_out = None
+        if captions_of is not None and own_captions is not None:
+            left_out = correct_pairs(own_captions[part], captions_of[owner])
+        return sigmoid_block(image[part], theirs, scale, logit_bias, own, left_out)
 
     total = image.new_zeros(())
     for owner, theirs in around_the_ring(text, counts):
@@ -164,8 +194,8 @@ def backward(
 
     image, text = (torch.cat(parts) for parts in zip(*features, strict=True))
     leaves = [leaf.detach().requires_grad_() for leaf in (image, text, *scale_parameters)]
-    groups = torch.cat([batch.group_ids for batch in micro_batches])
-    loss = contrastive_share(leaves[0], leaves[1], leaves[2], leaves[3], groups, kind, exchange)
+    partners = _joined([batch.partners for batch in micro_batches])
+    loss = contrastive_share(leaves[0], leaves[1], leaves[2], leaves[3], partners, kind, exchange)
     # DDP averages over processes; each holds its part of a sum.
     factor = contrastive_weight * weight * world()[1]
     image_grad, text_grad, *scale_grads = torch.autograd.grad(

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .attention import at_rest
+from .captions import correct_pairs
 from .data import Batch, MultimodalDataset
 from .encoder import MultimodalEncoder
 from .lab_back import DecoderView, Masked, heads_of
@@ -308,8 +309,9 @@ class MaskLab:
             mode = self.image_mode.value
             picture = model.encode_image(self.batch.pixel_values, self.masking, mode)
             self.cosines = similarity(picture, captions)[0].cpu()
-        groups = self.dataset.group_ids
-        self.right = groups[self.rows] == groups[self.row.value]
+        shown = self.dataset.drawn_captions(torch.as_tensor(self.rows))
+        captions, images = self.dataset.partners([self.row.value], shown)
+        self.right = correct_pairs(images, captions)[0]
         self.rank = rank_of(self.cosines, self.right)
 
     def _encode_captions(self, model: MultimodalEncoder, text: tuple[str, float]) -> Tensor:

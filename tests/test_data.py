@@ -4,13 +4,15 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mmkit import MultimodalDataset
+from mmkit import MultimodalDataset, picture_cache, train_wordpiece
+from mmkit.captions import correct_pairs, very_common
 from mmkit.data import load_batches
 from mmkit.pictures import read_picture, shift_pictures
 
@@ -48,7 +50,7 @@ def test_files_and_memory_give_the_same_batches(files):
     assert resident.resident and not lazy.resident
     noise = torch.tensor([0.9, 0.9, 0.1])
     a, b = lazy.batch([3, 0, 2], noise), resident.batch([3, 0, 2], noise)
-    for name in ("pixel_values", "input_ids", "valid", "sample_ids", "group_ids"):
+    for name in ("pixel_values", "input_ids", "valid", "sample_ids", "caption_ids"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
     assert a.pixel_values.dtype == torch.uint8 and a.sample_ids.tolist() == [3, 0, 2]
     decode = lazy.tokenizer.decode
@@ -96,22 +98,100 @@ def test_padding_is_cut_to_the_longest_caption_of_the_batch(files):
     assert data.batch([4]).input_ids.shape == (1, 3)
 
 
-def test_groups_join_what_is_correct_for_each_other(files):
-    """One caption of two pictures, and one picture given twice, are one group each."""
-    data = MultimodalDataset([*files, files[1]], [*TEXTS, "again two halves"], image_size=13)
-    groups = data.group_ids.tolist()
-    assert groups[0] == groups[2] and groups[1] == groups[7]
-    assert len(set(groups)) == 6
+def slow_partners(data, rows, which):
+    """(B, B): the caption that row j draws is one of the captions of rows that show i's image."""
+    same = data.content_hashes()
+    read = [  # as the model reads them
+        [tuple(data.tokenizer(c, truncation=True, max_length=data.max_length)["input_ids"])
+         for c in captions]
+        for captions in data.texts
+    ]  # fmt: skip
+    own = [{c for j in range(len(data)) if same[j] == same[i] for c in read[j]} for i in rows]
+    drawn = [read[j][k] for j, k in zip(rows, which, strict=True)]
+    return [[caption in captions for caption in drawn] for captions in own]
+
+
+def test_a_partner_is_one_of_the_captions_of_an_image(files, tmp_path):
+    """Against a slow loop: chains, a picture given twice and saved twice, case, cut captions."""
+    (tmp_path / "copy.png").write_bytes(files[2].read_bytes())
+    texts = [["a flag", "b"], ["b", "c"], "c", ["A  Flag", "four five six seven"], "five",
+             "four five six eight", "seven", "again two halves", "of a copy"]  # fmt: skip
+    whole = MultimodalDataset([*files, files[1], tmp_path / "copy.png"], texts, image_size=13)
+    rows, noise = torch.tensor([0, 1, 2, 3, 5, 6, 7, 8]), torch.linspace(0, 0.99, 8)
+    shown = 0
+    for data in (whole, whole.encoded_by(whole.tokenizer, 5), whole.subset(range(8, -1, -1))):
+        for draws in (noise, noise.flip(0), None):
+            batch = data.batch(rows, draws)
+            which = [0 if draws is None else int(draws[k] * len(data.texts[row]))
+                     for k, row in enumerate(rows)]  # fmt: skip
+            correct = batch.correct()
+            assert correct.tolist() == slow_partners(data, rows.tolist(), which)
+            shown += int((correct != correct.T).sum())
+            in_parts = [part.correct() for part in batch.split(3)]
+            assert torch.equal(in_parts[1], correct[3:6, 3:6])
+    assert shown, "no relation in one direction only"
     chain = MultimodalDataset(files[:3], [["a", "b"], ["b", "c"], "c"], image_size=13)
-    assert len(chain.group_ids.unique()) == 1
+    captions, images = chain.partners()
+    assert correct_pairs(images, captions).int().tolist() == [
+        [1, 1, 1, 0, 0], [0, 1, 1, 1, 1], [0, 0, 0, 1, 1]
+    ]  # fmt: skip
 
 
-def test_subset_keeps_ids_and_groups(files):
+def test_data_that_is_one_to_one_carries_no_partners(files, make_data):
+    batch = make_data(23).batch(range(7))
+    assert batch.partners is batch.caption_ids is batch.image_captions is None
+    assert torch.equal(batch[2:5].correct(), torch.eye(3, dtype=torch.bool))
+    pixels = make_data(3).batch([0, 1, 0]).pixel_values
+    data = MultimodalDataset.from_pixels(pixels, ["a", "b", "c"])
+    assert data.batch(range(3)).correct().int().tolist() == [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
+    assert data.encoded_by(data.tokenizer, 2).batch([0, 1]).correct().all()  # nothing is left
+    foreign = train_wordpiece(["b"])  # reads no other letter: all unknown, but not all the same
+    other = MultimodalDataset.from_pixels(
+        pixels[:2], [["xy", "zz"], ["XY", "yx"]], tokenizer=foreign
+    )
+    assert correct_pairs(*other.partners()[::-1]).int().tolist() == [[1, 1, 1, 0], [1, 0, 1, 1]]
+    with pytest.raises(ValueError, match="sample id 5 stands at 2 rows"):
+        MultimodalDataset.from_pixels(pixels, ["a", "b", "c"], sample_ids=[5, 3, 5])
+
+
+def test_files_are_read_whole_only_where_they_may_be_equal(tmp_path, monkeypatch):
+    contents = [b"x" * 5000, b"y" + b"x" * 4999, b"z" * 5000, b"x" * 5000, b"x" * 4999]
+    paths = [str(tmp_path / str(i)) for i in range(5)]
+    for path, content in zip(paths, contents, strict=True):
+        Path(path).write_bytes(content)
+    read, hashed = [], picture_cache.content_hash
+    monkeypatch.setattr(
+        picture_cache, "content_hash", lambda store, i: read.append(i) or hashed(store, i)
+    )
+    keys = picture_cache.same_files(paths)
+    equal = {(i, j) for i in range(5) for j in range(i) if keys[i] == keys[j]}
+    assert equal == {(3, 0)} and read == [0, 1, 3]
+
+
+def test_very_common_captions_are_counted(make_data):
+    """By images, most first; what they take away from a batch against a slow loop."""
+    data = make_data(113, tokenizer=None)
+    data.texts = [["Photo", f"thing {i}"] + ["rare"] * (i < 7) for i in range(113)]
+    assert data.common_captions() == [("Photo", 113)]
+    found = [very_common(count, 113) for count in (1, 9, 10)]
+    assert found == [False, False, True]
+    assert [very_common(count, 10_000) for count in (99, 100, 101)] == [False, False, True]
+    _, _, first, counts = data.encoded_captions()
+    pairs = correct_pairs(*data.partners()[::-1]).double()
+    total = 0.0
+    for i in range(113):
+        for j in range(113):
+            own = slice(int(first[j]), int(first[j] + counts[j]))
+            total += float(pairs[i, own].mean()) if i != j else 0.0
+    assert data.correct_captions.left_out() == pytest.approx(total / (113 * 112))
+
+
+def test_subset_keeps_ids_and_partners(files):
     data = MultimodalDataset(files, TEXTS, image_size=13)
     part = data.subset([5, 2, 0])
     assert part.sample_ids.tolist() == [5, 2, 0] and part[1]["text"] == "a flag"
     assert torch.equal(part.batch([0, 1]).pixel_values, data.batch([5, 2]).pixel_values)
-    assert part.group_ids[1] == part.group_ids[2]
+    assert part.batch(range(3)).correct()[1, 2]
 
 
 def test_a_transform_that_gives_floats_counts_as_normalised(files, make_model):

@@ -16,7 +16,12 @@ from mmkit.reconstruct import evaluate_reconstruction, mean_patches, partners, p
 
 HEADS = dict(pixels=True, words=True, width=32, pixel_depth=1, word_depth=1)
 PAINTED = torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 1]])
-GROUPS = torch.tensor([0, 1, 0, 2, 3])
+# Which captions (columns) are correct for which images: rows 0 and 2 show the same image, and image
+# 3 has the caption of row 4, too, but not the other way round.
+IDS = torch.tensor([0, 1, 2, 3, 4])
+TABLE = torch.tensor([[0, 2], [1, -1], [2, 0], [3, 4], [4, -1]])
+CORRECT = torch.eye(5, dtype=torch.bool)
+CORRECT[0, 2] = CORRECT[2, 0] = CORRECT[3, 4] = True
 
 
 @pytest.fixture
@@ -354,51 +359,52 @@ def made_features(count=5, width=11):
     return [F.normalize(torch.randn(count, width), dim=1) for _ in range(2)]
 
 
-def test_wrong_partners_follow_the_softmax_of_other_groups():
-    """Noise on an even grid of 1,009: each as often as its share, none of the own group."""
+def test_wrong_partners_follow_the_softmax_of_what_is_wrong():
+    """Noise on an even grid of 1,009: each as often as its share, none that is correct."""
     image, text = made_features()
     scale, times = torch.tensor(5.0), 1009
     drawn = torch.zeros(2, 5, 5)
     for k in range(times):
         noise = torch.full((5, 2), (k + 0.5) / times)
-        caption, picture, has_one = hard_negatives(image, text, scale, GROUPS, noise)
+        caption, picture, has_one = hard_negatives(image, text, scale, CORRECT, noise)
         assert has_one.all()
         for found, rows in zip((caption, picture), drawn, strict=True):
             rows[torch.arange(5), found] += 1
-    same = GROUPS[:, None] == GROUPS[None, :]
-    assert drawn[:, same].sum() == 0
-    for counts, logits in zip(drawn, (scale * image @ text.T, scale * text @ image.T), strict=True):
+    scores = (scale * image @ text.T, scale * text @ image.T)
+    for counts, logits, same in zip(drawn, scores, (CORRECT, CORRECT.T), strict=True):
+        assert counts[same].sum() == 0 and (counts[~same] > 0).all()
         share = logits.masked_fill(same, float("-inf")).softmax(1)
         assert (counts / times - share).abs().max() < 2 / times
 
 
 def test_wrong_partners_at_the_ends_of_the_noise():
-    """0 and the largest draw there is, with scores that leave all but one no chance: still none of
-    the own group; and the same again for the same noise."""
+    """0 and the largest draw there is, with scores that leave all but one no chance: still none
+    that is correct; and the same again for the same noise."""
     image, text = made_features()
     for scale in (0.0, 1.0, 1e4):
         for draw_ in (0.0, 1 - 2**-24):
-            args = image, text, torch.tensor(scale), GROUPS, torch.full((5, 2), draw_)
+            args = image, text, torch.tensor(scale), CORRECT, torch.full((5, 2), draw_)
             caption, picture, _ = hard_negatives(*args)
-            assert (GROUPS[caption] != GROUPS).all() and (GROUPS[picture] != GROUPS).all()
+            assert not CORRECT[range(5), caption].any() and not CORRECT[picture, range(5)].any()
             assert all(map(torch.equal, hard_negatives(*args)[:2], (caption, picture)))
 
 
 @pytest.mark.parametrize("count", [1, 5])
-def test_without_another_group_there_is_no_wrong_pair(make_decoding, make_data, count):
-    """All of one group, or a batch of one: true pairs alone, and they are counted as such."""
+def test_where_all_is_correct_there_is_no_wrong_pair(make_decoding, make_data, count):
+    """All correct for each other, or a batch of one: true pairs alone, counted as such."""
     image, text = made_features(count)
     noise = torch.rand(count, 2)
-    one_group = torch.zeros(count, dtype=torch.int64)
-    found = hard_negatives(image, text, torch.tensor(1.0), one_group, noise)
+    all_correct = torch.ones(count, count, dtype=torch.bool)
+    found = hard_negatives(image, text, torch.tensor(1.0), all_correct, noise)
     assert not found[2].any() and (found[0] < count).all()
 
     model = make_decoding(across=True, matching=True)
     batch = make_data(count).batch(range(count))
-    batch.group_ids = one_group
+    batch.caption_ids = torch.zeros(count, dtype=torch.int64)
+    batch.image_captions = batch.caption_ids[:, None]
     asked = wanted(matching=noise)
     out = model(batch, *draw(model, batch), "drop", "replace", asked)
-    assert out.match.tolist() == [1.0] * count and num_pairs(one_group, asked) == count
+    assert out.match.tolist() == [1.0] * count and num_pairs(all_correct, asked) == count
     torch.testing.assert_close(
         term_sums(model, out, batch, (None, None))["matching"], F.softplus(-out.matching).sum()
     )
@@ -407,16 +413,17 @@ def test_without_another_group_there_is_no_wrong_pair(make_decoding, make_data, 
 def test_pairs_are_the_true_ones_then_a_wrong_picture_and_a_wrong_caption(make_decoding, make_data):
     """By hand; a row that does not look across has no pair."""
     model, batch = make_decoding(across=True, matching=True), make_data(5).batch(range(5))
-    batch.group_ids = GROUPS
+    batch.caption_ids, batch.image_captions = IDS, TABLE
+    assert torch.equal(batch.correct(), CORRECT)
     asked = wanted(matching=torch.rand(5, 2), sees=torch.tensor([0, -1, 2, 3, -1]))
     maskings = draw(model, batch)
     out = model(batch, *maskings, "drop", "replace", asked)
     assert out.match.tolist() == [1.0] * 3 + [0.0] * 6
-    assert num_pairs(GROUPS, asked) == 9
+    assert num_pairs(CORRECT, asked) == 9
 
     features = (model(batch, *maskings, "drop", "replace", Wanted()), model.logit_scale.exp())
     caption, picture, _ = hard_negatives(
-        features[0].image_features, features[0].text_features, features[1], GROUPS, asked.matching
+        features[0].image_features, features[0].text_features, features[1], CORRECT, asked.matching
     )
     rows = [0, 2, 3]
     pairs = [(i, i) for i in rows]
@@ -480,17 +487,19 @@ def test_what_a_decoder_cannot_do_is_said(make_decoding, make_model, make_data):
         with pytest.raises(ValueError, match=words):
             model(batch, *maskings, mode, mode, asked)
     with pytest.raises(ValueError, match=r"sees='wrnog' is not known; did you mean 'wrong'"):
-        partners(GROUPS, "wrnog")
+        partners(CORRECT, "wrnog")
     back = put_back(words_only, batch, maskings[0])  # nothing that it has a head for is hidden
     assert all(value is None for value in dataclasses.astuple(back))
 
 
 def test_partners_by_hand():
     """The next row of another group, round the end; none where there is no other group."""
-    assert partners(GROUPS, "right") is None
-    assert partners(GROUPS, "none").tolist() == [-1] * 5
-    assert partners(torch.tensor([0, 0, 1, 2, 0]), "wrong").tolist() == [2, 2, 3, 4, 2]
-    assert partners(torch.zeros(3, dtype=torch.int64), "wrong").tolist() == [-1] * 3
+    assert partners(CORRECT, "right") is None
+    assert partners(CORRECT, "none").tolist() == [-1] * 5
+    groups = torch.tensor([0, 0, 1, 2, 0])
+    assert partners(groups[:, None] == groups, "wrong").tolist() == [2, 2, 3, 4, 2]
+    assert partners(CORRECT, "wrong").tolist() == [1, 2, 3, 0, 0]  # 4 is right for 3
+    assert partners(torch.ones(3, 3, dtype=torch.bool), "wrong").tolist() == [-1] * 3
 
 
 # -- it learns -------------------------------------------------------------------------------

@@ -196,7 +196,7 @@ def predictions(model, across):
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, generator=generator)
     texts = encode_texts(model.tokenizer, WORDS, model.max_length)
-    batch = Batch(pixels, *texts, torch.arange(3), torch.arange(3))
+    batch = Batch(pixels, *texts, torch.arange(3))
     masks = draw_maskings(batch, model, seed=0, epoch=0, image=("random", 0.5),
                           text=("random", 0.5), predict_words=True)  # fmt: skip
     noise = torch.rand(3, 2, generator=generator) if across else None

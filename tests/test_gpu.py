@@ -9,6 +9,7 @@ from mmkit.masking import IMAGE_MASKERS, TEXT_MASKERS
 from mmkit.patches import patchify, unpatchify
 from mmkit.step import _LOGITS as LOGITS
 from mmkit.step import backward, contrastive_share
+from tests.conftest import shared
 
 pytestmark = pytest.mark.gpu
 
@@ -148,8 +149,8 @@ def test_accumulation_is_exact_on_the_gpu(make_model, make_data, kind):
     """Dropout on: equal to keeping every micro-batch's graph under the same draws."""
     torch.backends.cuda.matmul.allow_tf32 = False
     model = make_model(dropout=0.3).to_device("cuda").train()
-    parts = make_data(53).batch(range(53)).to("cuda").split(4)
-    scale = (model.logit_scale, model.logit_bias)
+    batch = shared(make_data(53).batch(range(53))).to("cuda")
+    parts, scale = batch.split(4), (model.logit_scale, model.logit_bias)
 
     def gradient(step):
         torch.manual_seed(7)
@@ -161,8 +162,7 @@ def test_accumulation_is_exact_on_the_gpu(make_model, make_data, kind):
         outputs = [model(part) for part in parts]
         image = torch.cat([o.image_features for o in outputs])
         text = torch.cat([o.text_features for o in outputs])
-        groups = torch.cat([part.group_ids for part in parts])
-        contrastive_share(image, text, *scale, groups, kind).backward()
+        contrastive_share(image, text, *scale, batch.partners, kind).backward()
         model.logit_bias.grad = torch.zeros_like(model.logit_bias) if kind == "info_nce" else (
             model.logit_bias.grad
         )  # fmt: skip

@@ -55,7 +55,7 @@ def test_a_wrong_partner_is_another_row_with_masks_of_its_own(make_lab):
     lab = make_lab()
     right = lab.back
     lab.sees.value = "wrong"
-    assert another_row(lab.dataset.group_ids, 4) == 15
+    assert another_row(lab.dataset, 4) == 15
     assert lab.dataset.texts[15][0] in lab.decoder.canvas.words
     assert "wrong caption" in lab.decoder.canvas.words and "row 15" in lab.decoder.guesses.value
     masked = lab._masked([4, 15])
@@ -73,9 +73,16 @@ def test_a_wrong_partner_is_another_row_with_masks_of_its_own(make_lab):
     assert "sees no picture" in lab.decoder.guesses.value
 
 
-def test_without_another_group_a_wrong_partner_is_none(make_lab):
+def test_a_row_that_is_partly_right_is_no_wrong_partner(make_data):
+    data = make_data(23)
+    data.texts[15].append(data.texts[4][0])
+    data.texts[4].append(data.texts[16][0])
+    assert another_row(data, 4) == 17
+
+
+def test_without_a_wrong_one_a_wrong_partner_is_none(make_lab):
     lab = make_lab()
-    lab.dataset.group_ids.zero_()
+    lab.dataset.same_pictures([0] * 23)
     lab.sees.value = "none"
     none = lab.back
     lab.sees.value = "wrong"

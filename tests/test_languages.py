@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import mmkit as mm
+from mmkit.captions import correct_pairs, partner_counts
 from mmkit.emoji_names import LANGUAGES, caption
 from mmkit.encoder import MultimodalEncoder
 from mmkit.masking import draw_maskings
@@ -188,7 +189,7 @@ def test_an_encoder_of_any_kind_ignores_padding_and_hides_words_alone(kind):
     input_ids, valid = encode_texts(tokenizer, TEXTS, 97)
     count = len(TEXTS)
     ids = torch.arange(count)
-    batch = mm.Batch(torch.zeros(count, 3, 15, 15, dtype=torch.uint8), input_ids, valid, ids, ids)
+    batch = mm.Batch(torch.zeros(count, 3, 15, 15, dtype=torch.uint8), input_ids, valid, ids)
     for masker in ("random", "whole_word", "block"):
         _, masking = draw_maskings(batch, model, text=(masker, 0.6), seed=0, epoch=0)
         assert masking.mask.any()
@@ -333,14 +334,22 @@ def test_each_picture_has_its_names_in_every_language_the_first_one_canonical(bo
 
 
 def test_a_word_that_means_different_things_makes_no_false_negative(cache):
-    """Indonesian "pil" is a pill, Turkish "pil" a battery: these pictures are one group."""
+    """Indonesian "pil" is a pill, Turkish "pil" a battery: it is correct for both pictures, and
+    neither picture's other captions are correct for the other."""
     train = mm.openmoji(32, language=LANGUAGES, cache_dir=cache)[0]
-    owners: dict[str, set[int]] = {}
-    for texts, group in zip(train.texts, train.group_ids.tolist(), strict=True):
-        for text in texts:
-            owners.setdefault(text, set()).add(group)
-    assert all(len(groups) == 1 for groups in owners.values())
-    assert len(set(train.group_ids.tolist())) > 0.98 * len(train)
+    flat = [text for texts in train.texts for text in texts]
+    _, _, first, counts = train.encoded_captions()
+    rows = [row for row, texts in enumerate(train.texts) if "pil" in texts]
+    assert len(rows) == 2
+    for row, other in (rows, rows[::-1]):
+        own = range(int(first[row]), int(first[row] + counts[row]))
+        captions, images = train.partners([other], torch.tensor(own))
+        shared = correct_pairs(images, captions)[0].tolist()
+        assert [flat[j] for j, found in zip(own, shared, strict=True) if found] == ["pil"]
+    captions, images = train.partners()
+    of_images, of_captions = partner_counts(images, captions)
+    assert (of_captions > 1).float().mean() < 0.02  # 22 pictures share a caption with another
+    assert torch.equal(of_images.sum(), of_captions.sum()) and train.common_captions() == []
 
 
 def test_a_german_query_finds_what_its_english_twin_finds(both, cache, tmp_path):

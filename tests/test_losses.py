@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from mmkit import info_nce, sigmoid_loss
+from mmkit.captions import correct_pairs, partner_counts
 from mmkit.losses import info_nce_rows, sigmoid_rows
 
 B, D = 7, 11
@@ -23,59 +24,99 @@ def features(seed=0):
     return [leaf.requires_grad_() for leaf in leaves]
 
 
-def slow_info_nce(image, text, scale, groups):
-    """-log softmax of the own pair among itself and the pairs of other groups, both directions."""
+def slow_info_nce(image, text, scale, correct):
+    """-log softmax of the own pair among itself and what is wrong, both directions."""
     total = 0.0
-    for queries, candidates in ((image, text), (text, image)):
+    for queries, candidates, right in ((image, text, correct), (text, image, correct.T)):
         for i in range(B):
-            allowed = [j for j in range(B) if j == i or groups[j] != groups[i]]
+            allowed = [j for j in range(B) if j == i or not right[i, j]]
             scores = [scale * (queries[i] * candidates[j]).sum() for j in allowed]
             total = total - scores[allowed.index(i)] + torch.stack(scores).logsumexp(0)
     return total / (2 * B)
 
 
-def slow_sigmoid(image, text, scale, bias, groups):
+def slow_sigmoid(image, text, scale, bias, correct):
     total = 0.0
     for i in range(B):
         for j in range(B):
             logit = scale * (image[i] * text[j]).sum() + bias
             if i == j:
                 total = total - F.logsigmoid(logit)
-            elif groups[i] != groups[j]:
+            elif not correct[i, j]:
                 total = total - F.logsigmoid(-logit)
     return total / B
 
 
-GROUPS = [torch.arange(B), torch.tensor([0, 1, 0, 3, 1, 5, 0])]
+def matrix(caption_ids, image_captions):
+    """(N, M) bool, by a loop."""
+    rows = [[int(c) in own for c in caption_ids] for own in image_captions.tolist()]
+    return torch.tensor(rows)
 
 
-@pytest.mark.parametrize("groups", GROUPS)
+GROUPS = torch.tensor([0, 1, 0, 3, 1, 5, 0])  # a transitive relation: equal is correct
+# Captions drawn, and all captions of each image: 2 and 6 are shared, images 0 and 4 are the same,
+# and image 3 has a caption that no row draws. Most of it holds in one direction only.
+IDS = torch.tensor([2, 1, 2, 3, 9, 6, 8])
+TABLE = torch.tensor(
+    [[2, 9, -1], [1, 2, 6], [2, -1, -1], [3, 7, -1], [2, 9, -1], [6, -1, -1], [8, 6, 1]]
+)
+PARTNERS = [
+    None,
+    GROUPS,
+    (GROUPS, GROUPS[:, None]),
+    (IDS, TABLE),
+    matrix(IDS, TABLE),
+]
+
+
+def correct_of(partners):
+    if partners is None:
+        return torch.eye(B, dtype=torch.bool)
+    if partners is GROUPS:
+        return GROUPS[:, None] == GROUPS
+    return matrix(*partners) if isinstance(partners, tuple) else partners
+
+
+def test_the_relation_is_that_of_a_loop():
+    """And is not symmetric, or the two directions could be mixed up unseen."""
+    assert torch.equal(correct_pairs(TABLE, IDS), matrix(IDS, TABLE))
+    assert torch.equal(correct_pairs(TABLE[:3], IDS[4:]), matrix(IDS[4:], TABLE[:3]))
+    assert not torch.equal(matrix(IDS, TABLE), matrix(IDS, TABLE).T)
+    of_images, of_captions = partner_counts(TABLE, IDS)
+    assert torch.equal(of_images, matrix(IDS, TABLE).sum(1))
+    assert torch.equal(of_captions, matrix(IDS, TABLE).sum(0))
+
+
+@pytest.mark.parametrize("partners", PARTNERS)
 @pytest.mark.parametrize("kind", ["info_nce", "sigmoid"])
-def test_value_and_gradient_equal_the_slow_loop(kind, groups):
+def test_value_and_gradient_equal_the_slow_loop(kind, partners):
     results = []
     for slow in (False, True):
         image, text, scale, bias = features()
+        given = correct_of(partners) if slow else partners
         if kind == "info_nce":
             loss = slow_info_nce if slow else info_nce
-            value = loss(image, text, scale, groups)
+            value = loss(image, text, scale, given)
         else:
             loss = slow_sigmoid if slow else sigmoid_loss
-            value = loss(image, text, scale, bias, groups)
+            value = loss(image, text, scale, bias, given)
         value.backward()
         grads = [leaf.grad for leaf in (image, text, scale, bias) if leaf.grad is not None]
         results.append((value.detach(), *grads))
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("groups", GROUPS)
-def test_rows_of_the_matrix_add_up(groups):
+@pytest.mark.parametrize("partners", PARTNERS)
+def test_rows_of_the_matrix_add_up(partners):
     """Chunks and processes hold only their rows; together they are the whole loss."""
     image, text, scale, bias = features()
     parts = [slice(0, 2), slice(2, 5), slice(5, 7)]
-    nce = sum(info_nce_rows(image[p], text[p], image, text, scale, p.start, groups) for p in parts)
-    torch.testing.assert_close(nce / B, info_nce(image, text, scale, groups))
-    sig = sum(sigmoid_rows(image[p], text, scale, bias, p.start, groups) for p in parts)
-    torch.testing.assert_close(sig / B, sigmoid_loss(image, text, scale, bias, groups))
+    nce = sum(
+        info_nce_rows(image[p], text[p], image, text, scale, p.start, partners) for p in parts
+    )
+    torch.testing.assert_close(nce / B, info_nce(image, text, scale, partners))
+    sig = sum(sigmoid_rows(image[p], text, scale, bias, p.start, partners) for p in parts)
+    torch.testing.assert_close(sig / B, sigmoid_loss(image, text, scale, bias, partners))
 
 
 def test_a_collapsed_model_pays_the_logarithm_of_its_candidates():
@@ -89,7 +130,29 @@ def test_a_duplicate_is_not_a_negative():
     image[3], text[3] = image[0], text[0]
     text[0].requires_grad_()
     groups = torch.tensor([0, 1, 2, 0, 4, 5, 6])
-    assert info_nce(image, text, scale, groups) < info_nce(image, text, scale)
+    aware = info_nce(image, text, scale, group_ids=groups)
+    assert aware < info_nce(image, text, scale)
+    assert torch.equal(aware, info_nce(image, text, scale, groups))  # as it used to be given
+
+
+def test_partners_of_other_pairs_are_refused():
+    image, text, scale, bias = features()
+    for wrong in (GROUPS[:5], (IDS, TABLE[:5]), matrix(IDS, TABLE)[:, :5], torch.eye(B)):
+        with pytest.raises(ValueError, match=r"partners of 7 pairs .* bool matrix \(7, 7\)"):
+            info_nce(image, text, scale, wrong)
+        with pytest.raises(ValueError, match="partners of 7 pairs"):
+            sigmoid_loss(image, text, scale, bias, wrong)
+
+
+def test_partners_known_are_no_more_than_left_out():
+    """Where only own partners are correct, the same bits as without any relation."""
+    found = []
+    for partners in (None, (torch.arange(B), torch.arange(B)[:, None])):
+        leaves = features()
+        loss = info_nce(*leaves[:3], partners) + sigmoid_loss(*leaves, partners)
+        loss.backward()
+        found.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(map(torch.equal, *found))
 
 
 def test_loss_is_float32_under_autocast():

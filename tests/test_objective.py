@@ -39,13 +39,13 @@ CASES = {
 
 @pytest.fixture
 def make_trainer(tmp_path, make_model, make_data):
-    """A trainer of 23 pairs a step, two of one group."""
+    """A trainer of 23 pairs a step, two of which share a caption."""
 
     def make(val=None, resume=False, callbacks=(), model=None, **values):
         values = dict(batch_size=23, output_dir=str(tmp_path), run_name="run") | values
         config = mm.TrainingConfig(**QUICK | values)
         train = make_data(23)
-        train.group_ids[5] = train.group_ids[17]
+        train.texts[5].append(train.texts[17][0])  # correct for image 5, not the other way round
         model = model or make_model(dropout=config.dropout)
         trainer = mm.MaskedMultimodalTrainer(config, train, val, model, resume, callbacks)
         trainer.net.train()
@@ -100,9 +100,9 @@ def by_hand(trainer, batch, parts: int | list[int], weights=None, epoch: int = 0
     if "contrastive" in weights:
         args = joined("image_features"), joined("text_features"), model.logit_scale.exp()
         if config.loss == "sigmoid":
-            terms["contrastive"] = mm.sigmoid_loss(*args, model.logit_bias, batch.group_ids)
+            terms["contrastive"] = mm.sigmoid_loss(*args, model.logit_bias, batch.correct())
         else:
-            terms["contrastive"] = mm.info_nce(*args, batch.group_ids)
+            terms["contrastive"] = mm.info_nce(*args, batch.correct())
     if "pixels" in weights:
         terms["pixels"] = masked_pixel_loss(
             joined("pixels"), torch.cat(patches), torch.cat(masks[0]), config.norm_pix_loss,

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from mmkit import info_nce, sigmoid_loss
 from mmkit.masking import draw_maskings, mask_ratios
 from mmkit.step import backward, naive_backward
+from tests.conftest import shared
 
 
 @pytest.fixture(params=["info_nce", "sigmoid"])
@@ -43,20 +44,20 @@ def relative_error(ours, reference):
     return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
 
 
-def whole_batch_loss(model, out, groups, kind):
+def whole_batch_loss(model, out, batch, kind):
+    features, scale = (out.image_features, out.text_features), out.logit_scale.exp()
+    partners = batch.correct()  # the whole matrix
     if kind == "info_nce":
-        return info_nce(out.image_features, out.text_features, out.logit_scale.exp(), groups)
-    features = (out.image_features, out.text_features)
-    return sigmoid_loss(*features, out.logit_scale.exp(), out.logit_bias, groups)
+        return info_nce(*features, scale, partners)
+    return sigmoid_loss(*features, scale, out.logit_bias, partners)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5, 23])
 def test_accumulated_gradient_is_the_gradient_of_the_big_batch(make_model, make_data, kind, parts):
-    """With masks on, an uneven last micro-batch and duplicates; logit_scale included."""
-    model, batch = make_model().train(), make_data(23).batch(range(23))
-    batch.group_ids[5] = batch.group_ids[17]
+    """With masks on, an uneven last micro-batch and partners; logit_scale included."""
+    model, batch = make_model().train(), shared(make_data(23).batch(range(23)))
     encode = encode_with(model)
-    expected = whole_batch_loss(model, encode(batch), batch.group_ids, kind)
+    expected = whole_batch_loss(model, encode(batch), batch, kind)
     expected.backward()
     reference = gradients(model)
     reference.setdefault("logit_bias", torch.zeros(()))
@@ -76,11 +77,11 @@ def test_parts_computed_side_by_side_give_the_gradient_of_the_big_batch(
     make_model, make_data, kind, parts, at_once, checkpointing
 ):
     """To rounding the whole batch's, and to the bit the same each time, whoever is first."""
-    model, batch = make_model().train(), make_data(23).batch(range(23))
+    model, batch = make_model().train(), shared(make_data(23).batch(range(23)))
     for layer in (*model.vit.layers, *model.bert.encoder.layer):
         layer.gradient_checkpointing = checkpointing
     encode, scale = encode_with(model), (model.logit_scale, model.logit_bias)
-    expected = whole_batch_loss(model, encode(batch), batch.group_ids, kind)
+    expected = whole_batch_loss(model, encode(batch), batch, kind)
     expected.backward()
     reference = gradients(model)
     reference.setdefault("logit_bias", torch.zeros(()))
@@ -134,14 +135,14 @@ def test_micro_batches_of_other_widths_give_the_same_gradient(make_model, make_d
 
 def test_dropout_is_replayed(make_model, make_data, kind):
     """Equal to keeping every micro-batch's graph under the same draws."""
-    model, batch = make_model(dropout=0.3).train(), make_data(23).batch(range(23))
+    model, batch = make_model(dropout=0.3).train(), shared(make_data(23).batch(range(23)))
     encode, parts = encode_with(model), batch.split(4)
     torch.manual_seed(7)
     outputs = [encode(part) for part in parts]
     image = torch.cat([o.image_features for o in outputs])
     text = torch.cat([o.text_features for o in outputs])
     joined = type(outputs[0])(image, text, None, None, model.logit_scale, model.logit_bias)
-    whole_batch_loss(model, joined, batch.group_ids, kind).backward()
+    whole_batch_loss(model, joined, batch, kind).backward()
     reference = gradients(model)
     reference.setdefault("logit_bias", torch.zeros(()))
     model.zero_grad()

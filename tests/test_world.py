@@ -34,9 +34,9 @@ def whole_batch(case, number: int) -> tuple[torch.Tensor, dict]:
     out = encoder(batch, *trainer.plan.draw(batch, 1), *modes)
     features = (out.image_features, out.text_features, out.logit_scale.exp())
     if config.loss == "sigmoid":
-        loss = mm.sigmoid_loss(*features, out.logit_bias, batch.group_ids)
+        loss = mm.sigmoid_loss(*features, out.logit_bias, batch.correct())
     else:
-        loss = mm.info_nce(*features, batch.group_ids)
+        loss = mm.info_nce(*features, batch.correct())
     loss.backward()
     return loss.detach(), world_cases.gradients_of(encoder)
 

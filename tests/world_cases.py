@@ -15,6 +15,7 @@ import mmkit as mm
 from mmkit import step
 from mmkit.distributed import gather_rows, sum_over_processes, world
 from mmkit.reconstruct import evaluate_reconstruction
+from tests.conftest import WORDS
 from tests.train_small import DEFAULTS, data, model
 
 LOSSES = [("info_nce", "gather"), ("sigmoid", "gather"), ("sigmoid", "neighbours")]
@@ -62,8 +63,14 @@ def config(folder, **values) -> mm.TrainingConfig:
 
 
 def training_data() -> mm.MultimodalDataset:
+    """Captions of several images and images of several rows, in every batch and across processes;
+    rows have one caption, two, or five, so that tables differ in width."""
     train = data(53)
-    train.group_ids = torch.arange(53) % 13  # companions in every batch, on several processes
+    for i, texts in enumerate(train.texts):
+        texts += [f"{WORDS[i % 13]} moon"] * (i % 3 > 0) + [f"{w} shoe" for w in WORDS[:3]] * (
+            i == 7
+        )
+    train.same_pictures([i % 19 for i in range(53)])
     return train
 
 
@@ -161,10 +168,14 @@ def share(kind: str, exchange: str, chunk: int) -> dict:
     """`contrastive_share` of made features cut unequally: value, gradients, memory of logits."""
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(PAIRS, WIDTH), dim=1) for _ in range(2))
-    groups = torch.arange(PAIRS) % 389
+    captions = torch.arange(PAIRS) % 389  # of each image one more, not the other way round
+    table = torch.stack([captions, torch.where(captions % 5 > 0, captions + 31, -1)], 1)
     rank, processes = world()
     bounds = [*FIRST_ROWS[processes], PAIRS]
     rows = slice(bounds[rank], bounds[rank + 1])
+    width = 1 if rank == 0 and processes > 1 else 2  # a table may be narrower in one process
+    table[: bounds[1], 1] = -1
+    partners = captions[rows], table[rows, :width]
     leaves = [image[rows], text[rows], torch.tensor(1.3), torch.tensor(-1.0)]
     leaves = [x.clone().requires_grad_() for x in leaves]
     step._LOGITS, before = chunk, step._LOGITS
@@ -175,7 +186,7 @@ def share(kind: str, exchange: str, chunk: int) -> dict:
         return x
 
     with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = step.contrastive_share(*leaves, groups[rows], kind, exchange)
+        loss = step.contrastive_share(*leaves, partners, kind, exchange)
         kept = sum(saved)
         grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     step._LOGITS = before
