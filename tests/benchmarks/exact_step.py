@@ -141,7 +141,7 @@ def true_gradient(trainer, batch: mm.Batch) -> Tensor:
     trainer.model.zero_grad()
     out = trainer.encode(batch, trainer.maskings(batch, 0))
     features = (out.image_features, out.text_features)
-    loss = mm.info_nce(*features, out.logit_scale.exp(), batch.group_ids)
+    loss = mm.info_nce(*features, out.logit_scale.exp(), batch.partners)
     (loss + 0 * out.logit_bias).backward()  # which info_nce does not use, as a zero like ours
     return gradient_of(trainer.model)
 

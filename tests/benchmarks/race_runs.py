@@ -150,7 +150,7 @@ def r_at_1(model, encode_image: Callable, encode_text: Callable, test) -> float:
     encode_image(pixels (B, 3, H, W) uint8), encode_text(input_ids (B, L), valid (B, L)): (B, D).
     """
     device = model.logit_scale.device
-    input_ids, lengths, _, counts = test.encoded_captions()
+    input_ids, lengths, _, _ = test.encoded_captions()
     valid = torch.arange(input_ids.shape[1]) < lengths[:, None]
     texts = zip(input_ids.long().split(256), valid.split(256), strict=True)
     with at_rest(model), autocast_for(PRECISION, device):
@@ -158,8 +158,7 @@ def r_at_1(model, encode_image: Callable, encode_text: Callable, test) -> float:
         images = torch.cat([encode_image(pixels).float().cpu() for pixels in batches])
         captions = torch.cat([encode_text(*(x.to(device) for x in t)).float().cpu() for t in texts])
     features = [torch.nn.functional.normalize(x, dim=-1) for x in (images, captions)]
-    groups = test.group_ids, test.group_ids.repeat_interleave(counts)
-    return mm.mean_recall(mm.recall_at_k(*features, (1,), *groups))
+    return mm.mean_recall(mm.recall_at_k(*features, (1,), partners=test.partners()))
 
 
 # -- mmkit -----------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ import torch
 
 import mmkit as mm
 from mmkit.backbones import minilm
+from mmkit.captions import correct_pairs
 from mmkit.optim import freeze, thaw
 from mmkit.retrieval import similarity
 from tests.benchmarks.draw_masks import FOLDER, machine
@@ -161,11 +162,12 @@ def fit(name: str, train, seconds: float, folder: str) -> tuple[mm.MultimodalEnc
 
 def ranks(model, features: mm.retrieval.Features, train, queries: dict[str, str]) -> list[int]:
     """How many wrong pictures stand before the right one, for each query; {caption: query}."""
-    row = {text: i for i, captions in enumerate(train.texts) for text in captions}
+    flat = [text for captions in train.texts for text in captions]
+    number = dict(zip(flat, features.caption_ids, strict=True))
     scores = similarity(mm.embed_texts(model, list(queries.values())), features.image_features)
     found = []
     for caption, line in zip(queries, scores, strict=True):
-        right = features.image_groups == features.image_groups[row[caption]]
+        right = correct_pairs(features.image_captions, number[caption][None])[:, 0]
         found.append(int(((line >= line[right].max()) & ~right).sum()))
     return found
 
