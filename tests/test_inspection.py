@@ -52,6 +52,26 @@ def test_all_that_is_odd_is_said(root, tmp_path):
     assert again["width"]["max"] == 40 and again["cut_captions"] == 1
 
 
+def test_a_caption_of_very_many_pictures_is_named_with_what_it_costs(tmp_path):
+    """At load, and by `inspect`; the part of a set counts anew."""
+    lines = ["image,title,kind"]
+    for i in range(31):
+        Image.new("RGB", (9, 9), (8 * i, 99, 255 - i)).save(tmp_path / f"{i}.png")
+        lines.append(f"{i}.png,thing number {i},{'a red one' if i % 3 else 'blue'}")
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    options = dict(text=["title", "kind"], image_size=8, cache_gigabytes=0)
+    data = mm.from_table(tmp_path / "pairs.csv", **options)
+    report = data.report
+    assert report.common_captions == {"a red one": 20, "blue": 11}
+    other = (20 * 19 + 11 * 10) / 2 / (31 * 30)  # a kind is drawn half of the time
+    assert report.left_out == pytest.approx(other)
+    line = f"“a red one” of 20, “blue” of 11 of 31 pictures; {100 * other:.1f} % of a batch's other"
+    assert line in str(report) and line in str(mm.inspect(data, near=False))
+    assert report.to_dict()["common_captions"] == report.common_captions
+    part = data.subset(range(13))
+    assert part.report.common_captions == {} and "very common" not in str(part.report)
+
+
 def test_a_part_is_reported_as_what_it_is(root):
     (root / "copy.png").write_bytes((root / NAMES[0]).read_bytes())
     (root / "copy.txt").write_text("a copy")

@@ -161,6 +161,33 @@ def test_a_shared_caption_joins_but_a_class_prompt_does_not(tokenizer):
     assert not {c for (c,) in train.texts} & {c for (c,) in test.texts}
 
 
+def test_a_category_leaves_something_to_divide(tokenizer):
+    """A title and a category: a caption of every second picture joins nothing, one of two does."""
+    words = [[f"scene number {i - i % 2}", "red" if i % 3 else "blue"] for i in range(60)]
+    data = MultimodalDataset.from_pixels(scenes(60), words, tokenizer=tokenizer)
+    parts = split(data, 0.2, 0.2)
+    assert all(len(part) >= 2 for part in parts)
+    titles = [{texts[0] for texts in part.texts} for part in parts]
+    assert sum(map(len, titles)) == 30
+    for part in parts[1:]:
+        found = overlap(parts[0], part)
+        assert found.captions == 0 and not found
+
+
+def test_the_remedy_fits_what_joins(tokenizer):
+    chain = [[f"caption {i}", f"caption {i + 1}"] for i in range(9)]
+    data = MultimodalDataset.from_pixels(scenes(9), chain, tokenizer=tokenizer)
+    with pytest.raises(
+        ValueError, match=r"1 groups .* leave captions out that many"
+    ):
+        split(data)
+    near = MultimodalDataset.from_pixels(
+        torch.cat([scenes(1), brightened(scenes(1))] * 9), texts_for(18), tokenizer=tokenizer
+    )
+    with pytest.raises(ValueError, match=r"1 groups .*, or by='content', which joins less"):
+        split(near)
+
+
 def test_class_prompts_are_few_and_shared():
     assert class_prompts([[f"class {i % 3}"] for i in range(30)])
     assert class_prompts([[f"a photo of {i % 3}", f"a drawing of {i % 3}"] for i in range(30)])

@@ -261,11 +261,51 @@ def test_the_effective_configuration_is_read_from_the_model(config, make_model, 
 
     e = effective(image_mask_ratio=0.02, gradient_accumulation_steps=3)
     assert e["image_mask_ratio"] == 0 and e["patches_encoded"] == 9
-    assert e["negatives"] == pytest.approx(9.6)
+    assert (e["negatives"], e["compared"]) == (10, 10)  # of the first batch, 11 of 53 pairs
     assert effective(gradient_accumulation_steps=3, accumulation="naive")["negatives"] == 3
     assert effective(image_mask_mode="replace")["patches_encoded"] == 9
     assert effective(text_mask_mode="drop")["words_encoded"] < effective()["words_encoded"]
     assert effective(image_mask_ratio=0.8)["gflop_per_pair"] < e["gflop_per_pair"]
+
+
+TAGGED = {
+    "a caption for all": lambda i: ["photo", f"thing number {i}"],
+    "a title and one of two categories": lambda i: [f"thing number {i}", f"kind {i % 2}"],
+    "a chain": lambda i: [f"caption {i}", f"caption {i + 1}"],
+}
+
+
+@pytest.mark.parametrize("captions", TAGGED.values(), ids=TAGGED)
+@pytest.mark.parametrize("accumulation", ["exact", "naive"])
+def test_negatives_and_chance_are_counted_with_partners(
+    config, make_model, make_data, capsys, captions, accumulation
+):
+    """In the first batch by its own relation; and there is something to learn in every step."""
+    train, val = make_data(53, tokenizer=None), make_data(17, seed=1, tokenizer=None)
+    for data in (train, val):
+        data.texts = [captions(i) for i in range(len(data))]
+    options = dict(num_epochs=1, gradient_accumulation_steps=2, accumulation=accumulation)
+    trainer = mm.MaskedMultimodalTrainer(config(**options), train, val, make_model())
+    micro = trainer.first_batch().split(1 if accumulation == "exact" else 2)[0]
+    wrong = torch.cat([(~micro.correct()).sum(way).double() for way in (0, 1)])
+    assert accumulation == "naive" or wrong.mean() < len(micro) - 1, "none shares a caption"
+    e = effective_configuration(trainer)
+    assert e["negatives"] == pytest.approx(wrong.mean().item())
+    assert e["guessing_costs"] == pytest.approx(wrong.log1p().mean().item())
+
+    flat = [caption for texts in val.texts for caption in texts]
+    of_images = [sum(c in texts for c in flat) / len(flat) for texts in val.texts]
+    of_captions = [sum(caption in texts for texts in val.texts) / 17 for caption in flat]
+    chance = 50 * (sum(of_images) / 17 + sum(of_captions) / len(flat))
+    run = trainer.fit()
+    said = capsys.readouterr().out
+    count = f"{e['negatives']:.1f} of " if e["negatives"] < len(micro) - 1 else ""
+    assert f"negatives   {count}{len(micro) - 1} per pair" in said
+    assert f"chance of R@1 {chance:.1f} %" in said
+    assert ("“photo” (53 pictures)" in said) == (train.texts[0][0] == "photo")
+    assert ("“kind 0” (27 pictures), “kind 1” (26 pictures)" in said) == ("kind 0" in flat)
+    steps = [record for record in run.history if record["split"] == "train"]
+    assert all(record["loss"] > 0.1 and record["grad_norm"] > 0 for record in steps)
 
 
 def test_parameters_stand_in_the_right_group(make_model, config):
