@@ -177,9 +177,7 @@ def test_a_category_leaves_something_to_divide(tokenizer):
 def test_the_remedy_fits_what_joins(tokenizer):
     chain = [[f"caption {i}", f"caption {i + 1}"] for i in range(9)]
     data = MultimodalDataset.from_pixels(scenes(9), chain, tokenizer=tokenizer)
-    with pytest.raises(
-        ValueError, match=r"1 groups .* leave captions out that many"
-    ):
+    with pytest.raises(ValueError, match=r"1 groups .* leave captions out that many"):
         split(data)
     near = MultimodalDataset.from_pixels(
         torch.cat([scenes(1), brightened(scenes(1))] * 9), texts_for(18), tokenizer=tokenizer
