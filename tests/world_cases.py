@@ -174,7 +174,7 @@ def share(kind: str, exchange: str, chunk: int) -> dict:
     bounds = [*FIRST_ROWS[processes], PAIRS]
     rows = slice(bounds[rank], bounds[rank + 1])
     width = 1 if rank == 0 and processes > 1 else 2  # a table may be narrower in one process
-    table[: bounds[1], 1] = -1
+    table[: FIRST_ROWS[2][1], 1] = -1
     partners = captions[rows], table[rows, :width]
     leaves = [image[rows], text[rows], torch.tensor(1.3), torch.tensor(-1.0)]
     leaves = [x.clone().requires_grad_() for x in leaves]
