@@ -181,9 +181,18 @@ def _reason(error: Exception) -> str:
     return first or type(error).__name__
 
 
+def _plain_name(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
 def load_weights(model: nn.Module, weights: dict, path="the checkpoint") -> None:
-    """Load weights of the same architecture; ValueError naming the first difference otherwise."""
+    """Load weights of the same architecture; ValueError naming the first difference otherwise.
+
+    What DDP and torch.compile put in front of names ("module.", "_orig_mod.") does not matter.
+    """
     own = model.state_dict()
+    names = {_plain_name(name): name for name in own}
+    weights = {names.get(_plain_name(name), name): value for name, value in weights.items()}
     for name in own | weights:  # in the model's order, so that the same fault gives the same words
         if name not in weights or name not in own:
             where = "the model" if name not in own else "the file"
@@ -191,18 +200,23 @@ def load_weights(model: nn.Module, weights: dict, path="the checkpoint") -> None
         if own[name].shape != weights[name].shape:
             raise ValueError(
                 f"{path} is of another architecture: {name!r} is {tuple(weights[name].shape)} in "
-                f"the file, {tuple(own[name].shape)} in the model; use mm.load(path) instead"
+                f"the file, {tuple(own[name].shape)} in the model; use mm.load(path) instead "
+                "(with image_size=…, where only that is to be another one)"
             )
     model.load_state_dict(weights)
 
 
-def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> MultimodalEncoder:
+def load(
+    path: str | os.PathLike, device: str | torch.device = "cpu", image_size: int | None = None
+) -> MultimodalEncoder:
     """The model of a `best_model.pth`, ready to encode: evaluation mode, its tokenizer with it.
 
-    path may also be a folder that `save_pretrained` wrote.
+    path may also be a folder that `save_pretrained` wrote. image_size: None = the one it was
+    trained at; another one as by `MultimodalEncoder.resize`.
     """
     if os.path.isdir(path):
-        return MultimodalEncoder.from_pretrained(path, device=device)
+        model = MultimodalEncoder.from_pretrained(path, device=device)
+        return model if image_size is None else model.resize(image_size)
     state = read_checkpoint(path)
     if "architecture" not in state or "model_state_dict" not in state:
         known = ", ".join(sorted(map(str, state))[:6])
@@ -216,6 +230,8 @@ def load(path: str | os.PathLike, device: str | torch.device = "cpu") -> Multimo
         ) from None
     load_weights(model, state["model_state_dict"], path)
     model.trained_steps = state.get("trained_steps", 0)
+    if image_size is not None:
+        model.resize(image_size)
     return model.to_device(device).eval()
 
 

@@ -74,6 +74,11 @@ def sin_cos_2d(height: int, width: int, channels: int) -> Tensor:
     return torch.cat([sin_cos(columns, channels // 2), sin_cos(rows, channels // 2)], 1)
 
 
+def _places_of(side: int, width: int) -> Tensor:
+    """(1 + side * side, width): none for the class token, then those of the patches."""
+    return torch.cat([torch.zeros(1, width), sin_cos_2d(side, side, width)])
+
+
 class TokenDecoder(nn.Module):
     """Transformer layers over one modality's tokens, mask tokens put in, and the other's if asked.
 
@@ -205,7 +210,7 @@ class MultimodalDecoder(nn.Module):
         self.word_head = self.matching_head = None
         if pixels:
             if pixel_depth:
-                places = torch.cat([torch.zeros(1, width), sin_cos_2d(side, side, width)])
+                places = _places_of(side, width)
                 self.pixel_layers = TokenDecoder(
                     image, text if across else None, width, pixel_depth, places, dropout
                 )
@@ -219,6 +224,12 @@ class MultimodalDecoder(nn.Module):
             out = width if word_depth else text
             self.word_head = WordHead(out, bert_config) if words else None
             self.matching_head = nn.Linear(out, 1) if matching else None
+
+    def set_grid(self, side: int):
+        """Put back the patches of a grid of side x side; its positions are fixed, not learned."""
+        if self.pixel_layers is not None:
+            places = _places_of(side, self.spec["width"])
+            self.pixel_layers.places = places.to(self.pixel_layers.places.device)
 
     def set_attention(self, kind: str):
         """Use the attention ("eager" or "sdpa") that is fast on the device."""

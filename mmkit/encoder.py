@@ -31,7 +31,7 @@ from .export import Exportable
 from .layers import bert_states, dropouts, has_hook, own_layers, vit_layers
 from .losses import check_loss
 from .masks import Masking
-from .patches import patchify, pick_tokens
+from .patches import patchify, pick_tokens, resize_positions
 from .tokenizer import (
     check_padding,
     continues_word,
@@ -175,12 +175,21 @@ class MultimodalEncoder(nn.Module, Exportable):
         return model
 
     @classmethod
-    def from_backbones(cls, image_backbone, text_backbone: str, *, embed_dim: int = 256, **options):
+    def from_backbones(
+        cls,
+        image_backbone,
+        text_backbone: str,
+        *,
+        embed_dim: int = 256,
+        image_size: int | None = None,
+        **options,
+    ):
         """Pretrained towers by hub name or local folder (a ViT and a BERT with its tokenizer).
 
         image_backbone may also be a preset's name or a ViTConfig: a new ViT of that size beside a
         pretrained BERT, such as the one of `mm.minilm()`, which needs no network. Pixel statistics
-        come from the checkpoint's own preprocessor. options: dropout (of the projections and of a
+        come from the checkpoint's own preprocessor. image_size: None = that of the ViT, another one
+        as by `resize`. options: dropout (of the projections and of a
         preset's new ViT; a checkpoint keeps its towers' own), temperature, pooling (take the one
         that the BERT was trained with: "mean" for sentence-transformers). Reads safetensors or
         weights-only files, never code. Raises FileNotFoundError, and soon, where there is no such
@@ -200,7 +209,7 @@ class MultimodalEncoder(nn.Module, Exportable):
         if new is None:
             model.vit = load_tower(ViTModel, image_backbone, image_config, image_hub)
         model.bert = load_tower(BertModel, text_backbone, text_config, hub)
-        return model
+        return model if image_size is None else model.resize(image_size)
 
     def to_device(self, device) -> "MultimodalEncoder":
         """Move to a device and pick the attention that is fast there (equal up to rounding).
@@ -214,6 +223,30 @@ class MultimodalEncoder(nn.Module, Exportable):
         if self.decoder is not None:
             self.decoder.set_attention(kind)
         return self.to(device)
+
+    def resize(self, image_size: int) -> "MultimodalEncoder":
+        """Take square images of another size, patches keep theirs; position embeddings are
+        interpolated (He et al. 2022, MAE, and most that fine-tune at another size).
+
+        Call it before a trainer is built. Raises ValueError for no multiple of the patch.
+        """
+        p = self.patch_size
+        if image_size < p or image_size % p:
+            raise ValueError(
+                f"image_size={image_size} is not a multiple of patch_size {p}; try "
+                f"{image_size - image_size % p or p}"
+            )
+        side, parts = image_size // p, self.vit.embeddings
+        first, rest = parts.position_embeddings.detach().split([1, self.num_patches], 1)
+        moved = torch.cat([first, resize_positions(rest, side)], 1)
+        learns = parts.position_embeddings.requires_grad
+        parts.position_embeddings = nn.Parameter(moved, requires_grad=learns)
+        parts.image_size = parts.patch_embeddings.image_size = (image_size, image_size)
+        parts.patch_embeddings.num_patches = self.num_patches = side**2
+        self.image_size = self.vit.config.image_size = image_size
+        if self.decoder is not None:
+            self.decoder.set_grid(side)
+        return self
 
     def add_decoder(self, **heads) -> "MultimodalEncoder":
         """Give the model what puts back pixels and words; heads: see `MultimodalDecoder`.
@@ -245,9 +278,10 @@ class MultimodalEncoder(nn.Module, Exportable):
         """Class token and the patches that are encoded, with their positions: (B, 1 + K, D)."""
         height, width = pixel_values.shape[-2:]
         if (height, width) != (self.image_size, self.image_size):
+            other = f", or call model.resize({height}) first" if height == width else ""
             raise ValueError(
-                f"pictures are {height} x {width} pixels, the encoder takes {self.image_size} x "
-                f"{self.image_size}; load them with image_size={self.image_size}"
+                f"images are {height} x {width} pixels, the encoder takes {self.image_size} x "
+                f"{self.image_size}; load them with image_size={self.image_size}{other}"
             )
         embeddings = self.vit.embeddings
         positions = embeddings.position_embeddings  # (1, 1 + N, D)

@@ -4,6 +4,7 @@ Shapes: B batch, N patches, K kept, D width. Walk-through: notebooks/02_masking.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 HIDDEN = 208  # the grey of a hidden patch
@@ -39,6 +40,17 @@ def pick_tokens(x: Tensor, ids: Tensor) -> Tensor:
     first = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
     picked = x.flatten(0, 1).index_select(0, (ids + first).flatten())
     return picked.view(*ids.shape, x.shape[-1])
+
+
+def resize_positions(positions: Tensor, side: int) -> Tensor:
+    """Position embeddings (1, N, D) of a square grid, between which others of side x side lie.
+
+    Bicubic, with antialiasing where there are to be fewer: (1, side**2, D).
+    """
+    old = round(positions.shape[1] ** 0.5)
+    plane = positions.transpose(1, 2).unflatten(2, (old, old)).float()  # (1, D, h, w)
+    plane = F.interpolate(plane, (side, side), mode="bicubic", antialias=True)
+    return plane.flatten(2).transpose(1, 2).to(positions.dtype)
 
 
 def paint_mask(pixels: Tensor, mask: Tensor, patch_size: int) -> Tensor:

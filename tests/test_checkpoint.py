@@ -299,3 +299,42 @@ def test_random_state_goes_through_a_file(tmp_path):
     mm.checkpoint.set_random_state(read_checkpoint(tmp_path / "random.pth"))
     again = random.random(), np.random.rand(), torch.rand(3)
     assert drawn[:2] == again[:2] and torch.equal(drawn[2], again[2])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "inside"])
+def test_names_as_ddp_and_compile_write_them_are_read(make_model, tmp_path, prefix):
+    """Also where a layer alone was compiled, and into a model that is wrapped itself."""
+    model = make_model(seed=1)
+    weights = model.state_dict()
+    if prefix == "inside":
+        named = {
+            n.replace("vit.layers.1.", "vit.layers.1._orig_mod."): w for n, w in weights.items()
+        }
+    else:
+        named = {prefix + name: value for name, value in weights.items()}
+    assert named.keys() != weights.keys()
+    state = {"model_state_dict": named, "architecture": model.architecture()}
+    write_atomically(state, tmp_path / "best_model.pth")
+    loaded = mm.load(tmp_path / "best_model.pth")
+    wrapped = torch.nn.ModuleDict({"module": make_model(seed=2)})
+    load_weights(wrapped, named)
+    for name, value in weights.items():
+        assert torch.equal(loaded.state_dict()[name], value)
+        assert torch.equal(wrapped["module"].state_dict()[name], value)
+
+
+def test_a_checkpoint_is_loaded_for_another_image_size(make_model, tmp_path):
+    model = make_model(seed=1)
+    state = {"model_state_dict": model.state_dict(), "architecture": model.architecture()}
+    write_atomically(state, tmp_path / "best_model.pth")
+    model.save_pretrained(tmp_path / "shared")
+    expected = model.resize(25).state_dict()
+    for path in ("best_model.pth", "shared"):
+        larger = mm.load(tmp_path / path, image_size=25)
+        assert larger.image_size == 25
+        for name, value in larger.state_dict().items():
+            assert torch.equal(value, expected[name])
+    with pytest.raises(
+        ValueError, match=r"position_embeddings' is .*mm\.load\(path\).*image_size=…"
+    ):
+        load_weights(make_model().resize(25), state["model_state_dict"])

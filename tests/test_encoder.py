@@ -552,3 +552,52 @@ def test_a_loss_that_is_not_known_is_named(make_model):
     assert "loss" not in make_model().architecture()
     spec = make_model(loss="sigmoid").architecture()
     assert mm.MultimodalEncoder.from_architecture(spec).loss == "sigmoid"
+
+
+def test_another_image_size_interpolates_positions_and_nothing_else(
+    make_model, make_data, tmp_path
+):
+    """A plane of positions stays that plane; files, decoder and masks follow."""
+    model = make_model().add_decoder(pixels=True, words=True, width=32).to_device("cpu")
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    assert model.resize(15).vit.embeddings.position_embeddings.shape == (1, 10, 22)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, weights[name], msg=name)
+    with torch.no_grad():
+        steps = torch.arange(3.0)
+        plane = (7 * steps[:, None] + 2 * steps).flatten()[None, :, None]
+        model.vit.embeddings.position_embeddings[:, 1:] = plane.expand(-1, -1, 22)
+    assert model.resize(35) is model and (model.image_size, model.num_patches) == (35, 49)
+    found = model.vit.embeddings.position_embeddings[0, 1:, 3].unflatten(0, (7, 7))
+    torch.testing.assert_close(found[3, 3], torch.tensor(9.0))  # the middle is the middle
+    assert (found.diff(dim=0) > 0).all() and (found.diff(dim=1) > 0).all()
+    torch.testing.assert_close(found + found.flip(0, 1), torch.full((7, 7), 18.0))
+    batch = make_data(5, size=35).batch(range(5))
+    masking, text = mm.masking.draw_maskings(
+        batch, model, seed=0, epoch=0, image=("random", 0.5), text=("random", 0.4)
+    )
+    model.eval()
+    wanted = Wanted(pixels=True)
+    with torch.no_grad():
+        out = model(batch, masking, text, wanted=wanted)
+    assert out.pixels.shape == (5, 49, 75)
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        again = mm.load(tmp_path)(batch, masking, text, wanted=wanted)
+    torch.testing.assert_close(again.pixels, out.pixels)
+    torch.testing.assert_close(again.image_features, out.image_features)
+    with pytest.raises(ValueError, match="image_size=36 is not a multiple of patch_size 5; try 35"):
+        model.resize(36)
+    with pytest.raises(
+        ValueError, match=r"15 x 15 pixels, .*image_size=35, or call model\.resize\(15"
+    ):
+        model.encode_image(make_data(5).batch(range(5)).pixel_values)
+
+
+def test_constant_positions_stay_constant_at_every_size(make_model):
+    for size in (5, 10, 25, 55):
+        model = make_model()
+        with torch.no_grad():
+            model.vit.embeddings.position_embeddings.fill_(0.7)
+        positions = model.resize(size).vit.embeddings.position_embeddings
+        torch.testing.assert_close(positions, torch.full((1, 1 + (size // 5) ** 2, 22), 0.7))
