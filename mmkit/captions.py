@@ -19,17 +19,24 @@ from .picture_files import Refused
 # one sees (byte order, soft hyphen) are nothing; a joiner of letters or emoji has a meaning, stays.
 _UNSEEN = re.compile("[\u0000-\u001f\u007f-\u009f\u2028\u2029\u200b]+")
 _NOTHING = re.compile("[\ufeff\u2060\u00ad]")
+_BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs by name, with no ink
+
+
+def is_visible(letter: str) -> bool:
+    """A letter, digit or sign: no space, no control, no mark that only changes its neighbour."""
+    return unicodedata.category(letter)[0] in "LNPS" and letter not in _BLANK_LETTERS
 
 
 def clean_caption(text: str) -> str:
     """One line: composed letters (NFC), control characters and runs of white space one space.
 
     Half a letter (a lone surrogate, from a broken file) becomes the replacement mark. "" where
-    nothing is left.
+    nothing is left that can be seen: marks of direction and joiners alone are no words.
     """
     text = text.encode("utf-8", "replace").decode("utf-8")
     text = " ".join(_NOTHING.sub("", _UNSEEN.sub(" ", text)).split())
-    return unicodedata.normalize("NFC", text)  # last: what was apart may have come together
+    text = unicodedata.normalize("NFC", text)  # last: what was apart may have come together
+    return text if any(map(is_visible, text)) else ""
 
 
 def clean_captions(where: str, text) -> list[str]:

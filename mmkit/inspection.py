@@ -71,7 +71,7 @@ def _blank_and_dark(data: MultimodalDataset) -> tuple[list[str], list[int]]:
     are nearly black."""
     names, dark = [], []
     for rows in np.array_split(np.arange(len(data)), max(1, len(data) // 256)):
-        pixels = _of_255(data.batch(rows.tolist()).pixel_values)
+        pixels = _of_255(data._take(rows))
         flat = (pixels - pixels.mean((-2, -1), keepdim=True)).square().mean((1, 2, 3)).sqrt()
         blank = (flat < BLANK).cpu().numpy()
         names += [data.picture_name(row) for row in rows[blank]]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention import at_rest
-from .captions import correct_pairs
+from .captions import clean_caption, correct_pairs
 from .data import Batch, MultimodalDataset, as_dataset
 from .distributed import gather_rows, joint, my_share
 from .encoder import MultimodalEncoder
@@ -342,7 +342,9 @@ def embed_texts(model: MultimodalEncoder, texts: Sequence[str], batch_size: int 
 
     Raises ValueError for no text, or an empty one.
     """
-    written = not isinstance(texts, str) and all(isinstance(t, str) and t.strip() for t in texts)
+    written = not isinstance(texts, str) and all(
+        isinstance(t, str) and clean_caption(t) for t in texts
+    )
     if not written or not len(texts):
         raise ValueError(f"texts={texts!r}: give a list of texts, none of them empty")
     device, features = model.logit_scale.device, []

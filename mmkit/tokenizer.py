@@ -8,10 +8,12 @@ Shapes: B batch, L text length. `valid` is True for a REAL token. Walk-through:
 notebooks/01_data.ipynb.
 """
 
+import functools
 import itertools
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -53,7 +55,8 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int | None = None):
         raise ValueError("0 captions to train a tokenizer on; give at least one")
     unique, special = sorted(set(texts)), list(SPECIAL_TOKENS.values())
     normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
-    letters = sorted({c for text in unique for c in normalizer.normalize_str(text)} - {" "})
+    raw_letters = set().union(*unique)  # the normalizer looks at each alone
+    letters = sorted({c for one in raw_letters for c in normalizer.normalize_str(one)} - {" "})
     inner = [f"##{letter}" for letter in letters if not _IDEOGRAPH.match(letter)]
     needed = len(special) + len(letters) + len(inner)
     vocab_size = vocab_size or max(4096, 3 * needed)
@@ -116,13 +119,16 @@ def encode_texts(tokenizer, texts: Sequence[str], max_length: int) -> tuple[Tens
     """Word pieces of captions: `(input_ids (B, L) int64, valid (B, L) bool)`.
 
     L is the longest caption's length, at most `max_length`; longer ones are cut, their end token
-    kept. Raises ValueError for a tokenizer that cannot pad.
+    kept. A special token that a caption spells ("[MASK]") is letters. Raises ValueError for a
+    tokenizer that cannot pad.
     """
     check_padding(tokenizer)
     options: dict = dict(padding=True, padding_side="right", truncation=True, max_length=max_length)
     ids, lengths = [], []
-    for block in _blocks(texts):
-        encoded = tokenizer(block, return_tensors="pt", **options)
+    for block in _blocks(spelled(tokenizer, texts)):
+        encoded = tokenizer(
+            _beginnings(tokenizer, block, max_length), return_tensors="pt", **options
+        )
         ids.append(encoded["input_ids"].long())
         lengths.append(encoded["attention_mask"].sum(1))
     longest = max(part.shape[1] for part in ids)
@@ -139,10 +145,53 @@ def _blocks(texts: Sequence[str]) -> Iterator[list[str]]:
         yield list(texts[start : start + 8192])
 
 
+def spelled(tokenizer, texts: Sequence[str]) -> list[str]:
+    """The texts, a space in each special token that one of them spells: so it is read as letters.
+
+    A caption that holds "[MASK]" would put the mask token itself into the batch.
+    """
+    special = sorted(filter(lambda t: len(t) > 1, tokenizer.all_special_tokens), key=len)[::-1]
+    apart = functools.partial(
+        re.compile("|".join(map(re.escape, special))).sub, lambda m: f"{m[0][0]} {m[0][1:]}"
+    )
+    return [apart(t) if any(name in t for name in special) else t for t in texts]
+
+
+def _splits_at_spaces(tokenizer) -> bool:
+    """Is a text encoded word by word, so that the pieces of a word do not depend on the others?"""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    kinds = [type(getattr(backend, part, None)).__name__ for part in ("model", "pre_tokenizer")]
+    return kinds == ["WordPiece", "BertPreTokenizer"]
+
+
+def _beginnings(tokenizer, texts: list[str], max_length: int) -> list[str]:
+    """Of texts of many words, enough for `max_length` pieces: a novel is not read to its end."""
+    if not _splits_at_spaces(tokenizer):
+        return texts
+    most, cut = max_length + 16, []
+    for text in texts:
+        words = text.split(" ", most)[:most] if len(text) > 2 * most else []
+        # every word with a letter or a digit is a piece, or more; a joiner alone is none
+        enough = sum(any(map(str.isalnum, word)) for word in words) >= max_length
+        cut.append(" ".join(words) if enough else text)
+    return cut
+
+
 def piece_counts(tokenizer, texts: Sequence[str]) -> list[int]:
     """How many word pieces each text has, both ends included, nothing cut."""
     options: dict = dict(truncation=False, padding=False, verbose=False)
-    return [len(x) for part in _blocks(texts) for x in tokenizer(part, **options)["input_ids"]]
+
+    def counts(some: Sequence[str], **more) -> list[int]:
+        parts = (tokenizer(part, **options, **more)["input_ids"] for part in _blocks(some))
+        return [len(ids) for part in parts for ids in part]
+
+    texts = spelled(tokenizer, texts)
+    if not _splits_at_spaces(tokenizer):
+        return counts(texts)
+    words = list({word for text in texts for word in text.split(" ")})  # each is looked at once
+    count = dict(zip(words, counts(words, add_special_tokens=False), strict=True))
+    ends = tokenizer.num_special_tokens_to_add()
+    return [ends + sum(map(count.__getitem__, text.split(" "))) for text in texts]
 
 
 def check_padding(tokenizer) -> None:
@@ -169,16 +218,22 @@ def unknown_share(tokenizer, texts: Sequence[str]) -> float:
         raise ValueError(f"{name} does not say where its pieces stand; use its fast version")
     options = dict(add_special_tokens=False, truncation=False, padding=False, verbose=False)
     unknown, lost, total = _unknown_ids(tokenizer), 0, 0
-    parts = ((b, tokenizer(b, return_offsets_mapping=True, **options)) for b in _blocks(texts))
+    times = Counter(word for text in spelled(tokenizer, texts) for word in text.split())
+    parts = (
+        (b, tokenizer(b, return_offsets_mapping=True, **options)) for b in _blocks(list(times))
+    )
     each = (zip(b, e["input_ids"], e["offset_mapping"], strict=True) for b, e in parts)
-    for text, ids, places in itertools.chain.from_iterable(each):
-        read: set[int] = set()  # places in the text
-        unread: set[int] = set()  # SentencePiece's mark of a word stands on its first letter, too
-        for number, place in zip(ids, places, strict=True):
-            (unread if number in unknown else read).update(range(*place))
-        signs = [n for n, c in enumerate(text) if unicodedata.category(c)[0] not in "ZC"]
-        total += len(signs)
-        lost += sum(place not in read - unread for place in signs)
+    for word, ids, places in itertools.chain.from_iterable(each):
+        read = bytearray(len(word))  # 1 where a letter of the word is read
+        for number, (start, end) in zip(ids, places, strict=True):
+            if number not in unknown:
+                read[start:end] = bytes([1]) * (end - start)
+        for number, (start, end) in zip(ids, places, strict=True):
+            if number in unknown:  # SentencePiece's mark of a word stands on its first letter, too
+                read[start:end] = bytes(end - start)
+        signs = [unicodedata.category(letter)[0] not in "ZC" for letter in word]
+        total += times[word] * sum(signs)
+        lost += times[word] * sum(sign and not one for sign, one in zip(signs, read, strict=True))
     return lost / max(1, total)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import mmkit as mm
 from mmkit import MultimodalDataset, picture_cache, train_wordpiece
 from mmkit.captions import correct_pairs, very_common
 from mmkit.data import load_batches
@@ -365,3 +366,43 @@ def test_workers_without_room_for_shared_memory_send_their_batches_all_the_same(
     command = [sys.executable, "-c", NO_SHARED_MEMORY, str(tmp_path / "pictures")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout == "all batches came\n", done.stderr[-2000:]
+
+
+INVISIBLE = [
+    "\u200e\u200f",
+    "\u202e \u2066\u2069",
+    "\u200d",
+    "\u3164",
+    "\u2800\u2800",
+    "\ufe0f",
+    "\U000e0041",
+]
+
+
+@pytest.mark.parametrize("caption", INVISIBLE)
+def test_captions_that_nobody_can_see_are_blank(caption, tmp_path):
+    """Refused alone; left out and counted beside others; a query of them is empty, too."""
+    with pytest.raises(ValueError, match="is empty or not a string"):
+        mm.MultimodalDataset.from_pixels(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [caption])
+    for name in "ab":
+        Image.new("RGB", (11, 13), (5, 7, 250)).save(tmp_path / f"{name}.png")
+    paths, texts = [tmp_path / "a.png", tmp_path / "b.png"], [["a cat", caption], [caption]]
+    data = mm.from_lists(paths, texts, on_error="skip", max_skipped=1.0, num_workers=0)
+    assert data.texts == [["a cat"]] and data.report.blank_captions == 1
+    assert data.report.skipped == {"no caption": 1}
+    model = mm.MultimodalEncoder.preset("tiny", tokenizer=data.tokenizer)
+    with pytest.raises(ValueError, match="none of them empty"):
+        mm.embed_texts(model, [caption])
+
+
+def test_marks_within_words_stay():
+    """Joiners and marks of direction have a meaning between letters and emoji."""
+    pixels = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    for text in (
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "\U0001f469\u200d\U0001f680",
+        "7",
+        "\u200eabc",
+        "\u2764\ufe0f",
+    ):
+        assert mm.MultimodalDataset.from_pixels(pixels, [text]).texts == [[text]]

@@ -1,10 +1,15 @@
 """Captions become word pieces and come back; a checkpoint's tokenizer is the same tokenizer."""
 
+import itertools
+import random
+import time
+
 import pytest
 
 from mmkit.tokenizer import (
     continues_word,
     encode_texts,
+    piece_counts,
     special_ids,
     tokenizer_from_state,
     tokenizer_state,
@@ -115,6 +120,71 @@ def test_a_sentence_without_spaces_is_not_one_unknown_word():
         assert len(sentence) > 100 and unknown_share(tokenizer, [sentence]) == 0
         again = tokenizer_from_state(tokenizer_state(tokenizer))
         assert unknown_share(again, [sentence]) == 0
+
+
+SPELLED = ["a [MASK] red [PAD] house", "[SEP]", "[[CLS]] [UNK]s", "the <s>flag</s> of [mask]"]
+
+
+def unigram():
+    """As XLM-R's: its special tokens stand in the vocabulary of the model itself."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "</s>", "<pad>", "<unk>", "<mask>"]
+    letters = sorted({*"".join(SPELLED), "\u2581"} - {" "})
+    raw = Tokenizer(models.Unigram([(name, 0.0) for name in [*special, *letters]], unk_id=3))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    roles = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **dict(zip(roles, special, strict=True)))
+
+
+@pytest.mark.parametrize("make", [lambda: train_wordpiece([*TEXTS, *SPELLED]), unigram])
+def test_special_tokens_that_a_caption_spells_are_letters(make):
+    """Only the ends and the padding have special ids; every letter comes back."""
+    tokenizer = make()
+    special = {*special_ids(tokenizer).tolist(), tokenizer.unk_token_id}
+    input_ids, valid = encode_texts(tokenizer, SPELLED, 97)
+    counts = piece_counts(tokenizer, SPELLED)
+    for text, row, real, count in zip(
+        SPELLED, input_ids.tolist(), valid.tolist(), counts, strict=True
+    ):
+        ids = list(itertools.compress(row, real))
+        assert len(ids) == count and ids[0] in special and ids[-1] in special
+        assert not special & {*ids[1:-1]}, text
+        back = tokenizer.decode(ids[1:-1]).replace(" ", "").replace("\u2581", "")
+        assert back.casefold() == text.replace(" ", "").casefold()
+    assert unknown_share(tokenizer, SPELLED) == 0
+
+
+def test_pieces_are_counted_and_encoded_as_the_whole_text_would_be():
+    """Word by word, and from the beginning alone, where that is the same."""
+    draw = random.Random(0)
+    words = (
+        "a red-brown house, of an old... 'blue' boat & \u200d #7 b\u00fccher \u4e2d\u6587".split()
+    )
+    tokenizer = train_wordpiece([*TEXTS, "b\u00fccher, #7 & ... -"])
+    texts = [" ".join(draw.choices(words, k=k)) for k in (1, 2, 5, 11, 23, 47, 97, 211)]
+    texts += ["& " * 97 + "house", "\u200d " * 97 + "house", "a  house"]
+    whole = tokenizer(texts)["input_ids"]
+    assert piece_counts(tokenizer, texts) == [len(ids) for ids in whole]
+    for most in (5, 13, 31):
+        input_ids, valid = encode_texts(tokenizer, texts, most)
+        cut = tokenizer(texts, truncation=True, max_length=most)["input_ids"]
+        assert [row[real].tolist() for row, real in zip(input_ids, valid, strict=True)] == cut
+
+
+def test_a_caption_of_many_words_takes_time_in_proportion():
+    """300,000 words: a tenth of a second each on a quiet machine; a square of it would be hours."""
+    text = " ".join(random.Random(0).choices(TEXTS[0].split() + TEXTS[1].split(), k=300_007))
+    tokenizer = train_wordpiece(TEXTS)
+    started = time.process_time()
+    assert unknown_share(tokenizer, [text]) == 0
+    assert piece_counts(tokenizer, [text]) == [300_009]
+    assert encode_texts(tokenizer, [text], 32)[0].shape == (1, 32)
+    assert time.process_time() - started < 2
 
 
 def test_bad_input_is_refused_in_words():
