@@ -109,13 +109,31 @@ def check_ratio(mask_ratio: float | Tensor, count: int):
         )
 
 
+_DIGITS = {torch.float32: 7, torch.float16: 3, torch.bfloat16: 2}  # that each holds of a decimal
+
+
+def as_written(ratio: float | Tensor) -> float | Tensor:
+    """A ratio in float64 as it was written: a float32 of 0.1 is 0.1, and not 0.10000000149.
+
+    So a tensor gives the counts that the same plain number gives.
+    """
+    if not isinstance(ratio, Tensor):
+        return float(ratio)
+    exact = ratio.double()
+    if (digits := _DIGITS.get(ratio.dtype)) is None:
+        return exact
+    decimal = exact.round(decimals=digits)
+    return torch.where(decimal.to(ratio.dtype) == ratio, decimal, exact)
+
+
 def count_kept(score: Tensor, mask_ratio: float | Tensor) -> int | Tensor:
     """How many tokens of score (B, N) stay, at least one; (B,) for ratios (B,)."""
     check_ratio(mask_ratio, len(score))
     num_tokens = score.shape[1]
-    if isinstance(mask_ratio, Tensor) and mask_ratio.ndim:
-        return (num_tokens * (1 - mask_ratio.double())).round().long().clamp(min=1)
-    return max(1, round(num_tokens * (1 - float(mask_ratio))))
+    ratio = as_written(mask_ratio)
+    if isinstance(ratio, Tensor) and ratio.ndim:
+        return (num_tokens * (1 - ratio)).round().long().clamp(min=1)
+    return max(1, round(num_tokens * (1 - float(ratio))))
 
 
 def _inverse(order: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .masks import Masking, check_ratio, keep_visible
+from .masks import Masking, as_written, check_ratio, keep_visible
 
 FREQUENCY_THRESHOLD = 1e-3  # t of `frequency_mask`; right for captions of a few thousand pieces
 
@@ -43,7 +43,7 @@ def num_hidden(mask_ratio: float | Tensor, caption: Caption) -> Tensor:
         row = int((~caption.valid.any(1)).nonzero()[0])
         raise ValueError(f"caption {row} is all padding: no real token; give it a text")
     count = caption.maskable.sum(1)
-    ratio = torch.as_tensor(mask_ratio, dtype=torch.float64, device=count.device)
+    ratio = torch.as_tensor(as_written(mask_ratio), dtype=torch.float64, device=count.device)
     hidden = (count * ratio).round().long().clamp(min=caption.least_hidden)
     return torch.minimum(hidden, (count - 1).clamp(min=0))
 

@@ -246,6 +246,25 @@ def test_then_noise_orders_by_score_and_then_by_noise(scores, scale):
     assert then_noise(whole, noise)[0].argsort().tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_a_ratio_in_a_tensor_counts_as_the_same_plain_number(dtype):
+    """Two and three digits, as ratios are written, and fractions of a power of two; any number
+    of tokens, one ratio or one per sample. float32: 15 patches at 0.1 masked 2, for 1."""
+    digits = 2 if dtype == torch.bfloat16 else 3
+    ratios = [i / 10**digits for i in range(0, 10**digits, 7)] + [1 / 3, 2 / 3]
+    ratios += [i / 128 for i in range(0, 128, 3)]
+    if dtype in (torch.float16, torch.bfloat16):
+        ratios = ratios[: -2 - 43]  # they hold no third as float64 does
+    if dtype == torch.bfloat16:
+        ratios = [ratio for ratio in ratios if float(torch.tensor(ratio, dtype=dtype)) < 1]
+    for tokens in (5, 15, 30, 35, 64, 196, 251):
+        score = torch.zeros(len(ratios), tokens)
+        plain = [count_kept(score, ratio) for ratio in ratios]
+        each = torch.tensor(ratios, dtype=torch.float64).to(dtype)
+        assert count_kept(score, each).tolist() == plain
+        assert [count_kept(score, one) for one in each] == plain
+
+
 def test_ratios_of_another_number_of_samples_are_refused():
     """One number (a tensor, too), or one per sample."""
     score = torch.rand(3, 7)

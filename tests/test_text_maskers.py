@@ -286,3 +286,13 @@ def test_specials_of_a_tokenizer_are_no_words(tokenizer):
     words = maskable_words(input_ids, valid, special_ids(tokenizer))
     assert words.tolist() == [[False, True, True, True, False], [False, True, True, False, False]]
     assert input_ids[1, 2] == tokenizer.unk_token_id
+
+
+def test_a_ratio_in_a_tensor_masks_as_many_as_the_same_plain_number():
+    """Of 5 to 47 pieces, by tenths: a float32 of 0.1 is a little more than 0.1, and ties round."""
+    counts = [5, 15, 25, 35, 45, 47]
+    maskable = torch.arange(47) < torch.tensor(counts)[:, None]
+    for tenth in range(1, 10):
+        plain = num_hidden(tenth / 10, Caption(maskable, maskable))
+        for ratio in (torch.tensor(tenth / 10), torch.full((6,), tenth / 10)):
+            assert torch.equal(num_hidden(ratio, Caption(maskable, maskable)), plain)
