@@ -100,6 +100,9 @@ class MultimodalEncoder(nn.Module, Exportable):
     special_ids: Tensor  # ids of tokens that are never hidden
     word_ids: Tensor  # ids of all others
     continues_word: Tensor  # (V,) bool, True = a piece that goes on with the word before it
+    # (V,) of each token among the captions it was trained on, for the text masker "frequency": a
+    # caption is masked the same in whichever data set it is met.
+    token_frequency: Tensor | None = None
     trained_steps = 0  # optimizer steps that have been applied to these weights, as far as known
 
     def __init__(
@@ -471,6 +474,7 @@ class MultimodalEncoder(nn.Module, Exportable):
 
     def architecture(self) -> dict:
         """What `from_architecture` needs to build the same encoder: plain values only."""
+        frequency = self.token_frequency
         return {
             "vit": _plain(self.vit.config),
             "bert": _plain(self.bert.config),
@@ -479,6 +483,7 @@ class MultimodalEncoder(nn.Module, Exportable):
             "pooling": self.pooling,
             "tokenizer": tokenizer_state(self.tokenizer),
             **({} if self.loss == "info_nce" else {"loss": self.loss}),
+            **({} if frequency is None else {"token_frequency": frequency.tolist()}),
             **({} if self.decoder is None else {"decoder": self.decoder.spec}),
         }
 
@@ -505,11 +510,12 @@ class MultimodalEncoder(nn.Module, Exportable):
         from transformers import BertConfig, ViTConfig
 
         spec = dict(spec)
-        heads = spec.pop("decoder", None)
+        heads, frequency = spec.pop("decoder", None), spec.pop("token_frequency", None)
         vit = ViTConfig(**_settings(ViTConfig, spec.pop("vit")))
         bert = BertConfig(**_settings(BertConfig, spec.pop("bert")))
         with torch.random.fork_rng(devices=[]):  # weights to be replaced use up no draws
             model = cls(vit, bert, tokenizer_from_state(spec.pop("tokenizer")), **spec)
+            model.token_frequency = None if frequency is None else torch.tensor(frequency)
             return model if heads is None else model.add_decoder(**heads)
 
 

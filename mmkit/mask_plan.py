@@ -76,8 +76,6 @@ class MaskPlan:
         highest = max(config.image_mask_ratio, config.image_mask_final_ratio or 0)
         looks = config.image_mask in ATTENTION_MASKERS and highest > 0
         self.ema = RunningMean(model.vit, config.ema_momentum) if looks else None
-        counts = config.text_mask == "frequency"
-        self.frequency = train.piece_frequency() if counts else None
 
     def augmented(self, batch: Batch, epoch: int) -> Batch:
         """The batch as the encoder gets it in that epoch, before masking."""
@@ -142,7 +140,6 @@ class MaskPlan:
             text_mode=config.text_mask_mode,
             attend=None if self.ema is None else lambda: self.attention(batch),
             layers=self.layers,
-            frequency=self.frequency,
             predict_words=config.words_weight > 0,
         )
 

@@ -111,8 +111,9 @@ def mask_ratios(
 
 
 def caption_of(batch: Batch, model, frequency: Tensor | None = None) -> Caption:
-    """What the text maskers look at. frequency (V,): `dataset.piece_frequency()`."""
+    """What the text maskers look at. frequency (V,): None takes that of the model's training."""
     ids = batch.input_ids
+    frequency = getattr(model, "token_frequency", None) if frequency is None else frequency
     return Caption(
         batch.valid,
         maskable_words(ids, batch.valid, model.special_ids),
@@ -141,8 +142,9 @@ def draw_maskings(
     `attend` says whose). image, text: (masker name, ratio in [0, 1), or (B,) one per sample);
     ("painted", array) takes the array (h, w) or (B, h, w) in place of a ratio. text_mode: with
     "80/10/10" at least one word is hidden, and what takes its place is drawn, too. layers,
-    frequency: the dataset's, for the maskers of that name. predict_words: hide at least one word of
-    each caption that has two, whatever the mode (15 % of four words is none).
+    frequency: for the maskers of that name, the dataset's and (None: that of the captions that the
+    model was trained on) the tokens'. predict_words: hide at least one word of each caption that
+    has two, whatever the mode (15 % of four words is none).
     """
     if text_mode not in ("drop", "replace", "80/10/10"):
         known = nearest(text_mode, ("drop", "replace", "80/10/10"))

@@ -221,8 +221,6 @@ def evaluate_reconstruction(
     """
     decoder, device = _decoder(model), model.logit_scale.device
     dataset = as_dataset(dataset, "dataset").encoded_by(model.tokenizer, model.max_length)
-    frequency = dataset.piece_frequency() if text_mask[0] == "frequency" else None
-    kept: dict[str, Any] = dict(layers=dataset.layers, frequency=frequency)
     sums = torch.zeros(len(_SUMS), dtype=torch.float64)
     for rows in my_share(torch.arange(len(dataset)))[0].split(batch_size):
         if not len(rows):
@@ -231,7 +229,7 @@ def evaluate_reconstruction(
         with at_rest(model), autocast_for(mixed_precision, device):
             maskings = draw_maskings(
                 batch, model, seed=seed, epoch=0, image=image_mask, text=text_mask,
-                text_mode=text_mode, predict_words=True, **kept,
+                text_mode=text_mode, predict_words=True, layers=dataset.layers,
             )  # fmt: skip
             matching = decoder.spec["matching"] and sees == "right"
             wanted = Wanted(

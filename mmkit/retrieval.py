@@ -139,7 +139,6 @@ def of_captions(
     input_ids, lengths, first, counts = dataset.encoded_captions()
     picture = torch.repeat_interleave(torch.arange(len(dataset)), counts)  # picture of each caption
     captions = first if canonical else torch.arange(len(input_ids))
-    frequency = dataset.piece_frequency() if mask[0] == "frequency" else None
     parts = []
     for part in _my_chunks(len(captions), batch_size):
         rows = captions[part]
@@ -149,9 +148,7 @@ def of_captions(
         # No pixels are needed here: the ids stand in for them.
         batch = Batch(ids, ids, valid, dataset.sample_ids[owner]).to(device)
         with at_rest(model), autocast:
-            _, masking = draw_maskings(
-                batch, model, text=mask, text_mode=mode, seed=seed, epoch=0, frequency=frequency
-            )
+            _, masking = draw_maskings(batch, model, text=mask, text_mode=mode, seed=seed, epoch=0)
             parts.append(encode(batch.input_ids, batch.valid, masking, mode).float())
     return _joined(parts, width, device)
 

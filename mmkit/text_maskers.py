@@ -131,8 +131,8 @@ def frequency_mask(noise: Tensor, mask_ratio: float | Tensor, caption: Caption) 
     """
     if caption.frequency is None:
         raise ValueError(
-            "text masker 'frequency' needs the pieces' frequency; give "
-            "frequency=dataset.piece_frequency()"
+            "text masker 'frequency' needs the pieces' frequency among the captions that the model "
+            "was trained on: set model.token_frequency = train.piece_frequency(), or give frequency"
         )
     rare = (FREQUENCY_THRESHOLD / caption.frequency.clamp(min=1e-12)).sqrt()
     return _hide_largest(noise + (1 - rare).clamp(min=0), mask_ratio, caption)

@@ -129,6 +129,8 @@ class MaskedMultimodalTrainer:
         self.model = model.to_device(self.device)
         self.model.loss = config.loss  # by which `evaluate` then judges it
         self._share_tokenizer()
+        if config.text_mask == "frequency":
+            self.model.token_frequency = self.train.piece_frequency()
         self.ema = RunningMean(self.model, config.ema_decay) if config.ema_decay else None
         self._prepare_layers()
         self.optimizers = build_optimizers(self.model, config)

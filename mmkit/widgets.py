@@ -289,8 +289,13 @@ class MaskLab:
             text_mode=self.text_mode.value,
             attend=lambda: self._attention(batch),
             layers=self.dataset.layers,
-            frequency=self.dataset.piece_frequency() if text[0] == "frequency" else None,
+            frequency=self._frequency() if text[0] == "frequency" else None,
         )
+
+    def _frequency(self) -> Tensor:
+        """That of the model's training; of a model that saw none, of the data it is shown with."""
+        of_training = getattr(self._reader, "token_frequency", None)
+        return self.dataset.piece_frequency() if of_training is None else of_training
 
     def _attention(self, batch: Batch) -> Tensor:
         def attend():

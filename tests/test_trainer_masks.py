@@ -211,3 +211,25 @@ def test_masks_are_the_same_on_two_processes_and_after_a_kill(tmp_path, masker):
     assert recorded(tmp_path, "two") == whole
     assert recorded(tmp_path, "killed") == whole
     same_weights(tmp_path, "one", "killed")
+
+
+def test_frequencies_are_those_of_the_training_whatever_is_evaluated(
+    make_data, make_model, tmp_path
+):
+    """A caption is masked the same in a part, in the whole, and by the model read back; without a
+    training, the remedy that is named serves."""
+    train, untrained, other = make_data(53), make_model(), make_model()
+    rows, mask = [3, 5, 7, 11, 13, 17, 19, 23, 29, 31], dict(text_mask=("frequency", 0.5))
+    part = train.subset(rows)
+    assert not torch.equal(part.piece_frequency(), train.piece_frequency())
+    with pytest.raises(ValueError, match=r"set model.token_frequency = train.piece_") as said:
+        mm.embed(untrained, train, **mask)
+    config = mm.TrainingConfig(**QUICK | dict(output_dir=str(tmp_path), text_mask="frequency"))
+    run = mm.train_model(config, train, part, model=untrained)
+    assert torch.equal(untrained.token_frequency, train.piece_frequency())
+    for model in (untrained, mm.load(run.path / "best_model.pth")):
+        whole = mm.embed(model, train, **mask).text_features
+        torch.testing.assert_close(mm.embed(model, part, **mask).text_features, whole[rows])
+    remedy = str(said.value).partition("set ")[2].partition(",")[0]
+    exec(remedy, dict(model=other, train=train))
+    assert mm.embed(other, part, **mask).text_features.isfinite().all()
