@@ -29,7 +29,7 @@ from .mask_plan import validation_masks
 from .model_card import training_facts
 from .openmoji import openmoji
 from .reconstruct import evaluate_reconstruction
-from .retrieval import Index, evaluate, mean_recall
+from .retrieval import Index, chance_of_recall, evaluate, mean_recall
 from .run import Run, newest_run
 from .source_flags import Source
 from .splits import overlap
@@ -203,11 +203,17 @@ def _print_scores(model: MultimodalEncoder, data: MultimodalDataset, name: str, 
         hidden = f"{share} of patches hidden" if masker == "random" else f"{masker}, {share} hidden"
     for label, options in (("everything seen", {}), (hidden, masks)):
         result = evaluate(model, data, **options)
-        ways = [result[way][k] for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
-        numbers = "".join(f"{100 * value:<7.1f}" for value in ways)
+        ways = [
+            result[way].get(k) for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)
+        ]
+        numbers = "".join(f"{'-' if x is None else f'{100 * x:.1f}':<7}" for x in ways)
         print(f"{label:24}{numbers}{100 * mean_recall(result):.1f}")
-    chance = "".join(f"{100 * min(1, k / len(data)):<7.1f}" for k in (1, 5, 10))
-    print(f"{'chance':24}{chance * 2}{100 / len(data):.1f}")
+        cut = result["cut_captions"]
+    if cut:
+        print(f"{cut:,} captions are longer than the model reads, and are judged without their end")
+    chance = [chance_of_recall(data, k) for k in (1, 5, 10)]
+    numbers = "".join(f"{100 * way[i]:<7.1f}" for i in (0, 1) for way in chance)
+    print(f"{'chance':24}{numbers}{50 * sum(chance[0]):.1f}")
 
 
 def _checkpoint(path: str) -> Path:

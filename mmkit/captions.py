@@ -7,13 +7,14 @@ Walk-through: notebooks/01_data.ipynb.
 
 import re
 import unicodedata
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .picture_files import Refused
+from .tokenizer import special_ids
 
 # Controls, and U+200B, which stands between the words of Khmer and Thai, are a space; marks that no
 # one sees (byte order, soft hyphen) are nothing; a joiner of letters or emoji has a meaning, stays.
@@ -75,6 +76,19 @@ def _is_nothing(caption) -> bool:
 # -- who is correct for whom -----------------------------------------------------------------
 
 
+def as_read(tokenizer, ids: Tensor, lengths: Tensor, texts: list[str]) -> Iterator[tuple]:
+    """What makes a caption the same as another to a model: its tokens.
+
+    An unknown token stands for any word: captions with one are the same where their texts are.
+    """
+    unknown = torch.zeros(len(ids), dtype=torch.bool)
+    if tokenizer.unk_token_id not in special_ids(tokenizer).tolist():  # where it is no end, too
+        unknown = (ids == (-1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id)).any(1)
+    tokens = map(bytes, torch.cat([ids, lengths[:, None].int()], 1).numpy())
+    for token, text, some in zip(tokens, texts, unknown.tolist(), strict=True):
+        yield token, text.casefold() if some else None
+
+
 def number(keys: Iterable[Hashable]) -> Tensor:
     """(M,) int64: equal keys get one number, counted from 0 as they first appear."""
     known: dict[Hashable, int] = {}
@@ -94,11 +108,8 @@ def correct_pairs(image_captions: Tensor, caption_ids: Tensor) -> Tensor:
     flat = place + torch.arange(shape[0], device=device)[:, None] * shape[1]
     member = torch.zeros(shape[0] * shape[1], dtype=torch.uint8, device=device)
     member.index_add_(0, flat.flatten(), found.flatten())  # 0 where another's place is met
-    return (
-        member.clamp_(max=1)
-        .view(torch.bool)
-        .view(shape)[:, torch.searchsorted(ordered, caption_ids)]
-    )
+    correct = member.clamp_(max=1).view(torch.bool).view(shape)
+    return correct.index_select(1, torch.searchsorted(ordered, caption_ids))
 
 
 def partner_counts(image_captions: Tensor, caption_ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,14 +19,15 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .captions import CorrectCaptions, clean_captions, correct_pairs, number
+from .batch import Batch
+from .captions import CorrectCaptions, as_read, clean_captions, number
 from .config import as_type
 from .masks import mask_noise
 from .picture_cache import content_hashes, decode_once, room_for, same_files
@@ -35,59 +36,6 @@ from .pictures import Reading, as_png, read_picture, read_square, square, tensor
 from .tokenizer import encode_texts, piece_counts, special_ids, train_wordpiece
 
 HASH_BYTES = 20_000_000_000  # sources up to this size are searched for identical pictures
-
-
-@dataclass
-class Batch:
-    """What the encoder eats. All have the same first dimension B.
-
-    The last two say which captions are correct for which images, see `correct`. They are None where
-    each caption of the data set belongs to one row alone: then only a row's own partner is correct.
-    """
-
-    pixel_values: Tensor  # (B, 3, H, W) uint8; float only from a transform that normalises itself
-    input_ids: Tensor  # (B, L) int64, L = the longest caption of the batch
-    valid: Tensor  # (B, L) bool, True = a real token, False = padding
-    sample_ids: Tensor  # (B,) int64, the same for a picture in every epoch, worker and process
-    caption_ids: Tensor | None = None  # (B,) int64, equal for captions of the same tokens
-    image_captions: Tensor | None = None  # (B, K) int64: of all its captions; -1 = none
-
-    def __len__(self) -> int:
-        return len(self.sample_ids)
-
-    def _map(self, f: Callable[[Tensor], Tensor]) -> "Batch":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        parts: Any = {name: None if x is None else f(x) for name, x in values.items()}
-        return Batch(**parts)
-
-    @property
-    def partners(self) -> tuple[Tensor, Tensor] | None:
-        """(caption_ids, image_captions), what the losses take; None = one to one."""
-        if self.caption_ids is None or self.image_captions is None:
-            return None
-        return self.caption_ids, self.image_captions
-
-    def correct(self) -> Tensor:
-        """(B, B) bool: is caption j correct for image i? Its own is, and each of its others."""
-        if self.caption_ids is None or self.image_captions is None:
-            return torch.eye(len(self), dtype=torch.bool, device=self.sample_ids.device)
-        return correct_pairs(self.image_captions, self.caption_ids)
-
-    def __getitem__(self, rows) -> "Batch":
-        """The batch of these rows (a slice or an index tensor)."""
-        return self._map(lambda x: x[rows])
-
-    def to(self, device) -> "Batch":
-        to_gpu = torch.device(device).type == "cuda"  # the other way a copy must be waited for
-        return self._map(lambda x: x.to(device, non_blocking=to_gpu))
-
-    def pin_memory(self) -> "Batch":
-        return self._map(lambda x: torch.as_tensor(x).pin_memory())
-
-    def split(self, parts: int) -> list["Batch"]:
-        """`parts` micro-batches in order, their sizes differing by at most one, none empty."""
-        rows = torch.arange(len(self)).tensor_split(min(parts, len(self)))
-        return [self[int(part[0]) : int(part[-1]) + 1] for part in rows]
 
 
 @dataclass
@@ -280,7 +228,7 @@ class MultimodalDataset:
             input_ids, valid = encode_texts(self.tokenizer, flat, self.max_length)
             ids, lengths = input_ids.int(), valid.sum(1)
             counts = torch.tensor([len(c) for c in self.texts])
-            same = number(_as_read(self.tokenizer, ids, lengths, flat))
+            same = number(as_read(self.tokenizer, ids, lengths, flat))
             correct = CorrectCaptions(self.image_ids, counts, same)
             self._encoded = (ids, lengths, counts.cumsum(0) - counts, counts), correct
             self._encodings.append((self.tokenizer, self.max_length, self._encoded))
@@ -599,19 +547,6 @@ def as_dataset(given: Any, name: str) -> MultimodalDataset:
     raise ValueError(
         f"{name} is a {type(given).__name__}, no data set of images and texts; {remedy}"
     )
-
-
-def _as_read(tokenizer, ids: Tensor, lengths: Tensor, texts: list[str]) -> Iterator[tuple]:
-    """What makes a caption the same as another to a model: its tokens.
-
-    An unknown token stands for any word: captions with one are the same where their texts are.
-    """
-    unknown = torch.zeros(len(ids), dtype=torch.bool)
-    if tokenizer.unk_token_id not in special_ids(tokenizer).tolist():  # where it is no end, too
-        unknown = (ids == (-1 if tokenizer.unk_token_id is None else tokenizer.unk_token_id)).any(1)
-    tokens = map(bytes, torch.cat([ids, lengths[:, None].int()], 1).numpy())
-    for token, text, some in zip(tokens, texts, unknown.tolist(), strict=True):
-        yield token, text.casefold() if some else None
 
 
 class _Decodes(torch.utils.data.Dataset):

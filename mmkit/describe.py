@@ -19,6 +19,7 @@ from .masks import mask_noise
 from .objective import PAIR_ENTROPY
 from .optim import Muon, orthogonalizing_type
 from .precision import multiplies_bfloat16, why_precision
+from .retrieval import chance_of_recall
 from .text_maskers import maskable_words
 
 
@@ -94,10 +95,7 @@ def _pool(data) -> tuple[float, float]:
     first = data.drawn_captions(torch.arange(len(data)))
     captions, images = data.partners(None, first)
     negatives = len(data) - torch.cat(partner_counts(images, captions)).double()
-    captions, images = data.partners()
-    of_images, of_captions = partner_counts(images, captions)
-    chances = (of_images / len(captions)).mean() + (of_captions / len(images)).mean()
-    return negatives.log1p().mean().item(), chances.item() / 2
+    return negatives.log1p().mean().item(), sum(chance_of_recall(data)) / 2
 
 
 def _guessing(config, costs: float) -> str:

@@ -189,7 +189,8 @@ def search_results(index: Index, queries: Sequence, k: int = 6, caption: str = "
         else:
             show_picture(line[0], query, "query")
         for ax, hit in zip(line[1:], index.search(query, k), strict=True):
-            right = isinstance(query, str) and query in index.dataset.texts[hit.row]
+            own = [caption.casefold() for caption in index.dataset.texts[hit.row]]
+            right = isinstance(query, str) and query.casefold() in own
             title = wrap(f"{hit.score:.2f} {hit.text}", 20)
             show_picture(ax, index.dataset[hit.row]["image"], title, GREEN if right else None)
     take_away(figure, caption)

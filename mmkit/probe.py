@@ -435,11 +435,16 @@ def _read(
 
 
 def _known_families(train: MultimodalDataset, test: MultimodalDataset) -> Families | None:
-    """Families by meta, where it names any; a picture without one is its own."""
-    if not any(facts.get("family") for dataset in (train, test) for facts in dataset.meta):
+    """Families by meta, where it names any; rows without one that show the same picture are one."""
+    sets = (train, test)
+    named = any(facts.get("family") for dataset in sets for facts in dataset.meta)
+    if not named and all(len(x.image_ids.unique()) == len(x) for x in sets):
         return None
     of_train, of_test = (
-        [facts.get("family") or f"row {row}" for row, facts in enumerate(dataset.meta)]
-        for dataset in (train, test)
+        [
+            facts.get("family") or f"picture {number}"
+            for number, facts in zip(dataset.image_ids.tolist(), dataset.meta, strict=True)
+        ]
+        for dataset in sets
     )
     return of_train, of_test

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .attention import at_rest
-from .captions import clean_caption, correct_pairs
+from .captions import clean_caption, correct_pairs, partner_counts
 from .data import Batch, MultimodalDataset, as_dataset
 from .distributed import gather_rows, joint, my_share
 from .encoder import MultimodalEncoder
@@ -247,6 +247,18 @@ def recall_at_k(
         "text_to_image": (text_features, image_features, images_of),
     }
     return {way: _recall(*found, _meaningful(ks, len(found[1]))) for way, found in ways.items()}
+
+
+def chance_of_recall(dataset: MultimodalDataset, k: int = 1) -> tuple[float, float]:
+    """Recall@K of an order drawn at random, image to text and text to image, with all partners."""
+    captions, images = dataset.partners()
+    counts = partner_counts(images, captions)
+    chances = []
+    for right, candidates in zip(counts, (len(captions), len(images)), strict=True):
+        drawn = torch.arange(min(k, candidates), dtype=torch.float64)
+        wrong = (candidates - right.double()[:, None] - drawn).clamp(min=0)
+        chances.append(1 - (wrong / (candidates - drawn)).prod(1).mean().item())
+    return chances[0], chances[1]
 
 
 def _meaningful(ks: Sequence[int], candidates: int) -> list[int]:

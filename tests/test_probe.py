@@ -14,7 +14,7 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
-from mmkit import probe
+from mmkit import MultimodalDataset, probe
 from mmkit.masking import draw_maskings
 from mmkit.probe import knn, labels, linear_probe, pooled_states, raw_pixels
 
@@ -214,6 +214,19 @@ def test_the_interval_equals_a_slow_bootstrap():
         parts = [generator.choice(correct[tested == name], sum(tested == name)) for name in NAMES]
         draws.append(np.mean([part.mean() for part in parts]))
     assert result["interval"] == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.01)
+
+
+def test_rows_of_one_picture_are_one_family(make_data):
+    """Whether meta names families or not; without either there is none."""
+    once = make_data(7)
+    twice = MultimodalDataset.from_pixels(
+        once.batch([0, 1, 2, 0, 3, 2]).pixel_values, [f"caption {i}" for i in range(6)]
+    )
+    assert probe._known_families(once, once) is None
+    names = ["picture 0", "picture 1", "picture 2", "picture 0", "picture 3", "picture 2"]
+    assert probe._known_families(twice, once)[0] == names
+    twice.meta[1] = {"family": "cats"}
+    assert probe._known_families(twice, once)[0] == [names[0], "cats", *names[2:]]
 
 
 def test_folds_never_split_a_family():

@@ -1,5 +1,6 @@
 """Recall@K against a slow loop; evaluation with masks off; search finds what was asked for."""
 
+import itertools
 import subprocess
 import sys
 import textwrap
@@ -97,6 +98,20 @@ def test_a_collapsed_model_scores_nothing():
     assert recall_at_k(same, same, (1, 5))["image_to_text"] == {1: 0.0, 5: 0.0}
     perfect = recall_at_k(torch.eye(7), torch.eye(7), (1, 5))
     assert perfect["text_to_image"][1] == 1.0
+
+
+def test_chance_is_that_of_all_orders(make_data):
+    """Of every order of five candidates, with captions shared and an image in two rows."""
+    data = make_data(3, tokenizer=None)
+    data.texts = [["one", "two"], ["two"], ["three", "four"]]
+    lists = [[{0, 1, 2}, {1, 2}, {3, 4}], [{0}, {0, 1}, {0, 1}, {2}, {2}]]
+    for k in (1, 2, 5):
+        expected = []
+        for right, candidates in zip(lists, (5, 3), strict=True):
+            orders = [*itertools.permutations(range(candidates))]
+            hits = [bool(own & {*order[:k]}) for own in right for order in orders]
+            expected.append(sum(hits) / len(hits))
+        assert retrieval.chance_of_recall(data, k) == pytest.approx(expected)
 
 
 def test_what_is_not_finite_is_a_miss_for_itself_alone():

@@ -1,0 +1,67 @@
+"""What the encoder eats: images, captions, and which of them are correct for each other.
+
+`valid` is True for a REAL token. Shapes: B batch, H x W pixels, L text length, K captions of an
+image. Walk-through: notebooks/01_data.ipynb.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .captions import correct_pairs
+
+
+@dataclass
+class Batch:
+    """What the encoder eats. All have the same first dimension B.
+
+    The last two say which captions are correct for which images, see `correct`. They are None where
+    each caption of the data set belongs to one row alone: then only a row's own partner is correct.
+    """
+
+    pixel_values: Tensor  # (B, 3, H, W) uint8; float only from a transform that normalises itself
+    input_ids: Tensor  # (B, L) int64, L = the longest caption of the batch
+    valid: Tensor  # (B, L) bool, True = a real token, False = padding
+    sample_ids: Tensor  # (B,) int64, the same for a picture in every epoch, worker and process
+    caption_ids: Tensor | None = None  # (B,) int64, equal for captions of the same tokens
+    image_captions: Tensor | None = None  # (B, K) int64: of all its captions; -1 = none
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts: Any = {name: None if x is None else f(x) for name, x in values.items()}
+        return Batch(**parts)
+
+    @property
+    def partners(self) -> tuple[Tensor, Tensor] | None:
+        """(caption_ids, image_captions), what the losses take; None = one to one."""
+        if self.caption_ids is None or self.image_captions is None:
+            return None
+        return self.caption_ids, self.image_captions
+
+    def correct(self) -> Tensor:
+        """(B, B) bool: is caption j correct for image i? Its own is, and each of its others."""
+        if self.caption_ids is None or self.image_captions is None:
+            return torch.eye(len(self), dtype=torch.bool, device=self.sample_ids.device)
+        return correct_pairs(self.image_captions, self.caption_ids)
+
+    def __getitem__(self, rows) -> "Batch":
+        """The batch of these rows (a slice or an index tensor)."""
+        return self._map(lambda x: x[rows])
+
+    def to(self, device) -> "Batch":
+        to_gpu = torch.device(device).type == "cuda"  # the other way a copy must be waited for
+        return self._map(lambda x: x.to(device, non_blocking=to_gpu))
+
+    def pin_memory(self) -> "Batch":
+        return self._map(lambda x: torch.as_tensor(x).pin_memory())
+
+    def split(self, parts: int) -> list["Batch"]:
+        """`parts` micro-batches in order, their sizes differing by at most one, none empty."""
+        rows = torch.arange(len(self)).tensor_split(min(parts, len(self)))
+        return [self[int(part[0]) : int(part[-1]) + 1] for part in rows]
