@@ -24,6 +24,7 @@ from .data import MultimodalDataset
 from .distributed import leave_group
 from .encoder import PRESETS, MultimodalEncoder
 from .export import read_config
+from .fingerprint import compare_data, of_data
 from .inspection import inspect
 from .mask_plan import validation_masks
 from .model_card import training_facts
@@ -225,7 +226,7 @@ def _checkpoint(path: str) -> Path:
         raise FileNotFoundError(
             "no run in runs/; train first (make train), or give --checkpoint FILE"
         )
-    return Path("runs") / newest / "best_model.pth"
+    return Run.load(Path("runs") / newest).best_file
 
 
 def _facts(path: Path) -> dict:
@@ -282,20 +283,22 @@ def _own_part(source: Source, size: int, part: str, path: Path) -> tuple[Multimo
     train, val, test = source.divide(data, facts.get("config", {}).get("seed", 0))
     if trained_on != train.name:
         print(f"beware: trained on {trained_on or 'other pictures'}, not on {train.name}")
-    elif _fingerprint(path) not in ("", train.fingerprint()):
+    elif differs := _differing(path, train):
         print(
-            f"beware: {train.name} is not what it was when the model was trained (other rows, or "
-            f"other flags than then), so that it may have seen what is in the {part} part"
+            f"beware: {train.name} is not what it was when the model was trained ({differs}), so "
+            f"that it may have seen what is in the {part} part"
         )
     chosen = val if part == "val" else test
     assert chosen is not None  # `divide` gives each a share
     return chosen, f"{part} part"
 
 
-def _fingerprint(path: Path) -> str:
-    """Of the training set of a checkpoint; "" where it is not known."""
-    found = {} if path.is_dir() else read_checkpoint(path).get("data")
-    return found.get("fingerprint", "") if isinstance(found, dict) else ""
+def _differing(path: Path, train: MultimodalDataset) -> str:
+    """What differs from the set a checkpoint was trained on, "" where nothing or not known."""
+    then = {} if path.is_dir() else read_checkpoint(path).get("data")
+    if not isinstance(then, dict) or not then.get("fingerprint"):
+        return ""
+    return "; ".join(compare_data(then, of_data(train), train)[0])
 
 
 def search(

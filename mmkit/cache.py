@@ -9,7 +9,12 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
@@ -17,7 +22,7 @@ def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
     $XDG_CACHE_HOME/mmkit, else ~/.cache/mmkit.
     """
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmkit"
-    folder = Path(cache_dir or os.environ.get("MMKIT_CACHE") or default).expanduser()
+    folder = Path(cache_dir or os.environ.get("MMKIT_CACHE") or default).expanduser().absolute()
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -50,3 +55,19 @@ def renamed(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def lock(file: IO | int, wait: bool = True) -> bool | None:
+    """Lock an open file until it is closed; False where another one has it, None = no locks here.
+
+    The system takes a lock away with the process that has it, however that ends.
+    """
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        return None
+    return True

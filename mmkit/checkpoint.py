@@ -7,7 +7,6 @@ a full disk leaves the previous one whole. Reading never runs code from a file
 
 import contextlib
 import errno
-import fcntl
 import os
 import random
 import re
@@ -22,23 +21,33 @@ import numpy as np
 import torch
 from torch import nn
 
+from .cache import lock
 from .encoder import MultimodalEncoder
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk, quota, or the process's own limit
+_NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
-def write_atomically(state: dict, path: str | os.PathLike) -> None:
+def shown(path: str | os.PathLike) -> str:
+    """A path as messages give it: from the working folder on, where it lies below that."""
+    with contextlib.suppress(ValueError, OSError):
+        return str(Path(path).absolute().relative_to(Path.cwd()))
+    return os.fspath(path)
+
+
+def write_atomically(state: dict | bytes, path: str | os.PathLike) -> None:
     """`torch.save` that leaves either the old file or the whole new one, never a part.
 
-    Returns when file and name are on the disk. Raises OSError, with the system's errno, that says
-    which file could not be written, how much room it wants, and what to do.
+    Bytes are written as they are. Returns when file and name are on the disk. Raises OSError, with
+    the system's errno, that says which file could not be written, how much room it wants, and what
+    to do.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path)
         with _temporary(path) as file:
-            torch.save(state, file)
+            file.write(state) if isinstance(state, bytes) else torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
             os.replace(file.name, path)
@@ -50,7 +59,9 @@ def write_atomically(state: dict, path: str | os.PathLike) -> None:
     except (OSError, RuntimeError) as error:
         if (reason := _disk_error(error)) is None:
             raise
-        raise _in_words(reason, state, path) from error
+        kept = f"the earlier {path.name} is whole" if path.is_file() else "there is no earlier one"
+        kept += ", and nothing half-written stays"
+        raise _in_words(reason, path, f"It takes {_size(state) / 1e6:.1f} MB, ", kept) from error
 
 
 @contextlib.contextmanager
@@ -73,8 +84,7 @@ def _locked(path: Path) -> tuple[BinaryIO, Path]:
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
         file = open(temporary, "xb")
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file)
         if os.fstat(file.fileno()).st_nlink:
             return file, temporary
         file.close()
@@ -84,8 +94,8 @@ def _remove_stale(path: Path) -> None:
     """Remove what killed processes left half-written; files still being written are locked."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):
         with contextlib.suppress(OSError), open(left, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            left.unlink()
+            if lock(file, wait=False):
+                left.unlink()
 
 
 def _disk_error(error: OSError | RuntimeError) -> OSError | None:
@@ -103,17 +113,27 @@ def _disk_error(error: OSError | RuntimeError) -> OSError | None:
     return below or OSError(errno.EIO, "")
 
 
-def _in_words(reason: OSError, state: dict, path: Path) -> OSError:
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError while a file of a run is written says which file it was, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise _in_words(error, path) from error
+
+
+def _in_words(reason: OSError, path: Path, wanted: str = "", kept: str = "") -> OSError:
     """The same error, saying what is lost (nothing) and what to do."""
-    wanted, free = _size(state) / 1e6, shutil.disk_usage(_existing(path.parent)).free / 1e6
-    kept = f"the earlier {path.name} is whole" if path.is_file() else "there is no earlier one"
-    remedy = "check that folder and its disk"
-    if reason.errno in _NO_ROOM:
+    remedy, number = "check that folder and its disk", reason.errno or errno.EIO
+    if number in _NO_ROOM:
         remedy = "free some space, set output_dir to another disk, or keep fewer (keep_last)"
+    elif number in _NOT_ALLOWED:
+        remedy = "set output_dir to a folder that you may write to, or give it the right to be"
+    free = shutil.disk_usage(_existing(path.parent)).free / 1e6
     return OSError(
-        reason.errno,
-        f"cannot write {path}: {os.strerror(reason.errno or errno.EIO)}. It takes {wanted:.1f} MB, "
-        f"{free:.1f} MB are free there; {kept}, and nothing half-written stays. To go on: {remedy}",
+        number,
+        f"cannot write {shown(path)}: {os.strerror(number)}. {wanted}{free:.1f} MB are free "
+        f"there{f'; {kept}' if kept else ''}. To go on: {remedy}",
     )
 
 
@@ -124,6 +144,8 @@ def _existing(folder: Path) -> Path:
 
 def _size(state) -> int:
     """Bytes of the tensors in nested dicts and lists, memory that several share counted once."""
+    if isinstance(state, bytes):
+        return len(state)
     storages, rest = {}, [state]
     while rest:
         value = rest.pop()
@@ -144,7 +166,7 @@ def read_checkpoint(path: str | os.PathLike, needed: Iterable[str] = ()) -> dict
     damaged, holds anything but tensors and plain values, or lacks one of them.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}; train first, or check the path")
+        raise FileNotFoundError(f"no checkpoint at {shown(path)}; train first, or check the path")
     try:
         _check_sums(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -152,16 +174,17 @@ def read_checkpoint(path: str | os.PathLike, needed: Iterable[str] = ()) -> dict
         raise
     except Exception as error:  # a damaged file raises anything from EOFError to RuntimeError
         raise ValueError(
-            f"{path} is refused: it is damaged, or holds more than tensors and plain values "
+            f"{shown(path)} is refused: it is damaged, or holds more than tensors and plain values "
             f"({_reason(error)}); nothing in it was run. Use a file that mmkit wrote, or an "
             "earlier one"
         ) from None
     if not isinstance(state, dict):
         raise ValueError(
-            f"{path} holds a {type(state).__name__}, no checkpoint; use a file mmkit wrote"
+            f"{shown(path)} holds a {type(state).__name__}, no checkpoint; use a file mmkit wrote"
         )
     if missing := [name for name in needed if name not in state]:
-        raise ValueError(f"{path} has no {', '.join(missing)}; use a file that mmkit wrote there")
+        names = ", ".join(missing)
+        raise ValueError(f"{shown(path)} has no {names}; use a file that mmkit wrote there")
     return state
 
 
@@ -190,7 +213,7 @@ def load_weights(model: nn.Module, weights: dict, path="the checkpoint") -> None
 
     What DDP and torch.compile put in front of names ("module.", "_orig_mod.") does not matter.
     """
-    own = model.state_dict()
+    own, path = model.state_dict(), shown(path)
     names = {_plain_name(name): name for name in own}
     weights = {names.get(_plain_name(name), name): value for name, value in weights.items()}
     for name in own | weights:  # in the model's order, so that the same fault gives the same words
@@ -220,13 +243,14 @@ def load(
     state = read_checkpoint(path)
     if "architecture" not in state or "model_state_dict" not in state:
         known = ", ".join(sorted(map(str, state))[:6])
-        raise ValueError(f"{path} is no mmkit model (it has {known}); give a best_model.pth")
+        raise ValueError(f"{shown(path)} is no mmkit model (it has {known}); give a best_model.pth")
     try:
         trained_by = {"loss": state.get("config", {}).get("loss", "info_nce")}
         model = MultimodalEncoder.from_architecture(trained_by | state["architecture"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} has an architecture that cannot be built ({error!r}); use a file mmkit wrote"
+            f"{shown(path)} has an architecture that cannot be built ({error!r}); use a file that "
+            "mmkit wrote"
         ) from None
     load_weights(model, state["model_state_dict"], path)
     model.trained_steps = state.get("trained_steps", 0)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .captions import partner_counts
+from .checkpoint import shown
 from .config import TERMS, TrainingConfig
 from .cost import objective_flops, tower_flops
 from .layers import dropouts
@@ -113,7 +114,7 @@ def describe(trainer) -> str:
     left_out = e["compared"] - e["negatives"]
     count = f"{e['negatives']:.1f} of {e['compared']}" if left_out else f"{e['compared']}"
     lines = {
-        "run": f"{trainer.path}",
+        "run": shown(trainer.path),
         "model": f"{e['parameters'] / 1e6:.2f} M parameters, {e['optimizer']}, dropout "
         f"{e['dropout']}",
         "peak rates": e["rates"],

@@ -9,7 +9,6 @@ Walk-through: notebooks/08_your_own_pictures.ipynb.
 """
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .cache import cache_folder, renamed, writing
+from .cache import cache_folder, lock, renamed, writing
 from .picture_files import Files, PictureStore, Refused
 
 CHUNK_BYTES = 32_000_000
@@ -358,6 +357,5 @@ def _locked(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with writing(path):
             file = stack.enter_context(open(path, "a"))
-        with contextlib.suppress(OSError):  # a file system without locks: then both decode
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock(file)  # where there are no locks both decode
         yield

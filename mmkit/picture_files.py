@@ -49,6 +49,7 @@ class Files:
 
     def __init__(self, paths: Sequence[str | os.PathLike]):
         self.paths = [os.fspath(path) for path in paths]
+        self._root = os.getcwd()  # relative paths go on from here, wherever the process goes
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -57,11 +58,11 @@ class Files:
         return self.paths[i]
 
     def open(self, i: int) -> BinaryIO:
-        return open(self.paths[i], "rb")
+        return open(os.path.join(self._root, self.paths[i]), "rb")
 
     def stamp(self, i: int) -> str:
         try:
-            facts = os.stat(self.paths[i])
+            facts = os.stat(os.path.join(self._root, self.paths[i]))
         except (OSError, ValueError):
             return ""
         # the time of change cannot be set, as that of writing is by tar, rsync and cp -p

@@ -7,18 +7,25 @@ Walk-through: notebooks/05_checkpoints.ipynb.
 
 import contextlib
 import os
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from . import fingerprint
 from .checkpoint import (
     load_weights,
     random_state,
     read_checkpoint,
     set_random_state,
+    shown,
     write_atomically,
 )
 from .config import TrainingConfig
-from .distributed import sum_over_processes
+from .distributed import sum_over_processes, world
+from .layers import draws_dropout
 from .optim import Muon
 
 # On resume these may differ freely: they change what is written, not what is learned …
@@ -32,8 +39,10 @@ _FREE = {
     "max_skipped_steps",
     "term_gradients_every",
 }
-# … and these give the same gradient up to float summation (and other dropout draws).
+# … and these give the same gradient up to float summation, where nothing is drawn on the way …
 _SUMMATION = {"gradient_accumulation_steps", "exchange", "gradient_checkpointing", "compile"}
+# … for dropout is then drawn in another order.
+_DRAWN_OTHERWISE = {"gradient_accumulation_steps", "compile"}
 _NEEDED = (  # entries of last/state.pth without which nothing can go on
     "model_state_dict optimizer_state_dict scaler random config data "
     "epoch_loss best_loss step skipped seconds"
@@ -45,11 +54,26 @@ _STANDING = {
     "epoch_steps": None,
     "seconds": 0.0,
     "best_loss": float("inf"),
+    "ending": None,
 }
 
 
-def _data(trainer) -> dict:
-    return {"name": trainer.train.name, "fingerprint": trainer.train.fingerprint()}
+def on_rank_0(work: Callable):
+    """What `work()` returns in process 0, in all processes; what it raises is raised in all."""
+    from accelerate.utils import broadcast_object_list
+
+    answer: list = [None, None]
+    rank, processes = world()
+    if rank == 0:
+        try:
+            answer[0] = work()
+        except Exception as error:
+            answer[1] = error
+    if processes > 1:
+        answer = broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
 
 
 def _weights(trainer, model) -> dict:
@@ -59,7 +83,7 @@ def _weights(trainer, model) -> dict:
         "best_loss": trainer.best_loss,
         "config": trainer.recorded_config(),
         "trained_steps": trainer.model.trained_steps,
-        "data": _data(trainer),
+        "data": trainer.identity["train"],
     }
 
 
@@ -99,6 +123,7 @@ def save_last(trainer):
         "weights_ema": None if trainer.ema is None else trainer.ema.state_dict(),
         "random": states,
         "epoch_loss": total,
+        "identity": trainer.identity,
     }
     path = trainer.path / "last" / "state.pth"
     write_atomically(_weights(trainer, trainer.model) | extra, path)
@@ -115,7 +140,8 @@ def _keep(path: Path, step: int, count: int):
         except OSError:  # a file system without links
             shutil.copyfile(path, named)
     # Later ones are of a future that a resume has left.
-    numbers = {old: int(old.stem[6:]) for old in path.parent.glob("state-*.pth")}
+    names = {old: re.fullmatch(r"state-(\d{8,})\.pth", old.name) for old in path.parent.iterdir()}
+    numbers = {old: int(found[1]) for old, found in names.items() if found}
     kept = sorted(old for old, number in numbers.items() if number <= step)[-count:]
     for old in numbers:
         if count == 1 or old not in kept:
@@ -156,88 +182,165 @@ def seen_by(trainer, path: Path) -> int:
     return int(sum_over_processes(trainer.epoch_loss.new_tensor(float(path.is_file()))))
 
 
+def needed_bytes(trainer) -> int:
+    """What best_model.pth and last/ will take on the disk at least, and one of them once more."""
+
+    def size(module) -> int:
+        return sum(x.nbytes for x in module.state_dict().values())
+
+    memory = 0
+    for optimizer in trainer.optimizers:
+        values = {Muon: 1, torch.optim.AdamW: 2}.get(type(optimizer), 0)  # kept for each weight
+        memory += values * sum(p.nbytes for g in optimizer.param_groups for p in g["params"])
+    best = size(trainer.model) + memory
+    means = [mean.module for mean in (trainer.ema, trainer.plan.ema) if mean is not None]
+    last = best + sum(map(size, means))
+    return best + trainer.config.keep_last * last + max(best, last)
+
+
 def resume(trainer, path: Path) -> bool:
     """Put everything back as `save_last` left it; False where there is nothing."""
-    found = seen_by(trainer, path)
+    found, folder = seen_by(trainer, path), shown(trainer.path)
     if not found:
-        trainer.say(f"nothing to resume in {trainer.path}: starting anew")
+        trainer.say(f"nothing to resume in {folder}: starting anew")
         return False
     if found < trainer.processes:
         raise RuntimeError(
-            f"{path} is seen by {found} of {trainer.processes} processes; output_dir must be a "
-            "folder that all machines share"
+            f"{shown(path)} is seen by {found} of {trainer.processes} processes; output_dir must "
+            "be a folder that all machines share"
         )
     state = read_checkpoint(path, _NEEDED)
-    _check_data(trainer, state, path)
-    differing = _differing(trainer, state["config"])
-    if hard := {k: v for k, v in differing.items() if not _keeps_the_gradient(trainer.config, k)}:
-        raise ValueError(
-            f"cannot resume {trainer.path}, its configuration differs ({_in_words(hard)}); use the "
-            "same values, or fork it, which starts a run of its own from where this one stands: "
-            f"another run_name, and resume={str(trainer.path)!r} (command line: --fork "
-            f"{trainer.path}). May differ: {', '.join(sorted(_FREE))}; and, up to float "
-            f"summation: {', '.join(sorted(_SUMMATION))} and the number of processes"
-        )
+    words = on_rank_0(lambda: _check_same(trainer, state))
     _put_back(trainer, state, path, forked=False)
-    trainer.say(f"resuming {trainer.path} at step {trainer.step} of {trainer.total_steps}")
-    if differing:
-        trainer.say(f"other than before, up to float summation the same: {_in_words(differing)}")
-    if (saved := len(state["random"])) != trainer.processes:
-        trainer.say(
-            f"saved by {saved} processes, now {trainer.processes}: the same up to float summation"
-            + (", but for dropout" if trainer.config.dropout else "")
-            + (", but for the wrong pairs of matching" if trainer.config.matching_weight else "")
-        )
+    resuming = f"resuming {folder} at step {trainer.step} of {trainer.total_steps}"
+    trainer.say("\n".join([resuming, *words]))
     return True
+
+
+def _check_same(trainer, state: dict) -> list[str]:
+    """ValueError where a state is of another experiment; else what is to be said of going on."""
+    differing, folder = _differing(trainer, state), shown(trainer.path)
+    soft = {k: v for k, v in differing.items() if _keeps_the_gradient(trainer.config, k)}
+    hard = {k: v for k, v in differing.items() if k not in soft}
+    others, unsure = _others(trainer, state)
+    if not hard and not others:
+        return [f"beware      {words}" for words in unsure] + _moved(trainer, state, soft)
+    data = [words for words in others if words.startswith("training ")]
+    rest = [words for words in others if words not in data]
+    parts = [f"its configuration differs ({_in_words(hard)})"] if hard else []
+    parts += [f"it was trained on other images or captions ({'; '.join(data)})"] if data else []
+    parts += [f"this differs: {'; '.join(rest)}"] if rest else []
+    remedy = (
+        "or fork it, which starts a run of its own from where this one stands: another run_name, "
+        f"and resume={folder!r} (command line: --fork {folder})"
+    )
+    if why := _no_fork(trainer, state):
+        remedy = f"or give another run_name (a fork cannot have {why})"
+    raise ValueError(
+        f"cannot resume {folder}: {', and '.join(parts)}; use the same ones, {remedy}. May differ: "
+        f"{', '.join(sorted(_FREE))}; and, up to float summation: {', '.join(sorted(_SUMMATION))} "
+        "and the number of processes"
+    )
+
+
+def _others(trainer, state: dict) -> fingerprint.Differences:
+    """In words: what differs beside the configuration, and what could not be compared."""
+    now = trainer.identity
+    if "identity" in state:
+        return fingerprint.compare(state["identity"], now, trainer)
+    differs, unsure = fingerprint.compare_data(state["data"], now["train"], trainer.train)
+    unsure = [f"training {words}" for words in unsure]
+    if not differs:
+        unsure.append("nor were the validation set, the model, its tokenizer and functions")
+    return [f"training {words}" for words in differs], unsure
+
+
+def _no_fork(trainer, state: dict) -> str:
+    """ "" where a run may start from this state, else what it differs in, in words."""
+    size, ours = state["config"]["batch_size"], trainer.config.batch_size
+    if size != ours:
+        return f"another batch_size ({size} -> {ours}): its epoch is cut into other batches"
+    then, now = state.get("identity"), trainer.identity
+    old = state["data"].get("count")
+    if old is None and state["data"]["fingerprint"] != now["train"]["fingerprint"]:
+        return "other images or captions"
+    if old not in (None, count := now["train"]["count"]):
+        return f"{count:,} images instead of {old:,}: its epoch is cut into other batches"
+    if then and fingerprint.other_tokens(then, now):
+        return "another tokenizer, for which its weights mean nothing"
+    return ""
+
+
+def _moved(trainer, state: dict, soft: dict) -> list[str]:
+    """In words: what will not be as it was, or only up to float summation."""
+    config, words = trainer.config, []
+    draws = ["dropout"] if draws_dropout(trainer.model) else []
+    drawn = {k: v for k, v in soft.items() if draws and k in _DRAWN_OTHERWISE}
+    if same := {k: v for k, v in soft.items() if k not in drawn}:
+        words.append(f"other than before, up to float summation the same: {_in_words(same)}")
+    if drawn:
+        words.append(f"other than before, other dropout from here on: {_in_words(drawn)}")
+    if (saved := len(state["random"])) != trainer.processes:
+        draws += ["the wrong pairs of matching"] if config.matching_weight else []
+        if config.accumulation == "naive" and config.gradient_accumulation_steps > 1:
+            draws.append("each micro-batch's negatives")
+        how = "the same up to float summation"
+        how = f"other draws of {' and '.join(draws)} from here on" if draws else how
+        words.append(f"saved by {saved} processes, now {trainer.processes}: {how}")
+    then, now = state.get("identity", {}).get("computed"), trainer.identity["computed"]
+    if then not in (None, now):
+        words.append(f"computed in {then} before, now in {now}: other rounding from here on")
+    return words
 
 
 def fork(trainer, source: Path):
     """Start a run of its own from where another one stands (its folder, or a state.pth in it).
 
-    Anything but `batch_size` may differ: with another one "the batches still to come" has no
-    meaning. Where other terms need other heads, the decoder starts anew (or is gone).
+    Anything may differ but `batch_size` and the number of images (with another one "the batches
+    still to come" has no meaning) and the tokenizer. Where other terms need other heads, the
+    decoder starts anew (or is gone).
     """
+    source = source.expanduser()
     path = source if source.is_file() else source / "last" / "state.pth"
     if path.resolve().is_relative_to(trainer.path.resolve()):
         raise ValueError(
-            f"{source} cannot be forked into itself; to go on with it take resume=True, to fork it "
-            "give another run_name"
+            f"{shown(source)} cannot be forked into itself; to go on with it take resume=True, to "
+            "fork it give another run_name"
         )
     state = read_checkpoint(path, _NEEDED)
-    _check_data(trainer, state, path)
-    differing = _differing(trainer, state["config"])
-    if "batch_size" in differing:
+    if why := on_rank_0(lambda: _no_fork(trainer, state)):
         raise ValueError(
-            f"cannot fork {source} with another batch_size ({differing['batch_size'][0]} -> "
-            f"{trainer.config.batch_size}): its epoch is cut into other batches. Keep it, or start "
-            "from the weights alone: model=mm.load('…/best_model.pth')"
+            f"cannot fork {shown(source)} with {why}. Keep it, or start from the weights alone: "
+            "model=mm.load('…/best_model.pth')"
         )
+    others, unsure = on_rank_0(lambda: _others(trainer, state))
+    differing = _in_words(_differing(trainer, state))
     _put_back(trainer, state, path, forked=True)
     if trainer.step >= trainer.total_steps:
         raise ValueError(
-            f"{source} stands at step {trainer.step} and this run ends at {trainer.total_steps}: "
-            "nothing is left to do; raise num_epochs (or max_steps)"
+            f"{shown(source)} stands at step {trainer.step} and this run ends at "
+            f"{trainer.total_steps}: nothing is left to do; raise num_epochs (or max_steps)"
         )
     trainer.best_loss = float("inf")  # of another recipe, perhaps on another scale
+    if trainer.ending is not None:  # an epoch that is over, and not this run's
+        trainer.ending, trainer.epoch_steps = None, 0
+        trainer.epoch_loss = torch.zeros_like(trainer.epoch_loss)
     trainer.say(
-        f"{trainer.path} starts as a fork of {source} at step {trainer.step} of "
-        f"{trainer.total_steps}; other than there: {_in_words(differing) or 'nothing'}"
+        f"{shown(trainer.path)} starts as a fork of {shown(source)} at step {trainer.step} of "
+        f"{trainer.total_steps}; other than there: "
+        f"{'; '.join(filter(None, [differing, *others])) or 'nothing'}"
     )
+    for words in unsure:
+        trainer.say(f"beware      {words}")
 
 
-def _check_data(trainer, state: dict, path: Path):
-    if state["data"] != _data(trainer):
-        raise ValueError(
-            f"cannot resume {path.parent.parent}: it was trained on other pictures or captions "
-            f"({state['data']['name'] or 'unnamed'}); give the same ones, or another run_name"
-        )
-
-
-def _differing(trainer, theirs: dict) -> dict[str, tuple]:
+def _differing(trainer, state: dict) -> dict[str, tuple]:
     """{field: (then, now)} of the settings that differ, but for those that may freely."""
-    ours = trainer.config.to_dict()
+    ours, theirs = trainer.config.to_dict(), state["config"]
     # What a model that was given is, it is by itself, whatever the configuration says.
     free = _FREE | trainer.model_settings.keys()
+    if "identity" in state:  # functions are compared by what they compute
+        free |= {name for name in fingerprint.FUNCTIONS if "mask" not in name}
     theirs = TrainingConfig().to_dict() | theirs  # a field it does not have yet did not matter
     return {k: (theirs[k], v) for k, v in ours.items() if theirs[k] != v and k not in free}
 
@@ -271,8 +374,8 @@ def _put_back(trainer, state: dict, path: Path, forked: bool):
     same &= [_shape(m) for m in saved] == [_shape(o.state_dict()) for o in trainer.optimizers]
     if not same and not forked:
         raise ValueError(
-            f"cannot resume {path.parent.parent} with another optimizer than it was saved with; "
-            "give the same one, or fork the run"
+            f"cannot resume {shown(path.parent.parent)} with another optimizer than it was saved "
+            "with; give the same one, or fork the run"
         )
     if same:
         for optimizer, memory in zip(trainer.optimizers, saved, strict=True):

@@ -29,6 +29,7 @@ from .picture_files import Refused
 from .picture_heads import Reading, open_head
 from .shard_index import (
     FOLDER_PATTERNS,
+    PIPE,
     Shard,
     ShardIndex,
     expand_urls,
@@ -57,12 +58,13 @@ class _Descriptor:
     Reading by offset needs no place in the file: threads and forked processes may share it.
     """
 
-    def __init__(self, shard: Shard, spool: Spool):
+    def __init__(self, shard: Shard, spool: Spool, root: str):
         again = "build the data set again"
+        url = shard.url if shard.url.startswith(PIPE) else os.path.join(root, shard.url)
         try:
-            if (identity := shard_identity(shard.url)) != shard.identity:
+            if (identity := shard_identity(url)) != shard.identity:
                 raise Refused("changed shard", f"shard {shard.url} has changed; {again}")
-            self.number, _ = open_shard(shard.url, identity, spool)
+            self.number, _ = open_shard(url, identity, spool)
         except FileNotFoundError:
             raise FileNotFoundError(f"shard {shard.url} is gone; put it back, or {again}") from None
         if (size := os.fstat(self.number).st_size) != shard.size:
@@ -94,12 +96,15 @@ class TarMembers:
     ):
         self.keys, self.shards, self.max_bytes = index.keys, index.shards, max_bytes
         self.shard, self.offset, self.size = index.shard, index.offset, index.size
+        self._root = os.getcwd()  # relative paths go on from here, wherever the process goes
         self.spool = Spool(cache_folder(cache_dir) / "spool", spool_gigabytes)
         self._times: dict[int, str] = {}
         self._start()
 
     def _start(self) -> None:
-        self._opened = lru_cache(OPEN_SHARDS)(partial(_Descriptor, spool=self.spool))
+        self._opened = lru_cache(OPEN_SHARDS)(
+            partial(_Descriptor, spool=self.spool, root=self._root)
+        )
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_opened"}

@@ -5,7 +5,6 @@ whole. Walk-through: notebooks/08_your_own_pictures.ipynb.
 """
 
 import contextlib
-import fcntl
 import gzip
 import hashlib
 import os
@@ -15,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .cache import lock
 from .picture_files import Refused
 
 BLOCK = 16_000_000  # bytes in memory while a shard is fetched
@@ -43,8 +43,8 @@ class Spool:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.tar"
         # An empty file of its own: the lock must outlive the shard, which may be removed.
-        with open(path.with_suffix(".lock"), "wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with open(path.with_suffix(".lock"), "wb") as mine:
+            lock(mine)
             while True:
                 with contextlib.suppress(FileNotFoundError):
                     descriptor = os.open(path, os.O_RDONLY)

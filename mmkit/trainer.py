@@ -11,7 +11,9 @@ import functools
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,8 +23,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from . import run_state
-from .checkpoint import OwnState
+from . import fingerprint, run_state
+from .checkpoint import OwnState, shown
 from .checks import check_arguments, check_batches
 from .config import TrainingConfig
 from .data import Batch, MultimodalDataset, as_dataset, load_batches
@@ -37,7 +39,8 @@ from .objective import Objective
 from .optim import build_optimizers, freeze, set_learning_rate, thaw
 from .precision import autocast_for, pick_precision
 from .reconstruct import example_pictures
-from .run import Run, RunWriter, newest_run
+from .retrieval import embed
+from .run import Run, RunWriter, check_folder, held, newest_run, run_folder
 from .running_mean import RunningMean
 from .side_by_side import MOST_AT_ONCE
 from .splits import overlap
@@ -97,6 +100,8 @@ class MaskedMultimodalTrainer:
         # A copy, its rules checked anew: what is set in the caller's later changes no running run.
         self.config = config = dataclasses.replace(config)
         self.callbacks, self.stopping, self._asked_to_stop = list(callbacks), False, False
+        self._in_step = self._interrupted = False
+        self.ending: int | None = None  # the epoch whose steps are done, but not its end
         self.frozen: dict[str, list] = {}  # what the run has frozen, by tower
         resume = resume or False
         self._check()
@@ -155,7 +160,7 @@ class MaskedMultimodalTrainer:
         )
         self.terms: dict[str, Tensor] = {}  # this process's parts of the last step's terms
         self.drawn: list = []  # the (image, text) maskings of the step's micro-batches
-        self.path = Path(config.output_dir) / self._run_name(resume is True)
+        self.path = run_folder(config.output_dir, self._run_name(resume is True))
         self.forked = False
         self.resumed = self._go_on(resume)
         self.writer: RunWriter | None = None  # a trainer that is only looked at writes nothing
@@ -230,12 +235,12 @@ class MaskedMultimodalTrainer:
             setattr(self, name, data.encoded_by(self.model.tokenizer, self.model.max_length))
 
     def _run_name(self, resume: bool) -> str:
-        name = self.config.run_name
+        name, root = self.config.run_name, Path(self.config.output_dir).expanduser()
         if not name and resume:
-            name = newest_run(Path(self.config.output_dir))
+            name = newest_run(root)
         if not name:
             name, number = time.strftime("%Y%m%d-%H%M%S"), 1
-            while (Path(self.config.output_dir) / name).exists():
+            while (root / name).exists():
                 number += 1
                 name = f"{time.strftime('%Y%m%d-%H%M%S')}-{number}"
         if self.processes > 1:  # the clocks of two processes differ
@@ -424,40 +429,133 @@ class MaskedMultimodalTrainer:
 
     @with_own_state
     def fit(self) -> Run:
-        """Train to the end; returns the `Run`."""
-        for data in (self.train, self.val):
-            if data is not None and (done := data.prepare(self.config.num_workers)):
-                self.say(done)
-        self.say(describe(self))
-        self._warn_of_overlap()
-        if self.rank == 0:
-            settings = self.recorded_config() | {"run_name": self.path.name}
-            self.writer = RunWriter(self.path, settings, self.step if self.resumed else None)
-        self.resumed = True  # whoever calls `fit` once more goes on
+        """Train to the end; returns the `Run`.
+
+        What can be checked is, before anything of an earlier run is removed. RuntimeError where
+        another process writes the run's folder. An interrupt ends the run after its step and saves
+        it; a second one ends it at once.
+        """
+        with contextlib.ExitStack() as stack:
+            self.path = run_state.on_rank_0(lambda: self._hold_folder(stack))
+            for data in (self.train, self.val):
+                if data is not None and (done := data.prepare(self.config.num_workers)):
+                    self.say(done)
+            self.say(describe(self))
+            self._warn_of_overlap()
+            self._try_out()
+            run_state.on_rank_0(self._start_writing)
+            self.resumed = True  # whoever calls `fit` once more goes on
+            seen = run_state.seen_by(self, self.path / "config.json")
+            if seen < self.processes:
+                raise RuntimeError(
+                    f"{shown(self.path)}, which process 0 has made, is seen by {seen} of "
+                    f"{self.processes} processes; output_dir must be a folder that all machines "
+                    "share"
+                )
+            if self.forked:  # killed before its first epoch, it can go on, too
+                run_state.save_last(self)
+            stack.enter_context(self._interruptible())
+            self._train()
+            if self.writer:
+                self.writer.close()
         self.accelerator.wait_for_everyone()
-        seen = run_state.seen_by(self, self.path / "config.json")
-        if seen < self.processes:
-            raise RuntimeError(
-                f"{self.path}, which process 0 has made, is seen by {seen} of {self.processes} "
-                "processes; output_dir must be a folder that all machines share"
-            )
-        if self.forked:  # killed before its first epoch, it can go on, too
-            run_state.save_last(self)
+        return Run.load(self.path)
+
+    @functools.cached_property
+    def identity(self) -> dict:
+        """What the run's result depends on beside its configuration: see fingerprint.py."""
+        return fingerprint.of_run(self)
+
+    def _hold_folder(self, stack: contextlib.ExitStack) -> Path:
+        """The run's folder, from now on ours alone; another one where two got the same time."""
+        path, unnamed, number = self.path, not (self.resumed or self.config.run_name), 1
+        while True:
+            try:
+                stack.enter_context(held(path, new=unnamed))
+                break
+            except FileExistsError:
+                if not unnamed:
+                    raise
+                number += 1
+                path = self.path.with_name(f"{self.path.name}-{number}")
+        check_folder(path, not self.resumed, run_state.needed_bytes(self))
+        return path
+
+    def _try_out(self):
+        """A few pairs of each set through what will read them: what does not fit says so now."""
+        eager = torch.compiler.set_stance("force_eager") if self.config.compile else None
+        with eager or contextlib.nullcontext():
+            few = self.train.subset(range(min(len(self.train), 16)))
+            embed(self.validated, few, mixed_precision=self.config.mixed_precision)
+            if self.val is not None:
+                few = self.val.subset(range(min(len(self.val), 16)))
+                validate(self.validated, few, self.config)
+
+    def _start_writing(self):
+        settings = self.recorded_config() | {"run_name": self.path.name}
+        fingerprint.add_contents(self.identity, self)
+        again, step = self.ending is not None, self.step if self.resumed else None
+        self.writer = RunWriter(self.path, settings, step, again)
+
+    @contextlib.contextmanager
+    def _interruptible(self):
+        """An interrupt waits for the end of a step, unless it is the second one.
+
+        Of one process: several are ended together, by whoever started them.
+        """
+        usual = signal.default_int_handler
+
+        def interrupt(number, frame):
+            if self._in_step and not self._interrupted:
+                self._interrupted = True
+            else:
+                usual(number, frame)
+
+        ours = threading.current_thread() is threading.main_thread() and self.processes == 1
+        if not ours or signal.getsignal(signal.SIGINT) is not usual:
+            yield
+            return
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, usual)
+
+    def _train(self):
+        """All epochs that are left; what ends them early is saved, where that can be."""
         self._mark, self.stopping, self._asked_to_stop = time.perf_counter(), False, False
+        self._in_step = self._interrupted = False
         modes = {part: part.training for part in self.net.modules()}
         try:
             with self._progress() as bar:
+                if self.ending is not None:
+                    self._end_epoch(self.ending)
                 while self.step < self.total_steps and not self.stopping:
                     self._run_epoch(self.step // self.steps_per_epoch, bar)
+        except BaseException:
+            self._save_what_is_done()
+            raise
         finally:  # the model may go on to another training
             for tower in [*self.frozen]:
                 thaw(self.frozen.pop(tower))
             for part, mode in modes.items():
                 part.training = mode
-        if self.writer:
-            self.writer.close()
-        self.accelerator.wait_for_everyone()
-        return Run.load(self.path)
+
+    def _save_what_is_done(self):
+        """Write last/ where the run stands between two steps, and say how to go on."""
+        if self.processes > 1:  # the others may be anywhere
+            return
+        with contextlib.suppress(OSError):  # the disk itself may be at fault
+            if not self._in_step:
+                run_state.save_last(self)
+        state, where = self.path / "last" / "state.pth", "between two steps"
+        if self._in_step:
+            where = "within a step, which is lost"
+        if state.is_file():
+            self.say(
+                f"ended at step {self.step} of {self.total_steps}, {where}; {shown(state)} is "
+                "saved: go on with resume=True"
+            )
 
     def stop(self):
         """End the run after this record, validated and saved; for callbacks, on any process."""
@@ -479,10 +577,16 @@ class MaskedMultimodalTrainer:
             waiting = time.perf_counter() - before
             waited, self.epoch_waited = waited + waiting, self.epoch_waited + waiting
             batch = batch.to(self.device)
+            self._in_step = True
             if config.term_gradients_every and self.step % config.term_gradients_every == 0:
-                self._write("terms", epoch, self.measure_terms(batch, epoch))
+                compared, self._in_step = self.measure_terms(batch, epoch), False
+                self._write("terms", epoch, compared)
+                self._in_step = True
             loss, norm = self.train_step(batch, epoch)
-            self.step += 1
+            self.step, self._in_step = self.step + 1, False
+            inside = self.step % self.steps_per_epoch != 0
+            if not inside or self.step == self.total_steps:
+                self.ending = epoch
             bar.update(1)
             if self.step % config.log_every == 0 or self.step == self.total_steps:
                 passed = time.perf_counter() - started
@@ -490,7 +594,8 @@ class MaskedMultimodalTrainer:
                     epoch, batch, loss, norm, (self.step - since) / passed, waited / passed
                 )
                 waited, since, started = 0.0, self.step, time.perf_counter()
-            inside = self.step % self.steps_per_epoch != 0
+            if self._interrupted:
+                raise KeyboardInterrupt
             if inside and config.checkpoint_every and self.step % config.checkpoint_every == 0:
                 run_state.save_last(self)
             if self.stopping:
@@ -559,31 +664,46 @@ class MaskedMultimodalTrainer:
         return self.model if self.ema is None else self.ema.module
 
     def _end_epoch(self, epoch: int):
-        """Validate, keep the best, write last/."""
+        """Write last/, validate, keep the best, write last/ anew."""
         config = self.config
+        last = self.stopping or self.step == self.total_steps
+        validated = (epoch + 1) % config.eval_every == 0 or last
+        if validated and self.val is not None:  # whatever goes wrong in it, no step is lost
+            run_state.save_last(self)
         # No step of the epoch may have been applied: then there is no loss to speak of.
         total = float(sum_over_processes(self.epoch_loss))
         train_loss = total / self.epoch_steps if self.epoch_steps else None
-        self.epoch_loss, self.epoch_steps = torch.zeros_like(self.epoch_loss), 0
-        last = self.stopping or self.step == self.total_steps
-        if (epoch + 1) % config.eval_every == 0 or last:
+        if validated:
             record: dict[str, Any] = {"loss": train_loss, "train_loss": train_loss}
             record["waiting_for_data"] = self.epoch_waited  # share of the epoch's training time
             if self.val is not None:
                 record |= validate(self.validated, self.val, config)
                 self._keep_pictures()
-            better = record["loss"] is not None and record["loss"] < self.best_loss
-            if self.val is None and config.terms_change and train_loss is not None:
-                better = True  # its sums are of other terms than before: the last one is kept
-            # Process 0 decides: on another kind of CPU the last bit of the loss may be another.
-            better = bool(sum_over_processes(self.epoch_loss.new_tensor(better * (not self.rank))))
-            if better:
-                self.best_loss = record["loss"]
-                run_state.save_best(self, epoch)
+            better = self._keep_best(epoch, record)
             self.clock()
+        self.epoch_loss, self.epoch_steps = torch.zeros_like(self.epoch_loss), 0
+        self.ending = None
+        if validated:
             self._write("val", epoch, record | {"best": better})
             self._say_epoch(epoch, record, better)
         run_state.save_last(self)
+
+    def _keep_best(self, epoch: int, record: dict) -> bool:
+        """Write best_model.pth, where this record is the best one yet."""
+        before, loss = self.best_loss, record["loss"]
+        better = loss is not None and loss < before
+        if self.val is None and self.config.terms_change and record["train_loss"] is not None:
+            better = True  # its sums are of other terms than before: the last one is kept
+        # Process 0 decides: on another kind of CPU the last bit of the loss may be another.
+        better = bool(sum_over_processes(self.epoch_loss.new_tensor(better * (not self.rank))))
+        if better:
+            self.best_loss = loss
+            try:
+                run_state.save_best(self, epoch)
+            except BaseException:
+                self.best_loss = before
+                raise
+        return better
 
     def _keep_pictures(self):
         """Original, masked and put back, of the same few pictures each time."""

@@ -427,7 +427,7 @@ def test_a_new_run_replaces_and_a_resumed_one_asks_for_the_same_settings(
     assert "replacing the earlier run" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"configuration differs .*learning_rate: 0\.005 -> 0\.1"):
         mm.train_model(config(learning_rate=0.1), data, None, make_model(), resume=True)
-    with pytest.raises(ValueError, match="it was trained on other pictures or captions"):
+    with pytest.raises(ValueError, match="it was trained on other images or captions"):
         mm.train_model(config(), make_data(54), None, make_model(), resume=True)
     mm.train_model(config(run_name="other"), data, None, make_model(), resume=True)
     assert "nothing to resume" in capsys.readouterr().out

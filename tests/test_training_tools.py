@@ -384,7 +384,7 @@ def test_forks_that_make_no_sense_are_refused(make_trainer, make_data):
     for values, words in (
         (dict(batch_size=7, run_name="b"), "another batch_size .11 -> 7."),
         (dict(run_name="run"), "cannot be forked into itself"),
-        (dict(data=make_data(54), run_name="c"), "other pictures or captions"),
+        (dict(data=make_data(54), run_name="c"), "54 images instead of 53"),
     ):
         with pytest.raises(ValueError, match=words):
             make_trainer(max_steps=2, resume=path, **values)
