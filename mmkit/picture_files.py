@@ -7,7 +7,7 @@ Walk-through: notebooks/08_your_own_pictures.ipynb.
 
 import os
 from collections.abc import Sequence
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, Protocol, cast
 
 
 class Refused(ValueError):
@@ -57,8 +57,9 @@ class Files:
     def name(self, i: int) -> str:
         return self.paths[i]
 
-    def open(self, i: int) -> BinaryIO:
-        return open(os.path.join(self._root, self.paths[i]), "rb")
+    def open(self, i: int, buffering: int = -1) -> BinaryIO:
+        path = os.path.join(self._root, self.paths[i])
+        return cast(BinaryIO, open(path, "rb", buffering=buffering))
 
     def stamp(self, i: int) -> str:
         try:
