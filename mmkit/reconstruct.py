@@ -217,7 +217,8 @@ def evaluate_reconstruction(
     so that its error is too good to be compared. baseline (N, 3 * p * p), from
     `mean_patches(train)`, adds "mean_patch_error" (its error on the same patches) and
     "visible_mean_error" (that of the mean visible patch of each picture). The masks are those of
-    `seed`, epoch 0. Several processes share the work.
+    `seed`, epoch 0. Images with pixels that are not finite are left out. Several processes share
+    the work.
     """
     decoder, device = _decoder(model), model.logit_scale.device
     dataset = as_dataset(dataset, "dataset").encoded_by(model.tokenizer, model.max_length)
@@ -226,6 +227,10 @@ def evaluate_reconstruction(
         if not len(rows):
             continue
         batch = dataset.batch(rows).to(device)
+        if batch.pixel_values.is_floating_point():  # one that is not finite would spoil all sums
+            batch = batch[batch.pixel_values.isfinite().flatten(1).all(1)]
+            if not len(batch):
+                continue
         with at_rest(model), autocast_for(mixed_precision, device):
             maskings = draw_maskings(
                 batch, model, seed=seed, epoch=0, image=image_mask, text=text_mask,

@@ -17,7 +17,7 @@ from torch import Tensor
 from .attention import at_rest
 from .captions import clean_caption, correct_pairs, partner_counts
 from .data import Batch, MultimodalDataset, as_dataset
-from .distributed import gather_rows, joint, my_share
+from .distributed import gather_rows, joint, my_share, world
 from .encoder import MultimodalEncoder
 from .losses import check_loss, info_nce_rows, sigmoid_rows, similarity
 from .masking import draw_maskings
@@ -111,7 +111,9 @@ def of_pictures(
                 batch, model, image=hidden, seed=seed, epoch=0, layers=dataset.layers
             )
             parts.append(encode(batch.pixel_values, masking, mode).float())
-    return _joined(parts, width, device)
+    features = _joined(parts, width, device)
+    _name_images_that_are_not_finite(features, dataset)
+    return features
 
 
 @joint("mm.embed, by itself or in mm.evaluate, mm.Index, probe")
@@ -151,6 +153,23 @@ def of_captions(
             _, masking = draw_maskings(batch, model, text=mask, text_mode=mode, seed=seed, epoch=0)
             parts.append(encode(batch.input_ids, batch.valid, masking, mode).float())
     return _joined(parts, width, device)
+
+
+def _name_images_that_are_not_finite(features: Tensor, dataset: MultimodalDataset) -> None:
+    """Warn of the rows of features (N, width) that are not finite, by the ids of their images."""
+    bad = (~features.isfinite().all(1)).nonzero()[:, 0]
+    if not len(bad) or world()[0]:
+        return
+    ids = ", ".join(str(int(i)) for i in dataset.sample_ids[bad[:5]])
+    pixels = dataset.batch(bad[:5]).pixel_values
+    fault = "the weights, or numbers too large for mixed_precision"
+    if pixels.is_floating_point() and not pixels.isfinite().all():
+        fault = "their pixels are not either: check the transform, or leave these images out"
+    warnings.warn(
+        f"{len(bad):,} of {len(features):,} images have no finite features (sample ids {ids}"
+        f"{', …' if len(bad) > 5 else ''}); {fault}",
+        stacklevel=2,
+    )
 
 
 def _joined(parts: list[Tensor], width: int, device: torch.device) -> Tensor:

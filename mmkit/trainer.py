@@ -691,13 +691,14 @@ class MaskedMultimodalTrainer:
     def _keep_best(self, epoch: int, record: dict) -> bool:
         """Write best_model.pth, where this record is the best one yet."""
         before, loss = self.best_loss, record["loss"]
-        better = loss is not None and loss < before
+        # Until there is a finite loss the newest model is kept: better than none.
+        better = loss is not None and (loss < before or not math.isfinite(before))
         if self.val is None and self.config.terms_change and record["train_loss"] is not None:
             better = True  # its sums are of other terms than before: the last one is kept
         # Process 0 decides: on another kind of CPU the last bit of the loss may be another.
         better = bool(sum_over_processes(self.epoch_loss.new_tensor(better * (not self.rank))))
         if better:
-            self.best_loss = loss
+            self.best_loss = loss if math.isfinite(loss) else math.inf
             try:
                 run_state.save_best(self, epoch)
             except BaseException:

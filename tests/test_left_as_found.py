@@ -3,6 +3,7 @@
 And what is seen does not depend on the mode that the model was found in.
 """
 
+import dataclasses
 import random
 
 import numpy as np
@@ -223,3 +224,45 @@ def test_a_model_is_judged_by_the_loss_that_it_was_trained_by(make_model, make_d
     del state["config"]
     torch.save(state, tmp_path / "old.pth")
     assert mm.load(tmp_path / "old.pth").loss == "info_nce"
+
+
+def spoilt(data, rows):
+    """The same images as normalised floats, those of some rows not finite."""
+    pixels = data.batch(range(len(data))).pixel_values.float() / 127.5 - 1
+    pixels[rows, 1, 4, 3] = float("nan")
+    store = data.subset(range(len(data)))
+    store.batch = lambda picked, noise=None: dataclasses.replace(
+        data.batch(picked, noise), pixel_values=pixels[torch.as_tensor(list(picked))]
+    )
+    store.encoded_by = lambda *_: store
+    return store
+
+
+def test_one_spoilt_image_is_named_and_costs_itself_alone(make_data, make_model, tmp_path):
+    """The validation loss is that of the others, and a best model is kept."""
+    train, val = make_data(23), make_data(13, seed=1)
+    others = [row for row in range(13) if row != 7]
+    settings = config(tmp_path, pixels_weight=0.5, image_mask_ratio=0.5, decoder_width=32)
+    with pytest.warns(UserWarning) as said:
+        run = mm.train_model(settings, train, spoilt(val, [7]), make_model())
+    words = [str(one.message) for one in said]
+    named = f"1 of 13 images have no finite features (sample ids {int(val.sample_ids[7])}); their"
+    assert any(named in line and "check the transform" in line for line in words)
+    assert all(np.isfinite(r["loss"]) for r in run.history if r["split"] == "val")
+    model = run.model
+    clean = spoilt(val, []).subset(others)
+    whole = spoilt(val, []).batch(others)
+    clean.batch = lambda picked, noise=None: whole[torch.as_tensor(list(picked))]
+    clean.encoded_by = lambda *_: clean
+    assert run.best["contrastive_loss"] == pytest.approx(mm.evaluate(model, clean)["loss"])
+    found = mm.evaluate_reconstruction(model, clean, image_mask=("random", 0.5))
+    assert run.best["pixel_error"] == pytest.approx(found["pixel_error"], rel=1e-4)
+
+
+def test_a_run_without_a_finite_loss_keeps_its_newest_model(make_data, make_model, tmp_path):
+    train, val = make_data(23), make_data(13, seed=1)
+    with pytest.warns(UserWarning, match="13 of 13 images have no finite features"):
+        run = mm.train_model(config(tmp_path), train, spoilt(val, range(13)), make_model())
+    assert [r["best"] for r in run.history if r["split"] == "val"] == [True, True]
+    assert run.best["epoch"] == 1 and run.best["loss"] is None
+    assert mm.embed(run.model, val).image_features.isfinite().all()
