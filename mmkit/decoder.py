@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import key_mask
+from .config import nearest
 from .losses import similarity
 from .masks import Masking
 
@@ -34,6 +35,10 @@ class Wanted:
     matching: Tensor | None = None  # noise (B, 2) in [0, 1) that draws the wrong partners
     sees: Tensor | None = None  # (B,) int64: the row whose other modality a row's decoder looks at,
     # -1 = at none; None = its own
+
+    def __post_init__(self):
+        if self.view not in (views := ("masked", "unmasked")):
+            raise ValueError(f"view={self.view!r} is not known; {nearest(self.view, views)}")
 
     @property
     def put_back(self) -> bool:

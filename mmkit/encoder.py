@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .attention import class_attention, key_mask
 from .backbones import (
+    check_towers,
     checkpoint_config,
     hub_options,
     load_tokenizer,
@@ -33,7 +34,6 @@ from .losses import check_loss
 from .masks import Masking
 from .patches import patchify, pick_tokens, resize_positions
 from .tokenizer import (
-    check_padding,
     continues_word,
     special_ids,
     tokenizer_from_state,
@@ -121,8 +121,15 @@ class MultimodalEncoder(nn.Module, Exportable):
         from transformers import BertModel, ViTModel
 
         super().__init__()
-        _check_towers(vit_config, bert_config, tokenizer, pooling)
+        check_towers(vit_config, bert_config, tokenizer, pooling)
         check_loss(loss)
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature={temperature} must be above 0, such as 0.07")
+        if len(image_mean) != 3 or len(image_std) != 3 or not min(image_std) > 0:
+            raise ValueError(
+                f"image_mean={image_mean} and image_std={image_std} must have three numbers each, "
+                "one per channel, and those of image_std be above 0"
+            )
         self.tokenizer, self.pooling = tokenizer, pooling
         self.image_size, self.patch_size = vit_config.image_size, vit_config.patch_size
         self.num_patches = (self.image_size // self.patch_size) ** 2
@@ -597,53 +604,3 @@ def _settings(config_class, values: dict) -> dict:
     """
     known = config_class().to_dict()
     return {k: v for k, v in values.items() if k in known and "implementation" not in k}
-
-
-def _one_side(config, name: str) -> int:
-    """A side in pixels, of a square; ValueError for a rectangle."""
-    sides = value if isinstance(value := getattr(config, name), list | tuple) else (value, value)
-    if len(sides) != 2 or sides[0] != sides[1]:
-        raise ValueError(
-            f"vit_config.{name}={value!r}: the encoder takes square images and patches; give one "
-            f"number, such as {name}={min(sides)}"
-        )
-    return sides[0]
-
-
-def _check_towers(vit_config, bert_config, tokenizer, pooling: str):
-    for name in ("image_size", "patch_size"):
-        setattr(vit_config, name, _one_side(vit_config, name))
-    side, p = vit_config.image_size, vit_config.patch_size
-    if side % p or side < p:
-        raise ValueError(
-            f"image size {side} is not a multiple of patch_size {p}; try {side - side % p or p}"
-        )
-    if vit_config.num_channels != 3:
-        raise ValueError(
-            f"vit_config.num_channels={vit_config.num_channels}: images have 3 channels, grey ones "
-            "three equal ones; give num_channels=3"
-        )
-    for name, config in (("vit_config", vit_config), ("bert_config", bert_config)):
-        if config.hidden_size % config.num_attention_heads:
-            raise ValueError(
-                f"{name}.hidden_size={config.hidden_size} is not a multiple of its "
-                f"{config.num_attention_heads} attention heads; change one of them"
-            )
-    if len(tokenizer) > bert_config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} pieces, bert_config.vocab_size is "
-            f"{bert_config.vocab_size}; set it to at least {len(tokenizer)}"
-        )
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise ValueError(
-            f"the tokenizer knows no words, only {len(tokenizer)} special tokens: every caption "
-            "would be the same; give the folder or name of a tokenizer with its vocabulary"
-        )
-    if pooling not in ("mean", "cls"):
-        raise ValueError(f"pooling={pooling!r} is not known; {nearest(pooling, ('mean', 'cls'))}")
-    check_padding(tokenizer)
-    if pooling == "cls" and tokenizer("a")["input_ids"][0] not in special_ids(tokenizer):
-        raise ValueError(
-            "pooling='cls' takes the first token, which is a word here: the tokenizer puts no "
-            "token before the words; use pooling='mean'"
-        )

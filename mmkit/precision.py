@@ -5,6 +5,8 @@ Walk-through: notebooks/03_training.ipynb.
 
 import torch
 
+from .config import nearest
+
 
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are fast on a device: it has units for them.
@@ -28,8 +30,12 @@ def pick_precision(wanted: str, device: torch.device) -> torch.dtype | None:
     "auto": bf16 where the device has units for it, fp16 on older GPUs, float32 elsewhere. fp16 on a
     CPU works (gradients scaled as on a GPU) but is slow, so that "auto" never takes it there.
     """
-    if wanted != "auto":
-        return {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}[wanted]
+    known = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
+    if wanted not in (*known, "auto"):
+        hint = nearest(wanted, (*known, "auto"))
+        raise ValueError(f"mixed_precision={wanted!r} is not known; {hint}")
+    if wanted in known:
+        return known[wanted]
     if multiplies_bfloat16(device):
         return torch.bfloat16
     return torch.float16 if device.type == "cuda" else None

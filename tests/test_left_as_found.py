@@ -14,6 +14,7 @@ import mmkit as mm
 from mmkit.probe import pooled_states
 from mmkit.reconstruct import example_pictures, put_back
 from mmkit.retrieval import patch_word_similarity
+from mmkit.step import contrastive_share
 
 PICTURE = torch.arange(3 * 15 * 15, dtype=torch.int64).remainder(251).to(torch.uint8)
 PICTURE = PICTURE.reshape(3, 15, 15)
@@ -266,3 +267,28 @@ def test_a_run_without_a_finite_loss_keeps_its_newest_model(make_data, make_mode
     assert [r["best"] for r in run.history if r["split"] == "val"] == [True, True]
     assert run.best["epoch"] == 1 and run.best["loss"] is None
     assert mm.embed(run.model, val).image_features.isfinite().all()
+
+
+def test_a_name_that_is_not_known_is_never_taken_for_another(make_model, make_data):
+    model, data = make_model().add_decoder(pixels=True, words=True, width=32), make_data(13)
+    with pytest.raises(ValueError, match="mixed_precision='bf1' is not known; did you mean 'bf16'"):
+        mm.embed(model, data, mixed_precision="bf1")
+    with pytest.raises(ValueError, match="view='unmask' is not known; did you mean 'unmasked'"):
+        mm.evaluate_reconstruction(model, data, view="unmask")
+    image, text = (torch.eye(5) for _ in range(2))
+    scale, bias = torch.tensor(2.0), torch.tensor(-3.0)
+    with pytest.raises(ValueError, match="loss='siglip' is not known"):
+        contrastive_share(image, text, scale, bias, None, "siglip")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(temperature=0), "temperature=0 must be above 0"),
+        (dict(image_mean=(0.5,)), "must have three numbers each"),
+        (dict(image_std=(0.5, 0.0, 0.5)), "those of image_std be above 0"),
+    ],
+)
+def test_a_model_of_numbers_that_cannot_be_is_refused(make_model, values, words):
+    with pytest.raises(ValueError, match=words):
+        make_model(**values)
