@@ -268,7 +268,7 @@ def random_state() -> dict:
         "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, cached],
         "python": [version, list(internal), gauss],
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # asking would start it, on the first GPU
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -322,10 +322,21 @@ class OwnState:
         finally:
             self._swap()
 
+    def cuda_has_started(self) -> None:
+        """Its generators, too, are the caller's until the run seeds them."""
+        if self._other is not None and "every cuda" not in self._other:
+            self._other |= self._cuda()
+
+    @staticmethod
+    def _cuda() -> dict:
+        return {"every cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_initialized() else {}
+
     def _swap(self) -> None:
-        now = random_state()
+        now = random_state() | self._cuda()
         if self._other is not None:
             set_random_state(self._other)
+            if "every cuda" in self._other:
+                torch.cuda.set_rng_state_all(self._other["every cuda"])
         self._other, self._inside = now, not self._inside
         if not self._deterministic:  # what the caller has asked for holds in the run, too
             return

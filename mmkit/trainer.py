@@ -115,6 +115,7 @@ class MaskedMultimodalTrainer:
         self.rank, self.processes = world()
         self.device = self.accelerator.device
         self.precision = pick_precision(config.mixed_precision, self.device)
+        self.own_state.cuda_has_started()
         torch.manual_seed(config.seed)
         if model is None:
             model = MultimodalEncoder.preset(

@@ -231,3 +231,23 @@ def test_text_masks_are_the_same_on_the_gpu(make_model, make_data, name):
     _, there = mm.masking.draw_maskings(batch.to("cuda"), model.to_device("cuda"), **options)
     assert torch.equal(here.mask, there.mask.cpu())
     assert torch.equal(here.substitute, there.substitute.cpu())
+
+
+def test_a_training_run_leaves_the_generators_of_the_gpu_as_they_were(
+    make_model, make_data, tmp_path
+):
+    torch.cuda.manual_seed(5)
+    before = torch.cuda.get_rng_state()
+    config = mm.TrainingConfig(batch_size=11, num_epochs=1, output_dir=str(tmp_path), dropout=0.2)
+    mm.train_model(config, make_data(23), None, make_model(dropout=0.2))
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def test_a_caption_of_padding_alone_spoils_no_gradient_on_the_gpu(make_model, make_data):
+    model, batch = make_model().to_device("cuda").train(), make_data(7).batch(range(7)).to("cuda")
+    batch.valid[3] = False
+    features = model.encode_text(batch.input_ids, batch.valid)
+    features.square().cos().sum().backward()
+    assert not features[3].any()
+    gradients = [p.grad for p in model.bert.parameters() if p.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
