@@ -71,3 +71,10 @@ def lock(file: IO | int, wait: bool = True) -> bool | None:
     except OSError:  # a file system without locks
         return None
     return True
+
+
+def as_path(path) -> str:
+    """The path as a string; ValueError for anything else, such as the number of an open file."""
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"{path!r} is no path; give the name of a file or a folder")
+    return str(os.fspath(path))

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .cache import lock
+from .cache import as_path, lock
 from .encoder import MultimodalEncoder
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk, quota, or the process's own limit
@@ -165,7 +165,7 @@ def read_checkpoint(path: str | os.PathLike, needed: Iterable[str] = ()) -> dict
     needed: entries that it must have. Raises FileNotFoundError, or ValueError for a file that is
     damaged, holds anything but tensors and plain values, or lacks one of them.
     """
-    if not Path(path).is_file():
+    if not Path(as_path(path)).is_file():
         raise FileNotFoundError(f"no checkpoint at {shown(path)}; train first, or check the path")
     try:
         _check_sums(path)
@@ -237,7 +237,7 @@ def load(
     path may also be a folder that `save_pretrained` wrote. image_size: None = the one it was
     trained at; another one as by `MultimodalEncoder.resize`.
     """
-    if os.path.isdir(path):
+    if os.path.isdir(as_path(path)):
         model = MultimodalEncoder.from_pretrained(path, device=device)
         return model if image_size is None else model.resize(image_size)
     state = read_checkpoint(path)

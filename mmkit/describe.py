@@ -19,6 +19,7 @@ from .masking import ATTENTION_MASKERS
 from .masks import mask_noise
 from .objective import PAIR_ENTROPY
 from .optim import Muon, orthogonalizing_type
+from .pictures import as_if_not_normalised
 from .precision import multiplies_bfloat16, why_precision
 from .retrieval import chance_of_recall
 from .text_maskers import maskable_words
@@ -68,6 +69,7 @@ def effective_configuration(trainer) -> dict:
         "device": str(trainer.device),
         "processes": trainer.processes,
         "threads": torch.get_num_threads(),
+        "not_normalised": as_if_not_normalised(batch.pixel_values, model.pixel_stats),
         "side_by_side": trainer.at_once(round(pairs / config.gradient_accumulation_steps)),
     }
 
@@ -201,6 +203,8 @@ def _beware(trainer, e: dict) -> list[str]:
             f"the warmup takes {config.warmup_steps} of {e['steps']} steps, so that the learning "
             "rate hardly falls; lower warmup_steps, or train longer"
         )
+    if e["not_normalised"]:
+        beware.append(e["not_normalised"])
     slow = trainer.precision == torch.float16 and trainer.device.type == "cpu"
     if slow or (trainer.precision == torch.bfloat16 and not multiplies_bfloat16(trainer.device)):
         beware.append(

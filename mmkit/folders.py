@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .cache import as_path
 from .data import MultimodalDataset
 from .loading import Found, Options, load, within
 from .picture_files import Refused
@@ -40,7 +41,7 @@ _ABOUT = set("readme license licence notice citation attribution changelog requi
 
 
 def _existing(path: str | os.PathLike) -> Path:
-    path = Path(path).expanduser()
+    path = Path(as_path(path)).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; check the path")
     return path

@@ -270,6 +270,26 @@ def _centre(width: int, height: int) -> tuple[int, int, int, int]:
     return left, top, left + short, top + short
 
 
+def as_if_not_normalised(pixel_values: Tensor, pixel_stats: Tensor) -> str:
+    """ "" or, of floats (..., 3, H, W) that seem to be 0 to 1 as from `ToTensor`, what to do.
+
+    Floats count as normalised and are taken as they are. pixel_stats (2, 3, 1, 1): the mean and
+    deviation of each channel by which the model normalises uint8 itself.
+    """
+    if not pixel_values.is_floating_point():
+        return ""
+    (low, high), (mean, std) = pixel_values.aminmax(), pixel_stats.flatten(1).tolist()
+    if low < 0 or high > 1 or not any(mean):
+        return ""
+    mean, std = ([round(x, 4) for x in three] for three in (mean, std))
+    expected = f"{-mean[0] / std[0]:.1f} to {(1 - mean[0]) / std[0]:.1f}"
+    return (
+        f"pictures are floats from {low:.2f} to {high:.2f}, which count as normalised already, and "
+        f"this model expects {expected}; end the transform with Normalize(mean={mean}, std={std}), "
+        "or let it give uint8 (PILToTensor() in place of ToTensor())"
+    )
+
+
 def shift_pictures(pixel_values: Tensor, noise: Tensor, fraction: float = 1 / 16) -> Tensor:
     """Move each picture (B, 3, H, W) by its own whole number of pixels, the edge repeated.
 

@@ -5,6 +5,7 @@ pictures that have it (captions.py). Shapes: N pictures, M captions, K of a pict
 Walk-through: notebooks/04_retrieval.ipynb.
 """
 
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from .distributed import gather_rows, joint, my_share, world
 from .encoder import MultimodalEncoder
 from .losses import check_loss, info_nce_rows, sigmoid_rows, similarity
 from .masking import draw_maskings
-from .pictures import as_seen, read_picture, square
+from .pictures import as_if_not_normalised, as_seen, read_picture, square
 from .precision import autocast_for
 from .text_maskers import maskable_words
 from .tokenizer import encode_texts
@@ -102,9 +103,11 @@ def of_pictures(
     device = model.logit_scale.device
     autocast = autocast_for(mixed_precision, device)
     dataset = dataset.encoded_by(model.tokenizer, model.max_length)
-    parts = []
+    parts: list[Tensor] = []
     for rows in _my_chunks(len(dataset), batch_size):
         batch = dataset.batch(rows).to(device)
+        if not parts:
+            _say_if_not_normalised(model, batch.pixel_values)
         hidden = _of_rows(mask, rows, len(dataset))
         with at_rest(model), autocast:
             masking, _ = draw_maskings(
@@ -117,6 +120,11 @@ def of_pictures(
 
 
 @joint("mm.embed, by itself or in mm.evaluate, mm.Index, probe")
+def _say_if_not_normalised(model: MultimodalEncoder, pixel_values: Tensor) -> None:
+    if odd := as_if_not_normalised(pixel_values, model.pixel_stats):
+        warnings.warn(odd, stacklevel=4)
+
+
 def of_captions(
     model: MultimodalEncoder,
     dataset: MultimodalDataset,
@@ -453,8 +461,15 @@ class Index:
             (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
         ):
             return embed_texts(self.model, [query])[0]
+        if not (isinstance(query, str | os.PathLike | Tensor | np.ndarray)
+                or hasattr(query, "convert") or hasattr(query, "read")):  # fmt: skip
+            raise ValueError(
+                f"query={query!r} is neither words nor an image; give a text, the path of a file, "
+                "a PIL image or a tensor (3, H, W)"
+            )
         if isinstance(query, Tensor | np.ndarray):
             pixels = torch.as_tensor(query)
+            _say_if_not_normalised(self.model, pixels)
         else:
             picture = as_seen(query) if hasattr(query, "convert") else read_picture(query)
             pixels = square(self.model.image_size)(picture)

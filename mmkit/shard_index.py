@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from .cache import cache_folder, renamed
+from .cache import as_path, cache_folder, renamed
 from .picture_files import Refused
 from .spool import GZIP, Spool
 from .tar_index import IMAGE_SUFFIXES, Suffixes, TarIndex, scan_tar
@@ -38,8 +38,9 @@ def expand_urls(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list
     name commands that you would run yourself. Raises FileNotFoundError for what is not there,
     ValueError where there is none at all or one twice.
     """
-    names = [source] if isinstance(source, str | os.PathLike) else list(source)
-    urls = [url for name in names for url in _expand(os.fspath(name))]
+    single = isinstance(source, str | bytes | os.PathLike) or not isinstance(source, Iterable)
+    names: list = [source] if single else [*source]  # type: ignore[misc]
+    urls = [url for name in names for url in _expand(as_path(name))]
     if not urls:
         raise ValueError("no shard is named; give the path of a .tar, a folder or a glob")
     if len(set(urls)) < len(urls):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import mmkit as mm
 from mmkit import (
     Index,
     MultimodalDataset,
@@ -264,6 +265,31 @@ def test_search_by_words_and_by_picture(make_model, make_data):
         index.search(" ")
     with pytest.raises(FileNotFoundError, match=r"gone\.png does not exist"):
         index.search("gone.png")
+
+
+@pytest.mark.parametrize("kind", [int, bool, float, bytes, type(None)])
+def test_what_is_neither_words_nor_a_path_is_refused_and_closes_nothing(
+    kind, make_model, make_data, tmp_path
+):
+    """Python opens a number as the file that has it, reads it, and closes it."""
+    data = make_data(5)
+    index = Index(make_model(), data)
+    for call, words in (
+        (lambda x: index.search(x, k=1), "is neither words nor an image; give a text"),
+        (mm.load, "is no path; give the name of a file or a folder"),
+        (mm.from_folder, "is no path"),
+        (mm.from_table, "is no path"),
+        (mm.from_class_folders, "is no path"),
+        (lambda x: mm.from_shards([x]), "is no path"),
+        (lambda x: mm.from_coco(x, x), "is no path"),
+        (lambda x: mm.from_lists([x], ["a"]), "names no picture"),
+        (lambda x: mm.MultimodalDataset([x], ["a"]), "give the path of a file"),
+    ):
+        with open(tmp_path / "file", "wb") as file:
+            value = None if kind is type(None) else kind(file.fileno())
+            with pytest.raises(ValueError, match=words):
+                call(value)
+            file.write(b"still open")
 
 
 def test_zero_shot_takes_the_nearest_class(make_model, make_data):

@@ -541,6 +541,45 @@ def test_a_batch_of_one_may_reconstruct(make_trainer, make_data):
     assert norm > 0
 
 
+def test_floats_that_nobody_normalised_are_said_and_the_remedies_work(make_trainer, make_data):
+    """ToTensor() gives 0 to 1; by both remedies the model sees what it sees of uint8."""
+    import warnings
+
+    from torchvision.transforms import v2
+
+    data = make_data(23)
+    model = make_trainer(data=data).model
+    plain = mm.embed(model, data).image_features
+
+    def seen(transform) -> tuple[str, torch.Tensor]:
+        data._decoded.fill(torch.stack([transform(data[row]["image"]) for row in range(23)]), rows)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            features = mm.embed(model, data).image_features
+        report = said_by(make_trainer(data=data, model=model))
+        assert ("count as normalised" in report) == bool(said)
+        return " ".join(str(one.message) for one in said), features
+
+    rows, to_tensor = data._decoded.rows, v2.ToDtype(torch.float32, scale=True)
+    for row in range(23):
+        data._decoded.pixels[row, :, 0, 0] = 17 * row % 256  # with black among them
+    plain = mm.embed(model, data).image_features
+    raw = data._decoded.pixels.clone()
+    words, features = seen(to_tensor)
+    assert "floats from 0.00 to 1.00, which count as normalised already" in words
+    assert (features - plain).abs().max() > 0.01
+    (remedy,) = re.findall(r"Normalize\([^)]*\)", words)
+    data._decoded.fill(raw, rows)
+    words, features = seen(v2.Compose([to_tensor, eval(f"v2.{remedy}")]))
+    assert not words
+    torch.testing.assert_close(features, plain)
+    data._decoded.fill(raw, rows)
+    words, features = seen(v2.Identity())
+    assert not words and torch.equal(features, plain)
+    model.pixel_stats[0], model.pixel_stats[1] = 0, 1  # of a model that wants 0 to 1
+    assert not seen(to_tensor)[0]
+
+
 def test_settings_that_change_nothing_are_said(make_trainer):
     def beware(**values):
         lines = [x for x in said_by(make_trainer(**values)).splitlines() if x[:6] == "beware"]
