@@ -97,7 +97,7 @@ def train(
         resume: Go on from the last checkpoint of --run-name; without a name, of the newest run.
         fork: Folder of a run whose last state this run starts from; only --batch-size must agree.
     """
-    check_arguments(config, None, ())  # before anything is loaded
+    check_arguments(config)  # before anything is loaded
     size = PRESETS[config.preset]["image"]
     training, val, test = _parts(source, size, split, config)
     name = f"{split} test" if not source.data else "test part"

@@ -13,7 +13,7 @@ from .encoder import PRESETS, MultimodalEncoder
 from .masking import IMAGE_MASKERS, TEXT_MASKERS, find_masker
 
 
-def check_arguments(config: Any, model: Any, callbacks: Any):
+def check_arguments(config: Any, model: Any = None, callbacks: Any = (), resume: Any = False):
     """ValueError for an argument of another kind than `train_model` takes, or an unknown name."""
     if not isinstance(config, TrainingConfig):
         hint = "TrainingConfig(**config)" if isinstance(config, dict) else "TrainingConfig(...)"
@@ -27,6 +27,9 @@ def check_arguments(config: Any, model: Any, callbacks: Any):
         raise ValueError(f"model is a {type(model).__name__}; {remedy}")
     if not (isinstance(callbacks, Sequence) and all(map(callable, callbacks))):
         raise ValueError(f"callbacks={callbacks!r} must be a list of functions f(trainer, record)")
+    if not (resume is None or isinstance(resume, bool | str | os.PathLike)):
+        folder = "its path" if hasattr(resume, "path") else "a run's folder"
+        raise ValueError(f"resume is of type {type(resume).__name__}; give True, False or {folder}")
     given = model is not None and config.preset == "own"  # as the files of a run record it
     if not given and config.preset not in PRESETS:
         raise ValueError(

@@ -149,7 +149,8 @@ def as_type(name: str, given: Any, annotation: Any) -> Any:
     if none and value is None:
         return value
     if getattr(value, "ndim", None) == 0:
-        value = value.item()
+        short = "float32" in str(value.dtype)  # 0.1 is meant, not 0.10000000149
+        value = float(f"{value.item():.7g}") if short else value.item()
     if kind is str and isinstance(value, os.PathLike):
         value = os.fspath(value)
     elif kind is int and isinstance(value, float) and value.is_integer():

@@ -87,7 +87,7 @@ class MaskedMultimodalTrainer:
         resume: bool | str | os.PathLike = False,
         callbacks: Sequence[Callback] = (),
     ):
-        check_arguments(config, model, callbacks)
+        check_arguments(config, model, callbacks, resume)
         self.own_state = OwnState(config.deterministic)
         self._set_up(config, train, val, model, resume, callbacks)
 
@@ -794,7 +794,9 @@ def train_model(
 ) -> Run:
     """Train a masked multimodal encoder and return the `Run`.
 
-    model None builds `config.preset`. The training set's tokenizer is given to the validation set.
+    train, val: data sets of ours, or `torch.utils.data.Subset`s of them. model None builds
+    `config.preset`; of one that is given the config's preset, dropout and temperature are not
+    asked. The training set's tokenizer is given to the validation set.
     resume=True goes on from the last checkpoint of the same run; with nothing to resume it starts
     anew and says so. resume="runs/other" starts this run from where that one stands, under another
     configuration. callbacks: functions f(trainer, record), called after each record that is

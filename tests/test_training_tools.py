@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -746,6 +747,11 @@ def test_arguments_of_another_kind_are_named(make_config, make_model, make_data)
         ((config, data, None, torch.nn.Linear(3, 5)), r"model is a Linear; give a mm\.Multimodal"),
         ((config, data, None, model, False, print), "callbacks=.* must be a list of functions"),
         ((config, data, None, model, False, ["stop"]), "must be a list of functions"),
+        (
+            (config, data, None, model, 3),
+            "resume is of type int; give True, False or a run's folder",
+        ),
+        ((config, data, None, model, Path), "resume is of type type; give True, False or"),
         ((make_config(preset="nano"), data), "preset='nano' is not known; known: base, small"),
         ((make_config(preset="nano"), data, None, model), "preset='nano' is not known"),
         ((make_config(text_mask="wole_word"), data, None, model), "did you mean 'whole_word'"),
