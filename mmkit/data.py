@@ -179,6 +179,8 @@ class MultimodalDataset:
             raise ValueError("the dataset is empty; give at least one picture and its text")
         ids = torch.arange(len(self.texts)) if sample_ids is None else torch.as_tensor(sample_ids)
         self.sample_ids = ids.to(torch.int64)
+        if len(self.sample_ids) != len(self.texts):
+            raise ValueError(f"{len(ids)} sample_ids for {len(self.texts)} rows; give one per row")
         if len(self.sample_ids.unique()) < len(self.texts):
             repeated, times = Counter(self.sample_ids.tolist()).most_common(1)[0]
             raise ValueError(

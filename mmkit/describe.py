@@ -142,10 +142,14 @@ def describe(trainer) -> str:
         lines["data"] += " and are cut"
     if left_out:
         lines["negatives"] += "; the others are correct, too"
-        if common := trainer.train.common_captions():
-            named = ", ".join(f"“{caption}” ({n:,} pictures)" for caption, n in common[:3])
-            more = f" and {len(common) - 3:,} more" if len(common) > 3 else ""
-            lines["negatives"] += f": very common captions take negatives away, {named}{more}"
+    if common := trainer.train.common_captions():
+        named = ", ".join(f"“{caption}” ({n:,} pictures)" for caption, n in common[:3])
+        more = f" and {len(common) - 3:,} more" if len(common) > 3 else ""
+        share = 100 * trainer.train.correct_captions.left_out()
+        lines["negatives"] += (
+            f"; over all batches {share:.1f} % are, mainly for captions that very many pictures "
+            f"share: {named}{more}"
+        )
     if config.terms == ["contrastive"]:
         del lines["terms"]  # as everybody expects
     if "contrastive" not in config.terms:
@@ -158,6 +162,8 @@ def describe(trainer) -> str:
     else:
         n = len(trainer.val)
         lines["validation"] = f"{n:,} pictures"
+        if cut := trainer.val.cut_captions():
+            lines["validation"] += f", {cut:,} captions cut"
         if "contrastive" in config.terms:
             costs, chance = _pool(trainer.val)
             lines["validation"] += f" as one pool{_guessing(config, costs)}"

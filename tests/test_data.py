@@ -151,6 +151,8 @@ def test_data_that_is_one_to_one_carries_no_partners(files, make_data):
         pixels[:2], [["xy", "zz"], ["XY", "yx"]], tokenizer=foreign
     )
     assert correct_pairs(*other.partners()[::-1]).int().tolist() == [[1, 1, 1, 0], [1, 0, 1, 1]]
+    with pytest.raises(ValueError, match="2 sample_ids for 3 rows"):
+        MultimodalDataset.from_pixels(pixels, ["a", "b", "c"], sample_ids=[5, 3])
     with pytest.raises(ValueError, match="sample id 5 stands at 2 rows"):
         MultimodalDataset.from_pixels(pixels, ["a", "b", "c"], sample_ids=[5, 3, 5])
 
