@@ -40,10 +40,11 @@ TERMS = {
     "unmasked view": BESIDE | dict(contrastive_view="unmasked", text_mask_mode="drop"),
     "MAE": ALONE | dict(pixels_weight=1.0, image_mask_ratio=0.75),
     "BERT": ALONE | dict(words_weight=1.0, text_mask_mode="80/10/10"),
-    "matching": BESIDE | dict(matching_weight=0.4),
+    # larger batches, 27 and 26: a micro-batch of each process needs two pairs
+    "matching": BESIDE | dict(matching_weight=0.4, batch_size=27),
 }
 OBJECTIVES = [(case, parts) for case in TERMS for parts in (1, 3)]
-BATCHES = (0, 4)  # of 11 pairs and of 10: three processes have 4, 4, 3 and 4, 3, 3 of them
+BATCHES = (0, -1)  # of 11 pairs and of 10: three processes have 4, 4, 3 and 4, 3, 3 of them
 PAIRS, WIDTH = 509, 3  # of made features
 FIRST_ROWS = {1: [0], 2: [0, 67], 3: [0, 67, 271]}  # of each process: parts of very unequal size
 CHUNK = 2000  # logits held at once, where a share is computed in slices
