@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .captions import number
 from .data import HASH_BYTES, MultimodalDataset
 from .function_identity import FUNCTIONS, function_identity
 from .picture_cache import content_hashes
@@ -89,6 +90,7 @@ def of_data(data: MultimodalDataset) -> dict[str, Any]:
         own = "" if data.side else function_identity(data.transform)
         images["cut"] = own or f"squares of {data.side} pixels"
         images["background"] = list(data.reading.background)
+    images["one_image"] = _digest(number(data.image_ids.tolist()))  # which rows show the same one
     if hasattr(data._store, "order"):  # shards are dealt out in an order of their own
         images["order"] = _digest(data.epoch_rows(0, 0, 1)[0])
     if in_memory:
@@ -213,10 +215,13 @@ def compare_data(then: dict, now: dict, data: MultimodalDataset) -> Differences:
         unsure.append(f"transform cannot be compared: {new['cut'].removeprefix('? ')}")
     elif not same:
         differs.append("images are cut by another image_size or transform")
-    for name in ("background", "order"):
+    for name, words in (
+        ("background", "images have another background"),
+        ("order", "shards hold other images each"),
+        ("one_image", "which rows count as the same image"),
+    ):
         if old.get(name) != new.get(name):
-            words = {"background": "images have another background", "order": "shards are others"}
-            differs.append(words[name])
+            differs.append(words)
     if not old["files"] or old["files"] != new["files"]:
         differs += _compare_contents(old, new, data, unsure)
     else:  # so their contents need not be read
