@@ -17,7 +17,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # figures are written to files here
 import tyro
 
 from . import plots
-from .checkpoint import load, read_checkpoint
+from .checkpoint import load, read_checkpoint, shown
 from .checks import check_arguments
 from .config import TrainingConfig
 from .data import MultimodalDataset
@@ -111,7 +111,7 @@ def train(
     masks = {"image_mask": (config.image_mask, ratio)}
     best, seconds = run.best["epoch"] + 1, run.history[-1]["seconds"]
     print(
-        f"\n{run.path}: best epoch {best}, {seconds:.0f} s of training, "
+        f"\n{shown(run.path)}: best epoch {best}, {seconds:.0f} s of training, "
         f"peak memory {_peak_gigabytes():.2f} GB"
     )
     if "contrastive" in config.terms:

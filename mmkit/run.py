@@ -120,27 +120,39 @@ def run_folder(output_dir: str | os.PathLike, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def held(path: Path, new: bool = False) -> Iterator[None]:
+def held(path: Path, new: bool = False) -> Iterator[Path]:
     """A run's folder, made if need be, for this process alone; RuntimeError where another has it.
 
     It stays ours while this process lives. An empty folder that was made for it goes again. new:
-    FileExistsError where it is there already.
+    where it is there already, the next one ("name-2") that is not is taken.
     """
-    made = not path.exists()
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=not new)
-    with writing(path / ".lock"):
-        _held[path] = _hold(path / ".lock")
+    first, number, made = path, 1, False
+    while not made:
+        try:
+            with writing(path):
+                path.mkdir(parents=True)
+            made = True
+        except FileExistsError:
+            if not new and path.is_dir():
+                break
+            if not new:
+                raise
+            number += 1
+            path = first.with_name(f"{first.name}-{number}")
     try:
-        yield
-    finally:
-        if (number := _held.pop(path, None)) is not None:  # None: forked meanwhile
-            with contextlib.suppress(OSError):
-                (path / ".lock").unlink()
-            os.close(number)
-            if made:
+        with writing(path / ".lock"):
+            _held[path] = _hold(path / ".lock")
+        try:
+            yield path
+        finally:
+            if path in _held:  # else forked meanwhile
                 with contextlib.suppress(OSError):
-                    path.rmdir()
+                    (path / ".lock").unlink()
+                os.close(_held.pop(path))
+    finally:
+        if made:
+            with contextlib.suppress(OSError):  # something was written
+                path.rmdir()
 
 
 def _hold(path: Path) -> int:

@@ -9,7 +9,9 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -128,6 +130,47 @@ def save_last(trainer):
     path = trainer.path / "last" / "state.pth"
     write_atomically(_weights(trainer, trainer.model) | extra, path)
     _keep(path, trainer.step, trainer.config.keep_last)
+
+
+@contextlib.contextmanager
+def interrupts_wait(trainer) -> Iterator[None]:
+    """An interrupt waits for the end of a step (`trainer.in_step`), unless it is the second one.
+
+    Of one process: several are ended together, by whoever started them.
+    """
+    usual = signal.default_int_handler
+
+    def interrupt(number, frame):
+        if trainer.in_step and not trainer.interrupted:
+            trainer.interrupted = True
+        else:
+            usual(number, frame)
+
+    ours = threading.current_thread() is threading.main_thread() and trainer.processes == 1
+    if not ours or signal.getsignal(signal.SIGINT) is not usual:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def save_what_is_done(trainer):
+    """After an error: write last/ where a run stands between two steps, and say how to go on."""
+    if trainer.processes > 1:  # the others may be anywhere
+        return
+    where = "within a step, which is lost" if trainer.in_step else "between two steps"
+    with contextlib.suppress(OSError):  # the disk itself may be at fault
+        if not trainer.in_step:
+            save_last(trainer)
+    state = trainer.path / "last" / "state.pth"
+    if state.is_file():
+        trainer.say(
+            f"ended at step {trainer.step} of {trainer.total_steps}, {where}; {shown(state)} is "
+            "saved: go on with resume=True"
+        )
 
 
 def _keep(path: Path, step: int, count: int):

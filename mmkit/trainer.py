@@ -11,9 +11,7 @@ import functools
 import math
 import os
 import shutil
-import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -100,7 +98,7 @@ class MaskedMultimodalTrainer:
         # A copy, its rules checked anew: what is set in the caller's later changes no running run.
         self.config = config = dataclasses.replace(config)
         self.callbacks, self.stopping, self._asked_to_stop = list(callbacks), False, False
-        self._in_step = self._interrupted = False
+        self.in_step = self.interrupted = False
         self.ending: int | None = None  # the epoch whose steps are done, but not its end
         self.frozen: dict[str, list] = {}  # what the run has frozen, by tower
         resume = resume or False
@@ -455,7 +453,7 @@ class MaskedMultimodalTrainer:
                 )
             if self.forked:  # killed before its first epoch, it can go on, too
                 run_state.save_last(self)
-            stack.enter_context(self._interruptible())
+            stack.enter_context(run_state.interrupts_wait(self))
             self._train()
             if self.writer:
                 self.writer.close()
@@ -468,17 +466,9 @@ class MaskedMultimodalTrainer:
         return fingerprint.of_run(self)
 
     def _hold_folder(self, stack: contextlib.ExitStack) -> Path:
-        """The run's folder, from now on ours alone; another one where two got the same time."""
-        path, unnamed, number = self.path, not (self.resumed or self.config.run_name), 1
-        while True:
-            try:
-                stack.enter_context(held(path, new=unnamed))
-                break
-            except FileExistsError:
-                if not unnamed:
-                    raise
-                number += 1
-                path = self.path.with_name(f"{self.path.name}-{number}")
+        """The run's folder, from now on ours alone."""
+        unnamed = not (self.resumed or self.config.run_name)
+        path = stack.enter_context(held(self.path, new=unnamed))
         check_folder(path, not self.resumed, run_state.needed_bytes(self))
         return path
 
@@ -498,34 +488,10 @@ class MaskedMultimodalTrainer:
         again, step = self.ending is not None, self.step if self.resumed else None
         self.writer = RunWriter(self.path, settings, step, again)
 
-    @contextlib.contextmanager
-    def _interruptible(self):
-        """An interrupt waits for the end of a step, unless it is the second one.
-
-        Of one process: several are ended together, by whoever started them.
-        """
-        usual = signal.default_int_handler
-
-        def interrupt(number, frame):
-            if self._in_step and not self._interrupted:
-                self._interrupted = True
-            else:
-                usual(number, frame)
-
-        ours = threading.current_thread() is threading.main_thread() and self.processes == 1
-        if not ours or signal.getsignal(signal.SIGINT) is not usual:
-            yield
-            return
-        signal.signal(signal.SIGINT, interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, usual)
-
     def _train(self):
         """All epochs that are left; what ends them early is saved, where that can be."""
         self._mark, self.stopping, self._asked_to_stop = time.perf_counter(), False, False
-        self._in_step = self._interrupted = False
+        self.in_step = self.interrupted = False
         modes = {part: part.training for part in self.net.modules()}
         try:
             with self._progress() as bar:
@@ -534,29 +500,13 @@ class MaskedMultimodalTrainer:
                 while self.step < self.total_steps and not self.stopping:
                     self._run_epoch(self.step // self.steps_per_epoch, bar)
         except BaseException:
-            self._save_what_is_done()
+            run_state.save_what_is_done(self)
             raise
         finally:  # the model may go on to another training
             for tower in [*self.frozen]:
                 thaw(self.frozen.pop(tower))
             for part, mode in modes.items():
                 part.training = mode
-
-    def _save_what_is_done(self):
-        """Write last/ where the run stands between two steps, and say how to go on."""
-        if self.processes > 1:  # the others may be anywhere
-            return
-        with contextlib.suppress(OSError):  # the disk itself may be at fault
-            if not self._in_step:
-                run_state.save_last(self)
-        state, where = self.path / "last" / "state.pth", "between two steps"
-        if self._in_step:
-            where = "within a step, which is lost"
-        if state.is_file():
-            self.say(
-                f"ended at step {self.step} of {self.total_steps}, {where}; {shown(state)} is "
-                "saved: go on with resume=True"
-            )
 
     def stop(self):
         """End the run after this record, validated and saved; for callbacks, on any process."""
@@ -578,13 +528,13 @@ class MaskedMultimodalTrainer:
             waiting = time.perf_counter() - before
             waited, self.epoch_waited = waited + waiting, self.epoch_waited + waiting
             batch = batch.to(self.device)
-            self._in_step = True
+            self.in_step = True
             if config.term_gradients_every and self.step % config.term_gradients_every == 0:
-                compared, self._in_step = self.measure_terms(batch, epoch), False
+                compared, self.in_step = self.measure_terms(batch, epoch), False
                 self._write("terms", epoch, compared)
-                self._in_step = True
+                self.in_step = True
             loss, norm = self.train_step(batch, epoch)
-            self.step, self._in_step = self.step + 1, False
+            self.step, self.in_step = self.step + 1, False
             inside = self.step % self.steps_per_epoch != 0
             if not inside or self.step == self.total_steps:
                 self.ending = epoch
@@ -595,7 +545,7 @@ class MaskedMultimodalTrainer:
                     epoch, batch, loss, norm, (self.step - since) / passed, waited / passed
                 )
                 waited, since, started = 0.0, self.step, time.perf_counter()
-            if self._interrupted:
+            if self.interrupted:
                 raise KeyboardInterrupt
             if inside and config.checkpoint_every and self.step % config.checkpoint_every == 0:
                 run_state.save_last(self)
