@@ -70,7 +70,9 @@ def pool_rows(row: int, count: int, size: int) -> list[int]:
 
 def rank_of(cosines: Tensor, right: Tensor) -> int:
     """The place of the best right one, 1 = on top; ties count against it. right (R,) bool."""
-    return 1 + int((~(cosines < cosines[right].max()) & ~right).sum())
+    best = cosines[right].max()
+    behind = (cosines < best) | (cosines.isnan() & ~best.isnan())
+    return 1 + int((~behind & ~right).sum())
 
 
 def caption_pieces(

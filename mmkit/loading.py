@@ -268,7 +268,7 @@ def _look(
 
 
 def _dataset(store, keep, texts, meta, lines, found, options, report) -> MultimodalDataset:
-    """The data set of the rows whose heads are in order, identical pictures in one group."""
+    """The data set of the rows whose heads are in order."""
     data = MultimodalDataset.from_store(
         store,
         texts,

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkit import info_nce, sigmoid_loss
 from mmkit.captions import correct_pairs, partner_counts
@@ -142,6 +143,27 @@ def test_partners_of_other_pairs_are_refused():
             info_nce(image, text, scale, wrong)
         with pytest.raises(ValueError, match="partners of 7 pairs"):
             sigmoid_loss(image, text, scale, bias, wrong)
+
+
+class Matrices(TorchDispatchMode):
+    """Remembers every bool tensor of B x B entries that an operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.made = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor) and out.dtype == torch.bool and out.numel() >= B * B:
+            self.made.append(function)
+        return out
+
+
+def test_one_to_one_data_holds_no_matrix_of_partners():
+    for partners, some in ((None, False), ((IDS, TABLE), True)):
+        with Matrices() as found:
+            info_nce(*features()[:3], partners).backward()
+        assert bool(found.made) == some
 
 
 def test_partners_known_are_no_more_than_left_out():

@@ -13,6 +13,7 @@ import mmkit as mm
 from mmkit.describe import effective_configuration
 from mmkit.encoder import MAX_LOGIT_SCALE
 from mmkit.optim import build_optimizers, parameter_groups
+from mmkit.widgets import MaskLab
 from tests.train_small import DEFAULTS
 
 QUICK = DEFAULTS | dict(num_epochs=2)
@@ -185,6 +186,8 @@ def test_others_on_the_same_data_do_not_move_a_training(config, make_model, make
     def evaluate(trainer, record):
         if trainer.step == 2:
             mm.evaluate(other, data, ks=(1,))
+            mm.probe.pooled_states(other, data, "text")
+            MaskLab(data, other)
 
     def train_beside(trainer, record):
         if trainer.step == 2:

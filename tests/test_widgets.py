@@ -289,6 +289,7 @@ def test_ties_count_against_the_rank():
     assert rank_of(torch.tensor([0.1, 0.3, 0.2, 0.0]), right) == 1
     assert rank_of(torch.tensor([0.3, 0.3, 0.4, 0.0]), right) == 3
     assert rank_of(torch.full((4,), float("nan")), right) == 3
+    assert rank_of(torch.tensor([float("nan"), 0.3, 0.2, 0.0]), right) == 1
 
 
 # -- what is shown ---------------------------------------------------------------------------
