@@ -162,6 +162,15 @@ class CorrectCaptions:
         places = (self._starts[images, None] + nth).clamp(max=len(self._captions) - 1)
         return self._captions[places].masked_fill(nth >= sizes, -1)
 
+    def rarest(self) -> Tensor:
+        """(N,) of each row its caption that fewest rows share, the first of several: a row of M."""
+        rows, total = torch.arange(len(self.counts)), len(self.caption_ids)
+        _, shared = partner_counts(self.of_images(rows), self.caption_ids)
+        order = shared * total + torch.arange(total)
+        start = torch.full_like(rows, int(order.max()))
+        owners = rows.repeat_interleave(self.counts)
+        return start.scatter_reduce(0, owners, order, "amin") % total
+
     def common(self) -> list[tuple[int, int]]:
         """(a row of M, images that it is correct for) of each very common caption, most first."""
         images = len(self._sizes)

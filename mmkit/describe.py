@@ -95,8 +95,7 @@ def _negatives(trainer) -> dict[str, float]:
 
 def _pool(data) -> tuple[float, float]:
     """(what guessing costs in a validation, chance of R@1), both counted with all partners."""
-    first = data.drawn_captions(torch.arange(len(data)))
-    captions, images = data.partners(None, first)
+    captions, images = data.partners(None, data.correct_captions.rarest())
     negatives = len(data) - torch.cat(partner_counts(images, captions)).double()
     return negatives.log1p().mean().item(), sum(chance_of_recall(data)) / 2
 

@@ -39,6 +39,7 @@ class Features:
     caption_ids: Tensor  # (M,) int64, equal for captions of the same tokens
     image_captions: Tensor  # (N, K) int64, of all captions of each picture; -1 = none
     first_caption: Tensor  # (N,) int64, row of each picture's canonical caption
+    pool_caption: Tensor  # (N,) the same, but of the caption that fewest pictures share
 
 
 def _chunks(rows: int, columns: int) -> list[slice]:
@@ -79,7 +80,8 @@ def embed(
     size, images, texts = model.embed_dim, model.encode_image, model.encode_text
     image_features = of_pictures(model, dataset, images, size, image_mask, image_mode, **common)
     text_features = of_captions(model, dataset, texts, size, text_mask, text_mode, **common)
-    return Features(image_features, text_features, *dataset.partners(), first)
+    rarest = dataset.correct_captions.rarest()
+    return Features(image_features, text_features, *dataset.partners(), first, rarest)
 
 
 @joint("mm.embed, by itself or in mm.evaluate, mm.Index, probe")
@@ -119,12 +121,12 @@ def of_pictures(
     return features
 
 
-@joint("mm.embed, by itself or in mm.evaluate, mm.Index, probe")
 def _say_if_not_normalised(model: MultimodalEncoder, pixel_values: Tensor) -> None:
     if odd := as_if_not_normalised(pixel_values, model.pixel_stats):
         warnings.warn(odd, stacklevel=4)
 
 
+@joint("mm.embed, by itself or in mm.evaluate, mm.Index, probe")
 def of_captions(
     model: MultimodalEncoder,
     dataset: MultimodalDataset,
@@ -314,7 +316,8 @@ def _say_what_is_not_finite(image_features: Tensor, text_features: Tensor) -> No
 
 @torch.no_grad()
 def pool_loss(model: MultimodalEncoder, features: Features, loss: str | None = None) -> float:
-    """The loss over the whole set as ONE pool of negatives (canonical captions), in chunks.
+    """The loss over the whole set as ONE pool of negatives, in chunks; a caption of each picture,
+    the first or, where captions are shared, the one that fewest others have.
 
     loss: "info_nce" or "sigmoid"; None = the one that the model is trained by. It does not depend
     on any batch size; chance is ln(N) for "info_nce" where no two pictures share a caption. Pairs
@@ -322,8 +325,8 @@ def pool_loss(model: MultimodalEncoder, features: Features, loss: str | None = N
     another loss.
     """
     check_loss(loss := loss or model.loss)
-    images, texts = features.image_features, features.text_features[features.first_caption]
-    captions, table = features.caption_ids[features.first_caption], features.image_captions
+    images, texts = features.image_features, features.text_features[features.pool_caption]
+    captions, table = features.caption_ids[features.pool_caption], features.image_captions
     finite = (images.isfinite() & texts.isfinite()).all(1)
     if finite.any() and not finite.all():
         images, texts, captions, table = (x[finite] for x in (images, texts, captions, table))

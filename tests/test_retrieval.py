@@ -171,6 +171,20 @@ def test_an_evaluation_says_how_many_captions_it_cut(make_model, make_data):
     assert features.image_captions[4, 0] == features.image_captions[9, 0]
 
 
+def test_the_pool_takes_captions_that_tell_pictures_apart(make_model, make_data):
+    """Of a category and a title the title, wherever it stands; else the first."""
+    model, data = make_model().eval(), make_data(23)
+    own = [texts[0] for texts in data.texts]
+    assert torch.equal(data.correct_captions.rarest(), torch.arange(23))
+    expected = retrieval.pool_loss(model, embed(model, data))
+    tagged = make_data(23)
+    tagged.texts = [["cat", text, "dog"] for text in own]
+    rows = tagged.correct_captions.rarest()
+    assert [[c for t in tagged.texts for c in t][row] for row in rows] == own
+    found = retrieval.pool_loss(model, embed(model, tagged))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_pool_knows_its_partners(make_model, make_data):
     """Against the loss of the whole matrix, with a relation that holds in one direction only."""
     model, data = make_model().eval(), make_data(23)
@@ -178,7 +192,7 @@ def test_the_pool_knows_its_partners(make_model, make_data):
     data.texts[8].insert(0, data.texts[2][0])
     for loss, whole in (("info_nce", info_nce), ("sigmoid", sigmoid_loss)):
         features = embed(model, data)
-        first = data.drawn_captions(torch.arange(23))
+        first = data.correct_captions.rarest()
         captions, images = data.partners(None, first)
         correct = correct_pairs(images, captions)
         assert not torch.equal(correct, correct.T)
