@@ -279,10 +279,11 @@ def _check_same(trainer, state: dict) -> list[str]:
     )
     if why := _no_fork(trainer, state):
         remedy = f"or give another run_name (a fork cannot have {why})"
+    up_to = "float summation" + (" and draws of dropout" if draws_dropout(trainer.model) else "")
     raise ValueError(
         f"cannot resume {folder}: {', and '.join(parts)}; use the same ones, {remedy}. May differ: "
-        f"{', '.join(sorted(_FREE))}; and, up to float summation: {', '.join(sorted(_SUMMATION))} "
-        "and the number of processes"
+        f"{', '.join(sorted(_FREE))}; and, up to {up_to}: {', '.join(sorted(_SUMMATION))} and the "
+        "number of processes"
     )
 
 
@@ -332,7 +333,8 @@ def _moved(trainer, state: dict, soft: dict) -> list[str]:
         words.append(f"saved by {saved} processes, now {trainer.processes}: {how}")
     then, now = state.get("identity", {}).get("computed"), trainer.identity["computed"]
     if then not in (None, now):
-        words.append(f"computed in {then} before, now in {now}: other rounding from here on")
+        other = "rounding and dropout" if draws_dropout(trainer.model) else "rounding"
+        words.append(f"computed in {then} before, now in {now}: other {other} from here on")
     return words
 
 

@@ -470,6 +470,8 @@ def test_up_to_summation_is_said_only_where_it_is_so(stopped, make_model, capsys
     assert "other dropout from here on: gradient_accumulation_steps: 1 -> 2" in said
     make(model=make_model(dropout=0.2), run_name="drops", gradient_checkpointing=True)
     assert "up to float summation the same: gradient_checkpointing" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="up to float summation and draws of dropout: compile"):
+        make(model=make_model(dropout=0.2), run_name="drops", seed=5)
 
 
 @pytest.mark.parametrize(

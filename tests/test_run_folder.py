@@ -492,6 +492,9 @@ def test_paths_outlive_a_change_of_the_working_folder(make, make_data, tmp_path,
                                 tokenizer=make_data(23).tokenizer)  # fmt: skip
     cached = mm.from_lists(paths, make_data(23).texts, image_size=15, cache_dir="cache",
                            tokenizer=make_data(23).tokenizer, cache_gigabytes=1.0)  # fmt: skip
+    mm.write_shards(make_data(23), "shards", samples_per_shard=7)
+    shards = mm.from_shards("shards/*.tar", image_size=15, cache_dir="cache",
+                            tokenizer=make_data(23).tokenizer)  # fmt: skip
     trainer = make(data=data, output_dir="runs", max_steps=1, num_workers=0)
     assert mm.describe(trainer).splitlines()[0].split() == ["run", "runs/run"]
     (tmp_path / "elsewhere").mkdir()
@@ -501,6 +504,7 @@ def test_paths_outlive_a_change_of_the_working_folder(make, make_data, tmp_path,
     assert run.path == tmp_path / "runs/run" == mm.Run.load(run.path).path
     assert run.model.embed_dim == 13 and run.facts["config"]["max_steps"] == 1
     assert torch.equal(cached.cached().batch([5]).pixel_values, data.batch([5]).pixel_values)
+    assert torch.equal(shards.batch([5]).pixel_values, data.batch([5]).pixel_values)
     assert data.picture_name(5) == "5.png"
 
 
