@@ -312,7 +312,11 @@ def _no_fork(trainer, state: dict) -> str:
         return f"{count:,} images instead of {old:,}: its epoch is cut into other batches"
     if then and fingerprint.other_tokens(then, now):
         return "another tokenizer, for which its weights mean nothing"
-    return ""
+    shapes = [  # a decoder may be another one: it then starts anew
+        {name: x.shape for name, x in weights.items() if not name.startswith("decoder.")}
+        for weights in (state["model_state_dict"], trainer.model.state_dict())
+    ]
+    return "" if shapes[0] == shapes[1] else "a model of other shapes, which its weights do not fit"
 
 
 def _moved(trainer, state: dict, soft: dict) -> list[str]:

@@ -202,6 +202,7 @@ def permuted(tokenizer):
         ("no validation set", "validation set: 7 images -> none"),
         ("pooling", "pooling: 'mean' -> 'cls'"),
         ("heads", "vit.num_attention_heads: 2 -> 11"),
+        ("width", "embed_dim: 13 -> 17"),
         ("dropout", "vit.hidden_dropout_prob: 0.0 -> 0.2.*more settings of the model"),
         ("dropout by hand", "dropout of image_projection.1: 0.0 -> 0.5"),
         ("norm", "layer_norm_eps"),
@@ -242,6 +243,11 @@ def test_another_experiment_is_refused_by_name(stopped, make_model, make_data, c
         now["model"] = make_model()
         for tower in (now["model"].vit, now["model"].bert):
             tower.config.num_attention_heads = 11
+    elif change == "width":
+        now["model"] = make_model()
+        now["model"].embed_dim = 17
+        for part in (now["model"].image_projection, now["model"].text_projection):
+            part[2] = torch.nn.Linear(22, 17, bias=False)
     elif change == "dropout":
         now["model"] = make_model(dropout=0.2)
     elif change == "dropout by hand":
@@ -274,7 +280,8 @@ def test_another_experiment_is_refused_by_name(stopped, make_model, make_data, c
             make(**usual | now)
     finally:
         IMAGE_MASKERS.pop("mine", None)
-    fork = "a fork cannot have" if change in ("tokenizer",) else "or fork it, which starts a run"
+    no_fork = change in ("tokenizer", "width")
+    fork = "a fork cannot have" if no_fork else "or fork it, which starts a run of its own"
     assert str(refused.value).startswith("cannot resume") and fork in str(refused.value)
 
 
