@@ -53,23 +53,23 @@ def content_hash(store: PictureStore, i: int) -> str:
 def same_files(paths: Sequence[str]) -> list[Hashable]:
     """A key of each file, equal for equal contents: only those of one length and end are read."""
     real = [os.path.realpath(path) for path in paths]
-    ends = {path: _length_and_end(path) for path in set(real)}
-    times = Counter(ends.values())
-    store = Files(real)
-    return [
-        ends[path] if times[ends[path]] == 1 else content_hash(store, i)
-        for i, path in enumerate(real)
-    ]
+    store = Files(list(dict.fromkeys(real)))
+    keys: list[Hashable] = [os.path.getsize(path) for path in store.paths]
+    for look in (_end, content_hash):
+        times = Counter(keys)
+        keys = [key if times[key] == 1 else (key, look(store, i)) for i, key in enumerate(keys)]
+    key_of = dict(zip(store.paths, keys, strict=True))
+    return [key_of[path] for path in real]
 
 
-def _length_and_end(path: str) -> Hashable:
+def _end(store: PictureStore, i: int) -> bytes | str:
+    """The last kilobyte of picture i; of one that cannot be opened its name."""
     try:
-        with open(path, "rb") as file:
-            length = file.seek(0, os.SEEK_END)
-            file.seek(max(0, length - 1024))
-            return length, file.read()
+        with store.open(i) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
+            return file.read()
     except OSError:
-        return path
+        return store.name(i)
 
 
 def content_hashes(
