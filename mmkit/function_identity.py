@@ -5,6 +5,7 @@ module or name. Walk-through: notebooks/05_checkpoints.ipynb.
 """
 
 import builtins
+import contextlib
 import dis
 import functools
 import hashlib
@@ -153,12 +154,7 @@ class _Walk:
         if value.__doc__ is not None and code.co_consts[:1] == (value.__doc__,):
             code = code.replace(co_consts=(None, *code.co_consts[1:]))
         yield from self.each((code, value.__defaults__, value.__kwdefaults__, vars(value)))
-        for cell in value.__closure__ or ():
-            try:
-                yield self.of(cell.cell_contents)
-            except ValueError:
-                yield "empty"
-        yield from self.each(_globals(value.__code__, value))
+        yield from self.each(_reads(value.__code__, value))
 
     def code(self, code: types.CodeType) -> Iterator[str | bytes]:
         counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount)
@@ -203,23 +199,27 @@ def _name_of_library(value: type) -> str:
     return f"{value.__module__}.{value.__qualname__}" if _of_library(value) else ""
 
 
-def _globals(code: types.CodeType, function: types.FunctionType) -> Iterator:
-    """The global values that a function reads, and of modules the attributes that it reads."""
+def _reads(code: types.CodeType, function: types.FunctionType) -> Iterator:
+    """The values outside of it that a function reads: global ones and those of its closure.
+
+    Of `config.seed` or `math.cos` it is the attribute that is read, whatever else is there.
+    """
+    around = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     value = missing = object()
     for step in (*dis.get_instructions(code), None):
-        if (
-            step
-            and step.opname in ("LOAD_ATTR", "LOAD_METHOD")
-            and (isinstance(value, types.ModuleType))
-        ):
-            value = getattr(value, step.argval, None)
-            continue
+        if step and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            if step.argval in getattr(value, "__dict__", ()):
+                value = getattr(value, step.argval)
+                continue
         if value is not missing:
             yield value
         value = missing
         if step and step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
             builtin = getattr(builtins, step.argval, None)
             value = function.__globals__.get(step.argval, builtin)
+        elif step and "DEREF" in step.opname and step.argval in around:
+            with contextlib.suppress(ValueError):  # nothing is there yet
+                value = around[step.argval].cell_contents
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
-            yield from _globals(inner, function)
+            yield from _reads(inner, function)

@@ -38,6 +38,14 @@ def scaled(by):
     return lambda progress: by * (1 - progress)
 
 
+def by_attribute(settings):
+    return lambda progress: settings.peak * progress
+
+
+def within(by):
+    return lambda progress: sum(share * by for share in (progress, 1.0))
+
+
 class Slope:
     def __init__(self, by):
         self.by = by
@@ -67,6 +75,9 @@ SAME = {  # two functions that compute the same, however they are written down
     "an object": lambda: (Slope(0.5), Slope(0.5)),
     "a transform that draws": lambda: (jittered, (random.random(), jittered)[1]),
     "by its registered name": lambda: (mm.config.cosine, mm.config.SCHEDULES["cosine"]),
+    "what it does not read of what it refers to": lambda: tuple(
+        by_attribute(types.SimpleNamespace(peak=0.5, name=name)) for name in ("one", "other")
+    ),
     "a set, in any order": lambda: tuple(
         defined("def f(p):\n    return p in names", names=names)
         for names in ({"a", "b", "c"}, {"c", "b", "a"})
@@ -80,6 +91,10 @@ OTHER = {
         defined(f"import math\ndef f(p):\n    return math.{name}(p)") for name in ("sin", "cos")
     ],
     "closure": lambda: [scaled(0.5), scaled(0.25)],
+    "what it reads of what it refers to": lambda: [
+        by_attribute(types.SimpleNamespace(peak=peak)) for peak in (0.5, 0.25)
+    ],
+    "closure of a function within": lambda: [within(0.5), within(0.25)],
     "default": lambda: [defined(f"def f(p, by={n}):\n    return p * by") for n in (1, 2)],
     "arguments of a partial": lambda: [functools.partial(pow, n) for n in (2, 3)],
     "a global value": lambda: [defined(FLOOR, floor=floor) for floor in (0.1, 0.2)],
