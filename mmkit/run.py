@@ -57,8 +57,13 @@ class Run:
 
     @property
     def best_file(self) -> Path:
-        """best_model.pth; FileNotFoundError where it is not this run's but an earlier one's."""
+        """best_model.pth; FileNotFoundError where there is none, or it is an earlier run's."""
         path = self.path / "best_model.pth"
+        if not path.is_file() and not self.best:
+            raise FileNotFoundError(
+                f"{shown(self.path)} has no best model: the run ended before its first validation, "
+                f"or without an applied step; go on with resume=True, run_name={path.parent.name!r}"
+            )
         if path.is_file() and not self.best and not Run.load(self.path).best:
             raise FileNotFoundError(
                 f"{shown(path)} is of an earlier run of that name, this one has no best model yet; "

@@ -292,3 +292,19 @@ def test_a_name_that_is_not_known_is_never_taken_for_another(make_model, make_da
 def test_a_model_of_numbers_that_cannot_be_is_refused(make_model, values, words):
     with pytest.raises(ValueError, match=words):
         make_model(**values)
+
+
+def test_a_run_that_ended_too_soon_says_so_and_its_remedy_works(make_data, make_model, tmp_path):
+    data = make_data(23)
+
+    def fails(trainer, record):
+        raise RuntimeError("enough")
+
+    with pytest.raises(RuntimeError, match="enough"):
+        settings = config(tmp_path, run_name="soon")
+        mm.train_model(settings, data, data, make_model(), callbacks=[fails])
+    words = "ended before its first validation, .* go on with resume=True, run_name='soon'"
+    with pytest.raises(FileNotFoundError, match=words):
+        _ = mm.Run.load(tmp_path / "soon").model
+    again = mm.train_model(config(tmp_path, run_name="soon"), data, data, make_model(), resume=True)
+    assert again.model.embed_dim == 13
