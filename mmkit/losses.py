@@ -70,6 +70,17 @@ def _checked(partners: Partners, group_ids: Tensor | None, count: int) -> Partne
     return partners
 
 
+def say_if_no_unit_vectors(image: Tensor, text: Tensor, so: str) -> None:
+    """Warn where features (N, D), (M, D) are not of length 1; so: what follows, and what to do."""
+    if torch.compiler.is_compiling():
+        return
+    lengths = torch.cat([x.detach().float().norm(dim=-1) for x in (image, text)])
+    lengths = lengths[lengths.isfinite()]
+    if len(lengths) and not ((lengths - 1).abs() < 0.01).all():  # bfloat16 is off by 0.004
+        words = f"features are {lengths.min():.3g} to {lengths.max():.3g} long, not 1: {so}"
+        warnings.warn(words, stacklevel=4)
+
+
 def _whole_pairs(image: Tensor, text: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     """Features (B, D) of B pairs, of unit length if asked for; a warning where they are not.
 
@@ -82,14 +93,9 @@ def _whole_pairs(image: Tensor, text: Tensor, normalize: bool) -> tuple[Tensor, 
         )
     if normalize:
         return F.normalize(image.float(), dim=-1), F.normalize(text.float(), dim=-1)
-    if not torch.compiler.is_compiling():
-        lengths = torch.cat([image.detach(), text.detach()]).float().norm(dim=-1)
-        if len(lengths) and not ((lengths - 1).abs() < 0.01).all():  # bfloat16 is off by 0.004
-            warnings.warn(
-                f"features are {lengths.min():.3g} to {lengths.max():.3g} long, not 1: the loss is "
-                "not one of cosines; give normalize=True, or normalise them before",
-                stacklevel=3,
-            )
+    say_if_no_unit_vectors(
+        image, text, "the loss is not one of cosines; give normalize=True, or normalise them before"
+    )
     return image, text
 
 

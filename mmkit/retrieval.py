@@ -20,7 +20,13 @@ from .captions import clean_caption, correct_pairs, partner_counts
 from .data import Batch, MultimodalDataset, as_dataset
 from .distributed import gather_rows, joint, my_share, world
 from .encoder import MultimodalEncoder
-from .losses import check_loss, info_nce_rows, sigmoid_rows, similarity
+from .losses import (
+    check_loss,
+    info_nce_rows,
+    say_if_no_unit_vectors,
+    sigmoid_rows,
+    similarity,
+)
 from .masking import draw_maskings
 from .pictures import as_if_not_normalised, as_seen, read_picture, square
 from .precision import autocast_for
@@ -239,10 +245,11 @@ def recall_at_k(
     gives it, or a bool matrix (N, M); image_groups (N,) and text_groups (M,), equal where they
     belong together, are the simple case of it. Without any row i belongs to row i, and N must equal
     M. A query counts if ANY correct candidate is among its K best (Karpathy & Fei-Fei 2015). Ties
-    count as misses, and so do features that are not finite: for themselves alone, with a warning.
-    A K above the number of candidates says nothing and is left out, with a warning. Works in
-    chunks: 100,000 pairs never hold more than 128 MB of the matrix at once. Raises ValueError for
-    no pairs, for a K below 1, and where nothing says what belongs together.
+    count as misses, and so do features that are not finite: for themselves alone, with a warning,
+    as for features that are no unit vectors. A K above the number of candidates says nothing and is
+    left out, with a warning. Works in chunks: 100,000 pairs never hold more than 128 MB of the
+    matrix at once. Raises ValueError for no pairs, for a K below 1, and where nothing says what
+    belongs together.
     """
     images, texts = len(image_features), len(text_features)
     if not images or not texts:
@@ -260,6 +267,8 @@ def recall_at_k(
         own = torch.arange(images, device=image_features.device)
         partners = own, own[:, None]
     _say_what_is_not_finite(image_features, text_features)
+    ranked = "they are ranked by dot products, not by cosines; normalise them before"
+    say_if_no_unit_vectors(image_features, text_features, ranked)
 
     def texts_of(rows: slice) -> Tensor:
         if isinstance(partners, Tensor):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmkit import info_nce, sigmoid_loss
+from mmkit import info_nce, recall_at_k, sigmoid_loss
 from mmkit.captions import correct_pairs, partner_counts
 from mmkit.losses import info_nce_rows, sigmoid_rows
 
@@ -206,3 +206,16 @@ def test_the_scale_may_be_a_number_and_rows_must_be_pairs(loss):
     for wrong in (text[:5], text[:, :3], text[0]):
         with pytest.raises(ValueError, match=r"image_features are \(7, 11\), text_features \("):
             loss(image, wrong, scale=scale)
+
+
+def test_recall_says_where_it_does_not_rank_by_cosines():
+    """A caption of a long vector is then nearest to every image."""
+    image = torch.eye(D)[:B]
+    long = image.clone()
+    long[3] += 1.1
+    with pytest.warns(UserWarning, match="long, not 1: they are ranked by dot products"):
+        misled = recall_at_k(image, 3 * long, ks=(1,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        right = recall_at_k(image, F.normalize(long, dim=1), ks=(1,))
+    assert misled["image_to_text"][1] < right["image_to_text"][1] == 1
