@@ -7,6 +7,7 @@ Walk-through: notebooks/03_training.ipynb.
 import atexit
 import contextlib
 import functools
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -98,7 +99,8 @@ def depart() -> None:
 
 @functools.cache
 def _depart_at_exit() -> None:
-    atexit.register(depart)
+    process = os.getpid()  # a worker that it forks ends without ending it
+    atexit.register(lambda: depart() if os.getpid() == process else None)
 
 
 def _announce(what: str) -> None:
