@@ -1,5 +1,6 @@
 """The README points at things that exist, lists every module, and quotes its notebooks."""
 
+import json
 import re
 from pathlib import Path
 
@@ -42,3 +43,15 @@ def test_numbers_are_those_that_a_notebook_shows(notebook, quoted):
     shown = [output.get("data", {}).get("text/markdown", "") for output in outputs]
     sentence = re.search(quoted, plain(" ".join(shown)))
     assert sentence and sentence[0] in plain(README)
+
+
+def test_the_table_of_equal_times_is_that_of_its_results():
+    """Price of a step and R@1 after each time, a row for each hidden share."""
+    results = ROOT / "tests/benchmarks/results/equal_time.json"
+    table = {}
+    for row in json.loads(results.read_text())["rows"]:
+        line = table.setdefault(row["hidden"], [f"{row['ms of a step']:.0f} ms"])
+        line.append(f"{row['mean']:.1f} %")
+    for hidden, cells in table.items():
+        share = f"{100 * hidden:.0f} %" if hidden else "none"
+        assert f"| {' | '.join([share, *cells])} |" in plain(README)
