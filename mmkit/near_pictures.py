@@ -1,10 +1,16 @@
-"""Which pictures are one picture saved twice: clusters of equal and of nearly equal ones.
+"""Which images are one image saved twice: clusters of equal and of nearly equal ones.
 
-Two pictures are near-duplicates where one could be the other saved again: resized, recompressed, a
-little brighter, 2 % cut off. A picture becomes a thumbnail without brightness and contrast; those
-that are alike on 8 x 8 cells are laid over each other, and what still differs must be small in
-every place, not only on average: two drawings may differ in a hand. A cluster is what such pairs
-connect. Shapes: N pictures, B batch, P pairs, K numbers of a thumbnail.
+Two images are near-duplicates where one could be the other saved again: resized, recompressed, a
+little brighter or darker, 1 % cut off. An image becomes a thumbnail without brightness and
+contrast; those that are alike on 8 x 8 cells are laid over each other, and what still differs must
+be small in every place, not only on average: two drawings may differ in a hand. A cluster is what
+such pairs connect.
+
+What is found was measured (`tests/benchmarks/near_duplicates.py`): at least 98 % of the images that
+were resized, recompressed, 5 % brighter or 10 % darker, and 82 % of photographs cut by 1 % at each
+side, 57 % by 2 %. NOT found are most of those cut by 5 % at any side, given a border, mirrored or
+turned grey. Of a million pairs of different built-in drawings, 93 are joined.
+Shapes: N pictures, B batch, P pairs, K numbers of a thumbnail.
 Walk-through: notebooks/08_your_own_pictures.ipynb.
 """
 

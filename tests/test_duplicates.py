@@ -2,14 +2,16 @@
 
 import io
 import itertools
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mmkit import MultimodalDataset, openmoji
+from mmkit import MultimodalDataset, near_pictures, openmoji
 from mmkit.duplicates import (
     caption_key,
     count_duplicates,
@@ -94,6 +96,22 @@ def test_a_photograph_saved_again_is_near_and_no_other_is(change):
     count = len(originals)
     assert group[:count].tolist() == list(range(count)), "different photographs were joined"
     assert group[count:].tolist() == list(range(count))
+
+
+def test_the_docstring_says_what_was_measured():
+    """What it says is found, is; what it says is not, is not; the numbers are the table's."""
+    path = Path(__file__).parent / "benchmarks" / "results" / "near_duplicates.json"
+    measured = json.loads(path.read_text())
+    recall = {change: sorted(rates.values()) for change, rates in measured["recall"].items()}
+    again = {"recompressed", "half the size", "5 % brighter", "10 % darker"}
+    lost = {name for name in recall if name.startswith(("cut by 5", "white", "black"))}
+    assert {change for change, rates in recall.items() if rates[0] >= 0.98} == again
+    assert {name for name, rates in recall.items() if rates[1] < 0.5} == lost | {"mirrored", "grey"}
+    for percent, change in ((82, "cut by 1 % at each side"), (57, "cut by 2 % at each side")):
+        assert f"{percent} %" in near_pictures.__doc__
+        assert percent == pytest.approx(100 * measured["recall"][change]["photographs"], abs=0.6)
+    joined = measured["false matches"]["built-in drawings"]["per million pairs"]
+    assert f"drawings, {joined:.0f} are joined" in near_pictures.__doc__
 
 
 @pytest.fixture(scope="module")
