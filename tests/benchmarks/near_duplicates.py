@@ -4,9 +4,9 @@
 
 Originals: every 13th built-in drawing, and photographs of scikit-image and scikit-learn with the
 four quarters of the large ones, among them textures and pages of text. Each is changed at 256
-pixels and loaded at 64, as a file would be. Recall: how many share a cluster with their original. False
-matches: pairs of different images in one cluster, of all built-in drawings, of the photographs and
-of the 200 small grey crops (half of them faces) that scikit-image ships. Writes
+pixels and loaded at 64, as a file would be. Recall: how many share a cluster with their original.
+False matches: pairs of different images in one cluster, of all built-in drawings, of the
+photographs and of the 200 small grey crops (half of them faces) that scikit-image ships. Writes
 results/near_duplicates.json.
 """
 
