@@ -31,7 +31,7 @@ from .model_card import training_facts
 from .openmoji import openmoji
 from .reconstruct import evaluate_reconstruction
 from .retrieval import Index, chance_of_recall, evaluate, mean_recall
-from .run import Run, newest_run
+from .run import InUse, Run, newest_run
 from .source_flags import Source
 from .splits import overlap
 from .trainer import train_model
@@ -364,7 +364,7 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="mmkit", description=__doc__.splitlines()[0]
         )
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, InUse) as error:
         print(f"mmkit: {' '.join(str(error).splitlines())}", file=sys.stderr)
         raise SystemExit(2) from None
 

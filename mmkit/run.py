@@ -100,6 +100,11 @@ def newest_run(root: Path) -> str:
 
 # ---- the folder ----------------------------------------------------------------------------------
 
+
+class InUse(RuntimeError):
+    """A run's folder that another process is writing."""
+
+
 _held: dict[Path, int] = {}  # folders that this process writes -> open lock files
 
 
@@ -126,7 +131,7 @@ def run_folder(output_dir: str | os.PathLike, name: str) -> Path:
 
 @contextlib.contextmanager
 def held(path: Path, new: bool = False) -> Iterator[Path]:
-    """A run's folder, made if need be, for this process alone; RuntimeError where another has it.
+    """A run's folder, made if need be, for this process alone; `InUse` where another has it.
 
     It stays ours while this process lives. An empty folder that was made for it goes again. new:
     where it is there already, the next one ("name-2") that is not is taken.
@@ -171,7 +176,7 @@ def _hold(path: Path) -> int:
                 locked = not _lives(owner)
             if not locked:
                 pid, host, since = [*owner, "?", "?", "?"][:3]
-                raise RuntimeError(
+                raise InUse(
                     f"{shown(path.parent)} is being written by process {pid} on {host} since "
                     f"{since}, and two runs in one folder would mix; wait for it, or give another "
                     "run_name"

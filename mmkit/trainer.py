@@ -430,8 +430,8 @@ class MaskedMultimodalTrainer:
     def fit(self) -> Run:
         """Train to the end; returns the `Run`.
 
-        What can be checked is, before anything of an earlier run is removed. RuntimeError where
-        another process writes the run's folder. An interrupt ends the run after its step and saves
+        What can be checked is, before anything of an earlier run is removed. `InUse` where another
+        process writes the run's folder. An interrupt ends the run after its step and saves
         it; a second one ends it at once.
         """
         with contextlib.ExitStack() as stack:

@@ -274,7 +274,7 @@ def test_a_second_run_of_that_name_is_refused(make, tmp_path, other):
     """While the first one lives, whatever it was started with; then the name is free."""
     before = everything(tmp_path)
     for how in ({}, dict(learning_rate=0.1)):
-        with pytest.raises(RuntimeError) as refused:
+        with pytest.raises(run_module.InUse) as refused:
             make(max_steps=4, **how).fit()
         words = str(refused.value)
         assert f"is being written by process {other.pid} on {os.uname().nodename}" in words
