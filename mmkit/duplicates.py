@@ -43,15 +43,24 @@ def near_caption_groups(texts: Sequence[str], min_words: int = 6) -> np.ndarray:
     as a difference: colours, numbers and names are such words. Every caption is looked up without
     each of its words, so that the time grows with the number of words: 250,000 take 2 s.
     """
-    bags = [_bag(text) for text in texts]
+    known: dict[str, str] = {}  # each word once in memory, however often it is said
+    bags = [tuple(known.setdefault(word, word) for word in _bag(text)) for text in texts]
     number = exact_duplicates(bags)
     unique = dict(zip(bags, number.tolist(), strict=True))
+    sums: dict[int, dict[int, tuple]] = {}  # number of words -> sum of their hashes -> the words
+    for bag in unique:
+        sums.setdefault(len(bag), {})[sum(map(hash, bag))] = bag
     longer_ones: dict[int, set[int]] = {}  # of each caption those that have one word more
     for bag, i in unique.items():
-        for left_out in range(len(bag)) if len(bag) > min_words else ():
-            shorter = unique.get(bag[:left_out] + bag[left_out + 1 :])
-            if shorter is not None:
-                longer_ones.setdefault(shorter, set()).add(i)
+        shorter_ones = sums.get(len(bag) - 1)
+        if len(bag) <= min_words or not shorter_ones:
+            continue
+        total = sum(map(hash, bag))
+        for word in {*bag}:
+            shorter = shorter_ones.get(total - hash(word))
+            place = 0 if shorter is None else bag.index(word)
+            if shorter is not None and shorter == bag[:place] + bag[place + 1 :]:
+                longer_ones.setdefault(unique[shorter], set()).add(i)
     links = [(short, *longer) for short, longer in longer_ones.items() if len(longer) == 1]
     clusters = Clusters(len(unique))
     if links:

@@ -305,3 +305,12 @@ def test_a_data_set_with_planted_copies_is_reported(tokenizer):
 def test_unequal_numbers_are_refused():
     with pytest.raises(ValueError, match="2 texts, 1 hashes and 2 signatures"):
         count_duplicates([["a"], ["b"]], [0], torch.zeros(2, 771))
+
+
+def test_a_caption_of_many_words_is_compared_in_time_in_proportion():
+    """100,000 words and one more, in another order: near; one word exchanged: not."""
+    words = [f"w{i % 7919}" for i in range(100_003)]
+    texts = [" ".join(words), " ".join([*words[::-1], "more"]), " ".join([*words[1:], "other"])]
+    started = time.process_time()
+    assert near_caption_groups(texts).tolist() == [0, 0, 1]
+    assert time.process_time() - started < 3
