@@ -14,7 +14,7 @@ import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -123,20 +123,17 @@ def encode_texts(tokenizer, texts: Sequence[str], max_length: int) -> tuple[Tens
     tokenizer that cannot pad.
     """
     check_padding(tokenizer)
-    options: dict = dict(padding=True, padding_side="right", truncation=True, max_length=max_length)
-    ids, lengths = [], []
-    for block in _blocks(spelled(tokenizer, texts)):
-        encoded = tokenizer(
-            _beginnings(tokenizer, block, max_length), return_tensors="pt", **options
-        )
-        ids.append(encoded["input_ids"].long())
-        lengths.append(encoded["attention_mask"].sum(1))
-    longest = max(part.shape[1] for part in ids)
-    padded = [
-        torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=tokenizer.pad_token_id)
-        for part in ids
-    ]
-    return torch.cat(padded), torch.arange(longest) < torch.cat(lengths)[:, None]
+    rows: list[list[int]] = []
+    if _splits_at_spaces(tokenizer):
+        rows = _encoded_by_words(tokenizer, spelled(tokenizer, texts), max_length)
+    else:
+        for block in _blocks(spelled(tokenizer, texts)):
+            rows += tokenizer(block, truncation=True, max_length=max_length)["input_ids"]
+    lengths = torch.tensor([len(ids) for ids in rows])
+    valid = torch.arange(int(lengths.max())) < lengths[:, None]
+    input_ids = torch.full(valid.shape, tokenizer.pad_token_id)
+    input_ids[valid] = torch.tensor(list(itertools.chain.from_iterable(rows)), dtype=torch.int64)
+    return input_ids, valid
 
 
 def _blocks(texts: Sequence[str]) -> Iterator[list[str]]:
@@ -164,32 +161,39 @@ def _splits_at_spaces(tokenizer) -> bool:
     return kinds == ["WordPiece", "BertPreTokenizer"]
 
 
-def _beginnings(tokenizer, texts: list[str], max_length: int) -> list[str]:
-    """Of texts of many words, enough for `max_length` pieces: a novel is not read to its end."""
-    if not _splits_at_spaces(tokenizer):
-        return texts
-    most, cut = max_length + 16, []
-    for text in texts:
-        words = text.split(" ", most)[:most] if len(text) > 2 * most else []
-        # every word with a letter or a digit is a piece, or more; a joiner alone is none
-        enough = sum(any(map(str.isalnum, word)) for word in words) >= max_length
-        cut.append(" ".join(words) if enough else text)
-    return cut
+def _by_word(tokenizer, texts: Iterable[Sequence[str]]) -> dict[str, list[int]]:
+    """The pieces of each word of some texts (lists of words), without ends."""
+    words = list({word for text in texts for word in text})
+    options: dict = dict(add_special_tokens=False, truncation=False, padding=False, verbose=False)
+    parts = (tokenizer(part, **options)["input_ids"] for part in _blocks(words))
+    return dict(zip(words, itertools.chain.from_iterable(parts), strict=True))
+
+
+def _encoded_by_words(tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
+    """The pieces of each text, ends included: each word is looked at once, no novel to its end."""
+    with_ends, bare = (
+        tokenizer("a", add_special_tokens=ends)["input_ids"] for ends in (True, False)
+    )
+    start = next(i for i in range(len(with_ends)) if with_ends[i : i + len(bare)] == bare)
+    before, behind = with_ends[:start], with_ends[start + len(bare) :]
+    most = max(0, max_length - len(before) - len(behind))
+    beginnings = [text.split(" ", most + 16)[: most + 16] for text in texts]
+    table, rows = _by_word(tokenizer, beginnings), []
+    for text, words in zip(texts, beginnings, strict=True):
+        ids = list(itertools.chain.from_iterable(map(table.__getitem__, words)))
+        if len(ids) < most and len(words) == most + 16:  # words of joiners alone have no piece
+            ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        rows.append([*before, *ids[:most], *behind])
+    return rows
 
 
 def piece_counts(tokenizer, texts: Sequence[str]) -> list[int]:
     """How many word pieces each text has, both ends included, nothing cut."""
-    options: dict = dict(truncation=False, padding=False, verbose=False)
-
-    def counts(some: Sequence[str], **more) -> list[int]:
-        parts = (tokenizer(part, **options, **more)["input_ids"] for part in _blocks(some))
-        return [len(ids) for part in parts for ids in part]
-
     texts = spelled(tokenizer, texts)
     if not _splits_at_spaces(tokenizer):
-        return counts(texts)
-    words = list({word for text in texts for word in text.split(" ")})  # each is looked at once
-    count = dict(zip(words, counts(words, add_special_tokens=False), strict=True))
+        options: dict = dict(truncation=False, padding=False, verbose=False)
+        return [len(x) for part in _blocks(texts) for x in tokenizer(part, **options)["input_ids"]]
+    count = {w: len(i) for w, i in _by_word(tokenizer, (t.split(" ") for t in texts)).items()}
     ends = tokenizer.num_special_tokens_to_add()
     return [ends + sum(map(count.__getitem__, text.split(" "))) for text in texts]
 
