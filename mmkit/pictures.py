@@ -279,7 +279,7 @@ def as_if_not_normalised(pixel_values: Tensor, pixel_stats: Tensor) -> str:
     if not pixel_values.is_floating_point():
         return ""
     (low, high), (mean, std) = pixel_values.aminmax(), pixel_stats.flatten(1).tolist()
-    if low < 0 or high > 1 or not any(mean):
+    if not (low >= 0 and high <= 1) or not any(mean):  # nor where one of them is NaN
         return ""
     mean, std = ([round(x, 4) for x in three] for three in (mean, std))
     expected = f"{-mean[0] / std[0]:.1f} to {(1 - mean[0]) / std[0]:.1f}"

@@ -249,6 +249,7 @@ def test_one_spoilt_image_is_named_and_costs_itself_alone(make_data, make_model,
     words = [str(one.message) for one in said]
     named = f"1 of 13 images have no finite features (sample ids {int(val.sample_ids[7])}); their"
     assert any(named in line and "check the transform" in line for line in words)
+    assert not any("normalised already" in line for line in words)
     assert all(np.isfinite(r["loss"]) for r in run.history if r["split"] == "val")
     model = run.model
     clean = spoilt(val, []).subset(others)
