@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .attention import at_rest
 from .captions import correct_pairs
-from .data import Batch, MultimodalDataset
+from .data import Batch, MultimodalDataset, as_dataset
 from .encoder import MultimodalEncoder
 from .lab_back import DecoderView, Masked, heads_of
 from .lab_parts import (
@@ -103,6 +103,7 @@ class MaskLab:
 
         from .mask_canvas import MaskCanvas
 
+        dataset = as_dataset(dataset, "dataset")
         if model is not None:
             dataset = dataset.encoded_by(model.tokenizer, model.max_length)
         self.dataset, self.model = dataset, model
