@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import fingerprint, run_state
-from .checkpoint import OwnState, shown
+from .checkpoint import OwnState, random_state, set_random_state, shown
 from .checks import check_arguments, check_batches
 from .config import TrainingConfig
 from .data import Batch, MultimodalDataset, as_dataset, load_batches
@@ -435,7 +435,7 @@ class MaskedMultimodalTrainer:
         it; a second one ends it at once.
         """
         with contextlib.ExitStack() as stack:
-            self.path = run_state.on_rank_0(lambda: self._hold_folder(stack))
+            self.path = self.path.with_name(run_state.on_rank_0(lambda: self._hold_folder(stack)))
             for data in (self.train, self.val):
                 if data is not None and (done := data.prepare(self.config.num_workers)):
                     self.say(done)
@@ -465,15 +465,16 @@ class MaskedMultimodalTrainer:
         """What the run's result depends on beside its configuration: see fingerprint.py."""
         return fingerprint.of_run(self)
 
-    def _hold_folder(self, stack: contextlib.ExitStack) -> Path:
-        """The run's folder, from now on ours alone."""
+    def _hold_folder(self, stack: contextlib.ExitStack) -> str:
+        """The name of the run's folder, which from now on is ours alone."""
         unnamed = not (self.resumed or self.config.run_name)
         path = stack.enter_context(held(self.path, new=unnamed))
         check_folder(path, not self.resumed, run_state.needed_bytes(self))
-        return path
+        return path.name
 
     def _try_out(self):
         """A few pairs of each set through what will read them: what does not fit says so now."""
+        before = random_state()  # a transform of one's own may draw
         eager = torch.compiler.set_stance("force_eager") if self.config.compile else None
         with eager or contextlib.nullcontext():
             few = self.train.subset(range(min(len(self.train), 16)))
@@ -481,6 +482,7 @@ class MaskedMultimodalTrainer:
             if self.val is not None:
                 few = self.val.subset(range(min(len(self.val), 16)))
                 validate(self.validated, few, self.config)
+        set_random_state(before)
 
     def _start_writing(self):
         settings = self.recorded_config() | {"run_name": self.path.name}

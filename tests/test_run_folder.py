@@ -15,7 +15,8 @@ import torch
 import mmkit as mm
 from mmkit import run as run_module
 from mmkit.checkpoint import read_checkpoint
-from tests.train_small import DEFAULTS
+from tests.train_small import DEFAULTS, data_in_files
+from tests.train_small import model as model_of
 
 
 @pytest.fixture
@@ -167,14 +168,14 @@ def test_what_was_made_for_a_run_that_cannot_start_goes_again(make, make_data, t
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_first_look_moves_nothing(make, make_data, monkeypatch):
+def test_the_first_look_moves_nothing(make, monkeypatch, tmp_path):
     """Draws, modes and weights of the first step are those of a run that does not look."""
-    losses = []
+    losses, data = [], data_in_files(tmp_path / "images", 23)  # its transform draws
     for looks in (True, False):
         if not looks:
             monkeypatch.setattr(mm.MaskedMultimodalTrainer, "_try_out", lambda self: None)
-        model = None
-        run = make(run_name=f"{looks}", val=make_data(7, seed=1), model=model, dropout=0.2).fit()
+        val, model = data_in_files(tmp_path / "images", 7), model_of(data.tokenizer, 0.2)
+        run = make(run_name=f"{looks}", data=data, val=val, model=model, num_workers=0).fit()
         losses.append([{k: v for k, v in r.items() if "loss" in k} for r in run.history])
     assert losses[0] == losses[1]
 
