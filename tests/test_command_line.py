@@ -28,7 +28,7 @@ def test_train_then_evaluate_then_search(tmp_path):
     done = mmkit("train", "--max-steps", 3, "--batch-size", 32, *where)
     assert done.returncode == 0, done.stderr
     for words in (
-        "3 steps of 31.9",
+        "3 steps of 32.0",
         "compose test: ",
         "everything seen",
         "50 % of patches hidden",
