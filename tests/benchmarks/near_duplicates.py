@@ -1,6 +1,6 @@
 """Which changes of an image are recognised as the same image, and how often two images are joined.
 
-    python -m tests.benchmarks.near_duplicates    # two minutes on a quiet machine
+    python -m tests.benchmarks.near_duplicates    # half a minute
 
 Originals: every 13th built-in drawing, and photographs of scikit-image and scikit-learn with the
 four quarters of the large ones, among them textures and pages of text. Each is changed at 256
