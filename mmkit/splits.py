@@ -132,8 +132,10 @@ def _refuse_empty(
     rows: list[np.ndarray], shares: Sequence[float], groups: int, seed: int, joins: dict
 ) -> None:
     most = min(filter(joins.get, joins), key=lambda kind: len(set(joins[kind])))  # joins most
+    less = "or by='content', which joins less"
     remedy = {
-        "near": "or by='content', which joins less",
+        "near": less,
+        "value": less,
         "caption": "or leave captions out that many pictures share (mm.inspect counts them)",
     }.get(most, "or more pictures")
     for name, part, share in zip(("train", "val", "test"), rows, shares, strict=True):

@@ -34,7 +34,8 @@ def test_gathering_keeps_the_gradient_of_keys():
         def share(kind, rows):
             leaves = [image[rows], text[rows], torch.tensor(1.3), torch.tensor(-1.0)]
             leaves = [x.clone().requires_grad_() for x in leaves]
-            loss = contrastive_share(*leaves, groups[rows], kind)
+            partners = groups[rows], groups[rows, None]
+            loss = contrastive_share(*leaves, partners, kind)
             grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             rows_of = [g.detach().reshape(len(g) if g.ndim else 1, -1) for g in grads]
             return [loss.detach()[None], *rows_of]

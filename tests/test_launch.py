@@ -440,6 +440,7 @@ def alive(pid: int) -> bool:
 def test_output_is_live_and_an_interrupt_ends_the_processes(number):
     """What rank 0 says is read while it runs. Signals go to the launching process alone."""
     code = BEGIN + textwrap.dedent("""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
         def sleeps():
             pids = [None, None]
             dist.all_gather_object(pids, os.getpid())
