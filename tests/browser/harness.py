@@ -162,7 +162,7 @@ def open_notebook(
     return page
 
 
-def run_notebook_in_browser(browser, lab, path, *, timeout=300, **view):
+def run_notebook_in_browser(browser, lab, path, *, timeout=900, **view):
     """Open a notebook and run all its cells; returns the page when they are done.
 
     timeout is in seconds. `view` goes to open_notebook. Raises AssertionError with the traceback
