@@ -50,22 +50,28 @@ def main():
     parser.add_argument("--output", type=Path, default=FOLDER)
     options = parser.parse_args()
     data, found = mm.openmoji(64), {name: [] for name in TYPES}
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "number_types.json"
     for seed in range(options.seeds):
         for name, dtype in TYPES.items():
             found[name].append(reached(data, dtype, seed))
             print(f"seed {seed}, {name}: R@1 {found[name][-1]:.1f} %", flush=True)
+        if seed:  # an interval needs two
+            result = rounded(summary(found, len(data[2])))
+            path.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result["intervals"]), result["float32 - bfloat16"])
+
+
+def summary(found: dict[str, list[float]], images: int) -> dict:
+    """What is written: R@1 of each run, means and their difference with intervals."""
     differences = [a - b for a, b in zip(*found.values(), strict=True)]
-    result = {
+    return {
         "machine": machine(),
-        "test_images": len(data[2]),
+        "test_images": images,
         "r_at_1": found,
         "intervals": {name: interval(values) for name, values in found.items()},
         "float32 - bfloat16": interval(differences),
     }
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "number_types.json"
-    path.write_text(json.dumps(rounded(result), indent=1) + "\n")
-    print(json.dumps(rounded(result["intervals"])), rounded(result["float32 - bfloat16"]))
 
 
 if __name__ == "__main__":
