@@ -49,6 +49,8 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=FOLDER)
     options = parser.parse_args()
+    if options.seeds < 2:
+        parser.error(f"--seeds {options.seeds}: an interval needs at least 2")
     data, found = mm.openmoji(64), {name: [] for name in TYPES}
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / "number_types.json"
