@@ -55,7 +55,7 @@ def check_batches(config: TrainingConfig, count: int, processes: int):
         "contrastive": 1 if config.accumulation == "exact" else cut,
         "matching": processes * cut,
     }
-    for term in parts.keys() & config.terms:
+    for term in filter(parts.get, config.terms):
         if smallest < 2 * parts[term]:
             sizes = range(config.batch_size + 1, count + 1)
             enough = [size for size in sizes if _smallest(count, size) >= 2 * parts[term]]

@@ -45,8 +45,9 @@ def validate(
             pixel_error=config.pixel_error,
         )
         record |= found
-        for term in set(config.terms) - {"contrastive"}:
-            record["loss"] += getattr(config, f"{term}_weight") * found.get(f"{term}_loss", 0.0)
+        for term in config.terms:  # in their order: a sum of floats goes by it
+            if term != "contrastive":
+                record["loss"] += getattr(config, f"{term}_weight") * found.get(f"{term}_loss", 0)
     return record
 
 
