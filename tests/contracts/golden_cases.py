@@ -61,7 +61,7 @@ RUNS = {
 IN_TWO_PROCESSES = ("contrast", "all terms", "sigmoid over neighbours", "accumulation", "attentive")
 WORDS = "sun moon tree house fish bird shoe ball star boat cake lamp ring".split()
 # of one machine or run
-OWN = "seconds samples_per_second waiting_for_data waited host pid output_dir".split()
+OWN = "run_name seconds samples_per_second waiting_for_data waited host pid output_dir".split()
 
 
 def digest(value) -> str:
