@@ -4,37 +4,42 @@ A ViT and a BERT learn one space for pictures and texts while most patches and s
 hidden. Importing this never touches CUDA, nor transformers' model code.
 """
 
-from . import cost, losses, masking, optim, plots, probe, retrieval, widgets
-from .backbones import minilm
-from .checkpoint import load
+from . import cost, losses, masking, plots, widgets
 from .config import TrainingConfig
-from .data import Batch, MultimodalDataset
-from .describe import describe
-from .encoder import EncoderOutput, MultimodalEncoder
-from .inspection import inspect
-from .launch import launch
-from .losses import info_nce, sigmoid_loss
-from .masking import Masking, mask_noise
-from .openmoji import openmoji
-from .pictures import Reading
-from .reconstruct import evaluate_reconstruction, put_back
-from .retrieval import Index, embed, embed_texts, evaluate, mean_recall, recall_at_k, zero_shot
-from .run import Run
-from .shards import write_shards
-from .sources import (
-    from_class_folders,
-    from_coco,
-    from_flickr30k,
-    from_folder,
-    from_hub,
-    from_lists,
-    from_shards,
-    from_table,
-    load_data,
+from .data.batch import Batch
+from .data.dataset import MultimodalDataset
+from .data.folders import from_class_folders, from_folder
+from .data.hub import from_hub
+from .data.image_headers import Reading
+from .data.inspection import inspect
+from .data.openmoji.images import openmoji
+from .data.published import from_coco, from_flickr30k
+from .data.shards import write_shards
+from .data.sources import from_lists, from_shards, from_table, load_data
+from .data.splits import overlap, split
+from .data.tokenizer import train_wordpiece, unknown_share
+from .evaluation import probe, retrieval
+from .evaluation.reconstruction import evaluate_reconstruction, put_back
+from .evaluation.retrieval import (
+    Index,
+    embed,
+    embed_texts,
+    evaluate,
+    mean_recall,
+    recall_at_k,
+    zero_shot,
 )
-from .splits import overlap, split
-from .tokenizer import train_wordpiece, unknown_share
-from .trainer import MaskedMultimodalTrainer, train_model
+from .losses import info_nce, sigmoid_loss
+from .masking.core import Masking
+from .models.checkpoint import load
+from .models.encoder import EncoderOutput, MultimodalEncoder
+from .models.pretrained import minilm
+from .noise import mask_noise
+from .training import optim
+from .training.launch.notebook import launch
+from .training.run import Run
+from .training.summary import describe
+from .training.trainer import MaskedMultimodalTrainer, train_model
 
 __version__ = "0.1.0"
 

@@ -6,23 +6,16 @@ and of gradient accumulation steps. Walk-through: notebooks/03_training.ipynb.
 """
 
 import dataclasses
-import difflib
 import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, get_args
 
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Words for an error about an unknown name: the nearest known name, then all of them."""
-    known = sorted(map(str, known))
-    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"{hint}known: {', '.join(known)}"
+from .errors import nearest
 
 
 def fraction(name: str, value: Any, where: str) -> float:

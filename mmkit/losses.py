@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .captions import correct_pairs
-from .config import nearest
+from .data.captions import correct_pairs
+from .errors import nearest
 
 CONTRASTIVE = ("info_nce", "sigmoid")
 

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from .config import TrainingConfig
-from .data import Batch
-from .decoder import Wanted
+from .data.batch import Batch
 from .distributed import sum_over_processes
-from .encoder import EncoderOutput, MultimodalEncoder
 from .losses import masked_pixel_loss, masked_token_loss, matching_loss
-from .mask_plan import MaskPlan
-from .masks import Masking, mask_noise
-from .patches import patchify
+from .masking.core import Masking
+from .masking.plan import MaskPlan
+from .models.decoder import Wanted
+from .models.encoder import EncoderOutput, MultimodalEncoder
+from .models.patches import patchify
+from .noise import mask_noise
 
 Maskings = tuple[Masking | None, Masking | None]
 

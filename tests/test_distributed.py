@@ -25,7 +25,7 @@ def test_gathering_keeps_the_gradient_of_keys():
     done = run("""
         import torch, mmkit as mm
         from mmkit.distributed import gather_rows, world
-        from mmkit.step import contrastive_share
+        from mmkit.training.step import contrastive_share
 
         torch.manual_seed(0)
         image, text = (torch.nn.functional.normalize(torch.randn(7, 5), dim=1) for _ in range(2))

@@ -7,13 +7,13 @@ import torch
 
 import mmkit as mm
 from mmkit.config import TERMS
-from mmkit.decoder import Wanted
+from mmkit.evaluation.reconstruction import evaluate_reconstruction
 from mmkit.losses import masked_pixel_loss, masked_token_loss, matching_loss
-from mmkit.patches import patchify
-from mmkit.reconstruct import evaluate_reconstruction
-from mmkit.step import backward
-from mmkit.term_gradients import TOWERS
-from tests.test_trainer import QUICK
+from mmkit.models.decoder import Wanted
+from mmkit.models.patches import patchify
+from mmkit.training.step import backward
+from mmkit.training.term_gradients import TOWERS
+from tests.training.test_trainer import QUICK
 
 BESIDE = dict(pixels_weight=0.7, words_weight=0.3, decoder_width=32, decoder_depth=1)
 ALL = BESIDE | dict(matching_weight=0.4, cross_modal=True, image_mask_ratio=0.6)
@@ -514,7 +514,7 @@ def test_a_fork_may_have_other_terms(make_trainer, make_model, there, here):
 
 def test_a_strip_of_a_ratio_that_rises_hides_something(make_trainer, make_data):
     """Its masks are those of the validation."""
-    from mmkit.reconstruct import example_pictures
+    from mmkit.evaluation.reconstruction import example_pictures
 
     rising = dict(image_mask_ratio=0.0, image_mask_schedule="linear", image_mask_final_ratio=0.6)
     trainer = make_trainer(contrastive_weight=1, pixels_weight=1, num_epochs=3, **rising)
@@ -524,7 +524,7 @@ def test_a_strip_of_a_ratio_that_rises_hides_something(make_trainer, make_data):
 
 def test_layers_are_asked_of_the_validation_set_too(make_trainer, make_data):
     """Before the run, not at the end of its first epoch."""
-    from mmkit.mask_plan import check_maskers
+    from mmkit.masking.plan import check_maskers
 
     train, val = make_data(23), make_data(9)
     train.layers = object()

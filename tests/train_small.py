@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 import mmkit as mm
-from mmkit import checkpoint
-from mmkit.pictures import square
+from mmkit.data.images import square
+from mmkit.models import checkpoint
 from tests.conftest import captions
 
 DEFAULTS = dict(

@@ -1,4 +1,4 @@
-"""What 1, 2 and 3 processes compute, for tests/test_world.py: python -m tests.world_cases FOLDER
+"""What 1, 2 and 3 processes compute, for test_world.py: python -m tests.world_cases FOLDER
 
 Writes FOLDER/N.pth. One group of processes goes through all cases, because starting is what costs.
 """
@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmkit as mm
-from mmkit import step
 from mmkit.distributed import gather_rows, sum_over_processes, world
-from mmkit.reconstruct import evaluate_reconstruction
+from mmkit.evaluation.reconstruction import evaluate_reconstruction
+from mmkit.training import step
 from tests.conftest import WORDS
 from tests.train_small import DEFAULTS, data, model
 

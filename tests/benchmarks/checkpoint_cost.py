@@ -21,7 +21,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import mmkit as mm
-from mmkit import run_state
+from mmkit.training import state as run_state
 from tests.benchmarks.draw_masks import machine
 
 ROUNDS, STEPS, GOAL = 11, 4, 2.0  # GOAL: per cent of the training time

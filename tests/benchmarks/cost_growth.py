@@ -28,8 +28,8 @@ import torch
 
 import mmkit as mm
 from mmkit import cost
-from mmkit.encoder import MultimodalEncoder
-from mmkit.figures import BLUE, GREEN, ORANGE, PURPLE, new_figure, plain_axes
+from mmkit.models.encoder import MultimodalEncoder
+from mmkit.plots.figures import BLUE, GREEN, ORANGE, PURPLE, new_figure, plain_axes
 from tests.benchmarks import cost_processes
 from tests.benchmarks.draw_masks import FOLDER, machine, show, tiny
 from tests.benchmarks.exact_step import rounded, spread

@@ -34,18 +34,14 @@ import torch
 from torch import Tensor
 
 import mmkit as mm
-from mmkit.attention import class_attention
-from mmkit.encoder import PRESETS
-from mmkit.figures import BLUE, ORANGE, RED, SKY
-from mmkit.masking import (
-    ATTENTION_MASKERS,
-    IMAGE_MASKERS,
-    TEXT_MASKERS,
-    draw_maskings,
-    mask_ratios,
-)
-from mmkit.patches import pick_tokens
-from mmkit.precision import autocast_for
+from mmkit.device import autocast_for
+from mmkit.masking.draw import draw_maskings, mask_ratios
+from mmkit.masking.image import ATTENTION_MASKERS, IMAGE_MASKERS
+from mmkit.masking.text import TEXT_MASKERS
+from mmkit.models.attention import class_attention
+from mmkit.models.encoder import PRESETS
+from mmkit.models.patches import pick_tokens
+from mmkit.plots.figures import BLUE, ORANGE, RED, SKY
 
 NUM_PICTURES, BATCH = 1024, 128
 STEPS = NUM_PICTURES // BATCH

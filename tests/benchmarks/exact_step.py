@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import mmkit as mm
-from mmkit.precision import multiplies_bfloat16
+from mmkit.device import multiplies_bfloat16
 from tests.benchmarks import step_memory, two_processes
 from tests.benchmarks.draw_masks import FOLDER, machine, show
 from tests.benchmarks.exact_step_figure import TARGETS, WORDS, picture

@@ -2,7 +2,7 @@
 
 import random
 
-from mmkit.figures import BLUE, GREEN, ORANGE, RED, SKY
+from mmkit.plots.figures import BLUE, GREEN, ORANGE, RED, SKY
 from tests.benchmarks.step_memory import BATCHES, MICRO
 
 WORDS = {"no": "float32", "bf16": "bf16"}

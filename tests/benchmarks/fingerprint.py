@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import torch
 
 import mmkit as mm
-from mmkit import fingerprint
+from mmkit.training import fingerprint
 from tests.benchmarks.draw_masks import FOLDER, machine
 
 BYTES, SIDE, LONG_AGO = 6000, 64, 1e9

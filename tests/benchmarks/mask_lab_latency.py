@@ -27,8 +27,8 @@ RESULTS = Path(__file__).parent / "results"
 
 LARGE = """
 import mmkit as mm
-from mmkit.emoji_names import caption
-from mmkit.openmoji import named_drawings, render
+from mmkit.data.openmoji.names import caption
+from mmkit.data.openmoji.images import named_drawings, render
 stems = named_drawings()[:48]
 pixels = render(stems, 224, "cache")
 data = mm.MultimodalDataset.from_pixels(pixels, [caption(stem) for stem in stems])

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from mmkit.near_pictures import near_duplicates, picture_signature
-from mmkit.openmoji import read_table, render
+from mmkit.data.image_duplicates import near_duplicates, picture_signature
+from mmkit.data.openmoji.drawings import read_table
+from mmkit.data.openmoji.images import render
 from tests.benchmarks.draw_masks import FOLDER, machine
 
 SIZE, LARGE = 64, 256

@@ -19,7 +19,7 @@ import torch
 from scipy import stats
 
 import mmkit as mm
-from mmkit import optim
+from mmkit.training import optim
 from tests.benchmarks.draw_masks import FOLDER, machine
 from tests.benchmarks.exact_step import rounded
 

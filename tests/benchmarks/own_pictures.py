@@ -22,8 +22,8 @@ import time
 from pathlib import Path
 
 import mmkit as mm
-from mmkit.data import load_batches
-from mmkit.figures import BLUE, ORANGE, SKY, plain_axes
+from mmkit.data.loader import load_batches
+from mmkit.plots.figures import BLUE, ORANGE, SKY, plain_axes
 from tests.benchmarks.draw_masks import FOLDER, machine, show
 from tests.benchmarks.exact_step import spread
 from tests.benchmarks.made_pictures import make

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 import mmkit as mm
-from mmkit.data import Batch
-from mmkit.encoder import PRESETS
-from mmkit.precision import autocast_for
-from mmkit.trainer import MaskedMultimodalTrainer
+from mmkit.data.batch import Batch
+from mmkit.device import autocast_for
+from mmkit.models.encoder import PRESETS
+from mmkit.training.trainer import MaskedMultimodalTrainer
 
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.1, 1.0
 ADAMW: dict[str, Any] = dict(betas=(0.9, 0.98), eps=1e-6, fused=True)

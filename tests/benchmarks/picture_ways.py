@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import mmkit as mm
-from mmkit.data import load_batches
+from mmkit.data.loader import load_batches
 from tests.benchmarks.made_pictures import PER_SHARD, path_of
 
 SIDE, BATCH, WORKERS = 64, 128, 2

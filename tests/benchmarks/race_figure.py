@@ -3,7 +3,7 @@
 import math
 import statistics
 
-from mmkit.figures import BLUE, GREEN, ORANGE, new_figure, plain_axes
+from mmkit.plots.figures import BLUE, GREEN, ORANGE, new_figure, plain_axes
 
 TARGET = 0.45  # R@1, mean of both directions
 GOALS = {"open_clip": 3.0, "transformers": 6.0}  # their seconds over ours, at least

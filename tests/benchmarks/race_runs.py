@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 import mmkit as mm
-from mmkit.attention import at_rest
 from mmkit.config import cosine, linear
-from mmkit.precision import autocast_for
+from mmkit.device import autocast_for
+from mmkit.models.attention import at_rest
 from tests.benchmarks import peers
 
 SIZE, PRECISION = "tiny", "auto"

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from mmkit import encoder, layers, optim
-from mmkit.patches import pick_tokens
+from mmkit.models import encoder, layers
+from mmkit.models.patches import pick_tokens
+from mmkit.training import optim
 from tests.benchmarks.peers import LEARNING_RATE, Mmkit
 
 

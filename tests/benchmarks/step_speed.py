@@ -29,9 +29,9 @@ import torch
 
 import mmkit as mm
 from mmkit import cost
-from mmkit.encoder import PRESETS
-from mmkit.figures import BLUE, COLOURS, ORANGE, new_figure, plain_axes
-from mmkit.precision import pick_precision
+from mmkit.device import pick_precision
+from mmkit.models.encoder import PRESETS
+from mmkit.plots.figures import BLUE, COLOURS, ORANGE, new_figure, plain_axes
 from tests import AVX2
 from tests.benchmarks.draw_masks import FOLDER, machine, show
 from tests.benchmarks.exact_step import spread

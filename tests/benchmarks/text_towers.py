@@ -21,10 +21,10 @@ import time
 import torch
 
 import mmkit as mm
-from mmkit.backbones import minilm
-from mmkit.captions import correct_pairs
-from mmkit.optim import freeze, thaw
-from mmkit.retrieval import similarity
+from mmkit.data.captions import correct_pairs
+from mmkit.losses import similarity
+from mmkit.models.pretrained import minilm
+from mmkit.training.optim import freeze, thaw
 from tests.benchmarks.draw_masks import FOLDER, machine
 
 FROZEN, TUNED = "MiniLM, frozen", "MiniLM, frozen, then tuned"

@@ -1,0 +1,45 @@
+"""What a step costs: counted and predicted before it runs, and measured."""
+
+from ..models.flops import (
+    logit_flops,
+    muon_flops,
+    objective_flops,
+    put_back_flops,
+    sample_flops,
+    step_flops,
+    tower_flops,
+)
+from .measure import (
+    crossover,
+    fit_rates,
+    matmul_rate,
+    measure_rates,
+    measure_ratios,
+    predict_batch,
+    step_seconds,
+    step_time,
+)
+from .prediction import Prediction, Rates, predict
+from .profile import step_parts
+
+__all__ = [
+    "Prediction",
+    "Rates",
+    "crossover",
+    "fit_rates",
+    "logit_flops",
+    "matmul_rate",
+    "measure_rates",
+    "measure_ratios",
+    "muon_flops",
+    "objective_flops",
+    "predict",
+    "predict_batch",
+    "put_back_flops",
+    "sample_flops",
+    "step_flops",
+    "step_parts",
+    "step_seconds",
+    "step_time",
+    "tower_flops",
+]

@@ -1,0 +1,147 @@
+"""Hugging Face data sets as a way in: an object, a folder, a parquet file, a name on the hub.
+
+Nothing is copied: pictures are read from its table when they are needed.
+Walk-through: notebooks/08_your_own_pictures.ipynb.
+"""
+
+import io
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..errors import Refused, nearest
+from ..files import cache_folder
+from .dataset import MultimodalDataset
+from .loading import Found, Options, load, within
+from .tables import listed, pick_column
+
+
+class Column:
+    """Pictures in a column of a Hugging Face data set: bytes, or paths of files."""
+
+    def __init__(self, dataset, column: str, root: str, source: str):
+        self.dataset, self.column, self.root = dataset.select_columns([column]), column, root
+        self.source = source  # what messages call the data set
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, i: int) -> str:
+        return f"{self.source}, {self.column} of row {i}"
+
+    def stamp(self, i: int) -> str:
+        return ""
+
+    def open(self, i: int) -> BinaryIO:
+        value = self.dataset[i][self.column]
+        path = value
+        if isinstance(value, dict):
+            path, value = value.get("path"), value.get("bytes")
+        if isinstance(value, bytes):
+            return io.BytesIO(value)
+        if path is None:
+            raise Refused("no picture", f"{self.name(i)} is empty")
+        if isinstance(path, str):
+            return open(within(self.root, path, self.name(i)), "rb")
+        raise Refused("no picture", f"{self.name(i)} holds {type(value).__name__}, not a picture")
+
+
+def from_hub(
+    source,
+    *,
+    image: str | None = None,
+    text: str | Sequence[str] | None = None,
+    meta: str | Sequence[str] = (),
+    split: str | None = None,
+    root: str | os.PathLike | None = None,
+    **options,
+) -> MultimodalDataset:
+    """A Hugging Face data set: an object of `datasets`, a local folder or parquet file, a hub name.
+
+    Pictures are bytes, PIL images or paths (under `root`; None: the current folder); a text is a
+    string or a list of them. split: of a set that has several; one alone is taken. Needs
+    `pip install "mmkit[data]"`.
+    """
+    options_ = Options.named(from_hub, options)
+    datasets = _datasets()
+    table, name = _hub_table(datasets, source, split, options_)
+    if hasattr(table, "keys") and len(table) == 1:
+        table = next(iter(table.values()))
+    if hasattr(table, "keys"):
+        raise ValueError(f"{name} has splits {', '.join(map(str, table))}; give split='…'")
+    if not hasattr(table, "select_columns"):
+        raise ValueError(f"{name} is {type(table).__name__}, not a data set of `datasets`")
+    if not hasattr(table, "__len__"):
+        raise ValueError(f"{name} is a stream; give a data set with a length (streaming=False)")
+    table = table.with_format(None)  # plain values, whatever format was set
+    picture_of = pick_column(table.column_names, image, "image", name)
+    text_of = [pick_column(table.column_names, wanted, "text", name) for wanted in listed(text)]
+    meta = listed(meta)
+    for wanted in meta:
+        pick_column(table.column_names, wanted, "meta", name)
+    if isinstance(table.features[picture_of], datasets.Image):
+        table = table.cast_column(picture_of, datasets.Image(decode=False))
+    found = Found(name, "row", hint="is root='…' the folder of the pictures?")
+    for line, row in enumerate(table.select_columns([*{*text_of, *meta}])):
+        captions = [caption for column in text_of for caption in listed(row[column])]
+        found.add(line, line, captions, {column: row[column] for column in meta})
+    beside = os.path.dirname(name) if os.path.exists(name) else ""
+    store = Column(table, picture_of, str(root or beside or "."), name)
+    return load(found, options_, store=store)
+
+
+def _datasets():
+    try:
+        import datasets
+    except ImportError:
+        raise ImportError(
+            "Hugging Face data sets and parquet files need the datasets library: "
+            'pip install "mmkit[data]"'
+        ) from None
+    return datasets
+
+
+class UnknownSplit(ValueError):
+    """A split that a data set does not have."""
+
+
+def known_split(split: str | None, known: Iterable | None, name: str) -> None:
+    """Raise UnknownSplit for one that is not known; known: None = there are no splits."""
+    if split is not None and known is None:
+        raise UnknownSplit(f"{name} has no splits; leave split={split!r} out")
+    if split is not None and known is not None and split not in known:
+        raise UnknownSplit(f"{name} has no split {split!r}; {nearest(split, known)}")
+
+
+def _name(table) -> str:
+    """What messages call a data set object: the name it was loaded by, where it says so."""
+    info = getattr(table, "info", None)
+    return getattr(info, "dataset_name", None) or "the data set"
+
+
+def _part(table, split: str | None, name: str):
+    """The split that is asked for; all of it without one."""
+    known_split(split, table if hasattr(table, "keys") else None, name)
+    return table if split is None else table[split]
+
+
+def _hub_table(datasets, source, split: str | None, options: Options) -> tuple[Any, str]:
+    """(the table or its splits, what messages call it)."""
+    if not isinstance(source, str | os.PathLike):
+        return _part(source, split, name := _name(source)), name
+    path, name = Path(source), str(source)
+    cache = str(cache_folder(options.cache_dir) / "datasets")
+    try:
+        if path.suffix.lower() == ".parquet":
+            known_split(split, None, name)
+            return datasets.Dataset.from_parquet(name, cache_dir=cache), name
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return _part(datasets.load_from_disk(name), split, name), name
+        return datasets.load_dataset(name, split=split, cache_dir=cache), name
+    except (FileNotFoundError, UnknownSplit):
+        raise
+    except Exception as error:  # of many kinds, from many libraries
+        below = error.__cause__ or error  # what datasets wraps says more than the wrapping
+        lines = str(below).strip().splitlines() or [type(below).__name__]
+        raise ValueError(f"{name} cannot be read as a data set: {lines[-1]}") from None

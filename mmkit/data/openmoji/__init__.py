@@ -1,0 +1,1 @@
+"""The built-in images: OpenMoji drawings, their names, layers and splits."""

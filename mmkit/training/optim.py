@@ -1,0 +1,301 @@
+"""Which parameter is updated by which rule, how fast, and from when on.
+
+Muon (Jordan et al. 2024; torch.optim.Muon) orthogonalises the update of the hidden matrices of both
+towers; everything else goes to AdamW. Never decayed: biases, norms, position embeddings, class and
+mask tokens, logit_scale and logit_bias. Walk-through: notebooks/03_training.ipynb.
+"""
+
+import inspect
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import TrainingConfig
+from ..device import multiplies_bfloat16
+from ..distributed import send_to_all, world
+from .threads import MOST_AT_ONCE, side_by_side
+
+_NEVER_DECAYED = ("position_embeddings", "cls_token", "mask_token", "logit_", "token_type")
+_QUINTIC = (3.4445, -4.7750, 2.0315)  # of one iteration: a x + b (x x^T) x + c (x x^T)^2 x
+_LAYER = re.compile(r"(vit|bert)\..*\blayers?\.(\d+)\.")  # of a tower, and its number
+
+
+def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Trainable parameters by role: "matrices" (hidden, 2-d), "decayed", "plain" (no decay)."""
+    groups: dict[str, dict[str, nn.Parameter]] = {"matrices": {}, "decayed": {}, "plain": {}}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2 or any(word in name for word in _NEVER_DECAYED):
+            role = "plain"
+        elif parameter.ndim == 2 and (".layers." in name or ".layer." in name):
+            role = "matrices"
+        else:
+            role = "decayed"
+        groups[role][name] = parameter
+    return groups
+
+
+def layer_multiplier(model: Any, name: str, layer_decay: float) -> float:
+    """The learning rate of a parameter as a fraction of the full one.
+
+    layer_decay to the power of the layers above it: embeddings and mask token of a tower of depth L
+    have L + 1 of them, its first layer L, its last norm and the projections none (Clark et al.
+    2020, ELECTRA, arXiv:2003.10555; BEiT). Nor has the decoder.
+    """
+    if layer := _LAYER.search(name):
+        above = getattr(model, layer[1]).config.num_hidden_layers - int(layer[2])
+    elif name.startswith("decoder."):
+        above = 0
+    elif "embeddings" in name or "mask_token" in name:
+        tower = "vit" if name.startswith(("vit", "image")) else "bert"
+        above = getattr(model, tower).config.num_hidden_layers + 1
+    else:
+        above = 0
+    return layer_decay**above
+
+
+class Muon(torch.optim.Muon):
+    """torch's Muon: equal matrices are orthogonalised together, and shared out over processes.
+
+    A batch of matrices keeps all cores busy where one of 192 x 192 does not. Each process
+    orthogonalises its part and sends the others the new weights; all of them doing all of it would
+    cost each process what one process pays. The momentum lives where its matrix is updated;
+    `share_memory` brings it everywhere.
+    """
+
+    def __init__(self, groups: list[dict], **options):
+        super().__init__(groups, **options)
+        _, processes = world()
+        self.parts: list[list[nn.Parameter]] = [[] for _ in range(processes)]
+        work = [0] * processes
+        matrices = [p for group in self.param_groups for p in group["params"]]
+        for matrix in sorted(matrices, key=_work, reverse=True):  # the next to the least busy
+            owner = work.index(min(work))
+            self.parts[owner].append(matrix)
+            work[owner] += _work(matrix)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update all matrices that have a gradient; closure is not called."""
+        rank, processes = world()
+        learning = [[p for p in part if p.grad is not None] for part in self.parts]
+        mine, jobs = set(learning[rank]), []
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter in mine:
+                    alike.setdefault(parameter.shape, []).append(parameter)
+            jobs += [(matrices, group) for matrices in alike.values()]
+        on_cpu = all(matrix.device.type == "cpu" for matrix in mine)
+        count = min(MOST_AT_ONCE, torch.get_num_threads()) if on_cpu else 1
+
+        def update(number: int) -> None:  # each has a share of every shape
+            for matrices, group in jobs:
+                if own := matrices[number::count]:
+                    self._update(own, group)
+
+        side_by_side(update, range(count))
+        for owner, part in enumerate(learning):
+            if processes > 1:
+                send_to_all(part, owner)
+
+    @torch.no_grad()
+    def _update(self, matrices: list[Tensor], group: dict):
+        """The step of matrices of one shape."""
+        rate, momentum = group["lr"], group["momentum"]
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]  # all have
+        memory = []
+        for matrix in matrices:
+            state = self.state[matrix]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(matrix)
+            memory.append(state["momentum_buffer"])
+        torch._foreach_lerp_(memory, gradients, 1 - momentum)
+        ahead = torch._foreach_lerp(gradients, memory, momentum)  # Nesterov's
+        update = orthogonalize(torch.stack(ahead), group["ns_coefficients"], group["ns_steps"])
+        torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
+        height, width = matrices[0].shape
+        step = rate * max(1, height / width) ** 0.5  # torch's "original" adjustment
+        torch._foreach_add_(matrices, list(update.to(matrices[0].dtype)), alpha=-step)
+
+    @torch.no_grad()
+    def share_memory(self):
+        """Bring every matrix's momentum to every process; for a checkpoint."""
+        rank, processes = world()
+        if processes == 1:
+            return
+        for owner, part in enumerate(self.parts):
+            known = [torch.tensor([float(bool(self.state.get(p)))]) for p in part]
+            known = [flag.to(p.device) for flag, p in zip(known, part, strict=True)]
+            send_to_all(known, owner)
+            part = [p for flag, p in zip(known, part, strict=True) if flag]
+            for parameter in part:
+                if owner != rank and not self.state.get(parameter):
+                    self.state[parameter]["momentum_buffer"] = torch.empty_like(parameter)
+            send_to_all([self.state[p]["momentum_buffer"] for p in part], owner)
+
+
+def orthogonalizing_type(device: torch.device) -> torch.dtype:
+    """What `orthogonalize` computes in: bfloat16 where the device has units for it, else float32.
+
+    Its iterations forgive rounding, so that the faster type is always the better one.
+    """
+    return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+
+
+def orthogonalize(
+    stack: Tensor, coefficients=_QUINTIC, steps: int = 5, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Matrices (M, R, C) made nearly orthogonal, each by itself: (M, R, C) of type dtype.
+
+    Newton-Schulz iterations (Jordan et al. 2024) as in torch.optim.Muon, which always takes
+    bfloat16: singular values end near 1 (0.7 to 1.2), not at it. dtype: what it computes in; None =
+    `orthogonalizing_type` of the device.
+    """
+    a, b, c = coefficients
+    x = stack.to(dtype or orthogonalizing_type(stack.device))
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def _work(matrix: Tensor) -> int:
+    """Operations of one step of the iteration, up to a factor: n^2 m of an n x m matrix, n <= m."""
+    return matrix.numel() * min(matrix.shape)
+
+
+def _split_by_rate(model, parameters: dict[str, nn.Parameter], layer_decay, peak, decay) -> list:
+    """Groups of an optimizer, one per learning rate, the parameters' order kept."""
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        rate = peak * layer_multiplier(model, name, layer_decay)
+        by_rate.setdefault(rate, []).append(parameter)
+    return [
+        {"params": params, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+        for rate, params in by_rate.items()
+    ]
+
+
+def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for all, Muon on the hidden matrices and AdamW on the rest, or the caller's own.
+
+    A function is given a list of parameter groups ("params", "lr", "weight_decay") and returns one
+    optimizer over them. What it sets itself holds, see `_keep_own_values`. Each group carries its
+    peak learning rate as `peak_lr`. Raises ValueError where the function returns anything but an
+    optimizer, or one that leaves weights out.
+    """
+    roles = parameter_groups(model)
+    muon = config.optimizer == "muon" and roles["matrices"]
+
+    def groups(role: str, peak: float, decay: float) -> list[dict]:
+        return _split_by_rate(model, roles[role], config.layer_decay, peak, decay)
+
+    if not muon:
+        roles["decayed"] = roles["matrices"] | roles["decayed"]
+    rest = groups("decayed", config.learning_rate, config.weight_decay)
+    rest += groups("plain", config.learning_rate, 0.0)
+    if callable(config.optimizer):
+        return [_own_optimizer(config.optimizer, rest, config.learning_rate)]
+    optimizers: list[torch.optim.Optimizer] = []
+    if muon:
+        matrices = groups("matrices", config.matrix_lr, config.weight_decay)
+        optimizers.append(Muon(matrices, lr=config.matrix_lr, momentum=0.95))
+    options: dict = dict(betas=(0.9, 0.98), eps=1e-6, fused=True)
+    optimizers.append(torch.optim.AdamW(rest, lr=config.learning_rate, **options))
+    return optimizers
+
+
+def _own_optimizer(build, groups: list[dict], peak: float) -> torch.optim.Optimizer:
+    given = {id(p): {**group, "params": ()} for group in groups for p in group["params"]}
+    optimizer = build(groups)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(
+            f"the optimizer function returned a {type(optimizer).__name__}; it must return a "
+            "torch.optim.Optimizer over the groups it is given, "
+            "such as lambda groups: torch.optim.SGD(groups)"
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} computes the loss anew in each step (a closure), which a "
+            "training does not; take one that goes by the gradient, such as torch.optim.SGD(groups)"
+        )
+    taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if taken != given.keys():
+        raise ValueError(
+            f"the optimizer function left out {len(given.keys() - taken)} of {len(given)} weights, "
+            f"and took {len(taken - given.keys())} others; give it all groups (what is not to "
+            "learn: requires_grad_(False) before the training)"
+        )
+    _keep_own_values(optimizer, given, peak)
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+        values = [float(group["lr"]), float(group.get("weight_decay", 0.0))]
+        if not all(0 <= value < math.inf for value in values):
+            raise ValueError(
+                f"the optimizer function gives a learning rate of {values[0]} and a weight decay "
+                f"of {values[1]}; both must be finite and 0 or more"
+            )
+    return optimizer
+
+
+def _keep_own_values(optimizer: torch.optim.Optimizer, given: dict[int, dict], peak: float):
+    """Let what the caller gave to the constructor hold, which torch would drop for the groups'.
+
+    A rate of the caller's own is scaled by layer as the configuration's, and the constructor's
+    decay, its default included, then holds with it; a decay alone leaves the rates as they are.
+    What is never decayed stays so. Values that the caller wrote into groups are left alone.
+    """
+    known = inspect.signature(type(optimizer)).parameters
+    values = {k: v for k, v in optimizer.defaults.items() if k in ("lr", "weight_decay")}
+    own = {k: v for k, v in values.items() if k not in known or v != known[k].default}
+    if any(own.get("lr") == group["lr"] for group in given.values()):
+        del own["lr"]  # read from the groups
+    elif "lr" in own:
+        own = values
+    for group in filter(lambda group: group["params"], optimizer.param_groups):
+        asked = given[id(group["params"][0])]
+        if "lr" in own and group["lr"] == asked["lr"]:
+            group["lr"] = own["lr"] * (asked["lr"] / peak if peak else 1.0)
+        if "weight_decay" in own and group["weight_decay"] == asked["weight_decay"] != 0:
+            group["weight_decay"] = own["weight_decay"]
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], fraction: float) -> None:
+    """Set every group to `fraction` of its peak.
+
+    By hand: accelerate steps a prepared scheduler once per process, so that it would end early.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = fraction * group["peak_lr"]
+
+
+def freeze(model: Any, kind: str) -> list[nn.Parameter]:
+    """Leave a tower as it is (Zhai et al. 2022, LiT, arXiv:2111.07991); what `thaw` takes.
+
+    kind: "image" or "text". A frozen tower gets no gradient, no weight decay and no dropout, and
+    its activations are not kept. Projections, logit_scale and logit_bias always learn. Call it
+    after `model.train()`. Returns the parameters that were not frozen before.
+    """
+    tower = model.vit if kind == "image" else model.bert
+    token = getattr(model, f"{kind}_mask_token")
+    learning = [p for p in (*tower.parameters(), token) if p.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    tower.eval()
+    return learning
+
+
+def thaw(parameters: list[nn.Parameter]) -> None:
+    """Let parameters learn again."""
+    for parameter in parameters:
+        parameter.requires_grad_(True)

@@ -1,0 +1,474 @@
+"""Where a run stands: best_model.pth and last/state.pth, and going on from them.
+
+A run's standing is its step, its weights, the optimizers' memory, the scaler, the running means and
+the state of every generator; order, masks and captions are pure functions and need no storing.
+Walk-through: notebooks/05_checkpoints.ipynb.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from ..config import TrainingConfig
+from ..distributed import sum_over_processes, world
+from ..models.checkpoint import (
+    load_weights,
+    random_state,
+    read_checkpoint,
+    set_random_state,
+    shown,
+    write_atomically,
+)
+from ..models.layers import draws_dropout
+from . import fingerprint
+from .optim import Muon
+
+# On resume these may differ freely: they change what is written, not what is learned …
+_FREE = {
+    "output_dir",
+    "run_name",
+    "num_workers",
+    "log_every",
+    "checkpoint_every",
+    "keep_last",
+    "max_skipped_steps",
+    "term_gradients_every",
+}
+# … and these give the same gradient up to float summation, where nothing is drawn on the way …
+_SUMMATION = {"gradient_accumulation_steps", "exchange", "gradient_checkpointing", "compile"}
+# … for dropout is then drawn in another order.
+_DRAWN_OTHERWISE = {"gradient_accumulation_steps", "compile"}
+_NEEDED = (  # entries of last/state.pth without which nothing can go on
+    "model_state_dict optimizer_state_dict scaler random config data "
+    "epoch_loss best_loss step skipped seconds"
+).split()
+_STANDING = {
+    "step": 0,
+    "skipped": 0,
+    "skipped_in_a_row": 0,
+    "epoch_steps": None,
+    "seconds": 0.0,
+    "best_loss": float("inf"),
+    "ending": None,
+}
+
+
+def on_rank_0(work: Callable):
+    """What `work()` returns in process 0, in all processes; what it raises is raised in all."""
+    from accelerate.utils import broadcast_object_list
+
+    answer: list = [None, None]
+    rank, processes = world()
+    if rank == 0:
+        try:
+            answer[0] = work()
+        except Exception as error:
+            answer[1] = error
+    if processes > 1:
+        answer = broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]
+
+
+def _weights(trainer, model) -> dict:
+    return {
+        "model_state_dict": model.state_dict(),
+        "optimizer_state_dict": [optimizer.state_dict() for optimizer in trainer.optimizers],
+        "best_loss": trainer.best_loss,
+        "config": trainer.recorded_config(),
+        "trained_steps": trainer.model.trained_steps,
+        "data": trainer.identity["train"],
+    }
+
+
+def _share_memory(trainer):
+    """Bring what an optimizer keeps in other processes to this one."""
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, Muon):
+            optimizer.share_memory()
+
+
+def save_best(trainer, epoch: int):
+    """Write best_model.pth: the model that was validated (the running mean, where there is one)."""
+    _share_memory(trainer)
+    if trainer.rank == 0:
+        model = trainer.validated
+        extra = {"epoch": epoch, "architecture": model.architecture()}
+        write_atomically(_weights(trainer, model) | extra, trainer.path / "best_model.pth")
+
+
+def save_last(trainer):
+    """Write last/state.pth, and keep as many as `keep_last` says."""
+    _share_memory(trainer)
+    states = [random_state()]
+    if trainer.processes > 1:
+        from accelerate.utils import gather_object
+
+        states = gather_object(states)
+    # An equal part to each, here and after a resume, so that both sum up the same numbers.
+    total = sum_over_processes(trainer.epoch_loss)
+    trainer.epoch_loss = total / trainer.processes
+    trainer.clock()
+    if trainer.rank:
+        return
+    extra = {name: getattr(trainer, name) for name in _STANDING} | {
+        "scaler": trainer.scaler.state_dict(),
+        "ema": trainer.plan.state_dict(),
+        "weights_ema": None if trainer.ema is None else trainer.ema.state_dict(),
+        "random": states,
+        "epoch_loss": total,
+        "identity": trainer.identity,
+    }
+    path = trainer.path / "last" / "state.pth"
+    write_atomically(_weights(trainer, trainer.model) | extra, path)
+    _keep(path, trainer.step, trainer.config.keep_last)
+
+
+@contextlib.contextmanager
+def interrupts_wait(trainer) -> Iterator[None]:
+    """An interrupt waits for the end of a step (`trainer.in_step`), unless it is the second one.
+
+    Of one process: several are ended together, by whoever started them.
+    """
+    usual = signal.default_int_handler
+
+    def interrupt(number, frame):
+        if trainer.in_step and not trainer.interrupted:
+            trainer.interrupted = True
+        else:
+            usual(number, frame)
+
+    ours = threading.current_thread() is threading.main_thread() and trainer.processes == 1
+    if not ours or signal.getsignal(signal.SIGINT) is not usual:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+
+
+def save_what_is_done(trainer):
+    """After an error: write last/ where a run stands between two steps, and say how to go on."""
+    if trainer.processes > 1:  # the others may be anywhere
+        return
+    where = "within a step, which is lost" if trainer.in_step else "between two steps"
+    with contextlib.suppress(OSError):  # the disk itself may be at fault
+        if not trainer.in_step:
+            save_last(trainer)
+    state = trainer.path / "last" / "state.pth"
+    if state.is_file():
+        trainer.say(
+            f"ended at step {trainer.step} of {trainer.total_steps}, {where}; {shown(state)} is "
+            "saved: go on with resume=True"
+        )
+
+
+def _keep(path: Path, step: int, count: int):
+    """A second name, state-STEP.pth, for the file just written; the newest `count` stay."""
+    named = path.with_name(f"state-{step:08d}.pth")
+    if count > 1:
+        named.unlink(missing_ok=True)
+        try:
+            os.link(path, named)  # the same bytes on the disk, until state.pth is replaced
+        except OSError:  # a file system without links
+            shutil.copyfile(path, named)
+    # Later ones are of a future that a resume has left.
+    names = {old: re.fullmatch(r"state-(\d{8,})\.pth", old.name) for old in path.parent.iterdir()}
+    numbers = {old: int(found[1]) for old, found in names.items() if found}
+    kept = sorted(old for old, number in numbers.items() if number <= step)[-count:]
+    for old in numbers:
+        if count == 1 or old not in kept:
+            old.unlink()
+
+
+def max_restarts() -> int:
+    """How often torchrun may restart its workers (--max-restarts); 0 without torchrun."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+
+
+def check_restarts(config: TrainingConfig):
+    """ValueError where restarted workers could not go on."""
+    if max_restarts() and not config.run_name:
+        raise ValueError(
+            "run_name='' is the time of the start, which workers that torchrun restarts cannot "
+            "know; give a run_name, or no --max-restarts"
+        )
+    # They would find what the dead ones have left in the store, and wait for them
+    # (https://github.com/pytorch/pytorch/issues/135712).
+    if max_restarts() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise ValueError(
+            f"--max-restarts={max_restarts()} with the store that torchrun keeps over restarts: "
+            "restarted workers would hang in it; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
+            "before torchrun (docs/cluster.md), or give no --max-restarts"
+        )
+
+
+def seen_by(trainer, path: Path) -> int:
+    """How many processes see this file.
+
+    A network file system may repeat for half a minute that a name does not exist; opening the
+    folders above it makes it ask the server again.
+    """
+    for folder in reversed(path.absolute().parents):
+        with contextlib.suppress(OSError):
+            os.close(os.open(folder, os.O_RDONLY))
+    return int(sum_over_processes(trainer.epoch_loss.new_tensor(float(path.is_file()))))
+
+
+def needed_bytes(trainer) -> int:
+    """What best_model.pth and last/ will take on the disk at least, and one of them once more."""
+
+    def size(module) -> int:
+        return sum(x.nbytes for x in module.state_dict().values())
+
+    memory = 0
+    for optimizer in trainer.optimizers:
+        values = {Muon: 1, torch.optim.AdamW: 2}.get(type(optimizer), 0)  # kept for each weight
+        memory += values * sum(p.nbytes for g in optimizer.param_groups for p in g["params"])
+    best = size(trainer.model) + memory
+    means = [mean.module for mean in (trainer.ema, trainer.plan.ema) if mean is not None]
+    last = best + sum(map(size, means))
+    return best + trainer.config.keep_last * last + max(best, last)
+
+
+def resume(trainer, path: Path) -> bool:
+    """Put everything back as `save_last` left it; False where there is nothing."""
+    found, folder = seen_by(trainer, path), shown(trainer.path)
+    if not found:
+        trainer.say(f"nothing to resume in {folder}: starting anew")
+        return False
+    if found < trainer.processes:
+        raise RuntimeError(
+            f"{shown(path)} is seen by {found} of {trainer.processes} processes; output_dir must "
+            "be a folder that all machines share"
+        )
+    state = read_checkpoint(path, _NEEDED)
+    words = on_rank_0(lambda: _check_same(trainer, state))
+    _put_back(trainer, state, path, forked=False)
+    resuming = f"resuming {folder} at step {trainer.step} of {trainer.total_steps}"
+    trainer.say("\n".join([resuming, *words]))
+    return True
+
+
+def _check_same(trainer, state: dict) -> list[str]:
+    """ValueError where a state is of another experiment; else what is to be said of going on."""
+    differing, folder = _differing(trainer, state), shown(trainer.path)
+    soft = {k: v for k, v in differing.items() if _keeps_the_gradient(trainer.config, k)}
+    hard = {k: v for k, v in differing.items() if k not in soft}
+    others, unsure = _others(trainer, state)
+    if not hard and not others:
+        return [f"beware      {words}" for words in unsure] + _moved(trainer, state, soft)
+    data = [words for words in others if words.startswith("training ")]
+    rest = [words for words in others if words not in data]
+    parts = [f"its configuration differs ({_in_words(hard)})"] if hard else []
+    parts += [f"it was trained on other images or captions ({'; '.join(data)})"] if data else []
+    parts += [f"this differs: {'; '.join(rest)}"] if rest else []
+    remedy = (
+        "or fork it, which starts a run of its own from where this one stands: another run_name, "
+        f"and resume={folder!r} (command line: --fork {folder})"
+    )
+    if why := _no_fork(trainer, state):
+        remedy = f"or give another run_name (a fork cannot have {why})"
+    up_to = "float summation" + (" and draws of dropout" if draws_dropout(trainer.model) else "")
+    raise ValueError(
+        f"cannot resume {folder}: {', and '.join(parts)}; use the same ones, {remedy}. May differ: "
+        f"{', '.join(sorted(_FREE))}; and, up to {up_to}: {', '.join(sorted(_SUMMATION))} and the "
+        "number of processes"
+    )
+
+
+def _others(trainer, state: dict) -> fingerprint.Differences:
+    """In words: what differs beside the configuration, and what could not be compared."""
+    now = trainer.identity
+    if "identity" in state:
+        return fingerprint.compare(state["identity"], now, trainer)
+    differs, unsure = fingerprint.compare_data(state["data"], now["train"], trainer.train)
+    unsure = [f"training {words}" for words in unsure]
+    if not differs:
+        unsure.append("nor were the validation set, the model, its tokenizer and functions")
+    return [f"training {words}" for words in differs], unsure
+
+
+def _no_fork(trainer, state: dict) -> str:
+    """ "" where a run may start from this state, else what it differs in, in words."""
+    size, ours = state["config"]["batch_size"], trainer.config.batch_size
+    if size != ours:
+        return f"another batch_size ({size} -> {ours}): its epoch is cut into other batches"
+    then, now = state.get("identity"), trainer.identity
+    old = state["data"].get("count")
+    if old is None and state["data"]["fingerprint"] != now["train"]["fingerprint"]:
+        return "other images or captions"
+    if old not in (None, count := now["train"]["count"]):
+        return f"{count:,} images instead of {old:,}: its epoch is cut into other batches"
+    if then and fingerprint.other_tokens(then, now):
+        return "another tokenizer, for which its weights mean nothing"
+    shapes = [  # a decoder may be another one: it then starts anew
+        {name: x.shape for name, x in weights.items() if not name.startswith("decoder.")}
+        for weights in (state["model_state_dict"], trainer.model.state_dict())
+    ]
+    return "" if shapes[0] == shapes[1] else "a model of other shapes, which its weights do not fit"
+
+
+def _moved(trainer, state: dict, soft: dict) -> list[str]:
+    """In words: what will not be as it was, or only up to float summation."""
+    config, words = trainer.config, []
+    draws = ["dropout"] if draws_dropout(trainer.model) else []
+    drawn = {k: v for k, v in soft.items() if draws and k in _DRAWN_OTHERWISE}
+    if same := {k: v for k, v in soft.items() if k not in drawn}:
+        words.append(f"other than before, up to float summation the same: {_in_words(same)}")
+    if drawn:
+        words.append(f"other than before, other dropout from here on: {_in_words(drawn)}")
+    if (saved := len(state["random"])) != trainer.processes:
+        draws += ["the wrong pairs of matching"] if config.matching_weight else []
+        if config.accumulation == "naive" and config.gradient_accumulation_steps > 1:
+            draws.append("each micro-batch's negatives")
+        how = "the same up to float summation"
+        how = f"other draws of {' and '.join(draws)} from here on" if draws else how
+        words.append(f"saved by {saved} processes, now {trainer.processes}: {how}")
+    then, now = state.get("identity", {}).get("computed"), trainer.identity["computed"]
+    if then not in (None, now):
+        other = "rounding and dropout" if draws_dropout(trainer.model) else "rounding"
+        words.append(f"computed in {then} before, now in {now}: other {other} from here on")
+    return words
+
+
+def fork(trainer, source: Path):
+    """Start a run of its own from where another one stands (its folder, or a state.pth in it).
+
+    Anything may differ but `batch_size` and the number of images (with another one "the batches
+    still to come" has no meaning) and the tokenizer. Where other terms need other heads, the
+    decoder starts anew (or is gone).
+    """
+    source = source.expanduser()
+    path = source if source.is_file() else source / "last" / "state.pth"
+    if path.resolve().is_relative_to(trainer.path.resolve()):
+        raise ValueError(
+            f"{shown(source)} cannot be forked into itself; to go on with it take resume=True, to "
+            "fork it give another run_name"
+        )
+    state = read_checkpoint(path, _NEEDED)
+    if why := on_rank_0(lambda: _no_fork(trainer, state)):
+        raise ValueError(
+            f"cannot fork {shown(source)} with {why}. Keep it, or start from the weights alone: "
+            "model=mm.load('…/best_model.pth')"
+        )
+    others, unsure = on_rank_0(lambda: _others(trainer, state))
+    differing = _in_words(_differing(trainer, state))
+    _put_back(trainer, state, path, forked=True)
+    if trainer.step >= trainer.total_steps:
+        raise ValueError(
+            f"{shown(source)} stands at step {trainer.step} and this run ends at "
+            f"{trainer.total_steps}: nothing is left to do; raise num_epochs (or max_steps)"
+        )
+    trainer.best_loss = float("inf")  # of another recipe, perhaps on another scale
+    if trainer.ending is not None:  # an epoch that is over, and not this run's
+        trainer.ending, trainer.epoch_steps = None, 0
+        trainer.epoch_loss = torch.zeros_like(trainer.epoch_loss)
+    trainer.say(
+        f"{shown(trainer.path)} starts as a fork of {shown(source)} at step {trainer.step} of "
+        f"{trainer.total_steps}; other than there: "
+        f"{'; '.join(filter(None, [differing, *others])) or 'nothing'}"
+    )
+    for words in unsure:
+        trainer.say(f"beware      {words}")
+
+
+def _differing(trainer, state: dict) -> dict[str, tuple]:
+    """{field: (then, now)} of the settings that differ, but for those that may freely."""
+    ours, theirs = trainer.config.to_dict(), state["config"]
+    # What a model that was given is, it is by itself, whatever the configuration says.
+    free = _FREE | trainer.model_settings.keys()
+    if "identity" in state:  # functions are compared by what they compute
+        free |= {name for name in fingerprint.FUNCTIONS if "mask" not in name}
+    theirs = TrainingConfig().to_dict() | theirs  # a field it does not have yet did not matter
+    return {k: (theirs[k], v) for k, v in ours.items() if theirs[k] != v and k not in free}
+
+
+def _keeps_the_gradient(config: TrainingConfig, name: str) -> bool:
+    if name == "gradient_accumulation_steps" and config.matching_weight:
+        return False  # the wrong pairs are drawn from a micro-batch
+    return name in _SUMMATION and config.accumulation == "exact"
+
+
+def _in_words(differing: dict[str, tuple]) -> str:
+    return ", ".join(f"{k}: {then!r} -> {now!r}" for k, (then, now) in differing.items())
+
+
+def _other_heads(weights: dict, module) -> dict:
+    """Weights for `module` whose decoder is its own where the file has none, or another one."""
+    own = {k: v for k, v in module.state_dict().items() if k.startswith("decoder.")}
+    theirs = {k: v for k, v in weights.items() if k.startswith("decoder.")}
+    same = {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in theirs.items()}
+    return weights if same else {k: v for k, v in weights.items() if k not in theirs} | own
+
+
+def _put_back(trainer, state: dict, path: Path, forked: bool):
+    weights = _other_heads(state["model_state_dict"], trainer.model) if forked else None
+    other_heads = weights is not None and weights is not state["model_state_dict"]
+    if other_heads:
+        trainer.say("the decoder is not taken over: other heads are wanted here")
+    load_weights(trainer.model, weights or state["model_state_dict"], path)
+    saved = state["optimizer_state_dict"]
+    same = not other_heads
+    same &= [_shape(m) for m in saved] == [_shape(o.state_dict()) for o in trainer.optimizers]
+    if not same and not forked:
+        raise ValueError(
+            f"cannot resume {shown(path.parent.parent)} with another optimizer than it was saved "
+            "with; give the same one, or fork the run"
+        )
+    if same:
+        for optimizer, memory in zip(trainer.optimizers, saved, strict=True):
+            _load_optimizer(optimizer, memory, forked)
+    else:  # a fork may have another optimizer, or other groups
+        trainer.say("the optimizer starts without memory: it was another one")
+    if state["scaler"]:  # empty where "auto" took another type, on another machine
+        trainer.scaler.load_state_dict(state["scaler"])
+    for mean, name, module in (
+        (trainer.plan.ema, "ema", trainer.model.vit),
+        (trainer.ema, "weights_ema", trainer.model),
+    ):
+        if mean is not None and forked and not state.get(name):  # begins with these weights
+            state[name] = mean.start(module)
+    trainer.plan.load_state_dict(state.get("ema"))
+    if trainer.ema is not None:
+        mean = state["weights_ema"]
+        if forked:
+            mean |= {"weights": _other_heads(mean["weights"], trainer.model)}
+        trainer.ema.load_state_dict(mean)
+    for name, default in _STANDING.items():
+        setattr(trainer, name, state.get(name, default))
+    if trainer.epoch_steps is None:  # a state that an older version wrote
+        trainer.epoch_steps = trainer.step % trainer.steps_per_epoch
+    trainer.epoch_loss = state["epoch_loss"].to(trainer.device) / trainer.processes
+    trainer.model.trained_steps = state.get("trained_steps", trainer.step)
+    trainer.trained_before = 0  # it goes on from what was saved
+    states = state["random"]
+    if trainer.rank < len(states):
+        set_random_state(states[trainer.rank])
+    else:  # a rank more than before draws its own dropout, not what another one draws
+        trainer.seed_own_draws()
+
+
+def _shape(memory: dict) -> list[tuple]:
+    """What tells one kind of optimizer from another: settings and number of weights by group."""
+    return [(sorted(group), len(group["params"])) for group in memory["param_groups"]]
+
+
+def _load_optimizer(optimizer, memory: dict, forked: bool):
+    """The optimizer's memory; a fork keeps the rates and decays of its own configuration."""
+    names = ("lr", "peak_lr", "weight_decay")
+    mine = [{k: group[k] for k in names if k in group} for group in optimizer.param_groups]
+    optimizer.load_state_dict(memory)
+    if forked:
+        for group, settings in zip(optimizer.param_groups, mine, strict=True):
+            group.update(settings)

@@ -1,0 +1,294 @@
+"""The exact step: the gradient of the whole batch, in pieces.
+
+Whatever the number of micro-batches and of processes, the gradient is the one of the global batch
+(Gao et al. 2021, arXiv:2101.06983): features first, then one loss over all of them, then each
+micro-batch again, its masks and dropout replayed. Walk-through: notebooks/03_training.ipynb.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..data.batch import Batch
+from ..data.captions import correct_pairs
+from ..distributed import around_the_ring, gather_rows, row_counts, world
+from ..losses import check_loss, info_nce_rows, sigmoid_block, sigmoid_rows
+from ..models.encoder import EncoderOutput
+from .threads import side_by_side
+
+_LOGITS = 2**22  # entries of a similarity matrix held at once (16 MB in float32)
+
+
+def _in_chunks(
+    loss_of: Callable[..., Tensor], rows: int, columns: int, keep: bool = True
+) -> Tensor:
+    """Sum of loss_of(slice) over slices of `rows`, each at most `_LOGITS` logits.
+
+    Where there are several (or not keep), the backward pass computes a slice's logits again instead
+    of keeping them.
+    """
+    size = max(1, _LOGITS // max(1, columns))
+    if size >= rows and keep:
+        return loss_of(slice(0, rows))
+    parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+    options: dict[str, Any] = dict(use_reentrant=False, preserve_rng_state=False)
+    return torch.stack([checkpoint(loss_of, part, **options) for part in parts]).sum()
+
+
+def contrastive_share(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    partners: tuple[Tensor, Tensor] | None,
+    kind: str,
+    exchange: str = "gather",
+) -> Tensor:
+    """This process's rows against the candidates of all processes: its part of the global mean.
+
+    image, text (R, D), partners: of these rows, see `Batch.partners`; the parts of all processes
+    add up to `info_nce` (or `sigmoid_loss`) of the joined batch. Memory for logits is at most
+    (R, C), never (C, C), and from 4 million on a slice of that. exchange: "gather", or "neighbours"
+    (sigmoid only).
+    """
+    check_loss(kind)
+    rank, _ = world()
+    counts = row_counts(len(image), image.device)
+    offset, total, scale = sum(counts[:rank]), sum(counts), logit_scale.exp()
+    partners = _partners_of_all(partners, counts)
+    if kind == "sigmoid" and exchange == "neighbours":
+        return _ring_of_texts(image, text, scale, logit_bias, partners, counts) / total
+    all_text = gather_rows(text, counts)
+    if kind == "sigmoid":
+
+        def rows_loss(part: slice) -> Tensor:
+            start = offset + part.start
+            return sigmoid_rows(image[part], all_text, scale, logit_bias, start, partners)
+    else:
+        all_image = gather_rows(image, counts)
+
+        def rows_loss(part: slice) -> Tensor:
+            candidates = (all_image, all_text, scale, offset + part.start, partners)
+            return info_nce_rows(image[part], text[part], *candidates)
+
+    return _in_chunks(rows_loss, len(image), total) / total
+
+
+def _joined(partners: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
+    """The partners of several batches as those of one; None where they are one to one."""
+    found = [part for part in partners if part is not None]
+    if not found:
+        return None
+    captions, tables = zip(*found, strict=True)
+    return torch.cat(captions), _padded(tables)
+
+
+def _padded(tables: Sequence[Tensor], width: int = 0) -> Tensor:
+    """Tables of captions, (B, K) each, below each other; -1 where one is narrower."""
+    width = max(width, *(table.shape[1] for table in tables))
+    pad = torch.nn.functional.pad
+    return torch.cat([pad(table, (0, width - table.shape[1]), value=-1) for table in tables])
+
+
+def _partners_of_all(partners: tuple[Tensor, Tensor] | None, counts: list[int]):
+    """Those of all processes, whose data is one to one either everywhere or nowhere."""
+    if partners is None or len(counts) == 1:
+        return partners
+    captions, table = partners
+    width = max(row_counts(table.shape[1], table.device))
+    return gather_rows(captions, counts), gather_rows(_padded([table], width), counts)
+
+
+def _ring_of_texts(
+    image: Tensor, text: Tensor, scale: Tensor, logit_bias: Tensor, partners, counts: list[int]
+) -> Tensor:
+    """Summed sigmoid loss of our pictures against each process's texts in turn."""
+    rank, rows = world()[0], torch.arange(len(image), device=image.device)
+    captions_of = None if partners is None else partners[0].split(counts)
+    own_captions = None if partners is None else partners[1].split(counts)[rank]
+
+    def block(theirs: Tensor, owner: int, part: slice) -> Tensor:
+        own = rows[part, None] == rows[None, :] if owner == rank else None
+        left_out = None
+        if captions_of is not None and own_captions is not None:
+            left_out = correct_pairs(own_captions[part], captions_of[owner])
+        return sigmoid_block(image[part], theirs, scale, logit_bias, own, left_out)
+
+    total = image.new_zeros(())
+    for owner, theirs in around_the_ring(text, counts):
+        loss_of = functools.partial(block, theirs, owner)
+        total = total + _in_chunks(loss_of, len(image), len(theirs), keep=False)
+    return total
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """State of the generators that dropout draws from."""
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def set_random_states(states: list[Tensor], device: torch.device):
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def backward(
+    encode: Callable[[Batch], EncoderOutput],
+    micro_batches: list[Batch],
+    scale_parameters: tuple[nn.Parameter, nn.Parameter],
+    kind: str,
+    *,
+    whole: Callable[[Batch], tuple[EncoderOutput, Tensor | None]] | None = None,
+    contrastive_weight: float = 1.0,
+    exchange: str = "gather",
+    weight: float = 1.0,
+    grad_scale: Callable[[Tensor], Tensor] = lambda x: x,
+    no_sync: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    synchronize: bool = True,
+    at_once: int = 1,
+    parameters: Sequence[nn.Parameter] = (),
+) -> Tensor:
+    """Add the gradient of ONE loss over all these micro-batches to every parameter; returns the
+    contrastive loss, not weighted.
+
+    encode: the masked forward pass that gives features, masks a pure function of the batch.
+    scale_parameters: logit_scale and logit_bias. kind: "info_nce" or "sigmoid". whole: the forward
+    pass with all that hangs on it, run once for each micro-batch with a graph: (output, its part of
+    the other terms, weighted and a part of their global mean; None = there are none). weight
+    multiplies the gradient of the contrast, as does contrastive_weight; with 0 nothing is
+    contrasted, and nothing runs twice. Else, with several micro-batches, all but the last do, and
+    memory grows with the micro-batch, not with the batch. exchange: see `contrastive_share`.
+    grad_scale: an fp16 scaler's `scale`. no_sync: keeps DDP from summing gradients before the last
+    micro-batch. at_once: so many micro-batches are computed side by side (see threads.py; one
+    process, no dropout), and all of the last ones keep their graph; parameters: those that learn,
+    needed then. The loss is this process's part of the global mean.
+    """
+
+    def features_only(batch: Batch) -> tuple[EncoderOutput, Tensor | None]:
+        return encode(batch), None
+
+    whole = whole or features_only
+    device = micro_batches[0].sample_ids.device
+    if not contrastive_weight:
+        _backward_of_parts(
+            whole, micro_batches, grad_scale, no_sync, synchronize, at_once, parameters
+        )
+        return torch.zeros((), device=device)
+    *others, last = [micro_batches[i : i + at_once] for i in range(0, len(micro_batches), at_once)]
+    states, features = [], []
+    for batches in others:
+        states.append(random_states(device))
+        with torch.no_grad():
+            features += side_by_side(lambda batch: _features(encode(batch)), batches)
+    # The last ones' graph is kept: a second pass would only repeat it.
+    with no_sync() if others or not synchronize else contextlib.nullcontext():
+        kept = side_by_side(whole, last)
+    afterwards = random_states(device)
+    features += [_features(out) for out, _ in kept]
+
+    image, text = (torch.cat(parts) for parts in zip(*features, strict=True))
+    leaves = [leaf.detach().requires_grad_() for leaf in (image, text, *scale_parameters)]
+    partners = _joined([batch.partners for batch in micro_batches])
+    loss = contrastive_share(leaves[0], leaves[1], leaves[2], leaves[3], partners, kind, exchange)
+    # DDP averages over processes; each holds its part of a sum.
+    factor = contrastive_weight * weight * world()[1]
+    image_grad, text_grad, *scale_grads = torch.autograd.grad(
+        loss * factor, leaves, allow_unused=True, materialize_grads=True
+    )
+    sizes = [len(batch) for batch in micro_batches]
+    pieces = list(zip(image_grad.split(sizes), text_grad.split(sizes), strict=True))
+    last_pieces = pieces[len(pieces) - len(last) :]
+
+    with no_sync() if others or not synchronize else contextlib.nullcontext():
+        _pull(kept, last_pieces, None if others else scale_grads, grad_scale, parameters)
+    del kept
+    for i, batches in enumerate(others):
+        final = i == len(others) - 1
+        with contextlib.nullcontext() if final and synchronize else no_sync():
+            set_random_states(states[i], device)
+            own = pieces[i * at_once : (i + 1) * at_once]
+            once = scale_grads if final else None
+            _pull(side_by_side(whole, batches), own, once, grad_scale, parameters)
+    if others:
+        set_random_states(afterwards, device)
+    return loss.detach()
+
+
+def _pull(
+    outputs: Sequence[tuple[EncoderOutput, Tensor | None]],
+    pieces: Sequence[tuple[Tensor, Tensor]],
+    scale_grads: list[Tensor] | None,
+    grad_scale: Callable[[Tensor], Tensor],
+    parameters: Sequence[nn.Parameter],
+):
+    """Send the loss's gradient at the features of micro-batches on into the parameters.
+
+    outputs: of each, with its other terms. scale_grads: of logit_scale and logit_bias, which have
+    ONE gradient per step (once per micro-batch would multiply it); None in all rounds but one.
+    """
+    surrogates = []
+    for i, ((out, rest), piece) in enumerate(zip(outputs, pieces, strict=True)):
+        surrogate = (out.image_features * piece[0]).sum() + (out.text_features * piece[1]).sum()
+        scales = (out.logit_scale, out.logit_bias)
+        once = scale_grads if scale_grads and i == 0 else [torch.zeros_like(x) for x in scales]
+        surrogate = surrogate + out.logit_scale * once[0] + out.logit_bias * once[1]
+        if rest is not None:
+            surrogate = surrogate + rest * world()[1]
+        surrogates.append(grad_scale(surrogate))
+    _add_gradients(surrogates, parameters)
+
+
+def _add_gradients(losses: list[Tensor], parameters: Sequence[nn.Parameter]):
+    """Add the gradients of these losses to the parameters, always in the same order."""
+    if len(losses) == 1:
+        return losses[0].backward()
+    if len(losses) == 2 and all(parameter.grad is None for parameter in parameters):
+        side_by_side(torch.Tensor.backward, losses)  # a + b is b + a, to the bit
+        return None
+    each = side_by_side(
+        lambda loss: torch.autograd.grad(loss, parameters, allow_unused=True), losses
+    )
+    for parameter, *gradients in zip(parameters, *each, strict=True):
+        found = [gradient for gradient in (parameter.grad, *gradients) if gradient is not None]
+        if len(found) > 1:  # a new tensor: autograd may give one to two parameters
+            parameter.grad = functools.reduce(torch.Tensor.add_, found[2:], found[0] + found[1])
+        elif found and parameter.grad is None:
+            parameter.grad = found[0].clone()
+
+
+def _backward_of_parts(
+    whole, micro_batches: list[Batch], grad_scale, no_sync, synchronize: bool, at_once: int,
+    parameters: Sequence[nn.Parameter],
+):  # fmt: skip
+    """The gradient of terms that are sums over samples: each micro-batch by itself, once."""
+    for i in range(0, len(micro_batches), at_once):
+        final = synchronize and i + at_once >= len(micro_batches)
+        with contextlib.nullcontext() if final else no_sync():
+            parts = side_by_side(whole, micro_batches[i : i + at_once])
+            losses = [grad_scale(rest * world()[1]) for _, rest in parts if rest is not None]
+            if losses:
+                _add_gradients(losses, parameters)
+
+
+def _features(out: EncoderOutput) -> tuple[Tensor, Tensor]:
+    """What the loss needs of an output; its token states would grow with the batch."""
+    return out.image_features.detach(), out.text_features.detach()
+
+
+def naive_backward(encode, micro_batches: list[Batch], *args, no_sync, **options) -> Tensor:
+    """Plain accumulation, for comparison: each micro-batch sees only its own negatives."""
+    rows, last = sum(map(len, micro_batches)), len(micro_batches) - 1
+    loss = torch.zeros((), device=micro_batches[0].sample_ids.device)
+    for i, batch in enumerate(micro_batches):
+        weight = len(batch) / rows
+        part = backward(
+            encode, [batch], *args, weight=weight, no_sync=no_sync, synchronize=i == last, **options
+        )
+        loss = loss + weight * part
+    return loss

@@ -1,0 +1,5 @@
+"""Explorers for notebooks: the masking lab."""
+
+from .mask_lab import MaskLab
+
+__all__ = ["MaskLab"]

@@ -1,0 +1,447 @@
+"""The masking lab: controls over masks, a picture to paint on, and what a model makes of it.
+
+Nothing is computed here that a function does not compute elsewhere: masks are those of
+`masking.draw_maskings`, the same that training draws. `mask` is True where a token is HIDDEN.
+Python sends a picture's bytes when the picture changes and a mask's bytes when the mask does; the
+browser draws (mask_canvas.js), because a new figure for each move of a slider takes three times as
+long. Walk-through: notebooks/02_masking.ipynb.
+"""
+
+import base64
+import contextlib
+import io
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.batch import Batch
+from ..data.captions import correct_pairs
+from ..data.dataset import MultimodalDataset, as_dataset
+from ..evaluation.reconstruction import PutBack
+from ..losses import similarity
+from ..masking.draw import draw_maskings
+from ..masking.image import ATTENTION_MASKERS, IMAGE_MASKERS
+from ..masking.text import TEXT_MASKERS
+from ..models.attention import at_rest
+from ..models.encoder import MultimodalEncoder
+from ..models.patches import paint_mask
+from .decoder_view import DecoderView, Masked, heads_of
+from .parts import (
+    Reader,
+    caption_html,
+    caption_pieces,
+    checked_patch,
+    count_tokens,
+    counts_html,
+    png,
+    pool_rows,
+    rank_of,
+    ranking_html,
+    relative_cost,
+    seen_in_words,
+    still_figure,
+)
+
+
+def weakly(method: Callable[[dict], None]) -> Callable[[dict], None]:
+    """A bound method as a handler that does not keep its object alive."""
+    held = weakref.WeakMethod(method)
+
+    def handle(change: dict):
+        if (alive := held()) is not None:
+            alive(change)
+
+    return handle
+
+
+def close_all(widget: Any):
+    """Close a widget and all that it holds, with their layouts and styles."""
+    for child in getattr(widget, "children", ()):
+        close_all(child)
+    for part in (getattr(widget, "layout", None), getattr(widget, "style", None), widget):
+        if part is not None:
+            part.unobserve_all()
+            type(part).close(part)
+
+
+_SHOWN: deque = deque(maxlen=3)  # labs on a page, which live on there without a name
+POOL = 24  # captions that the picture is compared with
+
+
+class MaskLab:
+    """Masks of a picture and of its caption, to look at, to change and to paint.
+
+    `MaskLab(dataset)` as the last line of a cell shows it. Controls, all for the keyboard too:
+    `row`, `seed`, `epoch`; `image_masker`, `image_percent`, `image_mode` for the patches;
+    `text_masker`, `text_percent`, `text_mode` for the words. `masking` and `text_masking` are the
+    `Masking`s shown, of one row, None where nothing is to be hidden: bit for bit those that
+    training draws for this sample, seed, epoch and share. (But "attentive" looks with this model at
+    full resolution, training with its running mean at half; and of a picture with several captions
+    this shows the first, where training draws one.)
+
+    Painting on the picture, or `paint(array)`, makes `painted`, (h, w) bool, the mask; a move of
+    the masker, its share, seed or epoch goes back to a computed one. With a model: `cosines` of the
+    masked picture with the masked captions of `rows`, and `rank`, the right one's place. With a
+    model that has a decoder: `back`, what it puts back of the row shown, and where it looks across,
+    one more control, `sees`: whether at the row's own other modality, at none or a wrong one.
+    patch_size: None takes the model's; without one 8 up to 96 pixels, else 16. Raises ValueError
+    where it does not divide the picture.
+
+    `close()` takes the view off the page and lets go of model and data. So does dropping the lab;
+    but the last three that were shown stay alive without a name.
+    """
+
+    def __init__(
+        self,
+        dataset: MultimodalDataset,
+        model: MultimodalEncoder | None = None,
+        patch_size: int | None = None,
+    ):
+        import ipywidgets as w
+
+        from .canvas import MaskCanvas
+
+        dataset = as_dataset(dataset, "dataset")
+        if model is not None:
+            dataset = dataset.encoded_by(model.tokenizer, model.max_length)
+        self.dataset, self.model = dataset, model
+        self.patch_size = checked_patch(dataset, model, patch_size)
+        height, width = dataset[0]["image"].shape[1:]
+        self.grid = (height // self.patch_size, width // self.patch_size)
+        self.painted: np.ndarray | None = None
+        self._computed, self._warning, self._quiet = "random", "", False
+        self._cache: dict[str, tuple] = {}
+
+        style: dict = dict(style={"description_width": "128px"}, layout=w.Layout(width="324px"))
+
+        def slider(words, value, most):
+            return w.IntSlider(value, 0, most, description=words, tooltip=words, **style)
+
+        def choice(words, options):
+            return w.Dropdown(options=options, description=words, tooltip=words, **style)
+
+        missing = ["layers"] if dataset.layers is None else []
+        missing += [] if model else ATTENTION_MASKERS
+        modes = [("left out (drop)", "drop"), ("mask token (replace)", "replace")]
+        self.row = slider("picture (row)", 0, len(dataset) - 1)
+        self.seed = w.BoundedIntText(0, 0, 2**31 - 1, description="seed", tooltip="seed", **style)
+        self.epoch = slider("epoch", 0, 99)
+        self.image_masker = choice("image masker", [n for n in IMAGE_MASKERS if n not in missing])
+        self.image_percent = slider("patches hidden (%)", 50, 99)
+        self.image_mode = choice("hidden patches are", modes)
+        self.text_masker = choice("text masker", list(TEXT_MASKERS))
+        self.text_percent = slider("words hidden (%)", 25, 99)
+        self.text_mode = choice("hidden words are", [*modes, ("80/10/10 (as BERT)", "80/10/10")])
+        columns: tuple[tuple, ...] = (
+            (self.row, self.seed, self.epoch),
+            (self.image_masker, self.image_percent, self.image_mode),
+            (self.text_masker, self.text_percent, self.text_mode),
+        )
+        self.decoder = None
+        if self.model is not None and heads_of(self.model):
+            self.decoder = DecoderView(self.model, dataset, self.grid, style)
+            columns += ((self.decoder.sees,),) if self.decoder.sees else ()
+        self.sees = self.decoder and self.decoder.sees
+        self.controls = tuple(control for column in columns for control in column)
+        self.canvas = MaskCanvas(rows=self.grid[0], columns=self.grid[1])
+        self.words = w.HTML(layout=w.Layout(width="228px" if model else "600px"))
+        self.ranking = w.HTML(layout=w.Layout(width="418px", display=None if model else "none"))
+        self._update()
+        for control in self.controls:
+            control.observe(weakly(self._moved), "value")
+        self.canvas.observe(weakly(self._painted_by_hand), "mask")
+        line = w.Layout(flex_flow="row wrap", grid_gap="4px 16px")
+        top = w.HBox([w.VBox(column) for column in columns], layout=line)
+        below = [self.canvas, self.words, self.ranking]
+        if self.decoder:  # pictures side by side; then the caption with its guesses, the ranking
+            self.words.layout.width = self.ranking.layout.width = "376px"
+            words = w.VBox([self.words, self.decoder.guesses], layout=w.Layout(width="380px"))
+            below = [self.canvas, self.decoder.canvas, words, self.ranking]
+        below = w.HBox([part for part in below if part is not None], layout=line)
+        self.view = w.VBox([top, below], layout=w.Layout(grid_gap="10px"))
+        self.view.add_class("mmkit-lab")
+
+        # ipywidgets keeps every widget that is not closed, for as long as the kernel runs.
+        self._finalizer = weakref.finalize(self, close_all, self.view)
+        me = weakref.ref(self)
+        self.view.close = lambda: (lab := me()) and lab.close()
+
+    def close(self):
+        """Close all widgets of the lab and let go of its model, data and results."""
+        if not vars(self):  # it is closed
+            return
+        self._finalizer()
+        vars(self).clear()
+        with contextlib.suppress(ValueError):
+            _SHOWN.remove(self)
+
+    # -- what moves --------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _quietly(self):
+        """What is set in here is not taken for a reader's move."""
+        before, self._quiet = self._quiet, True
+        try:
+            yield
+        finally:
+            self._quiet = before
+
+    def _moved(self, change):
+        if self._quiet:
+            return
+        self._warning, masker = "", self.image_masker
+        if masker.value != "painted":
+            self._computed = masker.value
+        elif change["owner"] in (self.image_percent, self.seed, self.epoch):
+            self._choose(self._computed)
+        elif self.painted is None:  # "painted" was chosen: begin with what is shown
+            self.painted = self._hidden().copy()
+        self._update()
+
+    def _choose(self, masker: str):
+        with self._quietly():
+            self.image_masker.value = masker
+
+    def _painted_by_hand(self, change):
+        if not self._quiet:
+            self.paint(np.frombuffer(change["new"], dtype=np.uint8).reshape(self.grid))
+
+    def paint(self, hidden):
+        """Hide these patches, an array (h, w), true = hidden, as if painted with the mouse.
+
+        Where all are to be hidden, one of those visible before stays. Raises ValueError for an
+        array of another shape.
+        """
+        hidden = np.array(hidden, dtype=bool)
+        if hidden.shape != self.grid:
+            raise ValueError(
+                f"the painted mask is {hidden.shape}, the picture is {self.grid[0]} x "
+                f"{self.grid[1]} patches; give an array of {self.grid}"
+            )
+        self._warning = ""
+        if hidden.all():
+            row, column = np.argwhere(~self._hidden())[-1]
+            hidden[row, column] = False
+            self._warning = (
+                "One patch must stay, or nothing is left to encode: the one in row "
+                f"{row + 1}, column {column + 1} does."
+            )
+        self.painted = hidden
+        self._choose("painted")
+        self._update()
+
+    def _update(self):
+        now = self._masked([self.row.value])
+        self.batch, self.masking, self.text_masking = now
+        with self._quietly(), self.canvas.hold_sync():  # only what has changed, in one message
+            self.canvas.picture = self._cached("png", self.row.value, lambda: png(self.picture()))
+            self.canvas.mask = self._hidden().tobytes()
+            self.canvas.mode = self.image_mode.value
+        self.words.value = self._words_html()
+        if self.decoder:
+            modes = (self.image_mode.value, self.text_mode.value)
+            pictures = (self.picture(), self.still())
+            self.decoder.update(self.row.value, self._masked, now, modes, pictures)
+        if self.model is not None:
+            self._compare(self.model, self._text())
+            self.ranking.value = self._ranking_html()
+
+    # -- what is computed --------------------------------------------------------------------
+
+    def _cached(self, name: str, key, compute):
+        """The last value of that name, if key and weights are those that it was computed with."""
+        weights = sum(p._version for p in self.model.parameters()) if self.model else 0
+        if self._cache.get(name, (None,))[0] != (key, weights):
+            self._cache[name] = ((key, weights), compute())
+        return self._cache[name][1]
+
+    @property
+    def _reader(self) -> Any:
+        """The model, or what is known of pictures and captions without one."""
+        tokenizer = self.dataset.tokenizer
+        return self.model or self._cached(
+            "reader", tokenizer, lambda: Reader.of(tokenizer, self.patch_size)
+        )
+
+    def _batch(self, rows: list[int]) -> Batch:
+        if self.model is None:
+            return self.dataset.batch(rows).to("cpu")
+        return self.dataset.batch(rows).to(self.model.logit_scale.device)
+
+    def _text(self) -> tuple[str, float]:
+        return self.text_masker.value, self.text_percent.value / 100
+
+    def _masked(self, rows: list[int]) -> Masked:
+        """A batch of these rows and its maskings, as the controls say."""
+        batch, masker = self._batch(rows), self.image_masker.value
+        share = self.painted if masker == "painted" else self.image_percent.value / 100
+        return batch, *self._draw(batch, (masker, share), self._text())
+
+    def _draw(self, batch: Batch, image: tuple[str, Any], text: tuple[str, float]):
+        return draw_maskings(
+            batch,
+            self._reader,
+            seed=self.seed.value,
+            epoch=self.epoch.value,
+            image=image,
+            text=text,
+            text_mode=self.text_mode.value,
+            attend=lambda: self._attention(batch),
+            layers=self.dataset.layers,
+            frequency=self._frequency() if text[0] == "frequency" else None,
+        )
+
+    def _frequency(self) -> Tensor:
+        """That of the model's training; of a model that saw none, of the data it is shown with."""
+        of_training = getattr(self._reader, "token_frequency", None)
+        return self.dataset.piece_frequency() if of_training is None else of_training
+
+    def _attention(self, batch: Batch) -> Tensor:
+        def attend():
+            with at_rest(self._reader):
+                return self._reader.class_attention(batch.pixel_values)
+
+        key = tuple(batch.sample_ids.tolist())
+        return self._cached(f"attention of {len(batch)}", key, attend)
+
+    def _compare(self, model: MultimodalEncoder, text: tuple[str, float]):
+        """The masked picture with the masked captions of `rows`."""
+        self.rows = pool_rows(self.row.value, len(self.dataset), POOL)
+        key = (self.rows, text, self.text_mode.value, self.seed.value, self.epoch.value)
+        captions = self._cached("captions", key, lambda: self._encode_captions(model, text))
+        with at_rest(model):
+            mode = self.image_mode.value
+            picture = model.encode_image(self.batch.pixel_values, self.masking, mode)
+            self.cosines = similarity(picture, captions)[0].cpu()
+        shown = self.dataset.drawn_captions(torch.as_tensor(self.rows))
+        captions, images = self.dataset.partners([self.row.value], shown)
+        self.right = correct_pairs(images, captions)[0]
+        self.rank = rank_of(self.cosines, self.right)
+
+    def _encode_captions(self, model: MultimodalEncoder, text: tuple[str, float]) -> Tensor:
+        batch = self._batch(self.rows)
+        _, masking = self._draw(batch, ("random", 0.0), text)
+        with at_rest(model):
+            mode = self.text_mode.value
+            return model.encode_text(batch.input_ids, batch.valid, masking, mode)
+
+    def pieces(self) -> list[tuple[str, str]]:
+        """The caption's word pieces as they are shown, each with its kind (lab_parts.KINDS)."""
+        ids = self.batch.input_ids[0, self.batch.valid[0]].tolist()
+        special, mode = self._reader.special_ids.tolist(), self.text_mode.value
+        return caption_pieces(self.dataset.tokenizer, ids, special, self.text_masking, mode)
+
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """(visible, all) patches and word pieces; (encoded, all) patches and text tokens."""
+        return count_tokens(self.pieces(), self._hidden(), self.image_mode.value)
+
+    def cost(self) -> float:
+        """What encoding the pair costs, as a share of the cost with nothing hidden.
+
+        In operations (`mm.cost.sample_flops`), without a model in tokens.
+        """
+        return relative_cost(self.counts(), self.model)[0]
+
+    @property
+    def back(self) -> PutBack | None:
+        """What the decoder puts back of the row shown; None for a model without these heads."""
+        return self.decoder.back if self.decoder else None
+
+    # -- what is shown -----------------------------------------------------------------------
+
+    def _hidden(self) -> np.ndarray:
+        """(h, w) bool, the hidden patches of `masking`."""
+        if self.masking is None:
+            return np.zeros(self.grid, dtype=bool)
+        return self.masking.mask[0].cpu().numpy().reshape(self.grid)
+
+    def picture(self) -> Tensor:
+        """The whole picture, (3, H, W) uint8; a normalised one is stretched to its own range.
+
+        (Beside a picture put back it is shown in the model's range, as that one is.)
+        """
+        pixels = self.batch.pixel_values[0].cpu()
+        if pixels.is_floating_point() and self.model is not None and self.decoder:
+            mean, std = self.model.pixel_stats.cpu().unbind()
+            return (255 * (pixels * std + mean).clamp(0, 1)).round().to(torch.uint8)
+        if pixels.is_floating_point():
+            low, high = pixels.aminmax()
+            pixels = (255 * (pixels - low) / (high - low).clamp(min=1e-6)).to(torch.uint8)
+        return pixels
+
+    def still(self) -> Tensor:
+        """The masked picture as it is now, (3, H, W) uint8, hidden patches grey."""
+        mask = torch.from_numpy(self._hidden()).reshape(1, -1)
+        return paint_mask(self.picture()[None], mask, self.patch_size)[0]
+
+    def _words_html(self) -> str:
+        counts = self.counts()
+        html = caption_html(self.dataset.texts[self.row.value][0], self.pieces())
+        html += counts_html(counts, relative_cost(counts, self.model)[1])
+        return html + (self._warning and f'<p class="warning" role="alert">{self._warning}</p>')
+
+    def _ranking_html(self) -> str:
+        texts = [self.dataset.texts[row][0] for row in self.rows]
+        return (
+            f"<p><b>The right caption (✓) has rank {self.rank} of {len(self.rows)}</b> by cosine"
+            f"</p>{ranking_html(texts, self.cosines, self.right)}<small>Captions, masked as on the "
+            f"left, of row {self.row.value} and of rows spread evenly over the dataset.</small>"
+        )
+
+    def figure(self):
+        """A still Figure: the picture, what is left of it, and the caption.
+
+        With a decoder also the picture put back, and a table of its guesses of hidden words.
+        """
+        counts = self.counts()
+        patches, words = seen_in_words(counts)
+        titles = f"row {self.row.value}", f"{self.image_masker.value}: {patches} seen"
+        words += f" seen\ncost: {relative_cost(counts, self.model)[1]}"
+        if self.model is not None:
+            words += f"\nthe right caption has rank {self.rank} of {len(self.rows)}"
+        if self.decoder:
+            pictures = [self.picture(), self.still()]
+            return self.decoder.figure(pictures, titles, self.pieces(), words)
+        return still_figure(self.picture(), self.still(), titles, self.pieces(), words)
+
+    def __repr__(self) -> str:
+        if not vars(self):
+            return "MaskLab(closed)"
+        seen = " and ".join(seen_in_words(self.counts()))
+        error = None if self.back is None else self.back.pixel_errors
+        back = ""
+        if error is not None and self._hidden().any():
+            back = f", put back with an error of {float(error[0]):.4f}"
+        return f"MaskLab(row {self.row.value}: {seen} seen{back})"
+
+    def _repr_mimebundle_(self, **kwargs) -> dict[str, Any]:
+        """The live view, and a still for a page that has no kernel."""
+        if not vars(self):
+            return {"text/plain": repr(self)}
+        if self not in _SHOWN:
+            _SHOWN.append(self)
+        buffer = io.BytesIO()
+        self.figure().savefig(buffer, dpi=110)
+        still = base64.b64encode(buffer.getvalue()).decode()
+        live = self.view._repr_mimebundle_(**kwargs)
+        return live | {"image/png": still, "text/plain": repr(self)}
+
+    def _ipython_display_(self):
+        """The still and the live view as two outputs; where the second is alive it hides the first.
+
+        Of one output with both, JupyterLab shows in a trusted notebook without its kernel nothing
+        but "model not found".
+        """
+        from IPython.display import display
+
+        live = self._repr_mimebundle_()
+        if (still := live.pop("image/png", None)) is None:  # closed
+            return display(live, raw=True)
+        self.canvas.still = still[-60:]  # by which the canvas knows it
+        display({"image/png": still, "text/plain": repr(self)}, raw=True)
+        display(live, raw=True)

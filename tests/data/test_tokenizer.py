@@ -1,0 +1,194 @@
+"""Captions become word pieces and come back; a checkpoint's tokenizer is the same tokenizer."""
+
+import itertools
+import random
+import time
+
+import pytest
+
+from mmkit.data.tokenizer import (
+    continues_word,
+    encode_texts,
+    piece_counts,
+    special_ids,
+    tokenizer_from_state,
+    tokenizer_state,
+    train_wordpiece,
+    unknown_share,
+)
+
+TEXTS = ["a red house", "an old blue boat", "the flag of France"]
+
+
+def test_captions_come_back():
+    tokenizer = train_wordpiece(TEXTS)
+    input_ids, valid = encode_texts(tokenizer, TEXTS, 32)
+    decoded = [tokenizer.decode(row, skip_special_tokens=True) for row in input_ids]
+    assert decoded == [text.lower() for text in TEXTS]
+    assert valid.sum(1).tolist() == [5, 6, 6]
+    assert input_ids.tolist()[0][0] == tokenizer.cls_token_id
+
+
+def test_another_process_trains_the_same_ids():
+    """Hash maps are seeded anew in each process; the vocabulary must not notice."""
+    import json
+    import subprocess
+    import sys
+
+    code = f"import json, mmkit; print(json.dumps(mmkit.train_wordpiece({TEXTS}).get_vocab()))"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(other.stdout) == train_wordpiece(TEXTS).get_vocab()
+
+
+def test_training_does_not_depend_on_the_order_of_captions():
+    a, b = train_wordpiece(TEXTS), train_wordpiece(TEXTS[::-1] + TEXTS)
+    assert a.get_vocab() == b.get_vocab()
+
+
+def test_long_captions_are_cut_and_end_with_their_end_token():
+    tokenizer = train_wordpiece(TEXTS)
+    input_ids, valid = encode_texts(tokenizer, ["a red house " * 9], 11)
+    assert input_ids.shape == (1, 11) and valid.all()
+    assert input_ids[0, -1] == tokenizer.sep_token_id
+
+
+def test_a_tokenizer_that_pads_on_the_left_is_told_not_to():
+    """Batches cut padding on the right; on the left the words themselves would be cut away."""
+    tokenizer = train_wordpiece(TEXTS)
+    right = encode_texts(tokenizer, TEXTS, 32)
+    tokenizer.padding_side = "left"
+    left = encode_texts(tokenizer, TEXTS, 32)
+    assert left[0].tolist() == right[0].tolist() and left[1].tolist() == right[1].tolist()
+
+
+def test_saved_as_text_and_read_back():
+    tokenizer = train_wordpiece(TEXTS)
+    other = tokenizer_from_state(tokenizer_state(tokenizer))
+    words = ["a RED boat", "unknown wörds", ""]
+    assert tokenizer(words)["input_ids"] == other(words)["input_ids"]
+    assert special_ids(tokenizer).tolist() == special_ids(other).tolist()
+    assert tokenizer.unk_token_id not in special_ids(tokenizer)
+
+
+def words_of(tokenizer, text):
+    """The pieces of a text, those of one word together."""
+    goes_on, words = continues_word(tokenizer), []
+    for i in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        if not goes_on[i]:
+            words.append([])
+        words[-1] += tokenizer.convert_ids_to_tokens([i])
+    return words
+
+
+def test_pieces_of_one_word_are_known_as_such():
+    """Gluing what goes on with a word to it gives the words of the text, marks removed."""
+    tokenizer = train_wordpiece(TEXTS)
+    text = "an old redboat of francehouses"
+    pieces = words_of(tokenizer, text)
+    assert max(map(len, pieces)) > 2
+    assert ["".join(word).replace("##", "") for word in pieces] == text.split()
+    assert continues_word(tokenizer).shape == (len(tokenizer),)
+    assert not continues_word(tokenizer)[special_ids(tokenizer)].any()
+    mixed = train_wordpiece([*TEXTS, "\u2581 and \u0120 are words here"])  # other kinds' marks
+    assert ["".join(w).replace("##", "") for w in words_of(mixed, text)] == text.split()
+
+
+@pytest.mark.parametrize("mark", ["\u2581", "\u0120"])
+def test_tokenizers_that_mark_where_words_begin(mark):
+    """SentencePiece's and byte-level BPE's marks: the other way round, the same words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = (
+        pre_tokenizers.Metaspace()
+        if mark == "\u2581"
+        else pre_tokenizers.ByteLevel(add_prefix_space=True)
+    )
+    raw.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
+    text = "an old redboat of francehouses"
+    pieces = words_of(tokenizer, text)
+    assert max(map(len, pieces)) > 2
+    assert ["".join(word) for word in pieces] == [mark + word for word in text.split()]
+
+
+def test_a_sentence_without_spaces_is_not_one_unknown_word():
+    """Kana and Thai have none; WordPiece gives up at 100 letters if it is not told otherwise."""
+    for sentence in ("かなのぶんしょう" * 20, "ภาษาไทยไม่มีช่องว่าง" * 12):
+        tokenizer = train_wordpiece([sentence, "short"])
+        assert len(sentence) > 100 and unknown_share(tokenizer, [sentence]) == 0
+        again = tokenizer_from_state(tokenizer_state(tokenizer))
+        assert unknown_share(again, [sentence]) == 0
+
+
+SPELLED = ["a [MASK] red [PAD] house", "[SEP]", "[[CLS]] [UNK]s", "the <s>flag</s> of [mask]"]
+
+
+def unigram():
+    """As XLM-R's: its special tokens stand in the vocabulary of the model itself."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "</s>", "<pad>", "<unk>", "<mask>"]
+    letters = sorted({*"".join(SPELLED), "\u2581"} - {" "})
+    raw = Tokenizer(models.Unigram([(name, 0.0) for name in [*special, *letters]], unk_id=3))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace()
+    raw.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    roles = ("bos_token", "eos_token", "pad_token", "unk_token", "mask_token")
+    return PreTrainedTokenizerFast(tokenizer_object=raw, **dict(zip(roles, special, strict=True)))
+
+
+@pytest.mark.parametrize("make", [lambda: train_wordpiece([*TEXTS, *SPELLED]), unigram])
+def test_special_tokens_that_a_caption_spells_are_letters(make):
+    """Only the ends and the padding have special ids; every letter comes back."""
+    tokenizer = make()
+    special = {*special_ids(tokenizer).tolist(), tokenizer.unk_token_id}
+    input_ids, valid = encode_texts(tokenizer, SPELLED, 97)
+    counts = piece_counts(tokenizer, SPELLED)
+    for text, row, real, count in zip(
+        SPELLED, input_ids.tolist(), valid.tolist(), counts, strict=True
+    ):
+        ids = list(itertools.compress(row, real))
+        assert len(ids) == count and ids[0] in special and ids[-1] in special
+        assert not special & {*ids[1:-1]}, text
+        back = tokenizer.decode(ids[1:-1]).replace(" ", "").replace("\u2581", "")
+        assert back.casefold() == text.replace(" ", "").casefold()
+    assert unknown_share(tokenizer, SPELLED) == 0
+
+
+def test_pieces_are_counted_and_encoded_as_the_whole_text_would_be():
+    """Word by word, and from the beginning alone, where that is the same."""
+    draw = random.Random(0)
+    words = (
+        "a red-brown house, of an old... 'blue' boat & \u200d #7 b\u00fccher \u4e2d\u6587".split()
+    )
+    tokenizer = train_wordpiece([*TEXTS, "b\u00fccher, #7 & ... -"])
+    texts = [" ".join(draw.choices(words, k=k)) for k in (1, 2, 5, 11, 23, 47, 97, 211)]
+    texts += ["& " * 97 + "house", "\u200d " * 97 + "house", "a  house"]
+    whole = tokenizer(texts)["input_ids"]
+    assert piece_counts(tokenizer, texts) == [len(ids) for ids in whole]
+    for most in (5, 13, 31):
+        input_ids, valid = encode_texts(tokenizer, texts, most)
+        cut = tokenizer(texts, truncation=True, max_length=most)["input_ids"]
+        assert [row[real].tolist() for row, real in zip(input_ids, valid, strict=True)] == cut
+
+
+def test_a_caption_of_many_words_takes_time_in_proportion():
+    """300,000 words: a tenth of a second each on a quiet machine; a square of it would be hours."""
+    text = " ".join(random.Random(0).choices(TEXTS[0].split() + TEXTS[1].split(), k=300_007))
+    tokenizer = train_wordpiece(TEXTS)
+    started = time.process_time()
+    assert unknown_share(tokenizer, [text]) == 0
+    assert piece_counts(tokenizer, [text]) == [300_009]
+    assert encode_texts(tokenizer, [text], 32)[0].shape == (1, 32)
+    assert time.process_time() - started < 2
+
+
+def test_bad_input_is_refused_in_words():
+    with pytest.raises(ValueError, match="0 captions"):
+        train_wordpiece([])
+    with pytest.raises(ValueError, match="cannot be read"):
+        tokenizer_from_state({"json": "{", "special_tokens": {}})

@@ -1,0 +1,378 @@
+"""Maskers by name, ratios by schedule, and the masks of a batch as a pure function."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+import torch
+
+from mmkit.config import RATIO_SCHEDULES, TrainingConfig
+from mmkit.masking.draw import caption_of, draw_maskings, find_masker, mask_ratios
+from mmkit.masking.image import ATTENTION_MASKERS, IMAGE_MASKERS
+from mmkit.masking.text import TEXT_MASKERS
+from mmkit.noise import mask_noise
+
+PAINTED = [[0, 1, 0], [0, 1, 1], [0, 0, 0]]
+
+
+class Layers:
+    """Stands for a data set's DrawingLayers: four made regions of each picture."""
+
+    def regions(self, sample_ids, grid):
+        noise = mask_noise(0, 0, sample_ids, 4 * grid[0] * grid[1], "regions")
+        return noise.unflatten(1, (4, -1)) < 0.4
+
+
+def draw(
+    batch, model, image="random", text="random", ratio=0.5, epoch=0, painted=PAINTED, **options
+):
+    """Both maskings of a batch by these maskers, with all that any of them needs."""
+    frequency = mask_noise(0, 0, torch.arange(1), len(model.tokenizer), "frequency")[0]
+    options = dict(seed=3, layers=Layers(), frequency=frequency) | options
+    image_ratio = painted if image == "painted" else ratio
+    return draw_maskings(
+        batch, model, epoch=epoch, image=(image, image_ratio), text=(text, ratio), **options
+    )
+
+
+def same(a, b):
+    """Every part of two maskings is equal, to the bit."""
+    for field in dataclasses.fields(a):
+        one, other = getattr(a, field.name), getattr(b, field.name)
+        assert one is other is None or torch.equal(one, other), field.name
+
+
+# -- names -----------------------------------------------------------------------------------
+
+
+def test_every_masker_has_its_name_and_says_whom_it_follows():
+    """The names of the papers; each docstring cites its paper or says that there is none."""
+    image = "random block inverse_block grid gaussian cluster attentive inattentive layers painted"
+    assert list(IMAGE_MASKERS) == image.split()
+    assert list(TEXT_MASKERS) == ["random", "block", "truncate", "whole_word", "frequency"]
+    assert set(ATTENTION_MASKERS) <= set(IMAGE_MASKERS)
+    own = {"layers", "painted", "inattentive", "truncate"}
+    for name, masker in {**TEXT_MASKERS, **IMAGE_MASKERS}.items():
+        assert name in own or re.search(r"\b20[12]\d\b", masker.__doc__), name
+    assert "of no paper" in IMAGE_MASKERS["layers"].__doc__
+
+
+@pytest.mark.parametrize(
+    "maskers, name, nearest",
+    [
+        (IMAGE_MASKERS, "randon", "random"),
+        (IMAGE_MASKERS, "inverse-block", "inverse_block"),
+        (TEXT_MASKERS, "whole_words", "whole_word"),
+        (TEXT_MASKERS, "gaussian", None),
+    ],
+)
+def test_an_unknown_masker_is_told_the_known_ones(maskers, name, nearest):
+    with pytest.raises(ValueError) as error:
+        find_masker(name, maskers)
+    assert f"masker {name!r} is not known" in str(error.value)
+    assert f"known: {', '.join(sorted(maskers))}" in str(error.value)
+    assert nearest is None or f"did you mean {nearest!r}?" in str(error.value)
+    for known, masker in maskers.items():
+        assert find_masker(known, maskers) is masker
+
+
+# -- how much when ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", [0.2, 0.2, 0.2, 0.2]),
+        ("linear", [0.2, 0.35, 0.5, 0.8]),
+        ("cosine", [0.2, 0.2 + 0.6 * (1 - math.cos(math.pi / 4)) / 2, 0.5, 0.8]),
+    ],
+)
+def test_a_ratio_goes_from_start_to_final(schedule, expected):
+    """At the start, a quarter, the middle and the end; up or down."""
+    for start, final, sign in ((0.2, 0.8, 1), (0.8, 0.2, -1)):
+        ratios = [
+            mask_ratios(schedule, start, final, progress, torch.arange(5), seed=0, epoch=0)
+            for progress in (0.0, 0.25, 0.5, 1.0)
+        ]
+        assert ratios == pytest.approx([start + sign * (ratio - 0.2) for ratio in expected])
+
+
+def test_uniform_ratios_are_drawn_for_each_sample():
+    """Between the two, all over; a pure function of seed, epoch, sample and stream."""
+    ids = torch.arange(1009)
+
+    def ratios(ids=ids, seed=0, epoch=0, stream="image", start=0.3, final=0.9):
+        return mask_ratios("uniform", start, final, 0.0, ids, seed=seed, epoch=epoch, stream=stream)
+
+    first = ratios()
+    assert first.shape == (1009,) and 0.3 <= first.min() < 0.31 and 0.89 < first.max() < 0.9
+    counts = torch.histc(first, 6, 0.3, 0.9)
+    assert (counts - 1009 / 6).abs().max() < 5 * (1009 * 5 / 36) ** 0.5
+    assert torch.equal(ratios(ids.flip(0)), first.flip(0)) and ratios(ids[7:8]) == first[7]
+    for other in (ratios(epoch=1), ratios(seed=1), ratios(stream="text")):
+        assert (other == first).sum() < 7
+        assert torch.corrcoef(torch.stack([other, first]))[0, 1].abs() < 0.15
+    torch.testing.assert_close(ratios(start=0.9, final=0.3), 1.2 - first)
+    # not the noise that the mask itself is made of
+    own = mask_noise(0, 0, ids, 1)[:, 0]
+    assert torch.corrcoef(torch.stack([own, first.float()]))[0, 1].abs() < 0.15
+
+
+def test_schedules_are_those_of_the_config():
+    """A name that the one accepts the other knows; an unknown one is told the nearest."""
+    for name in RATIO_SCHEDULES:
+        final = None if name == "constant" else 0.7
+        TrainingConfig(image_mask_schedule=name, image_mask_final_ratio=final)
+    with pytest.raises(ValueError, match="known: " + ", ".join(sorted(RATIO_SCHEDULES))):
+        TrainingConfig(image_mask_schedule="other")
+    with pytest.raises(ValueError, match="schedule 'cosin' is not known; did you mean 'cosine'"):
+        mask_ratios("cosin", 0.2, 0.8, 0.5, torch.arange(3), seed=0, epoch=0)
+
+
+# -- the masks of a batch --------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(make_model):
+    return make_model().eval()
+
+
+@pytest.fixture
+def data(make_data):
+    return make_data(29)
+
+
+@pytest.mark.parametrize("image", IMAGE_MASKERS)
+def test_a_pictures_mask_does_not_depend_on_its_batch(model, data, image):
+    """In another order or cut into micro-batches, the same patches of each; so a mask replays."""
+    batch = data.batch(range(29))
+    whole = draw(batch, model, image)[0]
+    order = torch.randperm(29, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(draw(batch[order], model, image)[0].mask, whole.mask[order])
+    parts = [draw(part, model, image)[0].mask for part in batch.split(3)]
+    assert torch.equal(torch.cat(parts), whole.mask)
+    same(draw(batch, model, image)[0], whole)
+    assert whole.mask.any(1).all() and not whole.mask.all(1).any()
+    if image not in (*ATTENTION_MASKERS, "painted"):
+        assert (draw(batch, model, image, epoch=1)[0].mask != whole.mask).any()
+        assert (draw(batch, model, image, seed=4)[0].mask != whole.mask).any()
+
+
+@pytest.mark.parametrize("mode", ["drop", "80/10/10"])
+@pytest.mark.parametrize("text", TEXT_MASKERS)
+def test_a_captions_mask_does_not_depend_on_its_batch(model, data, text, mode):
+    """What takes the place of a hidden word included."""
+    batch = data.batch(range(29))
+    whole = draw(batch, model, text=text, text_mode=mode)[1]
+    order = torch.randperm(29, generator=torch.Generator().manual_seed(0))
+    again = draw(batch[order], model, text=text, text_mode=mode)[1]
+    assert torch.equal(again.mask, whole.mask[order])
+    if mode == "80/10/10":
+        assert torch.equal(again.substitute, whole.substitute[order])
+        one = draw(data.batch([5]), model, text=text, text_mode=mode)[1]
+        length = one.mask.shape[1]
+        assert torch.equal(one.substitute[0], whole.substitute[5, :length])
+        assert torch.equal(one.mask[0], whole.mask[5, :length])
+    else:
+        assert whole.substitute is None
+    same(draw(batch, model, text=text, text_mode=mode)[1], whole)
+    if text != "truncate":
+        assert (draw(batch, model, text=text, text_mode=mode, epoch=1)[1].mask != whole.mask).any()
+
+
+def test_a_maskers_batch_is_its_masker(model, data):
+    """draw_maskings adds nothing to what the functions do with the noise and the scene."""
+    batch = data.batch(range(7))
+    noise = mask_noise(3, 2, batch.sample_ids, 9, "image")
+    attention = model.class_attention(batch.pixel_values)
+    image, text = draw(batch, model, "attentive", "whole_word", epoch=2)
+    keep = attention.topk(4, dim=1).indices
+    assert torch.equal(image.ids_keep.sort(1).values, keep.sort(1).values)
+    given = draw(batch, model, "attentive", epoch=2, attend=lambda: -attention + 1)[0]
+    assert torch.equal(given.ids_keep.sort(1).values, (-attention).topk(4).indices.sort(1).values)
+    same(draw(batch, model, epoch=2)[0], IMAGE_MASKERS["random"](noise, 0.5))
+    noise = mask_noise(3, 2, batch.sample_ids, batch.input_ids.shape[1], "text")
+    same(text, TEXT_MASKERS["whole_word"](noise, 0.5, caption_of(batch, model)))
+    painted = draw(batch, model, "painted")[0]
+    assert torch.equal(painted.mask, (torch.tensor(PAINTED) > 0).flatten().expand(7, -1))
+
+
+def test_nothing_is_drawn_at_ratio_zero(model, data):
+    """None, for which nothing is computed; one ratio among zeros is enough to draw."""
+    batch = data.batch(range(5))
+    assert draw_maskings(batch, model, seed=0, epoch=0) == (None, None)
+    assert draw(batch, model, "attentive", "frequency", ratio=torch.zeros(5)) == (None, None)
+    some = torch.tensor([0.0, 0.5, 0.0, 0.9, 0.0], dtype=torch.float64)
+    image, text = draw(batch, model, ratio=some)
+    assert image.mask.sum(1).tolist() == [0, 9 - round(4.5), 0, 8, 0]
+    assert (text.mask.any(1) <= (some > 0)).all() and text.mask.any()
+
+
+def test_a_caption_is_described_to_the_maskers(model, data):
+    """Ends and padding are no words, "##" goes on with one, frequencies follow the ids."""
+    tokenizer = model.tokenizer
+    data = type(data).from_pixels(
+        torch.zeros(2, 3, 15, 15, dtype=torch.uint8), ["old boats", "cat"], tokenizer=tokenizer
+    )
+    batch = data.batch([0, 1])
+    pieces = [tokenizer.convert_ids_to_tokens(row.tolist()) for row in batch.input_ids]
+    assert pieces[0] == ["[CLS]", "old", "boat", "##s", "[SEP]"]
+    frequency = torch.arange(len(tokenizer)) / 100
+    caption = caption_of(batch, model, frequency)
+    assert caption.maskable.tolist() == [
+        [False, True, True, True, False],
+        [False, True, False, False, False],
+    ]
+    assert caption.word_start[0, 1:4].tolist() == [True, True, False]
+    assert torch.equal(caption.frequency, frequency[batch.input_ids])
+    assert caption_of(batch, model).frequency is None
+
+
+# -- 80/10/10 --------------------------------------------------------------------------------
+
+
+def test_hidden_words_become_80_10_10(model, make_data):
+    """The mask token, a random word, the word itself: shares within 4 standard deviations."""
+    batch = make_data(2003).batch(range(2003))
+    masking = draw(batch, model, text_mode="80/10/10")[1]
+    instead, own = masking.substitute[masking.mask], batch.input_ids[masking.mask]
+    count, words = len(instead), len(model.word_ids)
+    assert count > 2500
+    kept = 0.1 + 0.1 / words  # a random word is now and then the word itself
+    for share, seen in ((0.8, instead == -1), (kept, instead == own)):
+        spread = math.sqrt(share * (1 - share) / count)
+        assert abs(seen.double().mean() - share) < 4 * spread
+    assert not torch.isin(instead, model.special_ids).any()
+    drawn = instead[(instead != -1) & (instead != own)]
+    assert torch.isin(drawn, model.word_ids).all()
+    assert len(drawn.unique()) > 0.6 * min(words, len(drawn) / 2)  # from all of the vocabulary
+
+
+@pytest.mark.parametrize("text", TEXT_MASKERS)
+def test_where_words_are_predicted_one_is_hidden(model, data, text):
+    """However small the ratio, unless it is the only one; never in the other modes."""
+    batch = data.batch(range(29))
+    words = caption_of(batch, model).maskable.sum(1)
+    masking = draw(batch, model, text=text, ratio=0.01, text_mode="80/10/10")[1]
+    assert words.min() == 2 and (masking.mask.sum(1) >= 1).all()
+    if text != "whole_word":
+        assert (masking.mask.sum(1) == 1).all()
+    for mode in ("drop", "replace"):
+        assert not draw(batch, model, text=text, ratio=0.01, text_mode=mode)[1].mask.any()
+    one = type(data).from_pixels(
+        torch.zeros(1, 3, 15, 15, dtype=torch.uint8), ["cat"], tokenizer=model.tokenizer
+    )
+    lone = draw(one.batch([0]), model, text=text, ratio=0.9, text_mode="80/10/10")[1]
+    assert not lone.mask.any()
+
+
+# -- bad input -------------------------------------------------------------------------------
+
+
+def test_bad_input_is_refused_in_words(model, data):
+    """Unknown names (hidden or not), ratios, what a data set does not have, painted masks."""
+    batch = data.batch(range(3))
+
+    def refuses(words, image=("random", 0.0), text=("random", 0.0)):
+        with pytest.raises(ValueError, match=words):
+            draw_maskings(batch, model, seed=0, epoch=0, image=image, text=text)
+
+    for ratio in (0.5, 0.0):
+        refuses("masker 'cluser' is not known; did you mean 'cluster'", image=("cluser", ratio))
+        refuses("masker 'trunkate' is not known; did you mean 'truncate'", text=("trunkate", ratio))
+    for ratio in (-0.5, 1.0, 75, torch.tensor([0.5, 0.5, 1.5])):
+        refuses(r"mask_ratio=.* must be in \[0, 1\)", image=("random", ratio))
+        refuses(r"mask_ratio=.* must be in \[0, 1\)", text=("random", ratio))
+    refuses("'layers' needs regions: give the built-in pictures", image=("layers", 0.5))
+    refuses("'frequency' needs .*piece_frequency", text=("frequency", 0.5))
+    refuses(r"is \(2, 3\), the pictures are 3 x 3 patches", image=("painted", [[0, 1, 0]] * 2))
+    refuses("hides all 9 patches of picture 0", image=("painted", [[1, 1, 1]] * 3))
+    refuses("'painted' needs painted: give an array", image=("painted", None))
+    batch.valid[1] = False
+    refuses("caption 1 is all padding", text=("random", 0.5))
+
+
+# -- maskers of one's own ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(make_model, make_data, monkeypatch):
+    """Draw both maskings with this function in the place of a masker."""
+    batch, model = make_data(13).batch(range(7)), make_model()
+
+    def draw_with(kind: str, masker, **options):
+        known = {"image": IMAGE_MASKERS, "text": TEXT_MASKERS}[kind]
+        monkeypatch.setitem(known, "own", masker)
+        options = dict(seed=3, epoch=2, **{kind: ("own", 0.5)}) | options
+        return draw_maskings(batch, model, **options)[kind == "text"], batch, model
+
+    return draw_with
+
+
+def test_a_bool_mask_of_an_own_image_masker_becomes_a_masking(own):
+    """A tensor or an array: the tokens that it leaves, filled up where their number differs."""
+    for masker in (lambda n, ratio, scene: n > 0.4, lambda n, ratio, scene: (n > 0.4).numpy()):
+        masking, batch, model = own("image", masker)
+        expected = mask_noise(3, 2, batch.sample_ids, 9, "image") > 0.4
+        assert torch.equal(masking.mask, expected) and masking.keep_valid.any(1).all()
+        for row in range(7):
+            kept = masking.ids_keep[row][masking.keep_valid[row]]
+            assert kept.tolist() == (~expected[row]).nonzero()[:, 0].tolist()
+        assert torch.isfinite(model(batch, masking, None).image_features).all()
+    masking, _, _ = own("image", lambda noise, ratio, scene: noise.argsort(1).argsort(1) >= 4)
+    assert masking.keep_valid is None and masking.ids_keep.shape == (7, 4)
+
+
+def test_a_bool_mask_of_an_own_text_masker_spares_the_ends(own):
+    """[CLS], [SEP] and padding are never masked, whatever the function says of them."""
+    for mode in ("drop", "replace"):
+        first = lambda noise, ratio, caption: caption.maskable.cumsum(1) <= 1  # noqa: E731
+        masking, batch, model = own("text", first, text_mode=mode)
+        words = caption_of(batch, model).maskable
+        assert torch.equal(masking.mask, words & (words.cumsum(1) == 1))
+        assert torch.isfinite(model(batch, None, masking, text_mode=mode).text_features).all()
+
+
+def other(masking, **parts):
+    return dataclasses.replace(masking, **parts)
+
+
+def dropped_padding(noise, ratio, caption):
+    masking = TEXT_MASKERS["random"](noise, ratio, caption)
+    return other(masking, mask=masking.mask | ~caption.valid)
+
+
+RANDOM = IMAGE_MASKERS["random"]
+
+
+def keeping(noise, ratio, change):
+    """A random `Masking` whose kept tokens (7, 4) were changed."""
+    masking = RANDOM(noise, ratio)
+    return other(masking, ids_keep=change(masking.ids_keep))
+
+
+@pytest.mark.parametrize(
+    "kind, masker, words",
+    [
+        ("image", lambda n, r, s: None, "gave NoneType for 7 samples of 9 tokens; give a"),
+        ("image", lambda n, r, s: n[:, :8] > 0.5, r"gave \(7, 8\) torch.bool for 7 samples of 9"),
+        ("image", lambda n, r, s: (n > 0.5).float(), r"gave \(7, 9\) torch.float32 for 7"),
+        ("image", lambda n, r, s: n >= 0, "leaves no token visible, in sample 0"),
+        ("image", lambda n, r, s: RANDOM(n[:, :8], r), r"gave \(7, 8\) torch.bool"),
+        ("image", lambda n, r, s: keeping(n, r, lambda ids: ids[:, :3]), "keeps other tokens"),
+        ("image", lambda n, r, s: keeping(n, r, lambda ids: ids[:, [0, 0, 1, 2]]),
+         "keeps a token twice"),
+        ("image", lambda n, r, s: keeping(n, r, lambda ids: ids + 9), "keeps"),
+        ("image", lambda n, r, s: keeping(n, r, lambda ids: ids[0]), r"ids_keep \(4,\)"),
+        ("image", lambda n, r, s: other(RANDOM(n, r), ids_restore=RANDOM(n, r).ids_restore.flip(1)),
+         "ids_restore that does not lead back"),
+        ("image", lambda n, r, s: other(RANDOM(n, r), mask=~RANDOM(n, r).mask), "keeps other"),
+        ("text", lambda n, r, c: n >= 0, "leaves no token visible"),
+        ("text", lambda n, r, c: n[:, 1:-1] > 0.5, r"gave \(7, 6\) torch.bool for 7 samples of 8"),
+        ("text", dropped_padding, "masks what may not be masked"),
+    ],
+)  # fmt: skip
+def test_an_own_masker_that_gives_no_mask_is_told_so(own, kind, masker, words):
+    with pytest.raises(ValueError, match=f"masker 'own' .*{words}"):
+        own(kind, masker)

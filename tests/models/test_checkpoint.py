@@ -1,0 +1,340 @@
+"""Files are whole or absent, and never run code."""
+
+import errno
+import os
+import pickle
+import random
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import mmkit as mm
+from mmkit.models.checkpoint import _temporary, load_weights, read_checkpoint, write_atomically
+
+
+def test_a_write_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
+    """The bytes, then the name, then the folder: after a power cut it is one whole file or none."""
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def noting_fsync(number):
+        name = Path(os.readlink(f"/proc/self/fd/{number}")).name
+        done.append(("fsync", "temporary" if name.endswith(".tmp") else name))
+        fsync(number)
+
+    def noting_replace(source, target):
+        done.append(("size", os.path.getsize(source)))  # nothing waits in Python's own buffer
+        done.append(("rename", Path(target).name))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "replace", noting_replace)
+    write_atomically({"step": torch.arange(1007)}, tmp_path / "state.pth")
+    size = (tmp_path / "state.pth").stat().st_size
+    assert done == [
+        ("fsync", "temporary"), ("size", size), ("rename", "state.pth"), ("fsync", tmp_path.name)
+    ]  # fmt: skip
+
+
+def check_no_room(folder, why):
+    """Writing `BIG` fails in words and leaves the earlier file, alone."""
+    path = folder / "last" / "state.pth"
+    with pytest.raises(OSError) as failed:
+        write_atomically(BIG, path)
+    words = str(failed.value)
+    assert failed.value.errno == why
+    assert f"cannot write {path}: {os.strerror(why)}" in words
+    assert "It takes 8.0 MB, " in words and " MB are free there" in words
+    assert "the earlier state.pth is whole, and nothing half-written stays" in words
+    for remedy in ("free some space", "output_dir", "keep_last"):
+        assert remedy in words
+    assert read_checkpoint(path)["step"] == 1
+    assert [p.name for p in path.parent.iterdir()] == ["state.pth"]
+    return words
+
+
+BIG = {"step": 2, "weights": [torch.zeros(1_000_000), torch.zeros(1_000_000)]}
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    """A real one, of 3 MB, that fills up in the middle of the write."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    try:
+        path = tmp_path / "last" / "state.pth"
+        write_atomically({"step": 1}, path)
+        assert re.search(r"3\.[01] MB are free", check_no_room(tmp_path, errno.ENOSPC))
+        BIG["weights"].pop()
+        with pytest.raises(OSError, match=r"It takes 4\.0 MB"):
+            write_atomically(BIG, path)
+        write_atomically({"step": 3}, path)  # there is room for this
+        assert read_checkpoint(path)["step"] == 3
+    finally:
+        BIG["weights"] = [torch.zeros(1_000_000), torch.zeros(1_000_000)]
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_limit_on_file_size_is_as_a_full_disk(tmp_path):
+    """The same without being root: the kernel refuses what goes over 1 MB."""
+    write_atomically({"step": 1}, tmp_path / "last" / "state.pth")
+    code = f"""
+        import errno, pathlib, resource
+        from tests.models.test_checkpoint import check_no_room
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # Python ignores SIGXFSZ
+        check_no_room(pathlib.Path({str(tmp_path)!r}), errno.EFBIG)
+        print("as it should")
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert "as it should" in done.stdout, done.stderr
+
+
+def test_what_is_no_disk_error_is_not_called_one(tmp_path):
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        write_atomically({"step": lambda: 1}, tmp_path / "state.pth")
+    try:
+        raise FileNotFoundError("of something else, being handled")
+    except FileNotFoundError:
+        with pytest.raises(RuntimeError, match="of something else, too"):
+            write_atomically(Failing(), tmp_path / "state.pth")
+    with pytest.raises(OSError, match=r"there is no earlier one.*check that folder") as refused:
+        write_atomically({"step": 1}, "/proc/nowhere/state.pth")
+    assert "free some space" not in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Failing(dict):
+    def __reduce_ex__(self, protocol):
+        raise RuntimeError("of something else, too")
+
+
+def test_only_what_killed_processes_left_is_removed(tmp_path):
+    """A second living process that writes the same file is in nobody's way."""
+    path, other = tmp_path / "state.pth", tmp_path / "other.pth"
+    stale = [tmp_path / ".state.pth.4711.tmp", tmp_path / ".state.pth.0123456789ab.tmp"]
+    foreign = tmp_path / ".other.pth.0123456789ab.tmp"
+    for file in (*stale, foreign):
+        file.write_bytes(b"half")
+    with _temporary(path) as living:
+        living.write(b"half of another")
+        write_atomically({"step": 1}, path)
+        assert not any(file.exists() for file in stale)
+        assert Path(living.name).exists() and foreign.exists()
+        torch.save({"step": 2}, living)
+        living.flush()
+        os.replace(living.name, path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [foreign.name, path.name]
+    write_atomically({}, other)
+    assert not foreign.exists()
+
+
+def test_two_processes_may_write_the_same_file(tmp_path):
+    """Whoever comes last wins, and every reader meets a whole file."""
+    path = tmp_path / "state.pth"
+    write_atomically({"step": -1}, path)
+    children = []
+    for number in range(3):
+        code = f"""
+            import torch
+            from mmkit.models.checkpoint import write_atomically
+            weights = torch.full((7919,), {number})
+            for step in range(40):
+                write_atomically({{"step": step, "w": weights}}, {str(path)!r})
+        """
+        children.append(subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)]))
+    read = 0
+    while any(child.poll() is None for child in children):
+        read_checkpoint(path)
+        read += 1
+    assert [child.wait() for child in children] == [0, 0, 0] and read > 10
+    last = read_checkpoint(path)
+    assert last["step"] == 39 and len(last["w"].unique()) == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["state.pth"]
+
+
+# -- reading ---------------------------------------------------------------------------------
+
+
+class Hostile:
+    """Unpickling this would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def as_zip(content, path):
+    torch.save(content, path)
+
+
+def as_legacy(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def as_pickle(content, path):
+    path.write_bytes(pickle.dumps(content, 2))
+
+
+@pytest.mark.parametrize("writer", [as_zip, as_legacy, as_pickle])
+def test_a_file_with_code_is_refused_and_not_run(tmp_path, writer):
+    path, trace = tmp_path / "best_model.pth", tmp_path / "it_ran"
+    writer({"model_state_dict": Hostile(trace)}, path)
+    with pytest.raises(ValueError, match="is refused") as refused:
+        mm.load(path)
+    assert not trace.exists()
+    assert "weights_only" not in str(refused.value)  # torch's advice: read it unsafely
+    assert "it asks for io.open" in str(refused.value) or writer is not as_zip
+
+
+@pytest.mark.parametrize("writer", [as_zip, as_legacy, as_pickle])
+def test_a_state_with_code_is_not_resumed_from(tmp_path, writer, make_model, make_data):
+    """The same in last/state.pth, among all that belongs there."""
+    values = dict(output_dir=str(tmp_path), run_name="run", max_steps=2, batch_size=11)
+    config = mm.TrainingConfig(**values)
+    mm.train_model(config, make_data(53), None, make_model())
+    path, trace = tmp_path / "run/last/state.pth", tmp_path / "it_ran"
+    state = read_checkpoint(path)
+    for place in ("random", "scaler", "step"):
+        writer(state | {place: Hostile(trace)}, path)
+        with pytest.raises(ValueError, match=r"state\.pth is refused.*nothing in it was run"):
+            mm.train_model(config, make_data(53), None, make_model(), resume=True)
+        assert not trace.exists()
+    torch.save({name: state[name] for name in state if name not in ("random", "step")}, path)
+    with pytest.raises(ValueError, match=r"state\.pth has no random, step"):
+        mm.train_model(config, make_data(53), None, make_model(), resume=True)
+
+
+@pytest.mark.parametrize(
+    "content, asks", [(eval, "eval"), (os.system, "system"), (subprocess.Popen, "Popen"),
+                      (torch.nn.Linear(2, 3), "Linear"), (Path("x"), "PosixPath")],
+)  # fmt: skip
+def test_what_is_no_plain_value_is_named(tmp_path, content, asks):
+    """Functions, modules and other objects, harmless or not: refused by their name."""
+    torch.save({"step": content}, tmp_path / "state.pth")
+    with pytest.raises(ValueError, match=rf"it asks for \S*{asks}"):
+        read_checkpoint(tmp_path / "state.pth")
+
+
+def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path, make_model):
+    model, path = make_model(), tmp_path / "best_model.pth"
+    whole = {"architecture": model.architecture(), "model_state_dict": model.state_dict()}
+    write_atomically(whole, path)
+    mm.load(path)
+    content = path.read_bytes()
+    short = [content[: len(content) * part // 16] for part in range(16)]
+    zeros = [cut + bytes(len(content) - len(cut)) for cut in short]  # a crash may leave these
+    for damaged in (*short, *zeros, content[:-1]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is refused: it is damaged"):
+            mm.load(path)
+
+
+def test_a_changed_byte_is_never_read_as_a_weight(tmp_path):
+    """torch.load reads it without a word; the checksums in the file do not."""
+    path, state = tmp_path / "state.pth", {"w": torch.arange(1009.0), "b": torch.ones(7, 11)}
+    write_atomically(state, path)
+    content, generator = path.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(300):
+        damaged, place = bytearray(content), generator.randrange(len(content))
+        damaged[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            read = read_checkpoint(path)
+            assert read.keys() == state.keys()
+            assert all(torch.equal(read[name], state[name]) for name in state)  # in the filling
+        except ValueError as error:
+            assert "is refused" in str(error)
+            refused += 1
+    assert refused > 150
+
+
+def test_damaged_and_foreign_files_are_refused_in_words(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*gone\.pth"):
+        mm.load(tmp_path / "gone.pth")
+    whole = tmp_path / "whole.pth"
+    torch.save({"weights": torch.zeros(1000)}, whole)
+    with pytest.raises(ValueError, match="is no mmkit model"):
+        mm.load(whole)
+    for name, content in (("empty", b""), ("text", b"hello\n" * 9)):
+        path = tmp_path / f"{name}.pth"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is refused"):
+            mm.load(path)
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match="holds a list"):
+        read_checkpoint(tmp_path / "list.pth")
+
+
+def test_another_architecture_is_refused_by_name(make_model):
+    model = make_model()
+    weights = model.state_dict()
+    weights["image_projection.2.weight"] = torch.zeros(17, 22)
+    with pytest.raises(
+        ValueError, match=r"image_projection\.2\.weight' is \(17, 22\) in the file, \(13, 22\)"
+    ):
+        load_weights(model, weights)
+    del weights["image_projection.2.weight"]
+    with pytest.raises(ValueError, match=r"the file has no 'image_projection\.2\.weight'"):
+        load_weights(model, weights)
+
+
+def test_random_state_goes_through_a_file(tmp_path):
+    """Python, NumPy and torch draw the same numbers after the state went to disk and back."""
+    import numpy as np
+
+    write_atomically(mm.models.checkpoint.random_state(), tmp_path / "random.pth")
+    drawn = random.random(), np.random.rand(), torch.rand(3)
+    mm.models.checkpoint.set_random_state(read_checkpoint(tmp_path / "random.pth"))
+    again = random.random(), np.random.rand(), torch.rand(3)
+    assert drawn[:2] == again[:2] and torch.equal(drawn[2], again[2])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "inside"])
+def test_names_as_ddp_and_compile_write_them_are_read(make_model, tmp_path, prefix):
+    """Also where a layer alone was compiled, and into a model that is wrapped itself."""
+    model = make_model(seed=1)
+    weights = model.state_dict()
+    if prefix == "inside":
+        named = {
+            n.replace("vit.layers.1.", "vit.layers.1._orig_mod."): w for n, w in weights.items()
+        }
+    else:
+        named = {prefix + name: value for name, value in weights.items()}
+    assert named.keys() != weights.keys()
+    state = {"model_state_dict": named, "architecture": model.architecture()}
+    write_atomically(state, tmp_path / "best_model.pth")
+    loaded = mm.load(tmp_path / "best_model.pth")
+    wrapped = torch.nn.ModuleDict({"module": make_model(seed=2)})
+    load_weights(wrapped, named)
+    for name, value in weights.items():
+        assert torch.equal(loaded.state_dict()[name], value)
+        assert torch.equal(wrapped["module"].state_dict()[name], value)
+
+
+def test_a_checkpoint_is_loaded_for_another_image_size(make_model, tmp_path):
+    model = make_model(seed=1)
+    state = {"model_state_dict": model.state_dict(), "architecture": model.architecture()}
+    write_atomically(state, tmp_path / "best_model.pth")
+    model.save_pretrained(tmp_path / "shared")
+    expected = model.resize(25).state_dict()
+    for path in ("best_model.pth", "shared"):
+        larger = mm.load(tmp_path / path, image_size=25)
+        assert larger.image_size == 25
+        for name, value in larger.state_dict().items():
+            assert torch.equal(value, expected[name])
+    with pytest.raises(
+        ValueError, match=r"position_embeddings' is .*mm\.load\(path\).*image_size=…"
+    ):
+        load_weights(make_model().resize(25), state["model_state_dict"])

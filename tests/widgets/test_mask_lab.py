@@ -1,0 +1,442 @@
+"""The masking lab without a browser: masks are the trainer's, numbers are those of evaluation."""
+
+import base64
+import gc
+import io
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import mmkit as mm
+from mmkit.masking.image import IMAGE_MASKERS
+from mmkit.masking.text import TEXT_MASKERS
+from mmkit.widgets.mask_lab import _SHOWN, MaskLab
+from mmkit.widgets.parts import caption_html, png, pool_rows, rank_of, ranking_html
+from tests.train_small import DEFAULTS
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+@pytest.fixture
+def lab(make_data, make_model):
+    """A lab with a model on the sixth picture, whose caption has six words; 3 x 3 patches."""
+    lab = MaskLab(make_data(23), make_model())
+    lab.row.value, lab.text_percent.value = 4, 50
+    return lab
+
+
+@pytest.fixture
+def plain_lab(make_data):
+    return MaskLab(make_data(23), patch_size=5)
+
+
+def shown(lab):
+    """What the page shows of a lab, by part."""
+    canvas = lab.canvas
+    parts = dict(picture=canvas.picture, mask=canvas.mask, mode=canvas.mode, words=lab.words.value)
+    return parts | ({"ranking": lab.ranking.value} if lab.model else {})
+
+
+def paint(lab, *patches):
+    """Paint as the browser does: it sends a memoryview."""
+    mask = bytearray(lab.canvas.mask)
+    for patch in patches:
+        mask[patch] ^= 1
+    lab.canvas.set_state({"mask": memoryview(bytes(mask))})
+
+
+# -- controls --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, value, changes",
+    [
+        ("row", 9, "picture mask words ranking"),
+        ("seed", 3, "mask words ranking"),
+        ("epoch", 2, "mask words ranking"),
+        ("image_masker", "attentive", "mask ranking"),
+        ("image_percent", 70, "mask words ranking"),
+        ("image_mode", "replace", "mode words ranking"),
+        ("text_masker", "truncate", "words ranking"),
+        ("text_percent", 80, "words ranking"),
+        ("text_mode", "replace", "words ranking"),
+    ],
+)
+def test_a_control_changes_what_it_is_for_and_back_again(lab, name, value, changes):
+    before, control = shown(lab), getattr(lab, name)
+    old, control.value = control.value, value
+    after = shown(lab)
+    assert {part for part in before if after[part] != before[part]} == set(changes.split())
+    control.value = old
+    assert shown(lab) == before
+
+
+def test_every_control_has_a_name_of_its_own(lab):
+    names = [control.description for control in lab.controls]
+    assert all(names) and len(set(names)) == len(names) == 9
+
+
+def test_only_maskers_that_can_work_are_offered(make_data, make_model, plain_lab):
+    everywhere = [n for n in IMAGE_MASKERS if n not in ("layers", "attentive", "inattentive")]
+    assert list(plain_lab.image_masker.options) == everywhere
+    assert list(plain_lab.text_masker.options) == list(TEXT_MASKERS)
+    data = make_data(7)
+    data.layers = mm.openmoji_layers.DrawingLayers(15)
+    assert list(MaskLab(data, make_model()).image_masker.options) == list(IMAGE_MASKERS)
+
+
+@pytest.mark.parametrize(
+    "image", ["random", "block", "inverse_block", "grid", "gaussian", "cluster"]
+)
+def test_the_image_mask_is_the_one_that_training_draws(lab, image, tmp_path):
+    values = dict(image_mask=image, image_mask_ratio=0.6, seed=5, num_epochs=9)
+    config = mm.TrainingConfig(**DEFAULTS | values, output_dir=str(tmp_path))
+    trainer = mm.MaskedMultimodalTrainer(config, lab.dataset, model=lab.model)
+    lab.seed.value, lab.image_masker.value, lab.image_percent.value = 5, image, 60
+    for row, epoch in ((0, 0), (7, 3), (22, 8)):
+        lab.row.value, lab.epoch.value = row, epoch
+        drawn = trainer.maskings(lab.dataset.batch([11, row, 2]), epoch)[0]
+        for part in ("mask", "ids_keep", "ids_restore"):
+            assert torch.equal(getattr(drawn, part)[1:2], getattr(lab.masking, part))
+
+
+@pytest.mark.parametrize("mode", ["drop", "80/10/10"])
+@pytest.mark.parametrize("text", TEXT_MASKERS)
+def test_the_text_mask_is_the_one_that_training_draws(lab, text, mode, tmp_path):
+    values = dict(text_mask=text, text_mask_ratio=0.4, text_mask_mode=mode, seed=5, num_epochs=9)
+    config = mm.TrainingConfig(**DEFAULTS | values, output_dir=str(tmp_path))
+    trainer = mm.MaskedMultimodalTrainer(config, lab.dataset, model=lab.model)
+    lab.seed.value, lab.text_masker.value, lab.text_percent.value = 5, text, 40
+    lab.text_mode.value = mode
+    for row, epoch in ((0, 0), (9, 3), (22, 8)):
+        lab.row.value, lab.epoch.value = row, epoch
+        drawn = trainer.maskings(lab.dataset.batch([4, row, 2]), epoch)[1]  # row 4 has most words
+        length = lab.batch.input_ids.shape[1]
+        assert torch.equal(drawn.mask[1:2, :length], lab.text_masking.mask)
+        if mode == "80/10/10":
+            assert torch.equal(drawn.substitute[1:2, :length], lab.text_masking.substitute)
+
+
+def test_nothing_hidden_is_no_masking(lab):
+    lab.image_percent.value = lab.text_percent.value = 0
+    assert lab.masking is None and lab.text_masking is None
+    assert torch.equal(lab.still(), lab.dataset[4]["image"])
+    assert "9 of 9 patches" in lab.words.value and lab.cost() == 1
+
+
+# -- painting --------------------------------------------------------------------------------
+
+
+def test_what_is_painted_in_the_browser_becomes_the_mask(lab):
+    before, old = lab._hidden().copy(), shown(lab)
+    paint(lab, 0, 7)
+    expected = before.copy()
+    expected.flat[[0, 7]] ^= True
+    assert np.array_equal(lab.painted, expected)
+    assert np.array_equal(lab.masking.mask.reshape(3, 3).numpy(), expected)
+    assert lab.image_masker.value == "painted"
+    assert {part for part in old if shown(lab)[part] != old[part]} >= {"mask", "ranking"}
+    mask = ("painted", np.stack([expected] * 23))
+    features = mm.embed(lab.model, lab.dataset, image_mask=mask, text_mask=("random", 0.5))
+    by_hand = features.image_features[4] @ features.text_features[features.first_caption].T
+    torch.testing.assert_close(lab.cosines, by_hand)
+
+
+def test_other_masker_controls_go_back_to_computed_masks(lab):
+    lab.image_masker.value = "grid"
+    before = shown(lab)
+    for name in ("image_percent", "seed", "epoch"):
+        paint(lab, 3)
+        assert lab.image_masker.value == "painted"
+        getattr(lab, name).value += 1
+        assert lab.image_masker.value == "grid"
+        getattr(lab, name).value -= 1
+        assert shown(lab) == before
+    painted = lab.painted
+    lab.image_masker.value = "painted"  # what was painted is still there
+    assert np.array_equal(lab._hidden(), painted)
+    lab.row.value, lab.image_mode.value, lab.text_percent.value = 6, "replace", 10
+    assert lab.image_masker.value == "painted" and np.array_equal(lab._hidden(), painted)
+
+
+def test_painted_begins_with_the_mask_that_is_shown(plain_lab):
+    before = plain_lab.canvas.mask
+    plain_lab.image_masker.value = "painted"
+    assert plain_lab.canvas.mask == before == plain_lab.painted.tobytes()
+
+
+def test_one_patch_stays_when_all_are_painted(lab):
+    visible = np.argwhere(~lab._hidden())[-1]
+    paint(lab, *np.flatnonzero(~lab._hidden()))
+    assert np.argwhere(~lab.painted).tolist() == [visible.tolist()]
+    assert lab.canvas.mask == lab.painted.tobytes()  # the browser is told
+    assert f"row {visible[0] + 1}, column {visible[1] + 1}" in lab.words.value
+    lab.image_percent.value = 30
+    assert "must stay" not in lab.words.value
+    lab.image_percent.value = 0
+    lab.paint(np.ones((3, 3)))
+    assert lab.masking.mask.sum() == 8
+
+
+def test_a_painted_mask_of_another_grid_is_refused(lab):
+    with pytest.raises(ValueError, match=r"\(2, 3\).*give an array of \(3, 3\)"):
+        lab.paint(np.zeros((2, 3)))
+
+
+def test_pictures_need_not_be_square():
+    pixels = torch.arange(2 * 3 * 10 * 15).reshape(2, 3, 10, 15).to(torch.uint8)
+    lab = MaskLab(mm.MultimodalDataset.from_pixels(pixels, ["a cat", "a dog"]), patch_size=5)
+    assert lab.grid == (2, 3) == (lab.canvas.rows, lab.canvas.columns)
+    lab.paint([[0, 0, 0], [1, 0, 0]])
+    assert (lab.still() == 208).all(0).nonzero().min(0).values.tolist() == [5, 0]
+    assert lab.still().shape == (3, 10, 15)
+
+
+# -- the model's view ------------------------------------------------------------------------
+
+
+def test_similarities_are_those_of_evaluation(lab):
+    modes = dict(image_mode="replace", text_mode="replace")
+    lab.image_mode.value = lab.text_mode.value = "replace"
+    lab.seed.value = 7
+    features = mm.embed(
+        lab.model,
+        lab.dataset,
+        image_mask=("random", 0.5),
+        text_mask=("random", 0.5),
+        seed=7,
+        **modes,
+    )
+    captions = features.text_features[features.first_caption[lab.rows]]
+    torch.testing.assert_close(lab.cosines, features.image_features[4] @ captions.T)
+    assert lab.rows == list(range(23)) and f"rank {lab.rank} of 23" in lab.ranking.value
+
+
+def test_captions_are_encoded_once_and_the_model_is_left_as_it_was(lab, monkeypatch):
+    calls = []
+    for name in ("encode_text", "class_attention"):
+        real = getattr(lab.model, name)
+        monkeypatch.setattr(
+            lab.model, name, lambda *a, _n=name, _f=real: calls.append(_n) or _f(*a)
+        )
+    lab.model.train()
+    lab.image_masker.value = "attentive"
+    lab.image_percent.value = 70
+    paint(lab, 1)
+    assert calls == ["class_attention"]
+    lab.text_percent.value = 20
+    assert calls == ["class_attention", "encode_text"]
+    assert lab.model.training and all(part.training for part in lab.model.modules())
+
+
+TEXT_CONTROLS = dict(seed=3, epoch=2, text_masker="block", text_percent=80, text_mode="replace")
+
+
+@pytest.mark.parametrize("name, value", [("row", 9), *TEXT_CONTROLS.items()])
+def test_captions_are_encoded_anew_for_each_text_control(make_data, make_model, name, value):
+    lab = MaskLab(make_data(53), make_model())
+    lab.image_percent.value = 0
+    before = lab.cosines
+    getattr(lab, name).value = value
+    after = lab.cosines
+    assert not torch.equal(after, before)
+    lab._cache.clear()
+    lab._update()
+    assert torch.equal(lab.cosines, after)
+
+
+def test_it_sees_that_the_model_was_trained(lab):
+    before = lab.cosines
+    with torch.no_grad():
+        lab.model.text_projection[2].weight.mul_(-1)
+    lab.image_percent.value += 1
+    lab.image_percent.value -= 1
+    torch.testing.assert_close(lab.cosines, -before)
+
+
+def test_an_attentive_mask_of_the_lab_may_train_the_model(lab):
+    lab.image_masker.value = "attentive"
+    lab.model.encode_image(lab.batch.pixel_values, lab.masking)[0, 0].backward()
+
+
+def test_the_cost_is_that_of_what_is_encoded(lab, plain_lab):
+    length, words = int(lab.batch.valid.sum()), int(lab.text_masking.mask.sum())
+    visible = int((~lab._hidden()).sum())
+    whole = mm.cost.sample_flops(lab.model, 9, length)
+    assert lab.cost() == mm.cost.sample_flops(lab.model, visible, length - words) / whole
+    lab.image_mode.value = "replace"
+    assert lab.cost() == mm.cost.sample_flops(lab.model, 9, length - words) / whole
+    lab.text_mode.value = "80/10/10"
+    assert lab.cost() == 1
+    plain_lab.row.value, plain_lab.text_percent.value = 4, 50
+    assert plain_lab.cost() == (visible + length - words) / (9 + length)
+    assert f"({visible + length - words} of {9 + length} tokens)" in plain_lab.words.value
+
+
+def test_the_pool_is_fixed_but_for_the_picture():
+    assert pool_rows(0, 7, 24) == list(range(7))
+    base = pool_rows(0, 2811, 24)
+    assert len(set(base)) == 24 and base == sorted(base) and max(np.diff(base)) <= 118
+    for row in (5, 1400, 2810):
+        rows = pool_rows(row, 2811, 24)
+        assert row in rows and len(set(rows) - set(base)) <= 1 and len(set(rows)) == 24
+
+
+def test_ties_count_against_the_rank():
+    right = torch.tensor([False, True, False, True])
+    assert rank_of(torch.tensor([0.1, 0.3, 0.2, 0.0]), right) == 1
+    assert rank_of(torch.tensor([0.3, 0.3, 0.4, 0.0]), right) == 3
+    assert rank_of(torch.full((4,), float("nan")), right) == 3
+    assert rank_of(torch.tensor([float("nan"), 0.3, 0.2, 0.0]), right) == 1
+
+
+# -- what is shown ---------------------------------------------------------------------------
+
+
+def test_words_are_shown_as_the_masking_has_them(lab):
+    pieces = lab.dataset.tokenizer.convert_ids_to_tokens(lab.batch.input_ids[0])
+    hidden = lab.text_masking.mask[0].tolist()
+    kinds = [kind for _, kind in lab.pieces()]
+    assert [word for word, _ in lab.pieces()] == pieces
+    assert [kind == "dropped" for kind in kinds] == hidden
+    assert kinds[0] == kinds[-1] == "end" and sum(hidden) == 3
+    lab.text_mode.value = "replace"
+    assert [word == "[mask]" for word, _ in lab.pieces()] == hidden
+    lab.text_mode.value = "80/10/10"
+    others = 0
+    for seed in range(20):
+        lab.seed.value = seed
+        masking = lab.text_masking
+        for place, (word, kind) in enumerate(lab.pieces()):
+            number = int(masking.substitute[0, place])
+            if masking.mask[0, place] and number >= 0:
+                assert (word, kind) == (
+                    lab.dataset.tokenizer.convert_ids_to_tokens(number),
+                    "other",
+                )
+                others += 1
+    assert others > 0
+
+
+def test_captions_are_text_and_not_markup(make_data, make_model):
+    data = make_data(5)
+    data.texts[2] = ['<b>cat</b> & "dog"']
+    lab = MaskLab(data, make_model())
+    lab.row.value = 2
+    for html in (lab.words.value, lab.ranking.value):
+        assert "&lt;b&gt;cat&lt;/b&gt; &amp; &quot;dog&quot;" in html
+        assert "<b>cat" not in html
+    html = caption_html("<i>", [("<u>", "seen")])
+    assert "&lt;i&gt;" in html and "&lt;u&gt;" in html and "<i" not in html and "<u" not in html
+
+
+def test_the_ranking_goes_from_the_best_down_and_marks_the_right_one():
+    html = ranking_html(["a", "b", "c"], torch.tensor([0.1, -0.5, 0.9]), torch.tensor([1, 0, 0]))
+    assert html.index(">c<") < html.index(">a<") < html.index(">b<")
+    assert html.count("✓") == 1 and 'class="text right" title="a"' in html
+    assert "left: 25.0%; width: 25.0%" in html and "left: 50.0%; width: 45.0%" in html
+
+
+def test_the_picture_is_sent_as_it_is_and_the_still_has_its_hidden_patches_grey(plain_lab):
+    image = plain_lab.dataset[0]["image"]
+    sent = np.asarray(Image.open(io.BytesIO(plain_lab.canvas.picture)))
+    assert np.array_equal(sent, image.permute(1, 2, 0)) and plain_lab.canvas.picture == png(image)
+    mask = torch.from_numpy(plain_lab._hidden())
+    pixels = mask.repeat_interleave(5, 0).repeat_interleave(5, 1)
+    assert torch.equal(plain_lab.still(), torch.where(pixels, 208, image))
+
+
+def test_a_normalised_picture_is_shown_in_its_own_range(make_data):
+    data = make_data(3)
+    data._decoded.pixels = data._decoded.pixels.float() / 100 - 1
+    lab = MaskLab(data, patch_size=5)
+    assert lab.picture().dtype == torch.uint8
+    assert lab.picture().min() == 0 and lab.picture().max() == 255
+
+
+@pytest.mark.parametrize("name", ["lab", "plain_lab"])
+def test_a_saved_page_has_a_picture(name, request, monkeypatch):
+    lab = request.getfixturevalue(name)
+    bundle = lab._repr_mimebundle_()
+    assert set(bundle) == {WIDGET, "image/png", "text/plain"}
+    still = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"])))
+    assert still.width > 2 * still.height > 400
+    assert bundle["text/plain"].startswith(f"MaskLab(row {lab.row.value}: ")
+    displayed = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: displayed.append(data))
+    lab._ipython_display_()
+    assert [set(data) - {"text/plain"} for data in displayed] == [{"image/png"}, {WIDGET}]
+    assert displayed[0]["image/png"].endswith(lab.canvas.still) and len(lab.canvas.still) == 60
+
+
+# -- bad input -------------------------------------------------------------------------------
+
+
+def test_patches_must_fit(make_data, make_model):
+    assert MaskLab(make_data(3, size=64)).grid == (8, 8)
+    assert MaskLab(make_data(3, size=112)).grid == (7, 7)
+    with pytest.raises(ValueError, match=r"=8 does not divide.*15 x 15.*try patch_size=5"):
+        MaskLab(make_data(3))
+    with pytest.raises(ValueError, match="patch_size=3, but the model's is 5"):
+        MaskLab(make_data(3), make_model(), patch_size=3)
+    with pytest.raises(ValueError, match="load them with image_size=15"):
+        MaskLab(make_data(3, size=20), make_model())
+
+
+# -- what stays in memory --------------------------------------------------------------------
+
+
+def dropped(lab) -> None:
+    pass
+
+
+def closed(lab) -> None:
+    lab.close()
+    assert repr(lab) == "MaskLab(closed)"
+    assert lab._repr_mimebundle_() == {"text/plain": "MaskLab(closed)"}
+
+
+def view_closed(lab) -> None:
+    lab._repr_mimebundle_()
+    lab.view.close()
+
+
+@pytest.mark.parametrize("end", [dropped, closed, view_closed])
+def test_a_lab_that_is_gone_leaves_no_model_no_data_and_no_widget(make_data, make_model, end):
+    """ipywidgets itself keeps every widget, and what observes it, as long as the kernel runs."""
+    from ipywidgets.widgets.widget import _instances
+
+    _SHOWN.clear()
+    gc.collect()
+    before, alive = set(_instances), []
+    for seed in range(5):
+        model = make_model(seed=seed).add_decoder(words=True, pixels=True, across=True, width=32)
+        lab = MaskLab(make_data(23), model)
+        lab.row.value = 7
+        alive += [weakref.ref(x) for x in (lab, lab.dataset, model, lab.ranking)]
+        end(lab)
+        del lab, model
+    gc.collect()
+    assert not [reference for reference in alive if reference() is not None]
+    assert set(_instances) == before
+
+
+def test_labs_on_a_page_work_without_a_name_the_last_ones(make_data, make_model):
+    _SHOWN.clear()
+    views, models = [], []
+    for seed in range(5):
+        lab = MaskLab(make_data(23), make_model(seed=seed))
+        lab._repr_mimebundle_()
+        views.append(lab.view)
+        models.append(weakref.ref(lab.model))
+        del lab
+    gc.collect()
+    assert [model() is not None for model in models] == [False, False, True, True, True]
+    row = views[-1].children[0].children[0].children[0]
+    words = views[-1].children[1].children[1]
+    before, row.value = words.value, 9
+    assert words.value != before
+    _SHOWN.clear()
