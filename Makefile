@@ -80,6 +80,8 @@ lint: $(READY)  ## style and types of code, style of notebooks
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
 	$(VENV) -m mypy
+	.venv/bin/lint-imports --no-cache
+	$(VENV) -m tests.code_size
 	$(VENV) -m tests.notebook_hygiene $(NB)
 
 format: $(READY)  ## put code and notebooks into that style

@@ -20,15 +20,9 @@ from .data.splits import overlap, split
 from .data.tokenizer import train_wordpiece, unknown_share
 from .evaluation import probe, retrieval
 from .evaluation.reconstruction import evaluate_reconstruction, put_back
-from .evaluation.retrieval import (
-    Index,
-    embed,
-    embed_texts,
-    evaluate,
-    mean_recall,
-    recall_at_k,
-    zero_shot,
-)
+from .evaluation.retrieval import embed, embed_texts, evaluate, mean_recall, recall_at_k
+from .evaluation.search import Index
+from .evaluation.zero_shot import zero_shot
 from .losses import info_nce, sigmoid_loss
 from .masking.core import Masking
 from .models.checkpoint import load

@@ -8,74 +8,15 @@ and of gradient accumulation steps. Walk-through: notebooks/03_training.ipynb.
 import dataclasses
 import functools
 import json
-import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import NoneType
 from typing import Any, get_args
 
-from .errors import nearest
+from .errors import as_type, nearest
+from .schedules import RATIO_SCHEDULES, SCHEDULES, TERM_SCHEDULES, fraction
 
-
-def fraction(name: str, value: Any, where: str) -> float:
-    """What a schedule gave, as a float; ValueError unless it is a number in [0, 1]."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
-    if not -1e-9 <= number <= 1 + 1e-9:  # what rounding adds is taken off again
-        raise ValueError(
-            f"{name} gives {value!r} at {where}; it must give a number in [0, 1]: 1 is the whole "
-            "of the setting, 0 none of it"
-        )
-    return min(1.0, max(0.0, number))
-
-
-def cosine(progress: float) -> float:
-    """Half a cosine from 1 to 0 (Loshchilov & Hutter 2017, arXiv:1608.03983, without restarts)."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def linear(progress: float) -> float:
-    """A straight line from 1 to 0."""
-    return 1 - progress
-
-
-def constant(progress: float) -> float:
-    """Always 1: the learning rate stays after its warmup (`final_lr_fraction` plays no part)."""
-    return 1.0
-
-
-# name -> f(progress in [0, 1] after the warmup) in [0, 1]; 1 is the full learning rate, 0 the final
-# one
-SCHEDULES: dict[str, Callable[[float], float]] = {
-    "cosine": cosine,
-    "linear": linear,
-    "constant": constant,
-}
-
-# name -> f(share of the steps that is over, in [0, 1]) -> share of a loss's weight, in [0, 1]
-TERM_SCHEDULES: dict[str, Callable[[float], float]] = {
-    "constant": constant,
-    "rising": lambda progress: progress,
-    "falling": linear,
-    "first_half": lambda progress: float(progress < 0.5),
-    "last_half": lambda progress: float(progress >= 0.5),
-    "last_fifth": lambda progress: float(progress >= 0.8),  # where SigLIP 2 reconstructs
-}
 TERMS = ("contrastive", "pixels", "words", "matching")  # of the objective
-
-# name -> f(start, final, progress in [0, 1], noise (B,)) -> the ratio, or one per sample
-RATIO_SCHEDULES: dict[str, Callable[..., Any]] = {
-    "constant": lambda start, final, progress, noise: start,
-    "linear": lambda start, final, progress, noise: start + (final - start) * progress,
-    "cosine": lambda start, final, progress, noise: (
-        start + (final - start) * (1 - math.cos(math.pi * progress)) / 2
-    ),
-    "uniform": lambda start, final, progress, noise: start + (final - start) * noise.double(),
-}
-
 OPTIMIZERS = ("muon", "adamw")
 
 _OWN = {  # fields that also take a function
@@ -129,33 +70,6 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "a whole number of 64 bits": (lambda x: -(2**63) <= x < 2**63, "seed"),
 }
 _RULE_OF = {name: rule for rule, (_, names) in _RULES.items() for name in names.split()}
-_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
-
-
-def as_type(name: str, given: Any, annotation: Any) -> Any:
-    """A setting in the type of its annotation (int, float, bool or str, or None); else ValueError.
-
-    Scalars of NumPy and torch, whole numbers written as floats and paths become plain values.
-    """
-    kinds = get_args(annotation) or (annotation,)
-    kind, value, none = kinds[0], given, "None or " if NoneType in kinds else ""
-    if none and value is None:
-        return value
-    if getattr(value, "ndim", None) == 0:
-        short = "float32" in str(value.dtype)  # 0.1 is meant, not 0.10000000149
-        value = float(f"{value.item():.7g}") if short else value.item()
-    if kind is str and isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    elif kind is int and isinstance(value, float) and value.is_integer():
-        value = int(value)
-    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        hint = " (without quotes)" if isinstance(value, str) else ""
-        raise ValueError(f"{name}={given!r} must be {none}{_KINDS[kind]}{hint}")
-    if kind is float and not math.isfinite(value):
-        raise ValueError(f"{name}={given!r} must be {none}a finite number")
-    return value
 
 
 def _checked(name: str, given: Any, annotation: Any) -> Any:

@@ -1,7 +1,11 @@
-"""Words for errors: the nearest known name, and a row that cannot be used."""
+"""Checks of settings, and words for errors: the nearest known name, a row that cannot be used."""
 
 import difflib
+import math
+import os
 from collections.abc import Iterable
+from types import NoneType
+from typing import Any, get_args
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -26,3 +30,32 @@ class Refused(ValueError):
 
     def __str__(self) -> str:
         return self.args[1]
+
+
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
+
+
+def as_type(name: str, given: Any, annotation: Any) -> Any:
+    """A setting in the type of its annotation (int, float, bool or str, or None); else ValueError.
+
+    Scalars of NumPy and torch, whole numbers written as floats and paths become plain values.
+    """
+    kinds = get_args(annotation) or (annotation,)
+    kind, value, none = kinds[0], given, "None or " if NoneType in kinds else ""
+    if none and value is None:
+        return value
+    if getattr(value, "ndim", None) == 0:
+        short = "float32" in str(value.dtype)  # 0.1 is meant, not 0.10000000149
+        value = float(f"{value.item():.7g}") if short else value.item()
+    if kind is str and isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    elif kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    elif kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        hint = " (without quotes)" if isinstance(value, str) else ""
+        raise ValueError(f"{name}={given!r} must be {none}{_KINDS[kind]}{hint}")
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{name}={given!r} must be {none}a finite number")
+    return value

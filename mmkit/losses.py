@@ -226,8 +226,14 @@ def sigmoid_loss(
 
 def normalize_patches(patches: Tensor) -> Tensor:
     """Each patch (..., 3 * p * p) with mean 0 and deviation 1 of its own (MAE's norm_pix_loss)."""
+    mean, deviation = patch_stats(patches)
+    return (patches - mean) / deviation
+
+
+def patch_stats(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation (..., 1) that `normalize_patches` takes out of (..., 3 * p * p)."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return (patches - mean) / (variance + 1e-6).sqrt()
+    return mean, (variance + 1e-6).sqrt()
 
 
 PIXEL_ERRORS = {"mse": F.mse_loss, "l1": F.l1_loss}  # MAE's, SimMIM's

@@ -10,6 +10,7 @@ notebooks/07_reconstruction.ipynb.
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,6 +27,24 @@ from .models.patches import patchify
 from .noise import mask_noise
 
 Maskings = tuple[Masking | None, Masking | None]
+
+
+@dataclass
+class MicroBatch:
+    """A part of a batch with all that its forward pass is asked for."""
+
+    batch: Batch
+    maskings: Maskings
+    wanted: Wanted  # beside the features, see `Objective`
+    terms: dict[str, Tensor] = field(default_factory=dict)  # its parts of the terms, as found
+
+    @property
+    def partners(self) -> tuple[Tensor, Tensor] | None:
+        """Of its rows, see `Batch.partners`."""
+        return self.batch.partners
+
+    def __len__(self) -> int:
+        return len(self.batch)
 
 
 class Objective:
@@ -62,12 +81,12 @@ class Objective:
         fields = {"across": "cross_modal"}
         if needed["pixels"]:
             fields["norm_pix_loss"] = "norm_pix_loss"
-        for name, field in fields.items():
-            wanted = getattr(config, field)
+        for name, option in fields.items():
+            wanted = getattr(config, option)
             if decoder.spec[name] != wanted:
                 raise ValueError(
-                    f"{field}={wanted} is not what the model's decoder was built for; give "
-                    f"{field}={decoder.spec[name]}, or set model.decoder = None for a new one"
+                    f"{option}={wanted} is not what the model's decoder was built for; give "
+                    f"{option}={decoder.spec[name]}, or set model.decoder = None for a new one"
                 )
         for term, kind in (("pixels", "image"), ("words", "text")):
             dropped = getattr(config, f"{kind}_mask_mode") == "drop"
@@ -128,24 +147,22 @@ class Objective:
             sees=sees,
         )
 
-    def counts(
-        self, micro_batches: Sequence[Batch], drawn: Sequence[Maskings], wanted: Sequence[Wanted]
-    ) -> dict[str, int]:
+    def counts(self, micro_batches: Sequence[MicroBatch]) -> dict[str, int]:
         """How many patches, words and pairs each term is a mean over, in the global batch.
 
         {} for contrast alone, which then pays for no exchange between processes.
         """
         if self.config.terms == ["contrastive"]:
             return {}
-        device = micro_batches[0].sample_ids.device
-        total = torch.zeros(3, dtype=torch.int64, device=device)
-        for batch, (image, text), want in zip(micro_batches, drawn, wanted, strict=True):
+        total = torch.zeros(3, dtype=torch.int64, device=self.model.logit_scale.device)
+        for micro in micro_batches:
+            (image, text), want = micro.maskings, micro.wanted
             if want.pixels and image is not None:
                 total[0] += image.mask.sum()
             if want.words and text is not None:
                 total[1] += text.mask.sum()
             if want.matching is not None:
-                total[2] += num_pairs(batch.correct(), want)
+                total[2] += num_pairs(micro.batch.correct(), want)
         counts = sum_over_processes(total).tolist()  # a GPU is waited for once
         return dict(zip(("pixels", "words", "matching"), counts, strict=True))
 

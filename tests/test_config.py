@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mmkit import TrainingConfig
-from mmkit.config import RATIO_SCHEDULES
+from mmkit.schedules import RATIO_SCHEDULES
 
 
 @pytest.mark.parametrize(

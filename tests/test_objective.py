@@ -11,7 +11,7 @@ from mmkit.evaluation.reconstruction import evaluate_reconstruction
 from mmkit.losses import masked_pixel_loss, masked_token_loss, matching_loss
 from mmkit.models.decoder import Wanted
 from mmkit.models.patches import patchify
-from mmkit.training.step import backward
+from mmkit.training.step import Contrast, backward
 from mmkit.training.term_gradients import TOWERS
 from tests.training.test_trainer import QUICK
 
@@ -239,7 +239,7 @@ def test_contrast_alone_is_what_it_was(make_trainer, make_model):
         masks = iter([*trainer.drawn, *trainer.drawn[:2]])  # features of two, the last, the two
         encode = lambda part, t=trainer, masks=masks: t.encode(part, next(masks))  # noqa: E731
         scale = (trainer.model.logit_scale, trainer.model.logit_bias)
-        backward(encode, batch.split(3), scale, "info_nce")
+        backward(encode, batch.split(3), scale, Contrast())
         reference = gradients(trainer.model)
         assert found.keys() == reference.keys()
         assert all(torch.equal(found[n], reference[n]) for n in found)
@@ -524,7 +524,7 @@ def test_a_strip_of_a_ratio_that_rises_hides_something(make_trainer, make_data):
 
 def test_layers_are_asked_of_the_validation_set_too(make_trainer, make_data):
     """Before the run, not at the end of its first epoch."""
-    from mmkit.masking.plan import check_maskers
+    from mmkit.training.setup import check_maskers
 
     train, val = make_data(23), make_data(9)
     train.layers = object()

@@ -17,29 +17,32 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # figures are written to files here
 import tyro
 
 from .. import plots
+from ..collective import leave_group
 from ..config import TrainingConfig
 from ..data.dataset import MultimodalDataset
 from ..data.inspection import inspect
 from ..data.openmoji.images import openmoji
 from ..data.splits import overlap
-from ..distributed import leave_group
 from ..evaluation.reconstruction import evaluate_reconstruction
-from ..evaluation.retrieval import Index, chance_of_recall, evaluate, mean_recall
+from ..evaluation.retrieval import chance_of_recall, evaluate, mean_recall
+from ..evaluation.search import Index
+from ..files import shown
 from ..masking.plan import validation_masks
-from ..models.checkpoint import load, read_checkpoint, shown
-from ..models.encoder import PRESETS, MultimodalEncoder
+from ..models.checkpoint import load, read_checkpoint
+from ..models.encoder import MultimodalEncoder
 from ..models.model_card import training_facts
+from ..models.presets import PRESETS
 from ..models.sharing import read_config
-from ..training.checks import check_arguments
 from ..training.fingerprint import compare_data, of_data
 from ..training.run import InUse, Run, newest_run
+from ..training.setup import check_arguments
 from ..training.trainer import train_model
 from .sources import Source
 
 Split = Literal["compose", "concept", "random"]
 
 
-def inspect_(
+def inspect_(  # noqa: PLR0913 (flags)
     source: Annotated[str, tyro.conf.Positional],
     image: str | None = None,
     text: str | None = None,

@@ -16,10 +16,10 @@ import torch
 from ..config import TrainingConfig
 from ..data.batch import Batch
 from ..losses import info_nce
-from ..masking.draw import draw_maskings
-from ..models.checkpoint import random_state_kept
+from ..masking.plan import draw_maskings
 from ..models.encoder import MultimodalEncoder
 from ..models.flops import step_flops
+from ..training.own_state import random_state_kept
 from .prediction import Prediction, Rates, looked_at, predict
 
 
@@ -97,7 +97,8 @@ def measure_ratios(
     {"ratio", "tokens" per pair, "gflop" per pair, "milliseconds" (median), "quartiles"}.
     """
     maskings = [
-        draw_maskings(batch, model, seed=0, epoch=0, image=(masker, ratio))[0] for ratio in ratios
+        draw_maskings(batch, model.token_info, seed=0, epoch=0, image=(masker, ratio))[0]
+        for ratio in ratios
     ]
     times: list[list[float]] = [[] for _ in ratios]
     gradients = {parameter: parameter.grad for parameter in model.parameters()}

@@ -17,10 +17,12 @@ from torch import nn
 
 from ..config import TrainingConfig
 from ..errors import nearest
-from ..masking.draw import find_masker
 from ..masking.image import ATTENTION_MASKERS, IMAGE_MASKERS
-from ..models.encoder import PRESETS, MultimodalEncoder
+from ..masking.plan import find_masker
+from ..models.encoder import MultimodalEncoder
 from ..models.flops import logit_flops, muon_flops, objective_flops, tower_flops
+from ..models.presets import PRESETS
+from ..objective import Objective
 from ..training.optim import parameter_groups
 from .memory import Numbers, exchanged_bytes, kept_by_pair, numbers_of, weight_copies, working_bytes
 
@@ -97,7 +99,7 @@ class Prediction:
         return sum(count * cost for count, cost in zip(self.work(), each, strict=True))
 
 
-def predict(
+def predict(  # noqa: PLR0913 (by name)
     config: TrainingConfig,
     model_or_preset: MultimodalEncoder | str,
     *,
@@ -233,19 +235,12 @@ def looked_at(config: TrainingConfig, model_or_preset) -> MultimodalEncoder:
         raise ValueError(f"preset {model_or_preset!r} is not known; {hint}")
     else:
         model = _preset(model_or_preset)
-    put_back = {term: term in config.terms for term in ("pixels", "words", "matching")}
-    if model.decoder is not None or not any(put_back.values()):
+    if model.decoder is not None or not {"pixels", "words", "matching"}.intersection(config.terms):
         return model
     with torch.device("meta"):
         twin = MultimodalEncoder.from_architecture(model.architecture())
-        depth, across = config.decoder_depth, config.cross_modal
-        return twin.add_decoder(
-            **put_back,
-            across=across,
-            width=config.decoder_width,
-            pixel_depth=depth if across or config.image_mask_mode == "drop" else 0,
-            word_depth=depth if across or config.text_mask_mode == "drop" else 0,
-        )
+        Objective(config, twin).prepare_model()
+        return twin
 
 
 def _preset(name: str) -> MultimodalEncoder:

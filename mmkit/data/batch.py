@@ -4,7 +4,8 @@
 image. Walk-through: notebooks/01_data.ipynb.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -65,3 +66,18 @@ class Batch:
         """`parts` micro-batches in order, their sizes differing by at most one, none empty."""
         rows = torch.arange(len(self)).tensor_split(min(parts, len(self)))
         return [self[int(part[0]) : int(part[-1]) + 1] for part in rows]
+
+
+def checked_ids(sample_ids: Sequence[int] | Tensor | None, count: int) -> Tensor:
+    """The ids (N,) int64 of `count` rows, None = counted from 0; ValueError for repeated ones."""
+    ids = torch.arange(count) if sample_ids is None else torch.as_tensor(sample_ids)
+    if len(ids) != count:
+        raise ValueError(f"{len(ids)} sample_ids for {count} rows; give one per row")
+    ids = ids.to(torch.int64)
+    if len(ids.unique()) < count:
+        repeated, times = Counter(ids.tolist()).most_common(1)[0]
+        raise ValueError(
+            f"sample id {repeated} stands at {times} rows; give each row another: order and masks "
+            "are drawn by it"
+        )
+    return ids

@@ -7,14 +7,15 @@ Walk-through: notebooks/01_data.ipynb.
 
 import re
 import unicodedata
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import Refused
-from .tokenizer import special_ids
+from .groups import number
+from .tokenizer import encode_texts, special_ids
 
 # Controls, and U+200B, which stands between the words of Khmer and Thai, are a space; marks that no
 # one sees (byte order, soft hyphen) are nothing; a joiner of letters or emoji has a meaning, stays.
@@ -87,12 +88,6 @@ def as_read(tokenizer, ids: Tensor, lengths: Tensor, texts: list[str]) -> Iterat
     tokens = map(bytes, torch.cat([ids, lengths[:, None].int()], 1).numpy())
     for token, text, some in zip(tokens, texts, unknown.tolist(), strict=True):
         yield token, text.casefold() if some else None
-
-
-def number(keys: Iterable[Hashable]) -> Tensor:
-    """(M,) int64: equal keys get one number, counted from 0 as they first appear."""
-    known: dict[Hashable, int] = {}
-    return torch.tensor([known.setdefault(key, len(known)) for key in keys], dtype=torch.int64)
 
 
 def correct_pairs(image_captions: Tensor, caption_ids: Tensor) -> Tensor:
@@ -191,3 +186,19 @@ class CorrectCaptions:
         _, correct = partner_counts(self.of_images(torch.arange(rows)), self.caption_ids)
         drawn = (1 / self.counts.double()).repeat_interleave(self.counts)
         return float(((correct - 1) * drawn).sum()) / (rows * (rows - 1))
+
+
+def encode_captions(
+    tokenizer, texts: Sequence[Sequence[str]], image_ids: Tensor, max_length: int
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], CorrectCaptions]:
+    """The captions of N images, at most `max_length` tokens each, and for which they are correct.
+
+    (ids (M, L) int32, length (M,), of each image the first one (N,) and how many (N,)).
+    """
+    flat = [caption for captions in texts for caption in captions]
+    input_ids, valid = encode_texts(tokenizer, flat, max_length)
+    ids, lengths = input_ids.int(), valid.sum(1)
+    counts = torch.tensor([len(captions) for captions in texts])
+    same = number(as_read(tokenizer, ids, lengths, flat))
+    correct = CorrectCaptions(image_ids, counts, same)
+    return (ids, lengths, counts.cumsum(0) - counts, counts), correct

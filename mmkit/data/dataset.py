@@ -6,47 +6,33 @@ they are on the device: normalising and augmenting run there, on the whole batch
 Walk-through: notebooks/01_data.ipynb.
 """
 
-import contextlib
 import copy
-import functools
 import hashlib
 import json
 import math
 import os
-import random
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import as_type
-from ..errors import Refused
+from ..errors import as_type
 from ..noise import mask_noise
-from .batch import Batch
-from .captions import CorrectCaptions, as_read, clean_captions, number
-from .image_cache import content_hashes, decode_once, room_for, same_files
-from .image_files import Files, PictureStore
+from .batch import Batch, checked_ids
+from .captions import CorrectCaptions, clean_captions, encode_captions
+from .decoding import Decoded, ImageDecoder
+from .groups import number
+from .image_cache import content_hashes, room_for, same_files
+from .image_files import PictureStore, checked_files
 from .image_headers import Reading
-from .images import as_png, read_picture, read_square, square, tensor_decoder
-from .tokenizer import encode_texts, piece_counts, special_ids, train_wordpiece
+from .images import as_png, square
+from .tokenizer import piece_counts, token_frequency, train_wordpiece
 
 HASH_BYTES = 20_000_000_000  # sources up to this size are searched for identical pictures
-
-
-@dataclass
-class _Decoded:
-    """Decoded pictures, of one data set and all its views: whichever is filled first fills all."""
-
-    pixels: Any  # (N, 3, H, W) uint8: a tensor, an array, or cached files; None = decode
-    rows: np.ndarray  # of each row of the data set: its place in them
-
-    def fill(self, pixels: Any, rows: np.ndarray):
-        self.pixels, self.rows = pixels, rows
 
 
 class MultimodalDataset:
@@ -86,20 +72,7 @@ class MultimodalDataset:
         image_size: int = 64,
         tokenizer=None,
     ):
-        for row, path in enumerate(image_paths):
-            if not isinstance(path, str | os.PathLike):
-                raise ValueError(f"the picture of row {row} is {path!r}; give the path of a file")
-        self._store = Files(image_paths)
-        if len(self._store) != len(texts):
-            raise ValueError(
-                f"{len(self._store)} image_paths but {len(texts)} texts; give one text (or one "
-                "list of texts) per picture"
-            )
-        for row, path in enumerate(self._store.paths):
-            if not os.path.isfile(path):
-                raise FileNotFoundError(
-                    f"picture {path} (row {row}) does not exist; check the path or leave it out"
-                )
+        self._store = checked_files(image_paths, len(texts))
         self._shape(transform, image_size)
         self._start(texts, tokenizer, same_picture=same_files(self._store.paths))
         if device is not None:
@@ -141,7 +114,7 @@ class MultimodalDataset:
         self.side = None if transform else image_size
 
     @classmethod
-    def from_pixels(
+    def from_pixels(  # noqa: PLR0913 (by name)
         cls,
         pixels,
         texts: Sequence[str | Sequence[str]],
@@ -165,7 +138,7 @@ class MultimodalDataset:
             raise ValueError(f"{count} pictures but {len(texts)} texts; give one text per picture")
         rows = np.arange(count) if rows is None else np.asarray(rows)
         self._start(texts, tokenizer, sample_ids, meta, rows.tolist())
-        self._decoded = _Decoded(pixels, rows)
+        self._decoded = Decoded(pixels, rows)
         if math.prod(pixels.shape) <= HASH_BYTES:
             self.same_pictures(self.content_hashes())
         if device is not None and torch.device(device).type != "cpu":
@@ -177,21 +150,11 @@ class MultimodalDataset:
         self.texts = [clean_captions(f"row {row}", text) for row, text in enumerate(texts)]
         if not self.texts:
             raise ValueError("the dataset is empty; give at least one picture and its text")
-        ids = torch.arange(len(self.texts)) if sample_ids is None else torch.as_tensor(sample_ids)
-        self.sample_ids = ids.to(torch.int64)
-        if len(self.sample_ids) != len(self.texts):
-            raise ValueError(f"{len(ids)} sample_ids for {len(self.texts)} rows; give one per row")
-        if len(self.sample_ids.unique()) < len(self.texts):
-            repeated, times = Counter(self.sample_ids.tolist()).most_common(1)[0]
-            raise ValueError(
-                f"sample id {repeated} stands at {times} rows; give each row another: order and "
-                "masks are drawn by it"
-            )
+        self.sample_ids = checked_ids(sample_ids, len(self.texts))
         self.image_ids = number(same_picture)  # (N,) equal for rows that show the same image
         self.meta = meta or [{} for _ in self.texts]
-        # of each row: its place in the store, in what was loaded
-        self._rows = self._place_rows = np.arange(len(self.texts))
-        self._decoded = _Decoded(None, self._rows)
+        self._rows = np.arange(len(self.texts))  # of each row: its place in the store
+        self._decoded = Decoded(None, self._rows)
         self._tokenizer, self.given_tokenizer = tokenizer, tokenizer is not None
         self._encodings: deque = deque(maxlen=2)
 
@@ -226,13 +189,9 @@ class MultimodalDataset:
                 if tokenizer is self.tokenizer and max_length == self.max_length:
                     self._encoded = encoded
         if self._encoded is None:
-            flat = [c for captions in self.texts for c in captions]
-            input_ids, valid = encode_texts(self.tokenizer, flat, self.max_length)
-            ids, lengths = input_ids.int(), valid.sum(1)
-            counts = torch.tensor([len(c) for c in self.texts])
-            same = number(as_read(self.tokenizer, ids, lengths, flat))
-            correct = CorrectCaptions(self.image_ids, counts, same)
-            self._encoded = (ids, lengths, counts.cumsum(0) - counts, counts), correct
+            self._encoded = encode_captions(
+                self.tokenizer, self.texts, self.image_ids, self.max_length
+            )
             self._encodings.append((self.tokenizer, self.max_length, self._encoded))
         return self._encoded
 
@@ -269,19 +228,13 @@ class MultimodalDataset:
         What the text masker "frequency" goes by.
         """
         input_ids, lengths, _, _ = self.encoded_captions()
-        inside = torch.arange(input_ids.shape[1]) < lengths[:, None]
-        words = inside & ~torch.isin(input_ids, special_ids(self.tokenizer))
-        counts = torch.bincount(input_ids[words], minlength=len(self.tokenizer))
-        return counts / counts.sum().clamp(min=1)
+        return token_frequency(self.tokenizer, input_ids, lengths)
 
     # -- pictures ----------------------------------------------------------------------------
 
     def place(self, row: int) -> str:
         """What a message calls a row: "row 3", or "pairs.csv, line 7"."""
-        if self.places is None:
-            return f"row {row}"
-        source, numbers = self.places
-        return f"{source} {numbers[self._place_rows[row]]}"
+        return self._decoder.place(row)
 
     def picture_name(self, row: int) -> str:
         """What a message calls the picture of a row: its path, or the member of a shard."""
@@ -312,50 +265,19 @@ class MultimodalDataset:
         """
         if self._store:
             return content_hashes(self._store, self._rows.tolist(), self.cache_dir)
-        pictures = (
-            picture
-            for rows in np.array_split(np.arange(len(self)), -(-len(self) // 256))
-            for picture in self._take(rows).cpu().numpy()
+        return self._decoded.content_hashes()
+
+    @property
+    def _decoder(self) -> ImageDecoder:
+        return ImageDecoder(
+            self._store, self._rows, self.places, self.transform, self.side, self.reading
         )
-        return [hashlib.blake2b(p.tobytes(), digest_size=16).hexdigest() for p in pictures]
-
-    def _decode(self, row: int, noise: float | None = None) -> Tensor:
-        i, where = int(self._rows[row]), self.place(row)
-        source, options = functools.partial(self._store.open, i), {"name": self._store.name(i)}
-        if self.side is not None:  # the square is cut without a draw
-            return read_square(source, where, side=self.side, reading=self.reading, **options)
-        picture = read_picture(source, where, reading=self.reading, **options)
-        with _drawing_by(noise):
-            picture = self.transform(picture)
-        if not isinstance(picture, Tensor) or picture.ndim != 3 or picture.shape[0] != 3:
-            got = tuple(picture.shape) if isinstance(picture, Tensor) else type(picture).__name__
-            raise ValueError(
-                f"the transform gave {got} for picture {options['name']} ({where}); it must give a "
-                "tensor (3, H, W) of one size for all pictures"
-            )
-        return picture
-
-    def _decode_all(self, rows: Sequence[int], noise: Tensor | None = None) -> Tensor:
-        each = [None] * len(rows) if noise is None else noise.tolist()
-        pictures = [self._decode(row, number) for row, number in zip(rows, each, strict=True)]
-        for row, picture in zip(rows, pictures, strict=True):
-            if picture.shape != pictures[0].shape:
-                raise ValueError(
-                    f"the transform gave {tuple(picture.shape)} for picture "
-                    f"{self.picture_name(row)} ({self.place(row)}) and "
-                    f"{tuple(pictures[0].shape)} for another; it must give one size for all"
-                )
-        return torch.stack(pictures)
 
     def _take(self, rows: np.ndarray, noise: Tensor | None = None) -> Tensor:
         """Pictures of these rows as one tensor (B, 3, H, W)."""
-        pixels = self._decoded.pixels
-        if pixels is None:
-            return self._decode_all(rows.tolist(), noise)
-        picked = self._decoded.rows[rows]
-        if isinstance(pixels, Tensor):
-            return pixels[torch.from_numpy(picked).to(pixels.device)]
-        return torch.from_numpy(np.ascontiguousarray(pixels[picked]))
+        if self.resident:
+            return self._decoded.take(rows)
+        return self._decoder.batch(rows.tolist(), noise)
 
     def keep_on(self, device: str | torch.device) -> "MultimodalDataset":
         """Decode all pictures now and keep them there ("cpu", "cuda"); returns itself."""
@@ -381,7 +303,7 @@ class MultimodalDataset:
             raise ValueError(f"the pictures cannot be cached: {why}")
         for row in self.decode_into_cache(num_workers):
             self._decoded.fill(None, self._decoded.rows)
-            self._decode(row)  # raises, naming file and row
+            self._decoder.decode(row)  # raises, naming file and row
             raise RuntimeError(f"{self.picture_name(row)} could not be decoded before; try again")
         return self
 
@@ -395,13 +317,8 @@ class MultimodalDataset:
         """As `cached`; returns the rows that could not be decoded, whose pictures are black now."""
         if self.resident:
             return []
-        assert self.side is not None
-        tensor_decoder()
-        hashes = self.content_hashes()
-        pixels, failed = decode_once(
-            hashes, self._lean(), self.side, repr(self.reading), num_workers, self.cache_dir,
-            self.cache_gigabytes,
-        )  # fmt: skip
+        hashes, where = self.content_hashes(), (self.cache_dir, self.cache_gigabytes)
+        pixels, failed = self._decoder.into_cache(hashes, num_workers, *where)
         self._decoded.fill(pixels, np.arange(len(self)))
         return failed
 
@@ -409,15 +326,7 @@ class MultimodalDataset:
         """Decode every picture once, into the cache where one may be kept; rows that cannot be."""
         if self.cache_gigabytes and not self.why_not_cached():
             return self.decode_into_cache(num_workers)
-        with contextlib.suppress(Refused, OSError):
-            self._decode(0, 0.0)  # a transform that fails says so here, in its own words
-        view = _Decodes(self._lean())
-        parts = torch.arange(len(self)).split(256)
-        loader = torch.utils.data.DataLoader(
-            view, sampler=parts, batch_size=None, num_workers=num_workers,
-            generator=torch.Generator(),
-        )  # fmt: skip
-        return [row for failed in loader for row in failed]
+        return self._decoder.failing(num_workers)
 
     def prepare(self, num_workers: int = 0) -> str:
         """Make ready for a training: fill the cache that was asked for. Says what it did, or ""."""
@@ -431,15 +340,6 @@ class MultimodalDataset:
             f"{len(self):,} pictures decoded once ({pixels.nbytes / 1e9:.2f} GB in "
             f"{pixels.folder}), {time.perf_counter() - started:.1f} s"
         )
-
-    def _lean(self) -> Callable[[int], np.ndarray]:
-        """What a worker needs to decode a row: no captions, no ids."""
-        view = copy.copy(self)
-        view.texts = view.meta = []
-        view._encoded = view._tokenizer = view.report = None
-        view._encodings = deque()
-        view.sample_ids = view.image_ids = torch.empty(0)
-        return functools.partial(_decoded_array, view)
 
     def fingerprint(self) -> str:
         """16 hex digits that change with any id or caption: is this the set a run was made with?"""
@@ -504,21 +404,26 @@ class MultimodalDataset:
             n > self.max_length for n in piece_counts(self.tokenizer, [flat[i] for i in full])
         )
 
-    def subset(self, rows: Sequence[int] | np.ndarray) -> "MultimodalDataset":
-        """The dataset of these rows: same ids, same images, same tokenizer, nothing copied."""
+    def subset(
+        self, rows: Sequence[int] | np.ndarray, own_tokenizer: bool = False
+    ) -> "MultimodalDataset":
+        """The dataset of these rows: same ids, same images, same tokenizer, nothing copied.
+
+        own_tokenizer: unless one was given, train one on the captions of these rows.
+        """
         rows = np.asarray(rows, dtype=np.int64)
         if not len(rows):
             raise ValueError("a subset of 0 rows; give at least one")
-        part = object.__new__(type(self))
-        part.__dict__.update(self.__dict__)
+        part = copy.copy(self)
         part.texts, part.meta = [self.texts[r] for r in rows], [self.meta[r] for r in rows]
-        part.sample_ids, part.image_ids = (
-            self.sample_ids[rows],
-            number(self.image_ids[rows].tolist()),
-        )
-        part._rows, part._place_rows = self._rows[rows], self._place_rows[rows]
-        part._decoded = _Decoded(self._decoded.pixels, self._decoded.rows[rows])
-        part._tokenizer, part._encoded, part._encodings = self.tokenizer, None, deque(maxlen=2)
+        part.sample_ids, part._rows = self.sample_ids[rows], self._rows[rows]
+        part.image_ids = number(self.image_ids[rows].tolist())
+        if self.places is not None:
+            part.places = (self.places[0], self.places[1][rows])
+        part._decoded = Decoded(self._decoded.pixels, self._decoded.rows[rows])
+        train_one = own_tokenizer and not self.given_tokenizer
+        part._tokenizer = None if train_one else self.tokenizer
+        part._encoded, part._encodings = None, deque(maxlen=2)
         if self.report is not None:
             part.report = self.report.part(rows.tolist(), part.texts)
         return part
@@ -528,63 +433,3 @@ class MultimodalDataset:
         captions = sum(map(len, self.texts))
         name = f"{self.name}: " if self.name else ""
         return f"MultimodalDataset({name}{len(self):,} pictures {shape}, {captions:,} captions)"
-
-
-def as_dataset(given: Any, name: str) -> MultimodalDataset:
-    """A data set of ours, or of a `torch.utils.data.Subset` of one; ValueError in words else.
-
-    name: what the caller names it, for the message.
-    """
-    if isinstance(given, MultimodalDataset):
-        return given
-    if isinstance(given, torch.utils.data.Subset):
-        return as_dataset(given.dataset, name).subset(given.indices)
-    remedy = "give mm.MultimodalDataset(image_paths, texts), or what mm.load_data(...) returns"
-    if isinstance(given, torch.utils.data.DataLoader):
-        remedy = f"give the data set inside it ({name}=loader.dataset), which makes batches itself"
-    elif isinstance(given, list | tuple) and any(isinstance(x, MultimodalDataset) for x in given):
-        remedy = "give one of the data sets in it"
-    elif isinstance(given, str | os.PathLike):
-        remedy = f"give the data in it: mm.load_data({str(given)!r})"
-    raise ValueError(
-        f"{name} is a {type(given).__name__}, no data set of images and texts; {remedy}"
-    )
-
-
-class _Decodes(torch.utils.data.Dataset):
-    """A map-style view whose item is the rows, of those asked for, that cannot be decoded."""
-
-    def __init__(self, decode: Callable[[int], np.ndarray]):
-        self.decode = decode
-
-    def __getitem__(self, rows: Tensor) -> list[int]:
-        failed = []
-        for row in rows.tolist():
-            try:
-                self.decode(row)
-            except (Refused, OSError):
-                failed.append(row)
-        return failed
-
-
-def _decoded_array(dataset: MultimodalDataset, row: int) -> np.ndarray:
-    return dataset._decode(row).numpy()
-
-
-@contextlib.contextmanager
-def _drawing_by(noise: float | None) -> Iterator[None]:
-    """Python's, NumPy's and torch's draws follow from `noise`; afterwards as if none had been."""
-    if noise is None:
-        yield
-        return
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    seed = int(noise * 2**32)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.default_generator.manual_seed(seed)  # pictures are decoded on the CPU
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])

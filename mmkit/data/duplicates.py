@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .captions import CorrectCaptions, partner_counts
 from .dataset import MultimodalDataset
-from .image_duplicates import NEAR, Clusters, exact_duplicates, near_duplicates, picture_signature
+from .groups import connected, exact_duplicates, rows_that_share
+from .image_duplicates import NEAR, near_duplicates, picture_signature
 
 # ---- captions ------------------------------------------------------------------------------------
 
@@ -62,10 +63,7 @@ def near_caption_groups(texts: Sequence[str], min_words: int = 6) -> np.ndarray:
             if shorter is not None and shorter == bag[:place] + bag[place + 1 :]:
                 longer_ones.setdefault(unique[shorter], set()).add(i)
     links = [(short, *longer) for short, longer in longer_ones.items() if len(longer) == 1]
-    clusters = Clusters(len(unique))
-    if links:
-        clusters.link(*torch.tensor(links).T)
-    return exact_duplicates(clusters.label.numpy()[number].tolist())
+    return exact_duplicates(connected(len(unique), links)[number].tolist())
 
 
 def _bag(text: str) -> tuple[str, ...]:
@@ -73,15 +71,6 @@ def _bag(text: str) -> tuple[str, ...]:
     plain = unicodedata.normalize("NFKC", text).casefold()
     words = [word.strip(_MARKS) for word in plain.split()]
     return tuple(sorted(word for word in words if word)) or (plain.strip(),)
-
-
-def rows_that_share(keys_of: Sequence[Sequence[Hashable]]) -> np.ndarray:
-    """(N,) int64: rows that share a key, directly or through others, get one number."""
-    flat = exact_duplicates([key for keys in keys_of for key in keys])
-    row = np.repeat(np.arange(len(keys_of)), [len(keys) for keys in keys_of])
-    clusters = Clusters(len(keys_of) + len(flat))  # rows first, then keys
-    clusters.link(torch.from_numpy(row), torch.from_numpy(flat + len(keys_of)))
-    return exact_duplicates(clusters.label[: len(keys_of)].tolist())
 
 
 # ---- the report ----------------------------------------------------------------------------------

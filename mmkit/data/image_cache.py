@@ -9,7 +9,6 @@ Walk-through: notebooks/08_your_own_pictures.ipynb.
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -26,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import Refused
-from ..files import cache_folder, lock, renamed, writing
+from ..files import OpenFile, OpenFiles, cache_folder, lock, renamed, writing_cache
 from .image_files import Files, PictureStore
 
 CHUNK_BYTES = 32_000_000
@@ -135,23 +134,15 @@ def _recall(memory: sqlite3.Connection, names: list[str]) -> dict[str, tuple[str
 # ---- the decoded pictures ------------------------------------------------------------------------
 
 
-class _Chunk:
-    """An open chunk file, closed when nobody reads it any more.
-
-    Reading by offset needs no place in the file: threads and forked processes may share it.
-    """
-
-    def __init__(self, path: Path):
-        self.number = os.open(path, os.O_RDONLY)
-        _used(path)  # by a training of several days, too
-        with open(self.number, "rb", closefd=False) as file:
-            np.lib.format.read_magic(file)
-            np.lib.format.read_array_header_1_0(file)
-            self.start = file.tell()
-
-    def __del__(self):
-        if hasattr(self, "number"):
-            os.close(self.number)
+def _open(path: Path) -> OpenFile:
+    """A chunk file; its pictures begin behind the header."""
+    chunk = OpenFile(os.open(path, os.O_RDONLY))
+    _used(path)  # by a training of several days, too
+    with open(chunk.number, "rb", closefd=False) as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        chunk.start = file.tell()
+    return chunk
 
 
 def _used(path: Path) -> None:
@@ -176,20 +167,10 @@ class CachedPictures:
         self.paths = list(numbers)
         self.chunk = np.array([numbers[path] for path, _ in where], np.int32)
         self.place = np.array([place for _, place in where], np.int32)
-        self._start()
-
-    def _start(self) -> None:
-        self._opened = functools.lru_cache(OPEN_CHUNKS)(_Chunk)
+        self._opened = OpenFiles(_open, OPEN_CHUNKS)
 
     def __len__(self) -> int:
         return self.shape[0]
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "_opened"}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        self._start()
 
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         out = np.zeros((len(rows), *self.shape[1:]), np.uint8)
@@ -197,7 +178,7 @@ class CachedPictures:
         for picture, number, place in zip(out, self.chunk[rows], self.place[rows], strict=True):
             if place < 0:
                 continue
-            chunk = self._opened(self.paths[number])  # ours until we are done, though evicted
+            chunk = self._opened(self.paths[number])
             if os.preadv(chunk.number, [picture.data], chunk.start + int(place) * size) < size:
                 path = self.paths[number]
                 raise OSError(f"{path} was cut off while in use; remove it and start again")
@@ -232,10 +213,11 @@ class _Chunks(torch.utils.data.Dataset):
         if good:
             name = hashlib.blake2b(" ".join(good).encode(), digest_size=16).hexdigest()
             path = self.folder / f"{name}.npy"
-            with renamed(path) as file:
+            with writing_cache(path), renamed(path) as file:
                 np.save(file, pixels[: len(good)])
             facts = {"bytes": path.stat().st_size, "pictures": good}
-            with renamed(path.with_suffix(".json")) as file:  # last: it says that all is there
+            listed = path.with_suffix(".json")  # last: it says that all is there
+            with writing_cache(listed), renamed(listed) as file:
                 file.write(json.dumps(facts).encode())
         return failed
 
@@ -306,7 +288,7 @@ def decode_once(
     versions = [version(package) for package in ("pillow", "torch", "torchvision")]
     how = f"{side} {how} {versions}"
     folder = everything / hashlib.blake2b(how.encode(), digest_size=8).hexdigest()
-    with writing(folder):
+    with writing_cache(folder):
         folder.mkdir(parents=True, exist_ok=True)
     places, failed = _places(folder), []
     if any(key not in places for key in hashes):
@@ -357,7 +339,7 @@ def _decode_chunks(
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        with writing(path):
+        with writing_cache(path):
             file = stack.enter_context(open(path, "a"))
         lock(file)  # where there are no locks both decode
         yield

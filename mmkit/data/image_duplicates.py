@@ -14,12 +14,12 @@ Shapes: N pictures, B batch, P pairs, K numbers of a thumbnail.
 Walk-through: notebooks/08_your_own_pictures.ipynb.
 """
 
-from collections.abc import Hashable, Sequence
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .groups import connected, exact_duplicates
 
 SIDE = 16  # cells of a thumbnail along each side
 COARSE = 0.2  # root mean square difference on 8 x 8 cells, in standard deviations of the picture
@@ -54,12 +54,6 @@ def unrounded_signature(pixels: Tensor) -> Tensor:
     return torch.cat([flat, mean.flatten(1) / 255], 1)
 
 
-def exact_duplicates(keys: Sequence[Hashable]) -> np.ndarray:
-    """(N,) int64: equal keys get one number, the numbers in order of first appearance."""
-    first: dict[Hashable, int] = {}
-    return np.array([first.setdefault(key, len(first)) for key in keys], dtype=np.int64)
-
-
 def near_duplicates(signature: Tensor, threshold: float = NEAR) -> np.ndarray:
     """(N,) int64: pictures that near-duplicate pairs connect get one number, by first appearance.
 
@@ -80,10 +74,8 @@ def near_duplicates(signature: Tensor, threshold: float = NEAR) -> np.ndarray:
     coarse = coarse_cells(signature.float())
     place = _main_direction(coarse)
     order = place.argsort(stable=True)
-    clusters = Clusters(len(order))
-    _link_all(signature[order], coarse[order], place[order], threshold, clusters)
-    label = np.empty(len(order), np.int64)
-    label[order.numpy()] = clusters.label.numpy()
+    label = torch.empty_like(order)
+    label[order] = _linked(signature[order], coarse[order], place[order], threshold)
     return exact_duplicates(label[same].tolist())
 
 
@@ -91,23 +83,6 @@ def coarse_cells(signature: Tensor) -> Tensor:
     """(N, 192) colours of 8 x 8 cells, scaled so that a distance is a root mean square."""
     cells = F.avg_pool2d(signature[:, :-3].view(-1, 3, SIDE, SIDE), 2).flatten(1)
     return cells / cells.shape[1] ** 0.5
-
-
-class Clusters:
-    """Connected components that grow by links; `label` (N,) says which one a picture is in."""
-
-    def __init__(self, count: int):
-        self.label = torch.arange(count)
-
-    def link(self, a: Tensor, b: Tensor) -> None:
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
-
-        count = len(self.label)
-        ends = self.label[a].numpy(), self.label[b].numpy()
-        graph = coo_array((np.ones(len(a), np.int8), ends), shape=(count, count))
-        joined = connected_components(graph, directed=False)[1]
-        self.label = torch.from_numpy(joined).long()[self.label]
 
 
 def _main_direction(coarse: Tensor) -> Tensor:
@@ -120,15 +95,15 @@ def _main_direction(coarse: Tensor) -> Tensor:
     return centred @ direction.float()
 
 
-def _link_all(signature, coarse, place, threshold: float, clusters: Clusters) -> None:
-    """Link all near-duplicates; pictures are in the order of their places."""
-    length = coarse.pow(2).sum(1)
+def _linked(signature, coarse, place, threshold: float) -> Tensor:
+    """(N,) the cluster of each picture; pictures are in the order of their places."""
+    length, label = coarse.pow(2).sum(1), torch.arange(len(coarse))
     for start in range(0, len(coarse), _ROWS):
         rows = torch.arange(start, min(start + _ROWS, len(coarse)))
         end = int(torch.searchsorted(place, place[rows[-1]] + COARSE + 1e-4, right=True))
         for first in range(start, end, _COLUMNS):
             columns = torch.arange(first, min(first + _COLUMNS, end))
-            mine, theirs = clusters.label[rows], clusters.label[columns]
+            mine, theirs = label[rows], label[columns]
             if mine.min() == mine.max() == theirs.min() == theirs.max():
                 continue
             product = coarse[rows] @ coarse[columns].T
@@ -137,11 +112,13 @@ def _link_all(signature, coarse, place, threshold: float, clusters: Clusters) ->
             a, b = _nearest(distance, *torch.where((distance <= COARSE**2) & new))
             for pair in range(0, len(a), _PAIRS):
                 left, right = rows[a[pair : pair + _PAIRS]], columns[b[pair : pair + _PAIRS]]
-                apart = clusters.label[left] != clusters.label[right]
+                apart = label[left] != label[right]
                 left, right = left[apart], right[apart]
                 near = is_near(signature[left].float(), signature[right].float(), threshold)
                 if near.any():
-                    clusters.link(left[near], right[near])
+                    links = torch.stack([label[left[near]], label[right[near]]], 1)
+                    label = torch.from_numpy(connected(len(label), links))[label]
+    return label
 
 
 def _nearest(distance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,3 +52,22 @@ class Files:
             return ""
         # the time of change cannot be set, as that of writing is by tar, rsync and cp -p
         return f"{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}"
+
+
+def checked_files(paths: Sequence[str | os.PathLike], count: int) -> Files:
+    """The `Files` of `count` rows, one each; raises what `MultimodalDataset` says."""
+    for row, path in enumerate(paths):
+        if not isinstance(path, str | os.PathLike):
+            raise ValueError(f"the picture of row {row} is {path!r}; give the path of a file")
+    files = Files(paths)
+    if len(files) != count:
+        raise ValueError(
+            f"{len(files)} image_paths but {count} texts; give one text (or one list of texts) per "
+            "picture"
+        )
+    for row, path in enumerate(files.paths):
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"picture {path} (row {row}) does not exist; check the path or leave it out"
+            )
+    return files

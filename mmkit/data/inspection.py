@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from .dataset import MultimodalDataset, as_dataset
+from .dataset import MultimodalDataset
 from .duplicates import find_duplicates
 from .image_headers import open_head
+from .loader import as_dataset
 from .report import Report, count_captions
 from .sources import load_data
 from .tokenizer import piece_counts, unknown_share

@@ -4,9 +4,11 @@ Walk-through: notebooks/01_data.ipynb.
 """
 
 import contextlib
+import os
 import queue
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,3 +90,24 @@ def load_batches(
     )  # fmt: skip
     made = iter(loader)  # now: workers are forked by the thread that asks
     return (batch._map(torch.as_tensor) for batch in made)
+
+
+def as_dataset(given: Any, name: str) -> MultimodalDataset:
+    """A data set of ours, or of a `torch.utils.data.Subset` of one; ValueError in words else.
+
+    name: what the caller names it, for the message.
+    """
+    if isinstance(given, MultimodalDataset):
+        return given
+    if isinstance(given, torch.utils.data.Subset):
+        return as_dataset(given.dataset, name).subset(given.indices)
+    remedy = "give mm.MultimodalDataset(image_paths, texts), or what mm.load_data(...) returns"
+    if isinstance(given, torch.utils.data.DataLoader):
+        remedy = f"give the data set inside it ({name}=loader.dataset), which makes batches itself"
+    elif isinstance(given, list | tuple) and any(isinstance(x, MultimodalDataset) for x in given):
+        remedy = "give one of the data sets in it"
+    elif isinstance(given, str | os.PathLike):
+        remedy = f"give the data in it: mm.load_data({str(given)!r})"
+    raise ValueError(
+        f"{name} is a {type(given).__name__}, no data set of images and texts; {remedy}"
+    )

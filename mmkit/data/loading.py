@@ -18,8 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config import as_type
-from ..errors import Refused, nearest
+from ..errors import Refused, as_type, nearest
 from .captions import clean_captions, count_blank
 from .dataset import HASH_BYTES, MultimodalDataset
 from .image_files import Files, PictureStore
@@ -303,7 +302,7 @@ def _decoded(
         for row in data.rows_that_fail(options.num_workers):
             error: Exception = Refused("damaged", f"{data.place(row)}: {TRY_AGAIN}")
             try:
-                data._decode(row)
+                data._decoder.decode(row)
             except (Refused, OSError) as why:
                 error = why
             failed[row] = error

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import Refused
-from ..files import as_path, cache_folder, renamed
+from ..files import as_path, cache_folder, renamed, writing_cache
 from .spool import GZIP, Spool
 from .tar_index import IMAGE_SUFFIXES, Suffixes, TarIndex, scan_tar
 
@@ -214,7 +214,7 @@ def _index_shard(
         os.close(descriptor)
     folder.mkdir(exist_ok=True)
     data = json.dumps([[spooled, size], vars(index)]).encode()
-    with renamed(cached) as file:
+    with writing_cache(cached), renamed(cached) as file:
         file.write(b"%08x\n" % zlib.crc32(data) + data)
     return Shard(url, identity, spooled, size), index
 

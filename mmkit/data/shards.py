@@ -7,15 +7,11 @@ they are for pictures in files. Nothing is extracted, nothing unpickled.
 Walk-through: notebooks/08_your_own_pictures.ipynb.
 """
 
-import contextlib
 import io
 import json
 import os
 import re
-import shutil
-import uuid
-from collections.abc import Iterator
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ..errors import Refused
-from ..files import cache_folder
+from ..files import OpenFile, OpenFiles, cache_folder, sync, unfinished_folder
 from ..noise import mask_noise
-from .dataset import MultimodalDataset, as_dataset
+from .dataset import MultimodalDataset
 from .image_headers import Reading, open_head
+from .loader import as_dataset
 from .shard_index import (
     FOLDER_PATTERNS,
     PIPE,
@@ -52,32 +49,23 @@ _ANY = Reading(max_pixels=10**12, max_aspect=10**6, max_bytes=10**12)  # reading
 # -- their pictures --------------------------------------------------------------------------
 
 
-class _Descriptor:
-    """An open shard, closed when nobody reads it any more.
-
-    Reading by offset needs no place in the file: threads and forked processes may share it.
-    """
-
-    def __init__(self, shard: Shard, spool: Spool, root: str):
-        again = "build the data set again"
-        url = shard.url if shard.url.startswith(PIPE) else os.path.join(root, shard.url)
-        try:
-            if (identity := shard_identity(url)) != shard.identity:
-                raise Refused("changed shard", f"shard {shard.url} has changed; {again}")
-            self.number, _ = open_shard(url, identity, spool)
-        except FileNotFoundError:
-            raise FileNotFoundError(f"shard {shard.url} is gone; put it back, or {again}") from None
-        if (size := os.fstat(self.number).st_size) != shard.size:
-            raise Refused(
-                "changed shard",
-                f"shard {shard.url} has {size:,} bytes and had {shard.size:,} when it was indexed; "
-                f"remove the folders {spool.folder} and {spool.folder.with_name('shards')} and "
-                f"{again}",
-            )
-
-    def __del__(self):
-        if hasattr(self, "number"):
-            os.close(self.number)
+def _open(shard: Shard, spool: Spool, root: str) -> OpenFile:
+    """An indexed shard, if it has not changed since. root: where relative paths go on from."""
+    again = "build the data set again"
+    url = shard.url if shard.url.startswith(PIPE) else os.path.join(root, shard.url)
+    try:
+        if (identity := shard_identity(url)) != shard.identity:
+            raise Refused("changed shard", f"shard {shard.url} has changed; {again}")
+        file = OpenFile(open_shard(url, identity, spool)[0])
+    except FileNotFoundError:
+        raise FileNotFoundError(f"shard {shard.url} is gone; put it back, or {again}") from None
+    if (size := os.fstat(file.number).st_size) != shard.size:
+        raise Refused(
+            "changed shard",
+            f"shard {shard.url} has {size:,} bytes and had {shard.size:,} when it was indexed; "
+            f"remove the folders {spool.folder} and {spool.folder.with_name('shards')} and {again}",
+        )
+    return file
 
 
 class TarMembers:
@@ -96,22 +84,10 @@ class TarMembers:
     ):
         self.keys, self.shards, self.max_bytes = index.keys, index.shards, max_bytes
         self.shard, self.offset, self.size = index.shard, index.offset, index.size
-        self._root = os.getcwd()  # relative paths go on from here, wherever the process goes
         self.spool = Spool(cache_folder(cache_dir) / "spool", spool_gigabytes)
         self._times: dict[int, str] = {}
-        self._start()
-
-    def _start(self) -> None:
-        self._opened = lru_cache(OPEN_SHARDS)(
-            partial(_Descriptor, spool=self.spool, root=self._root)
-        )
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "_opened"}
-
-    def __setstate__(self, state: dict) -> None:
-        vars(self).update(state)
-        self._start()
+        root = os.getcwd()  # relative paths go on from here, wherever the process goes
+        self._opened = OpenFiles(partial(_open, spool=self.spool, root=root), OPEN_SHARDS)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -141,7 +117,7 @@ class TarMembers:
                 f"{self.name(i)} has {size:,} bytes, more than max_bytes={self.max_bytes:,}; leave "
                 "it out or raise max_bytes",
             )
-        file = self._opened(self.shards[self.shard[i]])  # ours until we are done, though evicted
+        file = self._opened(self.shards[self.shard[i]])
         data = os.pread(file.number, size, offset)
         if len(data) < size:
             raise Refused(
@@ -223,16 +199,16 @@ def write_shards(
     old = _shards_in_the_way(folder, overwrite)
     with_ids = dataset.sample_ids.tolist() != list(range(len(dataset)))
     digits = max(5, len(str((len(dataset) - 1) // samples_per_shard)))
-    with _unfinished(folder) as unfinished:
+    with unfinished_folder(folder, ".unfinished-") as unfinished:
         pattern = f"{str(unfinished).replace('%', '%%')}/%0{digits}d.tar"
-        options = dict(maxcount=samples_per_shard, maxsize=1e18, verbose=0, post=_sync)
+        options = dict(maxcount=samples_per_shard, maxsize=1e18, verbose=0, post=sync)
         with ShardWriter(pattern, encoder=False, mtime=0, **options) as writer:  # type: ignore
             for row in range(len(dataset)):
                 writer.write(_sample(dataset, row, with_ids))
         for path in old:
             path.unlink()
         new = [path.rename(folder / path.name) for path in sorted(unfinished.iterdir())]
-    _sync(folder)
+    sync(folder)
     return new
 
 
@@ -250,25 +226,6 @@ def _shards_in_the_way(folder: Path, overwrite: bool) -> list[Path]:
             f"{folder} has {len(there)} shards; choose another folder, or overwrite=True"
         )
     return there
-
-
-@contextlib.contextmanager
-def _unfinished(folder: Path) -> Iterator[Path]:
-    """A folder within `folder`, absolute, that is gone afterwards."""
-    unfinished = folder.absolute() / f".unfinished-{uuid.uuid4().hex}"
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-    finally:
-        shutil.rmtree(unfinished)
-
-
-def _sync(path: str | os.PathLike) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sample(dataset: MultimodalDataset, row: int, with_id: bool) -> dict[str, str | bytes]:

@@ -6,7 +6,6 @@ hash of what is in it: renaming files, another order or more pictures move nothi
 `overlap` says in words what two parts share. Walk-through: notebooks/08_your_own_pictures.ipynb.
 """
 
-import copy
 import hashlib
 from collections import Counter
 from collections.abc import Hashable, Sequence
@@ -16,9 +15,11 @@ import numpy as np
 import torch
 
 from .captions import very_common
-from .dataset import MultimodalDataset, as_dataset
-from .duplicates import caption_key, rows_that_share, signatures
-from .image_duplicates import NEAR, exact_duplicates, near_duplicates
+from .dataset import MultimodalDataset
+from .duplicates import caption_key, signatures
+from .groups import exact_duplicates, rows_that_share
+from .image_duplicates import NEAR, near_duplicates
+from .loader import as_dataset
 
 Parts = tuple[MultimodalDataset, MultimodalDataset | None, MultimodalDataset | None]
 
@@ -150,14 +151,9 @@ def _refuse_empty(
 
 def _parts(dataset: MultimodalDataset, rows: list[np.ndarray]) -> Parts:
     """The parts of these rows; None for no rows. They share one tokenizer."""
-    whole = copy.copy(dataset)
-    if not dataset.given_tokenizer:
-        whole._tokenizer = object()  # or `subset` would train one on all captions
-    parts = [whole.subset(part) if len(part) else None for part in rows]
+    parts = [dataset.subset(part, own_tokenizer=True) if len(part) else None for part in rows]
     train = parts[0]
     assert train is not None  # refused above
-    if not dataset.given_tokenizer:
-        train._tokenizer = None
     for name, part in zip(("train", "val", "test"), parts, strict=True):
         if part is not None:
             part._tokenizer = train.tokenizer

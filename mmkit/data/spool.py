@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Refused
-from ..files import lock
+from ..files import lock, renamed
 
 BLOCK = 16_000_000  # bytes in memory while a shard is fetched
 GZIP = b"\x1f\x8b"
@@ -53,19 +53,14 @@ class Spool:
                 self._fetch(url, path)
 
     def _fetch(self, url: str, path: Path) -> None:
-        part = path.with_suffix(".part")  # what a killed process left is written over
-        try:
-            with open(part, "wb", buffering=0) as file:
+        with renamed(path) as file:
 
-                def write(block: bytes) -> None:
-                    file.write(block)
-                    self._make_room(part, url)
+            def write(block: bytes) -> None:
+                file.write(block)
+                file.flush()
+                self._make_room(Path(file.name), url)
 
-                _copy(url, write)
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+            _copy(url, write)
 
     def _make_room(self, part: Path, url: str) -> None:
         """Remove shards until all fit, the one being written included."""

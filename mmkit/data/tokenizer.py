@@ -41,15 +41,7 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int | None = None):
     The same captions give the same vocabulary and the same ids, whatever their order. Raises
     ValueError without texts, or where vocab_size does not hold the letters.
     """
-    from tokenizers import (
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
+    from tokenizers import normalizers, processors, trainers
 
     if not texts:
         raise ValueError("0 captions to train a tokenizer on; give at least one")
@@ -66,19 +58,6 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int | None = None):
             f"{needed} pieces; give more, or None"
         )
 
-    def untrained(vocab):
-        tokenizer = Tokenizer(
-            models.WordPiece(
-                vocab, unk_token=SPECIAL_TOKENS["unk_token"], max_input_chars_per_word=LONGEST_WORD
-            )
-        )
-        tokenizer.normalizer, tokenizer.pre_tokenizer = (
-            normalizer,
-            pre_tokenizers.BertPreTokenizer(),
-        )
-        tokenizer.decoder = decoders.WordPiece()
-        return tokenizer
-
     # The trainer numbers inner letters in the order of a hash map, another in each process, and
     # that order breaks its ties; naming them beforehand makes the result a function of the
     # captions.
@@ -89,13 +68,26 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int | None = None):
         special_tokens=special + inner,
         show_progress=False,
     )
-    raw = untrained({})
+    raw = _wordpiece({}, normalizer)
     raw.train_from_iterator(unique, trainer)
     pieces = special + sorted(raw.get_vocab().keys() - set(special))
-    tokenizer = untrained({piece: i for i, piece in enumerate(pieces)})
+    tokenizer = _wordpiece({piece: i for i, piece in enumerate(pieces)}, normalizer)
     ends = [(token, pieces.index(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
     return _wrap(tokenizer.to_str(), SPECIAL_TOKENS)
+
+
+def _wordpiece(vocab: dict[str, int], normalizer):
+    """A `tokenizers` WordPiece of this vocabulary, empty before it is trained."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    unknown = SPECIAL_TOKENS["unk_token"]
+    tokenizer = Tokenizer(
+        models.WordPiece(vocab, unk_token=unknown, max_input_chars_per_word=LONGEST_WORD)
+    )
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
 
 
 def _wrap(tokenizer_json: str, special_tokens: dict):
@@ -264,6 +256,14 @@ def word_ids(tokenizer) -> Tensor:
     """Ids of all pieces that are not `special_ids`, sorted."""
     ids = torch.arange(len(tokenizer), device="cpu")
     return ids[~torch.isin(ids, special_ids(tokenizer))]
+
+
+def token_frequency(tokenizer, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    """(V,) share of each token among those of captions (M, L) of these lengths, ends left out."""
+    inside = torch.arange(input_ids.shape[1]) < lengths[:, None]
+    words = inside & ~torch.isin(input_ids, special_ids(tokenizer))
+    counts = torch.bincount(input_ids[words], minlength=len(tokenizer))
+    return counts / counts.sum().clamp(min=1)
 
 
 def continues_word(tokenizer) -> Tensor:

@@ -1,7 +1,8 @@
 """What a model can do: retrieval, zero-shot classes, reconstruction, probes."""
 
 from .reconstruction import evaluate_reconstruction, put_back
-from .retrieval import Index, embed, embed_texts, evaluate, mean_recall, recall_at_k, zero_shot
+from .retrieval import embed, embed_texts, evaluate, mean_recall, recall_at_k
+from .search import Index
 
 __all__ = [
     "Index",
@@ -12,5 +13,4 @@ __all__ = [
     "mean_recall",
     "put_back",
     "recall_at_k",
-    "zero_shot",
 ]

@@ -38,7 +38,7 @@ Families = tuple[Labels, Labels]  # of the training rows, of the test rows
 # ---- features ------------------------------------------------------------------------------------
 
 
-def pooled_states(
+def pooled_states(  # noqa: PLR0913 (by name)
     model: MultimodalEncoder,
     dataset: MultimodalDataset,
     tower: str = "image",
@@ -356,7 +356,7 @@ def _interval(drawn: np.ndarray, value: float) -> list[float]:
 # ---- all in one ----------------------------------------------------------------------------------
 
 
-def probe(
+def probe(  # noqa: PLR0913 (by name)
     model: MultimodalEncoder,
     train: MultimodalDataset,
     test: MultimodalDataset,

@@ -13,21 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..collective import joint
 from ..config import TrainingConfig
 from ..data.batch import Batch
-from ..data.dataset import MultimodalDataset, as_dataset
+from ..data.dataset import MultimodalDataset
+from ..data.loader import as_dataset
 from ..device import autocast_for
-from ..distributed import joint, my_share, sum_over_processes
+from ..distributed import my_share, sum_over_processes
 from ..errors import nearest
-from ..masking.core import Masking
-from ..masking.draw import draw_maskings
-from ..masking.plan import validation_masks
+from ..losses import patch_stats
+from ..masking.core import Masking, patch_grid
+from ..masking.plan import draw_maskings, validation_masks
 from ..models.attention import at_rest
 from ..models.decoder import Wanted
 from ..models.encoder import EncoderOutput, MultimodalEncoder
 from ..models.patches import paint_mask, patchify, unpatchify
 from ..noise import mask_noise
-from ..objective import num_pairs, term_sums
+from ..objective import Maskings, num_pairs, term_sums
 
 SEES = ("right", "none", "wrong")  # the other modality: the pair's own, none at all, another pair's
 _TOP = 5
@@ -85,12 +87,7 @@ def put_back(
     without a decoder.
     """
     decoder = _decoder(model)
-    wanted = Wanted(
-        contrast=False,
-        pixels=decoder.spec["pixels"] and image_masking is not None,
-        words=decoder.spec["words"] and text_masking is not None,
-        sees=partners(batch.correct(), sees),
-    )
+    wanted = _wanted(decoder, (image_masking, text_masking), partners(batch.correct(), sees))
     back = PutBack(*[None] * 6)
     if not wanted.put_back:
         return back
@@ -114,6 +111,14 @@ def _decoder(model: MultimodalEncoder):
     return model.decoder
 
 
+def _wanted(decoder, maskings: Maskings, sees: Tensor | None, **more) -> Wanted:
+    """All that the decoder has heads for and that something is masked of."""
+    image, text = maskings
+    pixels = decoder.spec["pixels"] and image is not None
+    words = decoder.spec["words"] and text is not None
+    return Wanted(contrast=False, pixels=pixels, words=words, sees=sees, **more)
+
+
 def _brightness(model: MultimodalEncoder, pixels: Tensor) -> Tensor:
     """Normalised pixels (B, 3, H, W) as fractions of full brightness."""
     mean, std = model.pixel_stats.unbind()
@@ -127,9 +132,9 @@ def _fill_pictures(
     whole = model.normalize(batch.pixel_values)
     patches = patchify(whole, p)
     if _decoder(model).norm_pix_loss:
-        variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-        predicted = predicted * (variance + 1e-6).sqrt() + mean
-    grid = (whole.shape[2] // p, whole.shape[3] // p)
+        mean, deviation = patch_stats(patches)
+        predicted = predicted * deviation + mean
+    grid = patch_grid(whole, p)
     pixels = _brightness(model, unpatchify(predicted, p, grid)).clamp(0, 1)
     back.predictions = patchify(pixels, p)
     true = patchify(_brightness(model, whole), p)
@@ -193,7 +198,7 @@ def mean_patches(dataset: MultimodalDataset, patch_size: int, chunk: int = 256) 
 
 @joint("mm.evaluate_reconstruction")
 @torch.no_grad()
-def evaluate_reconstruction(
+def evaluate_reconstruction(  # noqa: PLR0913 (by name)
     model: MultimodalEncoder,
     dataset: MultimodalDataset,
     *,
@@ -236,18 +241,13 @@ def evaluate_reconstruction(
                 continue
         with at_rest(model), autocast_for(mixed_precision, device):
             maskings = draw_maskings(
-                batch, model, seed=seed, epoch=0, image=image_mask, text=text_mask,
+                batch, model.token_info, seed=seed, epoch=0, image=image_mask, text=text_mask,
                 text_mode=text_mode, predict_words=True, layers=dataset.layers,
             )  # fmt: skip
             matching = decoder.spec["matching"] and sees == "right"
-            wanted = Wanted(
-                contrast=False,
-                view=view,
-                pixels=decoder.spec["pixels"] and maskings[0] is not None,
-                words=decoder.spec["words"] and maskings[1] is not None,
-                matching=mask_noise(seed, 0, batch.sample_ids, 2, "matching") if matching else None,
-                sees=partners(batch.correct(), sees),
-            )
+            noise = mask_noise(seed, 0, batch.sample_ids, 2, "matching") if matching else None
+            seen = partners(batch.correct(), sees)
+            wanted = _wanted(decoder, maskings, seen, view=view, matching=noise)
             if not wanted.put_back:
                 break  # the same in all processes; one without rows waits for their sums
             out = model(batch, *maskings, image_mode, text_mode, wanted)
@@ -330,7 +330,12 @@ def example_pictures(
     image = validation_masks(config)["image_mask"]
     with at_rest(model):
         masking, _ = draw_maskings(
-            batch, model, seed=config.seed, epoch=0, image=image, layers=dataset.layers
+            batch,
+            model.token_info,
+            seed=config.seed,
+            epoch=0,
+            image=image,
+            layers=dataset.layers,
         )
     back = put_back(model, batch, masking, image_mode=config.image_mask_mode)
     original = batch.pixel_values

@@ -5,9 +5,8 @@ pictures that have it (captions.py). Shapes: N pictures, M captions, K of a pict
 Walk-through: notebooks/04_retrieval.ipynb.
 """
 
-import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.batch import Batch
+from ..collective import joint
 from ..data.captions import clean_caption, correct_pairs, partner_counts
-from ..data.dataset import MultimodalDataset, as_dataset
-from ..data.images import as_if_not_normalised, as_seen, read_picture, square
+from ..data.dataset import MultimodalDataset
+from ..data.images import as_if_not_normalised
+from ..data.loader import as_dataset
 from ..data.tokenizer import encode_texts
 from ..device import autocast_for
-from ..distributed import gather_rows, joint, my_share, world
+from ..distributed import gather_rows, my_share, world
 from ..losses import check_loss, info_nce_rows, say_if_no_unit_vectors, sigmoid_rows, similarity
-from ..masking.draw import draw_maskings
+from ..masking.plan import draw_image_masking, draw_text_masking
 from ..masking.text import maskable_words
 from ..models.attention import at_rest
 from ..models.encoder import MultimodalEncoder
@@ -55,7 +55,7 @@ def _my_chunks(count: int, size: int) -> list[Tensor]:
 
 
 @joint("mm.embed, by itself or in mm.evaluate, mm.Index, probe")
-def embed(
+def embed(  # noqa: PLR0913 (by name)
     model: MultimodalEncoder,
     dataset: MultimodalDataset,
     *,
@@ -86,7 +86,7 @@ def embed(
 
 
 @joint("mm.embed, by itself or in mm.evaluate, mm.Index, probe")
-def of_pictures(
+def of_pictures(  # noqa: PLR0913 (by name)
     model: MultimodalEncoder,
     dataset: MultimodalDataset,
     encode: Callable[..., Tensor],
@@ -113,8 +113,14 @@ def of_pictures(
             _say_if_not_normalised(model, batch.pixel_values)
         hidden = _of_rows(mask, rows, len(dataset))
         with at_rest(model), autocast:
-            masking, _ = draw_maskings(
-                batch, model, image=hidden, seed=seed, epoch=0, layers=dataset.layers
+            masking = draw_image_masking(
+                batch.pixel_values,
+                batch.sample_ids,
+                model.token_info,
+                hidden,
+                seed=seed,
+                epoch=0,
+                layers=dataset.layers,
             )
             parts.append(encode(batch.pixel_values, masking, mode).float())
     features = _joined(parts, width, device)
@@ -128,7 +134,7 @@ def _say_if_not_normalised(model: MultimodalEncoder, pixel_values: Tensor) -> No
 
 
 @joint("mm.embed, by itself or in mm.evaluate, mm.Index, probe")
-def of_captions(
+def of_captions(  # noqa: PLR0913 (by name)
     model: MultimodalEncoder,
     dataset: MultimodalDataset,
     encode: Callable[..., Tensor],
@@ -158,11 +164,13 @@ def of_captions(
         longest = int(lengths[rows].max())
         valid = torch.arange(longest) < lengths[rows, None]
         ids, owner = input_ids[rows, :longest].long(), picture[rows]
-        # No pixels are needed here: the ids stand in for them.
-        batch = Batch(ids, ids, valid, dataset.sample_ids[owner]).to(device)
+        ids, valid = ids.to(device), valid.to(device)
         with at_rest(model), autocast:
-            _, masking = draw_maskings(batch, model, text=mask, text_mode=mode, seed=seed, epoch=0)
-            parts.append(encode(batch.input_ids, batch.valid, masking, mode).float())
+            owners = dataset.sample_ids[owner].to(device)
+            masking = draw_text_masking(
+                ids, valid, owners, model.token_info, mask, seed=seed, epoch=0, mode=mode
+            )
+            parts.append(encode(ids, valid, masking, mode).float())
     return _joined(parts, width, device)
 
 
@@ -399,23 +407,6 @@ def embed_texts(model: MultimodalEncoder, texts: Sequence[str], batch_size: int 
     return torch.cat(features)
 
 
-def zero_shot(
-    model: MultimodalEncoder, features: Features, prompts: Mapping[str, str | Sequence[str]]
-) -> tuple[Tensor, Tensor]:
-    """Classify pictures by texts alone: each class is the mean of its prompts' features.
-
-    A class of one prompt may give it as it is. Returns the winning class's number (N,) in the order
-    of `prompts`, and all cosines (N, classes). Raises ValueError for a class without a prompt.
-    """
-    if not isinstance(prompts, Mapping) or not prompts:
-        raise ValueError(f"prompts={prompts!r}: give a dict, {{class: its prompts}}")
-    lists = [[texts] if isinstance(texts, str) else list(texts) for texts in prompts.values()]
-    means = [embed_texts(model, texts).mean(0) for texts in lists]
-    classes = torch.nn.functional.normalize(torch.stack(means), dim=-1)
-    scores = similarity(features.image_features, classes)
-    return scores.argmax(1), scores
-
-
 def patch_word_similarity(
     model: MultimodalEncoder, picture: Tensor, text: str
 ) -> tuple[list[str], Tensor]:
@@ -438,64 +429,3 @@ def patch_word_similarity(
     normal = torch.nn.functional.normalize
     cosines = normal(words[inside], dim=-1) @ normal(patches, dim=-1).T
     return model.tokenizer.convert_ids_to_tokens(input_ids[0, inside]), cosines.cpu()
-
-
-@dataclass
-class Hit:
-    """One result of a search."""
-
-    row: int  # row of the data set
-    score: float  # cosine with the query, in [-1, 1]
-    text: str  # the picture's canonical caption
-    sample_id: int
-
-
-class Index:
-    """A data set's pictures, ready to be searched by words or by a picture.
-
-    Raises ValueError for an empty query or more results than pictures.
-    """
-
-    def __init__(
-        self, model: MultimodalEncoder, dataset: MultimodalDataset, mixed_precision: str = "auto"
-    ):
-        self.model, self.dataset = model, as_dataset(dataset, "dataset")
-        self.features = embed(model, dataset, mixed_precision=mixed_precision)
-
-    def query(self, query) -> Tensor:
-        """Unit-length feature (D,) of a text or a picture (see `search`)."""
-        if isinstance(query, str) and not query.lower().endswith(
-            (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-        ):
-            return embed_texts(self.model, [query])[0]
-        if not (isinstance(query, str | os.PathLike | Tensor | np.ndarray)
-                or hasattr(query, "convert") or hasattr(query, "read")):  # fmt: skip
-            raise ValueError(
-                f"query={query!r} is neither words nor an image; give a text, the path of a file, "
-                "a PIL image or a tensor (3, H, W)"
-            )
-        if isinstance(query, Tensor | np.ndarray):
-            pixels = torch.as_tensor(query)
-            _say_if_not_normalised(self.model, pixels)
-        else:
-            picture = as_seen(query) if hasattr(query, "convert") else read_picture(query)
-            pixels = square(self.model.image_size)(picture)
-        device = self.model.logit_scale.device
-        with at_rest(self.model):
-            return self.model.encode_image(pixels[None].to(device))[0].cpu()
-
-    def search(self, query, k: int = 10) -> list[Hit]:
-        """The k pictures nearest to a text or a picture, best first.
-
-        A picture is a file name with a picture's ending, a PIL image or a uint8 tensor (3, H, W).
-        """
-        if not 1 <= k <= len(self.dataset):
-            raise ValueError(
-                f"k={k} must be between 1 and the {len(self.dataset)} pictures of the index"
-            )
-        scores = similarity(self.features.image_features, self.query(query)[None])[:, 0]
-        best = scores.topk(k)
-        return [
-            Hit(row, value, self.dataset.texts[row][0], int(self.dataset.sample_ids[row]))
-            for value, row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        ]

@@ -1,10 +1,18 @@
 """Noise becomes a `Masking`: which patches and tokens the encoder sees."""
 
-from ..config import RATIO_SCHEDULES
 from ..noise import mask_noise
-from .core import Masking, hide_largest, keep_visible
-from .draw import caption_of, draw_maskings, find_masker, mask_ratios
+from ..schedules import RATIO_SCHEDULES
+from .core import Masking, TokenInfo, hide_largest, keep_visible
 from .image import IMAGE_MASKERS, Scene, random_mask
+from .plan import (
+    MaskPlan,
+    caption_of,
+    draw_image_masking,
+    draw_maskings,
+    draw_text_masking,
+    find_masker,
+    mask_ratios,
+)
 from .text import TEXT_MASKERS, Caption, maskable_words, random_text_mask
 
 __all__ = [
@@ -12,10 +20,14 @@ __all__ = [
     "RATIO_SCHEDULES",
     "TEXT_MASKERS",
     "Caption",
+    "MaskPlan",
     "Masking",
     "Scene",
+    "TokenInfo",
     "caption_of",
+    "draw_image_masking",
     "draw_maskings",
+    "draw_text_masking",
     "find_masker",
     "hide_largest",
     "keep_visible",

@@ -7,11 +7,14 @@ that a mask is never stored and can always be replayed. Shapes: B batch, N token
 After He et al. 2022 (arXiv:2111.06377), section 3. Walk-through: notebooks/02_masking.ipynb.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..data.tokenizer import continues_word, special_ids, word_ids
 
 
 @dataclass
@@ -28,6 +31,30 @@ class Masking:
     def __getitem__(self, rows) -> "Masking":
         parts = (self.mask, self.ids_keep, self.ids_restore, self.keep_valid, self.substitute)
         return Masking(*(None if part is None else part[rows] for part in parts))  # type: ignore
+
+
+@dataclass
+class TokenInfo:
+    """What maskers need to know of a model: how it cuts images and captions into tokens."""
+
+    patch_size: int  # side of a patch, in pixels
+    special_ids: Tensor  # (S,) ids of tokens that are never masked
+    maskable_ids: Tensor  # (W,) ids of all others
+    is_subword: Tensor  # (V,) bool, True = a token that goes on with the word before it
+    frequency: Tensor | None = None  # (V,) of each token in training, for the masker of that name
+    # (B, 3, H, W) pixels -> (B, N) attention to each patch, for "attentive" and "inattentive"
+    attend: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def of(cls, tokenizer, patch_size: int) -> "TokenInfo":
+        """That of a tokenizer alone, where there is no model."""
+        ids = (special_ids(tokenizer), word_ids(tokenizer), continues_word(tokenizer))
+        return cls(patch_size, *ids)
+
+
+def patch_grid(pixel_values: Tensor, patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches of images (..., H, W)."""
+    return pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
 
 
 # -- from an order to a mask -----------------------------------------------------------------

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..masking.core import patch_grid
+
 
 @contextlib.contextmanager
 def at_rest(model):
@@ -50,8 +52,8 @@ def class_attention(vit: Any, pixels: Tensor, half: bool = False, of: str = "cls
     After Yang et al. 2023 (A-CLIP, arXiv:2212.08653), whose features are the class token.
     """
     patch = vit.config.patch_size
-    grid = (pixels.shape[2] // patch, pixels.shape[3] // patch)
-    small = tuple((side + 1) // 2 for side in grid) if half else grid
+    grid = patch_grid(pixels, patch)
+    small = ((grid[0] + 1) // 2, (grid[1] + 1) // 2) if half else grid
     embeddings = vit.embeddings
     place = embeddings.position_embeddings  # (1, 1 + N, D)
     if small != grid:

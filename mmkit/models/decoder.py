@@ -186,7 +186,7 @@ class MultimodalDecoder(nn.Module):
     speaks of patches of mean 0 and deviation 1. Raises ValueError for a head that cannot be.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (by name)
         self,
         vit_config,
         bert_config,

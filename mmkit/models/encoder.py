@@ -10,50 +10,28 @@ notebooks/03_training.ipynb.
 import contextlib
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.batch import Batch
-from ..data.tokenizer import (
-    continues_word,
-    special_ids,
-    tokenizer_from_state,
-    tokenizer_state,
-    word_ids,
-)
+from ..data.tokenizer import continues_word, special_ids, word_ids
 from ..errors import nearest
 from ..losses import check_loss
-from ..masking.core import Masking
+from ..masking.core import Masking, TokenInfo
+from .architecture import architecture_of, build, settings_of
 from .attention import class_attention, key_mask
 from .decoder import Encoded, MultimodalDecoder, Wanted
-from .layers import bert_states, dropouts, has_hook, own_layers, vit_layers
-from .patches import patchify, pick_tokens, resize_positions
-from .pretrained import (
-    check_towers,
-    checkpoint_config,
-    hub_options,
-    load_tokenizer,
-    load_tower,
-    pixel_statistics,
-)
+from .layers import bert_states, own_layers, projected, vit_layers
+from .patches import patchify, pick_tokens
+from .presets import build_preset
+from .pretrained import check_towers, checked_stats, join_backbones, resize_vit
 from .sharing import Exportable
 
-# picture side and patch in pixels; width, depth, heads of each tower; text length; common space
-PRESETS: dict[str, dict[str, Any]] = {
-    "tiny": dict(image=64, patch=8, vit=(192, 6, 3), bert=(192, 4, 3), length=32, embed_dim=192),
-    "small": dict(
-        image=224, patch=16, vit=(384, 12, 6), bert=(384, 6, 6), length=64, embed_dim=256
-    ),
-    "base": dict(
-        image=224, patch=16, vit=(768, 12, 12), bert=(768, 12, 12), length=77, embed_dim=512
-    ),
-}
-MAX_LOGIT_SCALE = math.log(
-    100
-)  # CLIP's clamp: a smaller temperature than 0.01 makes training unstable
+# CLIP's clamp: a smaller temperature than 0.01 makes training unstable
+MAX_LOGIT_SCALE = math.log(100)
 
 
 @dataclass
@@ -105,7 +83,7 @@ class MultimodalEncoder(nn.Module, Exportable):
     token_frequency: Tensor | None = None
     trained_steps = 0  # optimizer steps that have been applied to these weights, as far as known
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (by name)
         self,
         vit_config,
         bert_config,
@@ -114,6 +92,7 @@ class MultimodalEncoder(nn.Module, Exportable):
         dropout: float = 0.0,
         temperature: float = 0.07,
         pooling: str = "mean",
+        *,
         image_mean=(0.5, 0.5, 0.5),
         image_std=(0.5, 0.5, 0.5),
         loss: str = "info_nce",
@@ -125,11 +104,7 @@ class MultimodalEncoder(nn.Module, Exportable):
         check_loss(loss)
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature={temperature} must be above 0, such as 0.07")
-        if len(image_mean) != 3 or len(image_std) != 3 or not min(image_std) > 0:
-            raise ValueError(
-                f"image_mean={image_mean} and image_std={image_std} must have three numbers each, "
-                "one per channel, and those of image_std be above 0"
-            )
+        stats = checked_stats(image_mean, image_std)
         self.tokenizer, self.pooling = tokenizer, pooling
         self.image_size, self.patch_size = vit_config.image_size, vit_config.patch_size
         self.num_patches = (self.image_size // self.patch_size) ** 2
@@ -144,8 +119,7 @@ class MultimodalEncoder(nn.Module, Exportable):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))  # SigLIP's start; only its loss uses it
         self.decoder: MultimodalDecoder | None = None
-        stats = torch.tensor([image_mean, image_std], dtype=torch.float32)
-        self.register_buffer("pixel_stats", stats.reshape(2, 3, 1, 1))
+        self.register_buffer("pixel_stats", stats)
         self.register_buffer("special_ids", special_ids(tokenizer), persistent=False)
         self.register_buffer("word_ids", word_ids(tokenizer), persistent=False)
         self.register_buffer("continues_word", continues_word(tokenizer), persistent=False)
@@ -167,22 +141,7 @@ class MultimodalEncoder(nn.Module, Exportable):
         to the power of -1/2 instead of 0.02, positions of the BERT with 0.005 (on the built-in
         pictures a quarter fewer steps to R@1 45 %: python -m tests.benchmarks.start).
         """
-        from transformers import BertConfig
-
-        if name not in PRESETS:
-            raise ValueError(f"preset {name!r} is not known; {nearest(name, PRESETS)}")
-        size, drop = PRESETS[name], _drop(dropout)
-        vit = _preset_vit(name, dropout)
-        vocab = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
-        bert = BertConfig(
-            max_position_embeddings=size["length"], **vocab, **_tower(*size["bert"]), **drop
-        )
-        model = cls(vit, bert, tokenizer, size["embed_dim"], dropout, temperature, pooling)
-        parts = model.bert.embeddings
-        with torch.no_grad():  # what all captions share must not drown what tells them apart
-            for part in (parts.position_embeddings, parts.token_type_embeddings):
-                part.weight.mul_(0.25)
-        return model
+        return build_preset(cls, name, tokenizer, dropout, temperature, pooling)
 
     @classmethod
     def from_backbones(
@@ -199,27 +158,27 @@ class MultimodalEncoder(nn.Module, Exportable):
         image_backbone may also be a preset's name or a ViTConfig: a new ViT of that size beside a
         pretrained BERT, such as the one of `mm.minilm()`, which needs no network. Pixel statistics
         come from the checkpoint's own preprocessor. image_size: None = that of the ViT, another one
-        as by `resize`. options: dropout (of the projections and of a
-        preset's new ViT; a checkpoint keeps its towers' own), temperature, pooling (take the one
-        that the BERT was trained with: "mean" for sentence-transformers). Reads safetensors or
-        weights-only files, never code. Raises FileNotFoundError, and soon, where there is no such
-        folder and no network, ValueError for a BERT without its tokenizer's vocabulary.
+        as by `resize`. options: dropout (of the projections and of a preset's new ViT; a checkpoint
+        keeps its towers' own), temperature, pooling (take the one that the BERT was trained with:
+        "mean" for sentence-transformers). Reads safetensors or weights-only files, never code.
+        Raises FileNotFoundError, and soon, where there is no such folder and no network, ValueError
+        for a BERT without its tokenizer's vocabulary.
         """
-        from transformers import BertModel, ViTModel
+        return join_backbones(cls, image_backbone, text_backbone, embed_dim, image_size, options)
 
-        hub = hub_options(text_backbone)
-        text_config = checkpoint_config(text_backbone, "bert", hub)
-        new = _new_vit(image_backbone, options.get("dropout", 0.0))
-        image_hub = {} if new else hub_options(image_backbone)
-        image_config = new or checkpoint_config(image_backbone, "vit", image_hub)
-        if new is None:
-            options = pixel_statistics(image_backbone, image_hub) | options
-        tokenizer = load_tokenizer(text_backbone, hub)
-        model = cls(image_config, text_config, tokenizer, embed_dim, **options)
-        if new is None:
-            model.vit = load_tower(ViTModel, image_backbone, image_config, image_hub)
-        model.bert = load_tower(BertModel, text_backbone, text_config, hub)
-        return model if image_size is None else model.resize(image_size)
+    @classmethod
+    def from_architecture(cls, spec: dict) -> "MultimodalEncoder":
+        """An encoder of that architecture, its weights still to be loaded."""
+        return build(cls, spec)
+
+    def architecture(self) -> dict:
+        """What `from_architecture` needs to build the same encoder: plain values only."""
+        return architecture_of(self)
+
+    def settings(self) -> dict[str, Any]:
+        """What `TrainingConfig` has of a model: preset ("own" where it is none), dropout (the
+        largest), temperature (as learned)."""
+        return settings_of(self)
 
     def to_device(self, device) -> "MultimodalEncoder":
         """Move to a device and pick the attention that is fast there (equal up to rounding).
@@ -240,20 +199,8 @@ class MultimodalEncoder(nn.Module, Exportable):
 
         Call it before a trainer is built. Raises ValueError for no multiple of the patch.
         """
-        p = self.patch_size
-        if image_size < p or image_size % p:
-            raise ValueError(
-                f"image_size={image_size} is not a multiple of patch_size {p}; try "
-                f"{image_size - image_size % p or p}"
-            )
-        side, parts = image_size // p, self.vit.embeddings
-        first, rest = parts.position_embeddings.detach().split([1, self.num_patches], 1)
-        moved = torch.cat([first, resize_positions(rest, side)], 1)
-        learns = parts.position_embeddings.requires_grad
-        parts.position_embeddings = nn.Parameter(moved, requires_grad=learns)
-        parts.image_size = parts.patch_embeddings.image_size = (image_size, image_size)
-        parts.patch_embeddings.num_patches = self.num_patches = side**2
-        self.image_size = self.vit.config.image_size = image_size
+        side = resize_vit(self.vit, image_size)
+        self.image_size, self.num_patches = image_size, side**2
         if self.decoder is not None:
             self.decoder.set_grid(side)
         return self
@@ -305,7 +252,7 @@ class MultimodalEncoder(nn.Module, Exportable):
         patches = self._normalize_patches(patches)
         if masking is not None and mode == "drop" and masking.keep_valid is not None:
             patches = patches.masked_fill(~masking.keep_valid[..., None], 0)  # nor does the filler
-        x = _projected(patches, embeddings.patch_embeddings.projection)
+        x = projected(patches, embeddings.patch_embeddings.projection)
         if masking is not None and mode == "replace":
             x = torch.where(masking.mask[..., None], self.image_mask_token.to(x.dtype), x)
         first = (embeddings.cls_token + positions[:, :1]).expand(len(x), -1, -1)
@@ -337,6 +284,12 @@ class MultimodalEncoder(nn.Module, Exportable):
         """
         return class_attention(self.vit, self.normalize(pixel_values), half, of=self.pooling)
 
+    @property
+    def token_info(self) -> TokenInfo:
+        """What maskers need to know of this model."""
+        ids = (self.special_ids, self.word_ids, self.continues_word)
+        return TokenInfo(self.patch_size, *ids, self.token_frequency, self.class_attention)
+
     def encode_image(
         self, pixel_values: Tensor, masking: Masking | None = None, mode: str = "drop"
     ):
@@ -348,10 +301,7 @@ class MultimodalEncoder(nn.Module, Exportable):
         return self._image_features(tokens, _kept(masking, mode))
 
     def _image_features(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        if self.pooling == "cls":
-            pooled = tokens[:, 0]
-        else:
-            pooled = tokens[:, 1:].mean(1) if real is None else _mean(tokens[:, 1:], real)
+        pooled = tokens[:, 0] if self.pooling == "cls" else _mean(tokens[:, 1:], real)
         return F.normalize(self.image_projection(pooled).float(), dim=-1)
 
     # -- texts -------------------------------------------------------------------------------
@@ -437,15 +387,9 @@ class MultimodalEncoder(nn.Module, Exportable):
         scale, bias = self.logit_scale.clone(), self.logit_bias.clone()
         if not wanted.contrast:  # and what no loss uses it would wait for
             scale, bias = scale.detach(), bias.detach()
-        return EncoderOutput(
-            image_features,
-            text_features,
-            None if image is None else image.states,
-            None if text is None else text.states,
-            scale,
-            bias,
-            **back,
-        )
+        image_tokens, text_tokens = (None if x is None else x.states for x in (image, text))
+        features = (image_features, text_features)
+        return EncoderOutput(*features, image_tokens, text_tokens, scale, bias, **back)
 
     def _views(self, batch: Batch, masked: tuple, wanted: Wanted) -> tuple:
         """(image, text) `Encoded` of the masked view and (image, text) features; None = not needed.
@@ -479,62 +423,6 @@ class MultimodalEncoder(nn.Module, Exportable):
                 text_features = self._text_features(text.states, text.real)
         return image, text, image_features, text_features
 
-    def architecture(self) -> dict:
-        """What `from_architecture` needs to build the same encoder: plain values only."""
-        frequency = self.token_frequency
-        return {
-            "vit": _plain(self.vit.config),
-            "bert": _plain(self.bert.config),
-            "embed_dim": self.embed_dim,
-            "dropout": self.dropout,
-            "pooling": self.pooling,
-            "tokenizer": tokenizer_state(self.tokenizer),
-            **({} if self.loss == "info_nce" else {"loss": self.loss}),
-            **({} if frequency is None else {"token_frequency": frequency.tolist()}),
-            **({} if self.decoder is None else {"decoder": self.decoder.spec}),
-        }
-
-    def settings(self) -> dict[str, Any]:
-        """What `TrainingConfig` has of a model: preset ("own" where it is none), dropout (the
-        largest), temperature (as learned)."""
-
-        def tower(config) -> tuple[int, int, int]:
-            return config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-
-        sizes = dict(image=self.image_size, patch=self.patch_size, vit=tower(self.vit.config))
-        sizes |= dict(bert=tower(self.bert.config), length=self.max_length)
-        sizes |= dict(embed_dim=self.embed_dim)
-        scale = self.logit_scale.item()
-        return {
-            "preset": next((name for name, size in PRESETS.items() if size == sizes), "own"),
-            "dropout": max(dropouts(self)),
-            "temperature": round(math.exp(-scale), 6) if math.isfinite(scale) else None,
-        }
-
-    @classmethod
-    def from_architecture(cls, spec: dict) -> "MultimodalEncoder":
-        """An encoder of that architecture, its weights still to be loaded."""
-        from transformers import BertConfig, ViTConfig
-
-        spec = dict(spec)
-        heads, frequency = spec.pop("decoder", None), spec.pop("token_frequency", None)
-        vit = ViTConfig(**_settings(ViTConfig, spec.pop("vit")))
-        bert = BertConfig(**_settings(BertConfig, spec.pop("bert")))
-        with torch.random.fork_rng(devices=[]):  # weights to be replaced use up no draws
-            model = cls(vit, bert, tokenizer_from_state(spec.pop("tokenizer")), **spec)
-            model.token_frequency = None if frequency is None else torch.tensor(frequency)
-            return model if heads is None else model.add_decoder(**heads)
-
-
-def _projected(patches: Tensor, projection: nn.Module) -> Tensor:
-    """Patches (B, K, 3 * p * p) by a ViT's patch projection: (B, K, D)."""
-    weight = cast(Tensor, projection.weight)
-    patches = patches.to(weight.dtype)
-    if type(projection) is nn.Conv2d and not has_hook(projection):  # a product serves for it
-        return F.linear(patches, weight.flatten(1), projection.bias)
-    single = patches.flatten(0, 1).unflatten(1, weight.shape[1:])
-    return projection(single).flatten(1).unflatten(0, patches.shape[:2])
-
 
 def _kept(masking: Masking | None, mode: str) -> Tensor | None:
     """(B, K) bool, which of the kept tokens are no filler; None where there is none."""
@@ -546,8 +434,10 @@ def _with_class_token(real: Tensor | None) -> Tensor | None:
     return None if real is None else F.pad(real, (1, 0), value=True)
 
 
-def _mean(tokens: Tensor, real: Tensor) -> Tensor:
-    """Mean (B, D) of the real ones among tokens (B, K, D)."""
+def _mean(tokens: Tensor, real: Tensor | None) -> Tensor:
+    """Mean (B, D) of the real ones among tokens (B, K, D); None = all are."""
+    if real is None:
+        return tokens.mean(1)
     weight = real[..., None].to(tokens.dtype)
     return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
 
@@ -555,52 +445,3 @@ def _mean(tokens: Tensor, real: Tensor) -> Tensor:
 def _check_mode(mode: str, known: tuple[str, ...]):
     if mode not in known:
         raise ValueError(f"mode={mode!r} is not known; {nearest(mode, known)}")
-
-
-def _tower(width: int, depth: int, heads: int) -> dict:
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    return dict(zip(names, (width, depth, heads, 4 * width), strict=True))
-
-
-def _drop(dropout: float) -> dict:
-    return dict(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
-
-
-def _preset_vit(name: str, dropout: float):
-    """The ViTConfig of a preset."""
-    from transformers import ViTConfig
-
-    size = PRESETS[name]
-    sides = dict(image_size=size["image"], patch_size=size["patch"])
-    tower = _tower(*size["vit"])
-    # The usual 0.02 is that of width 768: narrower towers would hardly add to their input at first.
-    start = dict(initializer_range=tower["hidden_size"] ** -0.5)
-    return ViTConfig(**sides, **tower, **start, **_drop(dropout))
-
-
-def _new_vit(backbone, dropout: float):
-    """The config of a ViT without weights: a preset's, or one that is given; None = a checkpoint's.
-
-    A folder that is called like a preset is meant by "./tiny".
-    """
-    from transformers import ViTConfig
-
-    if isinstance(backbone, ViTConfig):
-        return backbone
-    return _preset_vit(backbone, dropout) if backbone in PRESETS else None
-
-
-def _plain(config) -> dict:
-    """A transformers config as plain values that differ from the defaults."""
-    import json
-
-    return json.loads(json.dumps({k: v for k, v in config.to_diff_dict().items() if v is not None}))
-
-
-def _settings(config_class, values: dict) -> dict:
-    """Those of the class itself, and no others that a file may name.
-
-    transformers would fetch and run an attention kernel, say.
-    """
-    known = config_class().to_dict()
-    return {k: v for k, v in values.items() if k in known and "implementation" not in k}

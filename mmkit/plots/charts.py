@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..data.dataset import MultimodalDataset
-from ..evaluation.retrieval import Features, Index
+from ..evaluation.retrieval import Features
+from ..evaluation.search import Index
 from .figures import (
     BLUE,
     COLOURS,
@@ -292,12 +293,13 @@ def save(figure, path: str | Path) -> Path:
     return path
 
 
-def lines(
+def lines(  # noqa: PLR0913 (by name)
     curves: dict[str, tuple[Sequence[float], Sequence[float]]],
     xlabel: str,
     ylabel: str,
     level: tuple[str, float] | None = None,
     caption: str = "",
+    *,
     from_zero: bool = True,
     reference: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     intervals: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..masking.core import Masking
-from ..masking.draw import draw_maskings
+from ..masking.core import Masking, patch_grid
 from ..masking.image import IMAGE_MASKERS
+from ..masking.plan import draw_maskings
 from ..models.patches import HIDDEN, paint_mask, patchify
 from .figures import (
     BLUE,
@@ -91,7 +91,12 @@ def masking_gallery(
         axes = part.subplots(len(names), count, squeeze=False, gridspec_kw=dict(wspace=0, hspace=0))
         for line, name in zip(axes, names, strict=True):
             masking, _ = draw_maskings(
-                batch, model, seed=seed, epoch=epoch, image=(name, ratio), layers=layers
+                batch,
+                model.token_info,
+                seed=seed,
+                epoch=epoch,
+                image=(name, ratio),
+                layers=layers,
             )
             _show_masked(line, batch.pixel_values, masking, model.patch_size)
             if part is parts[0]:
@@ -115,7 +120,7 @@ def what_the_model_sees(
     the kept word pieces with theirs.
     """
     pixels, patch = batch.pixel_values[row : row + 1], model.patch_size
-    wide, num_patches = pixels.shape[3] // patch, model.num_patches
+    wide, num_patches = patch_grid(pixels, patch)[1], model.num_patches
     length = int(batch.valid[row].sum())
     ids = list(range(num_patches)) if image_masking is None else _kept(image_masking, row)
     words = list(range(length)) if text_masking is None else _kept(text_masking, row)
@@ -198,7 +203,7 @@ def _heat(values: Tensor, patch_size: int, grid: tuple[int, int]) -> np.ndarray:
 
 def _show_heat(ax, picture: Tensor, values: Tensor, patch_size: int, top: tuple[float, float]):
     """A grey picture under a map of values, one per patch."""
-    grid = (picture.shape[1] // patch_size, picture.shape[2] // patch_size)
+    grid = patch_grid(picture, patch_size)
     grey = picture.float().mean(0, keepdim=True).expand(3, -1, -1)
     show_picture(ax, (128 + grey / 2).to(torch.uint8))
     heat = _heat(values, patch_size, grid)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.captions import number
 from ..data.dataset import HASH_BYTES, MultimodalDataset
+from ..data.groups import number
 from ..data.image_cache import content_hashes
 from .function_identity import FUNCTIONS, function_identity
 

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..config import RATIO_SCHEDULES, SCHEDULES, TERM_SCHEDULES, TERMS
+from ..config import TERMS
 from ..masking.image import IMAGE_MASKERS
 from ..masking.text import TEXT_MASKERS
+from ..schedules import RATIO_SCHEDULES, SCHEDULES, TERM_SCHEDULES
 
 # Fields of the configuration that are functions, or the names of registered ones.
 FUNCTIONS: dict[str, dict] = {

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import lock
-from ..models.checkpoint import load, read_checkpoint, shown, write_atomically, writing
+from ..files import lock, shown, write_atomically, writing
+from ..models.checkpoint import load, read_checkpoint
 from ..models.encoder import MultimodalEncoder
 from ..models.model_card import training_facts
 

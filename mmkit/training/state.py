@@ -18,17 +18,12 @@ import torch
 
 from ..config import TrainingConfig
 from ..distributed import sum_over_processes, world
-from ..models.checkpoint import (
-    load_weights,
-    random_state,
-    read_checkpoint,
-    set_random_state,
-    shown,
-    write_atomically,
-)
+from ..files import shown, write_atomically
+from ..models.checkpoint import load_weights, read_checkpoint
 from ..models.layers import draws_dropout
 from . import fingerprint
 from .optim import Muon
+from .own_state import random_state, set_random_state
 
 # On resume these may differ freely: they change what is written, not what is learned …
 _FREE = {
@@ -49,15 +44,6 @@ _NEEDED = (  # entries of last/state.pth without which nothing can go on
     "model_state_dict optimizer_state_dict scaler random config data "
     "epoch_loss best_loss step skipped seconds"
 ).split()
-_STANDING = {
-    "step": 0,
-    "skipped": 0,
-    "skipped_in_a_row": 0,
-    "epoch_steps": None,
-    "seconds": 0.0,
-    "best_loss": float("inf"),
-    "ending": None,
-}
 
 
 def on_rank_0(work: Callable):
@@ -78,15 +64,9 @@ def on_rank_0(work: Callable):
     return answer[0]
 
 
-def _weights(trainer, model) -> dict:
-    return {
-        "model_state_dict": model.state_dict(),
-        "optimizer_state_dict": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "best_loss": trainer.best_loss,
-        "config": trainer.recorded_config(),
-        "trained_steps": trainer.model.trained_steps,
-        "data": trainer.identity["train"],
-    }
+def _of_run(trainer) -> dict:
+    """What both files say of the run beside its standing."""
+    return {"config": trainer.recorded_config(), "data": trainer.identity["train"]}
 
 
 def _share_memory(trainer):
@@ -101,8 +81,15 @@ def save_best(trainer, epoch: int):
     _share_memory(trainer)
     if trainer.rank == 0:
         model = trainer.validated
-        extra = {"epoch": epoch, "architecture": model.architecture()}
-        write_atomically(_weights(trainer, model) | extra, trainer.path / "best_model.pth")
+        state = {
+            "model_state_dict": model.state_dict(),
+            "optimizer_state_dict": [optimizer.state_dict() for optimizer in trainer.optimizers],
+            "epoch": epoch,
+            "best_loss": trainer.best_loss,
+            "architecture": model.architecture(),
+            "trained_steps": trainer.model.trained_steps,
+        }
+        write_atomically(state | _of_run(trainer), trainer.path / "best_model.pth")
 
 
 def save_last(trainer):
@@ -119,16 +106,9 @@ def save_last(trainer):
     trainer.clock()
     if trainer.rank:
         return
-    extra = {name: getattr(trainer, name) for name in _STANDING} | {
-        "scaler": trainer.scaler.state_dict(),
-        "ema": trainer.plan.state_dict(),
-        "weights_ema": None if trainer.ema is None else trainer.ema.state_dict(),
-        "random": states,
-        "epoch_loss": total,
-        "identity": trainer.identity,
-    }
+    extra = {"random": states, "epoch_loss": total, "identity": trainer.identity}
     path = trainer.path / "last" / "state.pth"
-    write_atomically(_weights(trainer, trainer.model) | extra, path)
+    write_atomically(trainer.state_dict() | _of_run(trainer) | extra, path)
     _keep(path, trainer.step, trainer.config.keep_last)
 
 
@@ -191,28 +171,6 @@ def _keep(path: Path, step: int, count: int):
             old.unlink()
 
 
-def max_restarts() -> int:
-    """How often torchrun may restart its workers (--max-restarts); 0 without torchrun."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-
-
-def check_restarts(config: TrainingConfig):
-    """ValueError where restarted workers could not go on."""
-    if max_restarts() and not config.run_name:
-        raise ValueError(
-            "run_name='' is the time of the start, which workers that torchrun restarts cannot "
-            "know; give a run_name, or no --max-restarts"
-        )
-    # They would find what the dead ones have left in the store, and wait for them
-    # (https://github.com/pytorch/pytorch/issues/135712).
-    if max_restarts() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        raise ValueError(
-            f"--max-restarts={max_restarts()} with the store that torchrun keeps over restarts: "
-            "restarted workers would hang in it; export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "
-            "before torchrun (docs/cluster.md), or give no --max-restarts"
-        )
-
-
 def seen_by(trainer, path: Path) -> int:
     """How many processes see this file.
 
@@ -236,7 +194,7 @@ def needed_bytes(trainer) -> int:
         values = {Muon: 1, torch.optim.AdamW: 2}.get(type(optimizer), 0)  # kept for each weight
         memory += values * sum(p.nbytes for g in optimizer.param_groups for p in g["params"])
     best = size(trainer.model) + memory
-    means = [mean.module for mean in (trainer.ema, trainer.plan.ema) if mean is not None]
+    means = [mean.module for mean in (trainer.ema, trainer.attention_ema) if mean is not None]
     last = best + sum(map(size, means))
     return best + trainer.config.keep_last * last + max(best, last)
 
@@ -413,44 +371,25 @@ def _other_heads(weights: dict, module) -> dict:
 
 
 def _put_back(trainer, state: dict, path: Path, forked: bool):
-    weights = _other_heads(state["model_state_dict"], trainer.model) if forked else None
-    other_heads = weights is not None and weights is not state["model_state_dict"]
-    if other_heads:
-        trainer.say("the decoder is not taken over: other heads are wanted here")
-    load_weights(trainer.model, weights or state["model_state_dict"], path)
-    saved = state["optimizer_state_dict"]
+    memories, saved = trainer.optimizers, state["optimizer_state_dict"]
+    other_heads = forked and _take_own_heads(trainer, state)
     same = not other_heads
-    same &= [_shape(m) for m in saved] == [_shape(o.state_dict()) for o in trainer.optimizers]
+    same &= [_shape(m) for m in saved] == [_shape(o.state_dict()) for o in memories]
     if not same and not forked:
         raise ValueError(
             f"cannot resume {shown(path.parent.parent)} with another optimizer than it was saved "
             "with; give the same one, or fork the run"
         )
-    if same:
-        for optimizer, memory in zip(trainer.optimizers, saved, strict=True):
-            _load_optimizer(optimizer, memory, forked)
-    else:  # a fork may have another optimizer, or other groups
+    if not same:  # a fork may have another optimizer, or other groups
         trainer.say("the optimizer starts without memory: it was another one")
-    if state["scaler"]:  # empty where "auto" took another type, on another machine
-        trainer.scaler.load_state_dict(state["scaler"])
-    for mean, name, module in (
-        (trainer.plan.ema, "ema", trainer.model.vit),
-        (trainer.ema, "weights_ema", trainer.model),
-    ):
-        if mean is not None and forked and not state.get(name):  # begins with these weights
-            state[name] = mean.start(module)
-    trainer.plan.load_state_dict(state.get("ema"))
-    if trainer.ema is not None:
-        mean = state["weights_ema"]
-        if forked:
-            mean |= {"weights": _other_heads(mean["weights"], trainer.model)}
-        trainer.ema.load_state_dict(mean)
-    for name, default in _STANDING.items():
-        setattr(trainer, name, state.get(name, default))
+        state["optimizer_state_dict"] = [None] * len(memories)
+    elif forked:
+        for optimizer, memory in zip(memories, saved, strict=True):
+            _take_own_rates(optimizer, memory)
+    trainer.load_state_dict(state, path)
     if trainer.epoch_steps is None:  # a state that an older version wrote
         trainer.epoch_steps = trainer.step % trainer.steps_per_epoch
     trainer.epoch_loss = state["epoch_loss"].to(trainer.device) / trainer.processes
-    trainer.model.trained_steps = state.get("trained_steps", trainer.step)
     trainer.trained_before = 0  # it goes on from what was saved
     states = state["random"]
     if trainer.rank < len(states):
@@ -459,16 +398,30 @@ def _put_back(trainer, state: dict, path: Path, forked: bool):
         trainer.seed_own_draws()
 
 
+def _take_own_heads(trainer, state: dict) -> bool:
+    """Give the state of a fork the decoder and running means of its own that it may lack; True
+    where the decoder is another one."""
+    own, theirs = trainer.model, state["model_state_dict"]
+    weights = _other_heads(theirs, own)
+    if weights is not theirs:
+        trainer.say("the decoder is not taken over: other heads are wanted here")
+    # What is loaded now, running means begin with.
+    load_weights(own, weights)
+    state["model_state_dict"] = weights
+    if trainer.attention_ema is not None and not state.get("ema"):
+        state["ema"] = trainer.attention_ema.start(own.vit)
+    if trainer.ema is not None:
+        mean = state.get("weights_ema") or trainer.ema.start(own)
+        state["weights_ema"] = mean | {"weights": _other_heads(mean["weights"], own)}
+    return weights is not theirs
+
+
 def _shape(memory: dict) -> list[tuple]:
     """What tells one kind of optimizer from another: settings and number of weights by group."""
     return [(sorted(group), len(group["params"])) for group in memory["param_groups"]]
 
 
-def _load_optimizer(optimizer, memory: dict, forked: bool):
-    """The optimizer's memory; a fork keeps the rates and decays of its own configuration."""
-    names = ("lr", "peak_lr", "weight_decay")
-    mine = [{k: group[k] for k in names if k in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict(memory)
-    if forked:
-        for group, settings in zip(optimizer.param_groups, mine, strict=True):
-            group.update(settings)
+def _take_own_rates(optimizer, memory: dict):
+    """A fork keeps the rates and decays of its own configuration."""
+    for own, group in zip(optimizer.param_groups, memory["param_groups"], strict=True):
+        group |= {k: own[k] for k in ("lr", "peak_lr", "weight_decay") if k in own}

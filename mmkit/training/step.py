@@ -8,13 +8,13 @@ micro-batch again, its masks and dropout replayed. Walk-through: notebooks/03_tr
 import contextlib
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..data.batch import Batch
 from ..data.captions import correct_pairs
 from ..distributed import around_the_ring, gather_rows, row_counts, world
 from ..losses import check_loss, info_nce_rows, sigmoid_block, sigmoid_rows
@@ -138,94 +138,123 @@ def set_random_states(states: list[Tensor], device: torch.device):
         torch.cuda.set_rng_state(states[1], device)
 
 
+@dataclass
+class Contrast:
+    """Which contrastive loss, how processes exchange features for it, and its weight."""
+
+    kind: str = "info_nce"  # | "sigmoid"
+    exchange: str = "gather"  # | "neighbours", see `contrastive_share`
+    weight: float = 1.0  # 0 = nothing is contrasted, and nothing runs twice
+
+
+@dataclass
+class Mechanics:
+    """How gradients get to the parameters; by default those of one process in float32."""
+
+    grad_scale: Callable[[Tensor], Tensor] = lambda loss: loss  # an fp16 scaler's `scale`
+    # keeps DDP from summing gradients before the last micro-batch
+    no_sync: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    at_once: int = 1  # micro-batches computed side by side (threads.py; one process, no dropout) …
+    parameters: Sequence[nn.Parameter] = ()  # … and then those that learn
+
+
+class Part(Protocol):
+    """What the loss needs of a part of a batch, a `Batch` or a `MicroBatch`."""
+
+    @property
+    def partners(self) -> tuple[Tensor, Tensor] | None: ...
+
+    def __len__(self) -> int: ...
+
+
+Micro = TypeVar("Micro", bound=Part)
+
+
 def backward(
-    encode: Callable[[Batch], EncoderOutput],
-    micro_batches: list[Batch],
+    encode: Callable[[Micro], EncoderOutput],
+    micro_batches: Sequence[Micro],
     scale_parameters: tuple[nn.Parameter, nn.Parameter],
-    kind: str,
+    contrast: Contrast,
     *,
-    whole: Callable[[Batch], tuple[EncoderOutput, Tensor | None]] | None = None,
-    contrastive_weight: float = 1.0,
-    exchange: str = "gather",
+    whole: Callable[[Micro], tuple[EncoderOutput, Tensor | None]] | None = None,
+    how: Mechanics | None = None,
     weight: float = 1.0,
-    grad_scale: Callable[[Tensor], Tensor] = lambda x: x,
-    no_sync: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     synchronize: bool = True,
-    at_once: int = 1,
-    parameters: Sequence[nn.Parameter] = (),
 ) -> Tensor:
-    """Add the gradient of ONE loss over all these micro-batches to every parameter; returns the
-    contrastive loss, not weighted.
+    """Add the gradient of ONE loss over all these micro-batches to every parameter.
 
-    encode: the masked forward pass that gives features, masks a pure function of the batch.
-    scale_parameters: logit_scale and logit_bias. kind: "info_nce" or "sigmoid". whole: the forward
-    pass with all that hangs on it, run once for each micro-batch with a graph: (output, its part of
-    the other terms, weighted and a part of their global mean; None = there are none). weight
-    multiplies the gradient of the contrast, as does contrastive_weight; with 0 nothing is
-    contrasted, and nothing runs twice. Else, with several micro-batches, all but the last do, and
-    memory grows with the micro-batch, not with the batch. exchange: see `contrastive_share`.
-    grad_scale: an fp16 scaler's `scale`. no_sync: keeps DDP from summing gradients before the last
-    micro-batch. at_once: so many micro-batches are computed side by side (see threads.py; one
-    process, no dropout), and all of the last ones keep their graph; parameters: those that learn,
-    needed then. The loss is this process's part of the global mean.
+    With several micro-batches all but the last are computed twice, so that memory grows with the
+    micro-batch and not with the batch. Returns this process's part of the contrastive loss, a
+    global mean, not weighted.
+
+    Args:
+        encode: the masked forward pass that gives features, the same each time it is called.
+        scale_parameters: logit_scale and logit_bias.
+        whole: the forward pass with all that hangs on it, run once for each micro-batch with a
+            graph: (output, its part of the other terms, weighted; None = there are none).
+        weight: multiplies the gradient of the contrast, as does its own.
+        synchronize: whether processes sum their gradients at the end.
     """
-
-    def features_only(batch: Batch) -> tuple[EncoderOutput, Tensor | None]:
-        return encode(batch), None
-
-    whole = whole or features_only
-    device = micro_batches[0].sample_ids.device
-    if not contrastive_weight:
-        _backward_of_parts(
-            whole, micro_batches, grad_scale, no_sync, synchronize, at_once, parameters
-        )
+    how, whole = how or Mechanics(), whole or (lambda micro: (encode(micro), None))
+    device = scale_parameters[0].device
+    size = how.at_once
+    rounds = [micro_batches[i : i + size] for i in range(0, len(micro_batches), size)]
+    if not contrast.weight:
+        _backward_of_parts(whole, rounds, how, synchronize)
         return torch.zeros((), device=device)
-    *others, last = [micro_batches[i : i + at_once] for i in range(0, len(micro_batches), at_once)]
+    *others, last = rounds
     states, features = [], []
-    for batches in others:
+    for micros in others:
         states.append(random_states(device))
         with torch.no_grad():
-            features += side_by_side(lambda batch: _features(encode(batch)), batches)
+            features += side_by_side(lambda micro: _features(encode(micro)), micros)
+    alone = synchronize and not others
     # The last ones' graph is kept: a second pass would only repeat it.
-    with no_sync() if others or not synchronize else contextlib.nullcontext():
+    with contextlib.nullcontext() if alone else how.no_sync():
         kept = side_by_side(whole, last)
     afterwards = random_states(device)
     features += [_features(out) for out, _ in kept]
-
-    image, text = (torch.cat(parts) for parts in zip(*features, strict=True))
-    leaves = [leaf.detach().requires_grad_() for leaf in (image, text, *scale_parameters)]
-    partners = _joined([batch.partners for batch in micro_batches])
-    loss = contrastive_share(leaves[0], leaves[1], leaves[2], leaves[3], partners, kind, exchange)
-    # DDP averages over processes; each holds its part of a sum.
-    factor = contrastive_weight * weight * world()[1]
-    image_grad, text_grad, *scale_grads = torch.autograd.grad(
-        loss * factor, leaves, allow_unused=True, materialize_grads=True
+    loss, at_features, at_scales = _loss_and_gradients(
+        features, micro_batches, scale_parameters, contrast, weight
     )
-    sizes = [len(batch) for batch in micro_batches]
-    pieces = list(zip(image_grad.split(sizes), text_grad.split(sizes), strict=True))
-    last_pieces = pieces[len(pieces) - len(last) :]
-
-    with no_sync() if others or not synchronize else contextlib.nullcontext():
-        _pull(kept, last_pieces, None if others else scale_grads, grad_scale, parameters)
+    with contextlib.nullcontext() if alone else how.no_sync():
+        own = at_features[len(at_features) - len(last) :]
+        _pull(kept, own, None if others else at_scales, how)
     del kept
-    for i, batches in enumerate(others):
+    for i, micros in enumerate(others):
         final = i == len(others) - 1
-        with contextlib.nullcontext() if final and synchronize else no_sync():
+        with contextlib.nullcontext() if final and synchronize else how.no_sync():
             set_random_states(states[i], device)
-            own = pieces[i * at_once : (i + 1) * at_once]
-            once = scale_grads if final else None
-            _pull(side_by_side(whole, batches), own, once, grad_scale, parameters)
+            own = at_features[i * size : (i + 1) * size]
+            _pull(side_by_side(whole, micros), own, at_scales if final else None, how)
     if others:
         set_random_states(afterwards, device)
-    return loss.detach()
+    return loss
+
+
+def _loss_and_gradients(features, micro_batches, scale_parameters, contrast: Contrast, weight):
+    """The loss over all features; its gradient at those of each micro-batch, and at the scales."""
+    image, text = (torch.cat(parts) for parts in zip(*features, strict=True))
+    leaves = [leaf.detach().requires_grad_() for leaf in (image, text, *scale_parameters)]
+    partners = _joined([micro.partners for micro in micro_batches])
+    loss = contrastive_share(
+        leaves[0], leaves[1], leaves[2], leaves[3], partners, contrast.kind, contrast.exchange
+    )
+    # DDP averages over processes; each holds its part of a sum.
+    factor = contrast.weight * weight * world()[1]
+    at_image, at_text, *at_scales = torch.autograd.grad(
+        loss * factor, leaves, allow_unused=True, materialize_grads=True
+    )
+    sizes = [len(micro) for micro in micro_batches]
+    pairs = list(zip(at_image.split(sizes), at_text.split(sizes), strict=True))
+    return loss.detach(), pairs, at_scales
 
 
 def _pull(
     outputs: Sequence[tuple[EncoderOutput, Tensor | None]],
     pieces: Sequence[tuple[Tensor, Tensor]],
     scale_grads: list[Tensor] | None,
-    grad_scale: Callable[[Tensor], Tensor],
-    parameters: Sequence[nn.Parameter],
+    how: Mechanics,
 ):
     """Send the loss's gradient at the features of micro-batches on into the parameters.
 
@@ -240,8 +269,8 @@ def _pull(
         surrogate = surrogate + out.logit_scale * once[0] + out.logit_bias * once[1]
         if rest is not None:
             surrogate = surrogate + rest * world()[1]
-        surrogates.append(grad_scale(surrogate))
-    _add_gradients(surrogates, parameters)
+        surrogates.append(how.grad_scale(surrogate))
+    _add_gradients(surrogates, how.parameters)
 
 
 def _add_gradients(losses: list[Tensor], parameters: Sequence[nn.Parameter]):
@@ -262,18 +291,15 @@ def _add_gradients(losses: list[Tensor], parameters: Sequence[nn.Parameter]):
             parameter.grad = found[0].clone()
 
 
-def _backward_of_parts(
-    whole, micro_batches: list[Batch], grad_scale, no_sync, synchronize: bool, at_once: int,
-    parameters: Sequence[nn.Parameter],
-):  # fmt: skip
+def _backward_of_parts(whole, rounds: list[Sequence], how: Mechanics, synchronize: bool):
     """The gradient of terms that are sums over samples: each micro-batch by itself, once."""
-    for i in range(0, len(micro_batches), at_once):
-        final = synchronize and i + at_once >= len(micro_batches)
-        with contextlib.nullcontext() if final else no_sync():
-            parts = side_by_side(whole, micro_batches[i : i + at_once])
-            losses = [grad_scale(rest * world()[1]) for _, rest in parts if rest is not None]
+    for i, micros in enumerate(rounds):
+        final = synchronize and i == len(rounds) - 1
+        with contextlib.nullcontext() if final else how.no_sync():
+            parts = side_by_side(whole, micros)
+            losses = [how.grad_scale(rest * world()[1]) for _, rest in parts if rest is not None]
             if losses:
-                _add_gradients(losses, parameters)
+                _add_gradients(losses, how.parameters)
 
 
 def _features(out: EncoderOutput) -> tuple[Tensor, Tensor]:
@@ -281,14 +307,13 @@ def _features(out: EncoderOutput) -> tuple[Tensor, Tensor]:
     return out.image_features.detach(), out.text_features.detach()
 
 
-def naive_backward(encode, micro_batches: list[Batch], *args, no_sync, **options) -> Tensor:
+def naive_backward(encode, micro_batches, scale_parameters, *args, **options) -> Tensor:
     """Plain accumulation, for comparison: each micro-batch sees only its own negatives."""
     rows, last = sum(map(len, micro_batches)), len(micro_batches) - 1
-    loss = torch.zeros((), device=micro_batches[0].sample_ids.device)
-    for i, batch in enumerate(micro_batches):
-        weight = len(batch) / rows
-        part = backward(
-            encode, [batch], *args, weight=weight, no_sync=no_sync, synchronize=i == last, **options
+    loss = torch.zeros((), device=scale_parameters[0].device)
+    for i, micro in enumerate(micro_batches):
+        options |= dict(weight=len(micro) / rows, synchronize=i == last)
+        loss = loss + options["weight"] * backward(
+            encode, [micro], scale_parameters, *args, **options
         )
-        loss = loss + weight * part
     return loss

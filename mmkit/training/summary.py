@@ -15,9 +15,9 @@ from ..data.captions import partner_counts
 from ..data.images import as_if_not_normalised
 from ..device import multiplies_bfloat16, why_precision
 from ..evaluation.retrieval import chance_of_recall
+from ..files import shown
 from ..masking.image import ATTENTION_MASKERS
 from ..masking.text import maskable_words
-from ..models.checkpoint import shown
 from ..models.flops import objective_flops, tower_flops
 from ..models.layers import dropouts
 from ..noise import mask_noise
@@ -44,7 +44,7 @@ def effective_configuration(trainer) -> dict:
         padded = text.ids_keep.shape[1]
     maskable = maskable_words(batch.input_ids, batch.valid, model.special_ids).sum().item()
     pairs = len(trainer.train) / trainer.steps_per_epoch
-    look = 0.0 if trainer.plan.ema is None else tower_flops(model.vit.config, patches / 4 + 1)
+    look = 0.0 if trainer.attention_ema is None else tower_flops(model.vit.config, patches / 4 + 1)
     encoded, whole = (encoded_patches, encoded_words), (patches, words)
     flops = objective_flops(config, model, encoded, whole, padded) + look
     return {
@@ -153,25 +153,29 @@ def describe(trainer) -> str:
         del lines["terms"]  # as everybody expects
     if "contrastive" not in config.terms:
         del lines["negatives"]
-    if trainer.val is None:
-        judged = "judged on the training loss"
-        if config.terms_change:
-            judged = "the last one (the terms of the training loss change)"
-        lines["validation"] = f"none: best_model.pth is {judged}"
-    else:
-        n = len(trainer.val)
-        lines["validation"] = f"{n:,} pictures"
-        if cut := trainer.val.cut_captions():
-            lines["validation"] += f", {cut:,} captions cut"
-        if "contrastive" in config.terms:
-            costs, chance = _pool(trainer.val)
-            lines["validation"] += f" as one pool{_guessing(config, costs)}"
-            lines["validation"] += f"; chance of R@1 {100 * chance:.1f} %"
+    lines["validation"] = _validation(trainer)
     if tools := _tools(trainer):
         lines["tools"] = "; ".join(tools)
     if beware := _beware(trainer, e):
         lines["beware"] = "; ".join(beware)
     return "\n".join(f"{name:11} {words}" for name, words in lines.items())
+
+
+def _validation(trainer) -> str:
+    """What best_model.pth is chosen by, in words."""
+    config, val = trainer.config, trainer.val
+    if val is None:
+        judged = "judged on the training loss"
+        if config.terms_change:
+            judged = "the last one (the terms of the training loss change)"
+        return f"none: best_model.pth is {judged}"
+    words = f"{len(val):,} pictures"
+    if cut := val.cut_captions():
+        words += f", {cut:,} captions cut"
+    if "contrastive" in config.terms:
+        costs, chance = _pool(val)
+        words += f" as one pool{_guessing(config, costs)}; chance of R@1 {100 * chance:.1f} %"
+    return words
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -9,6 +9,9 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from ..data.batch import Batch
+from .step import random_states, set_random_states
+
 TOWERS = {"image": "vit.", "text": "bert."}  # what several terms have in common, by its name
 
 
@@ -39,3 +42,23 @@ def compare_terms(gradients: dict[str, dict[str, Tensor]]) -> dict[str, float]:
             cosine = here[one] @ here[other] / norms
             found[f"gradient_cosine/{tower}/{one}·{other}"] = float(cosine)
     return found
+
+
+def measure_terms(trainer, batch: Batch, epoch: int) -> dict[str, float]:
+    """What `compare_terms` gives of a training run's next step.
+
+    The gradient of each term alone, weighted as in the loss, on the towers that they share. The
+    run goes on as if this had not been: no draw is used up, nothing is updated.
+    """
+    model, device, scaler = trainer.model, trainer.device, trainer.scaler
+    weights = trainer.objective.weights(trainer.step, trainer.total_steps)
+    states, gradients = random_states(device), {}
+    for term, weight in weights.items():
+        model.zero_grad(set_to_none=True)
+        set_random_states(states, device)
+        trainer.gradients(batch, epoch, {term: weight})
+        scale = scaler.get_scale() if scaler.is_enabled() else 1.0
+        gradients[term] = tower_gradients(model, scale)
+    set_random_states(states, device)
+    model.zero_grad(set_to_none=True)
+    return compare_terms(gradients)

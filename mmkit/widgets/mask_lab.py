@@ -9,10 +9,10 @@ long. Walk-through: notebooks/02_masking.ipynb.
 
 import base64
 import contextlib
+import dataclasses
 import io
 import weakref
 from collections import deque
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,18 +21,20 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..data.captions import correct_pairs
-from ..data.dataset import MultimodalDataset, as_dataset
+from ..data.dataset import MultimodalDataset
+from ..data.loader import as_dataset
 from ..evaluation.reconstruction import PutBack
 from ..losses import similarity
-from ..masking.draw import draw_maskings
+from ..masking.core import TokenInfo, patch_grid
 from ..masking.image import ATTENTION_MASKERS, IMAGE_MASKERS
+from ..masking.plan import draw_maskings
 from ..masking.text import TEXT_MASKERS
 from ..models.attention import at_rest
 from ..models.encoder import MultimodalEncoder
 from ..models.patches import paint_mask
 from .decoder_view import DecoderView, Masked, heads_of
+from .lifetime import close_all, weakly
 from .parts import (
-    Reader,
     caption_html,
     caption_pieces,
     checked_patch,
@@ -46,28 +48,6 @@ from .parts import (
     seen_in_words,
     still_figure,
 )
-
-
-def weakly(method: Callable[[dict], None]) -> Callable[[dict], None]:
-    """A bound method as a handler that does not keep its object alive."""
-    held = weakref.WeakMethod(method)
-
-    def handle(change: dict):
-        if (alive := held()) is not None:
-            alive(change)
-
-    return handle
-
-
-def close_all(widget: Any):
-    """Close a widget and all that it holds, with their layouts and styles."""
-    for child in getattr(widget, "children", ()):
-        close_all(child)
-    for part in (getattr(widget, "layout", None), getattr(widget, "style", None), widget):
-        if part is not None:
-            part.unobserve_all()
-            type(part).close(part)
-
 
 _SHOWN: deque = deque(maxlen=3)  # labs on a page, which live on there without a name
 POOL = 24  # captions that the picture is compared with
@@ -111,11 +91,27 @@ class MaskLab:
             dataset = dataset.encoded_by(model.tokenizer, model.max_length)
         self.dataset, self.model = dataset, model
         self.patch_size = checked_patch(dataset, model, patch_size)
-        height, width = dataset[0]["image"].shape[1:]
-        self.grid = (height // self.patch_size, width // self.patch_size)
+        self.grid = patch_grid(dataset[0]["image"], self.patch_size)
         self.painted: np.ndarray | None = None
         self._computed, self._warning, self._quiet = "random", "", False
         self._cache: dict[str, tuple] = {}
+        columns = self._add_controls()
+        self.controls = tuple(control for column in columns for control in column)
+        self.canvas = MaskCanvas(rows=self.grid[0], columns=self.grid[1])
+        self.words = w.HTML(layout=w.Layout(width="228px" if model else "600px"))
+        self.ranking = w.HTML(layout=w.Layout(width="418px", display=None if model else "none"))
+        self._update()
+        for control in self.controls:
+            control.observe(weakly(self._moved), "value")
+        self.canvas.observe(weakly(self._painted_by_hand), "mask")
+        self.view = self._laid_out(columns)
+        self._finalizer = weakref.finalize(self, close_all, self.view)
+        me = weakref.ref(self)
+        self.view.close = lambda: (lab := me()) and lab.close()
+
+    def _add_controls(self) -> tuple[tuple, ...]:
+        """Make the controls and the view of a decoder; returns the controls column by column."""
+        import ipywidgets as w
 
         style: dict = dict(style={"description_width": "128px"}, layout=w.Layout(width="324px"))
 
@@ -125,10 +121,10 @@ class MaskLab:
         def choice(words, options):
             return w.Dropdown(options=options, description=words, tooltip=words, **style)
 
-        missing = ["layers"] if dataset.layers is None else []
-        missing += [] if model else ATTENTION_MASKERS
+        missing = ["layers"] if self.dataset.layers is None else []
+        missing += [] if self.model else ATTENTION_MASKERS
         modes = [("left out (drop)", "drop"), ("mask token (replace)", "replace")]
-        self.row = slider("picture (row)", 0, len(dataset) - 1)
+        self.row = slider("picture (row)", 0, len(self.dataset) - 1)
         self.seed = w.BoundedIntText(0, 0, 2**31 - 1, description="seed", tooltip="seed", **style)
         self.epoch = slider("epoch", 0, 99)
         self.image_masker = choice("image masker", [n for n in IMAGE_MASKERS if n not in missing])
@@ -144,17 +140,15 @@ class MaskLab:
         )
         self.decoder = None
         if self.model is not None and heads_of(self.model):
-            self.decoder = DecoderView(self.model, dataset, self.grid, style)
+            self.decoder = DecoderView(self.model, self.dataset, self.grid, style)
             columns += ((self.decoder.sees,),) if self.decoder.sees else ()
         self.sees = self.decoder and self.decoder.sees
-        self.controls = tuple(control for column in columns for control in column)
-        self.canvas = MaskCanvas(rows=self.grid[0], columns=self.grid[1])
-        self.words = w.HTML(layout=w.Layout(width="228px" if model else "600px"))
-        self.ranking = w.HTML(layout=w.Layout(width="418px", display=None if model else "none"))
-        self._update()
-        for control in self.controls:
-            control.observe(weakly(self._moved), "value")
-        self.canvas.observe(weakly(self._painted_by_hand), "mask")
+        return columns
+
+    def _laid_out(self, columns: tuple[tuple, ...]) -> Any:
+        """All that is shown, in one widget."""
+        import ipywidgets as w
+
         line = w.Layout(flex_flow="row wrap", grid_gap="4px 16px")
         top = w.HBox([w.VBox(column) for column in columns], layout=line)
         below = [self.canvas, self.words, self.ranking]
@@ -163,13 +157,9 @@ class MaskLab:
             words = w.VBox([self.words, self.decoder.guesses], layout=w.Layout(width="380px"))
             below = [self.canvas, self.decoder.canvas, words, self.ranking]
         below = w.HBox([part for part in below if part is not None], layout=line)
-        self.view = w.VBox([top, below], layout=w.Layout(grid_gap="10px"))
-        self.view.add_class("mmkit-lab")
-
-        # ipywidgets keeps every widget that is not closed, for as long as the kernel runs.
-        self._finalizer = weakref.finalize(self, close_all, self.view)
-        me = weakref.ref(self)
-        self.view.close = lambda: (lab := me()) and lab.close()
+        view = w.VBox([top, below], layout=w.Layout(grid_gap="10px"))
+        view.add_class("mmkit-lab")
+        return view
 
     def close(self):
         """Close all widgets of the lab and let go of its model, data and results."""
@@ -261,12 +251,12 @@ class MaskLab:
         return self._cache[name][1]
 
     @property
-    def _reader(self) -> Any:
-        """The model, or what is known of pictures and captions without one."""
+    def _tokens(self) -> TokenInfo:
+        """The model's, or what is known of images and captions without one."""
+        if self.model is not None:
+            return self.model.token_info
         tokenizer = self.dataset.tokenizer
-        return self.model or self._cached(
-            "reader", tokenizer, lambda: Reader.of(tokenizer, self.patch_size)
-        )
+        return self._cached("tokens", tokenizer, lambda: TokenInfo.of(tokenizer, self.patch_size))
 
     def _batch(self, rows: list[int]) -> Batch:
         if self.model is None:
@@ -283,28 +273,27 @@ class MaskLab:
         return batch, *self._draw(batch, (masker, share), self._text())
 
     def _draw(self, batch: Batch, image: tuple[str, Any], text: tuple[str, float]):
+        tokens = dataclasses.replace(self._tokens, attend=lambda _: self._attention(batch))
+        if text[0] == "frequency" and tokens.frequency is None:  # of the data it is shown with
+            tokens.frequency = self.dataset.piece_frequency()
         return draw_maskings(
             batch,
-            self._reader,
+            tokens,
             seed=self.seed.value,
             epoch=self.epoch.value,
             image=image,
             text=text,
             text_mode=self.text_mode.value,
-            attend=lambda: self._attention(batch),
             layers=self.dataset.layers,
-            frequency=self._frequency() if text[0] == "frequency" else None,
         )
 
-    def _frequency(self) -> Tensor:
-        """That of the model's training; of a model that saw none, of the data it is shown with."""
-        of_training = getattr(self._reader, "token_frequency", None)
-        return self.dataset.piece_frequency() if of_training is None else of_training
-
     def _attention(self, batch: Batch) -> Tensor:
+        model = self.model
+        assert model is not None
+
         def attend():
-            with at_rest(self._reader):
-                return self._reader.class_attention(batch.pixel_values)
+            with at_rest(model):
+                return model.class_attention(batch.pixel_values)
 
         key = tuple(batch.sample_ids.tolist())
         return self._cached(f"attention of {len(batch)}", key, attend)
@@ -333,7 +322,7 @@ class MaskLab:
     def pieces(self) -> list[tuple[str, str]]:
         """The caption's word pieces as they are shown, each with its kind (lab_parts.KINDS)."""
         ids = self.batch.input_ids[0, self.batch.valid[0]].tolist()
-        special, mode = self._reader.special_ids.tolist(), self.text_mode.value
+        special, mode = self._tokens.special_ids.tolist(), self.text_mode.value
         return caption_pieces(self.dataset.tokenizer, ids, special, self.text_masking, mode)
 
     def counts(self) -> dict[str, tuple[int, int]]:

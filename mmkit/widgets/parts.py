@@ -7,14 +7,12 @@ in mask_lab.py. Walk-through: notebooks/02_masking.ipynb.
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 
 import numpy as np
 from torch import Tensor
 
 from ..data.dataset import MultimodalDataset
-from ..data.tokenizer import continues_word, special_ids, word_ids
 from ..masking.core import Masking
 from ..models.encoder import MultimodalEncoder
 from ..models.flops import sample_flops
@@ -24,21 +22,6 @@ Piece = tuple[str, str]  # a word piece as it is shown, and its kind
 
 
 # -- what is computed ------------------------------------------------------------------------
-
-
-@dataclass
-class Reader:
-    """What `draw_maskings` asks of a model, where there is none."""
-
-    patch_size: int
-    special_ids: Tensor
-    word_ids: Tensor
-    continues_word: Tensor
-
-    @classmethod
-    def of(cls, tokenizer, patch_size: int) -> "Reader":
-        parts = (special_ids(tokenizer), word_ids(tokenizer), continues_word(tokenizer))
-        return cls(patch_size, *parts)
 
 
 def checked_patch(dataset: MultimodalDataset, model, patch_size: int | None) -> int:

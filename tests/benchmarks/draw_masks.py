@@ -15,6 +15,7 @@ and the update of the running mean is theirs to pay. Writes results/draw_masks.j
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import itertools
 import json
@@ -35,12 +36,12 @@ from torch import Tensor
 
 import mmkit as mm
 from mmkit.device import autocast_for
-from mmkit.masking.draw import draw_maskings, mask_ratios
 from mmkit.masking.image import ATTENTION_MASKERS, IMAGE_MASKERS
+from mmkit.masking.plan import draw_maskings, mask_ratios
 from mmkit.masking.text import TEXT_MASKERS
 from mmkit.models.attention import class_attention
-from mmkit.models.encoder import PRESETS
 from mmkit.models.patches import pick_tokens
+from mmkit.models.presets import PRESETS
 from mmkit.plots.figures import BLUE, ORANGE, RED, SKY
 
 NUM_PICTURES, BATCH = 1024, 128
@@ -110,7 +111,9 @@ def image_calls(model, batch: mm.Batch, layers) -> Calls:
             def draw(part, name=name, label=label):
                 by = 0.5 if label == ANY else ratio_of(label, part.sample_ids)
                 by = painted if name == "painted" else by
-                return draw_maskings(part, model, seed=0, epoch=0, image=(name, by), layers=layers)
+                return draw_maskings(
+                    part, model.token_info, seed=0, epoch=0, image=(name, by), layers=layers
+                )
 
             calls |= both_ways(draw, f"image {name}", label, batch)
     return calls
@@ -119,14 +122,13 @@ def image_calls(model, batch: mm.Batch, layers) -> Calls:
 def text_calls(model, batch: mm.Batch, frequency: Tensor) -> Calls:
     """Every text masker; and BERT's 80/10/10, which draws what takes a word's place, too."""
     calls: Calls = {}
+    tokens = dataclasses.replace(model.token_info, frequency=frequency)
     choices = [(name, label, "replace") for name in TEXT_MASKERS for label in RATIOS]
     for name, label, mode in [*choices, ("random", "50 %", "80/10/10")]:
 
         def draw(part, name=name, label=label, mode=mode):
             by = (name, ratio_of(label, part.sample_ids))
-            return draw_maskings(
-                part, model, seed=0, epoch=0, text=by, text_mode=mode, frequency=frequency
-            )
+            return draw_maskings(part, tokens, seed=0, epoch=0, text=by, text_mode=mode)
 
         calls |= both_ways(draw, f"text {name}{', 80/10/10' * (mode != 'replace')}", label, batch)
     return calls
@@ -134,7 +136,7 @@ def text_calls(model, batch: mm.Batch, frequency: Tensor) -> Calls:
 
 def attention_calls(trainer: mm.MaskedMultimodalTrainer, batch: mm.Batch) -> Calls:
     """What the attentive maskers do in the trainer, and what the full resolution would cost."""
-    model, ema, batches = trainer.model, trainer.plan.ema, itertools.cycle(batch.split(STEPS))
+    model, ema, batches = trainer.model, trainer.attention_ema, itertools.cycle(batch.split(STEPS))
     side = f"{model.image_size} px"
 
     def look(half):
@@ -144,8 +146,8 @@ def attention_calls(trainer: mm.MaskedMultimodalTrainer, batch: mm.Batch) -> Cal
 
     def draw(name, label):
         part = next(batches)
-        by, attend = (name, ratio_of(label, part.sample_ids)), lambda: trainer.plan.attention(part)
-        return draw_maskings(part, model, seed=0, epoch=0, image=by, attend=attend)
+        by = (name, ratio_of(label, part.sample_ids))
+        return draw_maskings(part, trainer.plan.tokens, seed=0, epoch=0, image=by)
 
     calls: Calls = {
         ("EMA update", side, TIMES_8): lambda: ema.update(model.vit),
@@ -201,7 +203,9 @@ def open_clip_calls(batch: mm.Batch, model) -> Calls:
 
 def drop_tokens(batch: mm.Batch, model, mask_ratio: float, tokens: Tensor) -> Tensor:
     """What PatchDropout does, by mmkit's means: class token and kept patches of (B, 1 + N, D)."""
-    masking, _ = draw_maskings(batch, model, seed=0, epoch=0, image=("random", mask_ratio))
+    masking, _ = draw_maskings(
+        batch, model.token_info, seed=0, epoch=0, image=("random", mask_ratio)
+    )
     return torch.cat([tokens[:, :1], pick_tokens(tokens[:, 1:], masking.ids_keep)], 1)
 
 

@@ -28,7 +28,7 @@ import torch
 
 import mmkit as mm
 from mmkit import cost
-from mmkit.models.encoder import PRESETS
+from mmkit.models.presets import PRESETS
 from tests.benchmarks.draw_masks import FOLDER, machine
 from tests.benchmarks.peers import COMPILED, PEERS
 from tests.benchmarks.step_speed import versions

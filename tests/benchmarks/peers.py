@@ -20,7 +20,7 @@ from torch import Tensor
 import mmkit as mm
 from mmkit.data.batch import Batch
 from mmkit.device import autocast_for
-from mmkit.models.encoder import PRESETS
+from mmkit.models.presets import PRESETS
 from mmkit.training.trainer import MaskedMultimodalTrainer
 
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-3, 0.1, 1.0

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 import mmkit as mm
-from mmkit.config import cosine, linear
 from mmkit.device import autocast_for
 from mmkit.models.attention import at_rest
+from mmkit.schedules import cosine, linear
 from tests.benchmarks import peers
 
 SIZE, PRECISION = "tiny", "auto"

@@ -30,7 +30,7 @@ import torch
 import mmkit as mm
 from mmkit import cost
 from mmkit.device import pick_precision
-from mmkit.models.encoder import PRESETS
+from mmkit.models.presets import PRESETS
 from mmkit.plots.figures import BLUE, COLOURS, ORANGE, new_figure, plain_axes
 from tests import AVX2
 from tests.benchmarks.draw_masks import FOLDER, machine, show

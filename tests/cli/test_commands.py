@@ -91,7 +91,7 @@ def test_torchrun_trains_and_rank_0_scores(tmp_path):
 
 def test_export_writes_a_folder_that_is_read_like_a_checkpoint(make_model, tmp_path):
     """With what the checkpoint knows of its training."""
-    from mmkit.models.checkpoint import write_atomically
+    from mmkit.files import write_atomically
 
     model, checkpoint = make_model(), tmp_path / "best_model.pth"
     state = {"architecture": model.architecture(), "model_state_dict": model.state_dict()}

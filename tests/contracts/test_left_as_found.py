@@ -42,7 +42,7 @@ def everything(model) -> dict:
 def masked(model, data):
     batch = data.batch(range(7))
     maskings = mm.masking.draw_maskings(
-        batch, model, seed=0, epoch=0, image=("random", 0.5), text=("random", 0.5)
+        batch, model.token_info, seed=0, epoch=0, image=("random", 0.5), text=("random", 0.5)
     )
     return batch, *maskings
 

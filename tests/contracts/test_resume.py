@@ -287,7 +287,13 @@ def set_scale(trainer, scale: float, **more):
 
 def everything_but_the_scale(trainer) -> list:
     optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
-    return copy.deepcopy([trainer.model.state_dict(), optimizers, trainer.plan.state_dict()])
+    return copy.deepcopy(
+        [
+            trainer.model.state_dict(),
+            optimizers,
+            (trainer.attention_ema and trainer.attention_ema.state_dict()),
+        ]
+    )
 
 
 def test_an_overflowing_step_changes_nothing_but_the_scale(make_trainer):

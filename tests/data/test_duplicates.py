@@ -18,14 +18,13 @@ from mmkit.data.duplicates import (
     count_duplicates,
     find_duplicates,
     near_caption_groups,
-    rows_that_share,
 )
 from mmkit.data.duplicates import signatures as signatures_of
+from mmkit.data.groups import exact_duplicates, rows_that_share
 from mmkit.data.image_duplicates import (
     COARSE,
     NEAR,
     SIDE,
-    exact_duplicates,
     is_near,
     near_duplicates,
     picture_signature,

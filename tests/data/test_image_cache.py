@@ -15,8 +15,7 @@ import torch
 from PIL import Image
 
 import mmkit as mm
-from mmkit.data import dataset as data_module
-from mmkit.data import image_cache
+from mmkit.data import decoding, image_cache
 from tests.conftest import centre_square
 from tests.data.test_sources import (
     NAMES,
@@ -47,13 +46,13 @@ def root(tmp_path):
 @pytest.fixture
 def decodes(monkeypatch):
     """Names of the pictures that this process has decoded."""
-    names, read = [], data_module.read_square
+    names, read = [], decoding.read_square
 
     def counted(*args, **options):
         names.append(options["name"])
         return read(*args, **options)
 
-    monkeypatch.setattr(data_module, "read_square", counted)
+    monkeypatch.setattr(decoding, "read_square", counted)
     return names
 
 
@@ -105,7 +104,7 @@ def test_a_changed_picture_is_noticed(root, decodes, monkeypatch):
 
 
 def test_a_fill_that_stops_leaves_nothing_half(root, cache, small_chunks, decodes, monkeypatch):
-    data, decode = lists(root, **OPTIONS), mm.MultimodalDataset._decode
+    data, decode = lists(root, **OPTIONS), decoding.ImageDecoder.decode
 
     def stop(self, row, noise=None):
         if row == 3:
@@ -113,7 +112,7 @@ def test_a_fill_that_stops_leaves_nothing_half(root, cache, small_chunks, decode
         return decode(self, row, noise)
 
     with monkeypatch.context() as patch:
-        patch.setattr(mm.MultimodalDataset, "_decode", stop)
+        patch.setattr(decoding.ImageDecoder, "decode", stop)
         with pytest.raises(KeyboardInterrupt):
             data.cached()
     assert len(files_of(cache)) == 2 and len(decodes) == 3  # one chunk and the list of its pictures
@@ -157,7 +156,7 @@ def test_a_file_of_the_cache_that_is_cut_off_is_made_anew(root, cache, small_chu
 
 
 def test_two_processes_decode_once(root, cache, small_chunks):
-    read, log = data_module.read_square, root / "log"
+    read, log = decoding.read_square, root / "log"
 
     def slow(*args, **options):
         time.sleep(0.03)
@@ -167,7 +166,7 @@ def test_two_processes_decode_once(root, cache, small_chunks):
 
     def fill():
         torch.set_num_threads(1)
-        data_module.read_square = slow
+        decoding.read_square = slow
         data = lists(root, **OPTIONS).cached()
         assert torch.equal(data.batch(range(7)).pixel_values, by_hand(root))
 
@@ -181,7 +180,7 @@ def test_two_processes_decode_once(root, cache, small_chunks):
 
 def test_a_picture_that_could_not_be_decoded_once_is_tried_again(root, monkeypatch):
     """A disk that failed for a moment is remembered neither as a black picture nor as a bad one."""
-    read, failing = data_module.read_square, [NAMES[4]]
+    read, failing = decoding.read_square, [NAMES[4]]
 
     def sometimes(*args, **options):
         if failing and options["name"].endswith(failing[0]):
@@ -189,7 +188,7 @@ def test_a_picture_that_could_not_be_decoded_once_is_tried_again(root, monkeypat
             raise OSError(5, "Input/output error")
         return read(*args, **options)
 
-    monkeypatch.setattr(data_module, "read_square", sometimes)
+    monkeypatch.setattr(decoding, "read_square", sometimes)
     options = OPTIONS | dict(on_error="skip", max_skipped=1.0)
     first = lists(root, **options)
     assert first.report.skipped == {"damaged": 1} and len(first) == 6

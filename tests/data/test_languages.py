@@ -18,7 +18,7 @@ from mmkit.data.tokenizer import (
     train_wordpiece,
     unknown_share,
 )
-from mmkit.masking.draw import draw_maskings
+from mmkit.masking.plan import draw_maskings
 from mmkit.models.encoder import MultimodalEncoder
 
 CAPTIONS = {
@@ -191,7 +191,7 @@ def test_an_encoder_of_any_kind_ignores_padding_and_hides_words_alone(kind):
     ids = torch.arange(count)
     batch = mm.Batch(torch.zeros(count, 3, 15, 15, dtype=torch.uint8), input_ids, valid, ids)
     for masker in ("random", "whole_word", "block"):
-        _, masking = draw_maskings(batch, model, text=(masker, 0.6), seed=0, epoch=0)
+        _, masking = draw_maskings(batch, model.token_info, text=(masker, 0.6), seed=0, epoch=0)
         assert masking.mask.any()
         ends = torch.isin(input_ids, special_ids(tokenizer))
         assert not (masking.mask & (ends | ~valid)).any()

@@ -608,7 +608,7 @@ def test_the_output_of_a_command_and_gzip_are_read_alike(make_shards, tmp_path, 
     assert log.read_text() == "x\n" * 2  # once per shard, for index and pictures
     assert TarMembers(read_index(pipe)).open(4).read() == picture(4)
     assert log.read_text() == "x\n" * 2
-    assert not list((cache / "spool").glob("*.part"))
+    assert not list((cache / "spool").glob("*.tmp"))
 
 
 def _halves(path: Path) -> tuple[bytes, bytes]:

@@ -17,7 +17,7 @@ from sklearn.preprocessing import StandardScaler
 from mmkit import MultimodalDataset
 from mmkit.evaluation import probe
 from mmkit.evaluation.probe import knn, labels, linear_probe, pooled_states, raw_pixels
-from mmkit.masking.draw import draw_maskings
+from mmkit.masking.plan import draw_maskings
 
 NAMES = np.array(["boat", "cat", "star"])
 
@@ -95,7 +95,7 @@ def test_states_of_the_visible_patches_only(make_model, make_data):
     """Under a mask the mean is over what the masking keeps."""
     model, data = make_model().eval(), make_data(11)
     batch = data.batch(range(11))
-    masking, _ = draw_maskings(batch, model, seed=0, epoch=0, image=("random", 0.5))
+    masking, _ = draw_maskings(batch, model.token_info, seed=0, epoch=0, image=("random", 0.5))
     with torch.no_grad():
         expected = model.image_tokens(batch.pixel_values, masking)[:, 1:].mean(1)
     states = pooled_states(model, data, image_mask=("random", 0.5))

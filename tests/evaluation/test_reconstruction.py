@@ -40,7 +40,7 @@ def test_pixel_errors_and_baselines_by_a_slow_loop(model, make_data):
     found = evaluate_reconstruction(model, data, batch_size=11, **options)
     batch = data.batch(range(11))
     image, text = mm.masking.draw_maskings(
-        batch, model, seed=0, epoch=0, image=("random", 0.6), text=("random", 0.4),
+        batch, model.token_info, seed=0, epoch=0, image=("random", 0.6), text=("random", 0.4),
         text_mode="replace", predict_words=True,
     )  # fmt: skip
     back = put_back(model, batch, image, text)
@@ -66,7 +66,9 @@ def test_pixel_errors_and_baselines_by_a_slow_loop(model, make_data):
 
 def test_visible_patches_stay_as_they_are(model, make_data):
     batch = make_data(7).batch(range(7))
-    masking, _ = mm.masking.draw_maskings(batch, model, seed=0, epoch=0, image=("random", 0.5))
+    masking, _ = mm.masking.draw_maskings(
+        batch, model.token_info, seed=0, epoch=0, image=("random", 0.5)
+    )
     back = put_back(model, batch, masking, sees="none")
     before, after = patchify(batch.pixel_values, 5), patchify(back.pictures, 5)
     assert torch.equal(before[~masking.mask], after[~masking.mask])
@@ -76,7 +78,7 @@ def test_visible_patches_stay_as_they_are(model, make_data):
 def test_guesses_name_the_hidden_words(model, make_data, tokenizer):
     batch = make_data(5).batch(range(5))
     image, text = mm.masking.draw_maskings(
-        batch, model, seed=0, epoch=0, text=("random", 0.5), predict_words=True
+        batch, model.token_info, seed=0, epoch=0, text=("random", 0.5), predict_words=True
     )
     lines = guesses(model, batch, put_back(model, batch, image, text), top=3)
     for row, line in enumerate(lines):

@@ -9,7 +9,7 @@ from mmkit.masking.image import IMAGE_MASKERS
 from mmkit.masking.text import TEXT_MASKERS
 from mmkit.models.patches import patchify, unpatchify
 from mmkit.training.step import _LOGITS as LOGITS
-from mmkit.training.step import backward, contrastive_share
+from mmkit.training.step import Contrast, backward, contrastive_share
 from tests.conftest import shared
 
 pytestmark = pytest.mark.gpu
@@ -169,7 +169,7 @@ def test_accumulation_is_exact_on_the_gpu(make_model, make_data, kind):
         )  # fmt: skip
 
     reference = gradient(whole)
-    ours = gradient(lambda: backward(model, parts, scale, kind))
+    ours = gradient(lambda: backward(model, parts, scale, Contrast(kind)))
     assert (ours - reference).norm() / reference.norm() < 1e-5
 
 
@@ -227,9 +227,11 @@ def test_image_masks_are_the_same_on_the_gpu(name):
 def test_text_masks_are_the_same_on_the_gpu(make_model, make_data, name):
     model, data = make_model(), make_data(53)
     frequency, batch = data.piece_frequency(), data.batch(range(53))
-    options = dict(text=(name, 0.5), text_mode="80/10/10", frequency=frequency, seed=3, epoch=5)
-    _, here = mm.masking.draw_maskings(batch, model, **options)
-    _, there = mm.masking.draw_maskings(batch.to("cuda"), model.to_device("cuda"), **options)
+    options = dict(text=(name, 0.5), text_mode="80/10/10", seed=3, epoch=5)
+    model.token_frequency = frequency
+    _, here = mm.masking.draw_maskings(batch, model.token_info, **options)
+    tokens = model.to_device("cuda").token_info
+    _, there = mm.masking.draw_maskings(batch.to("cuda"), tokens, **options)
     assert torch.equal(here.mask, there.mask.cpu())
     assert torch.equal(here.substitute, there.substitute.cpu())
 

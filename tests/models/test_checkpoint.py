@@ -14,7 +14,9 @@ import pytest
 import torch
 
 import mmkit as mm
-from mmkit.models.checkpoint import _temporary, load_weights, read_checkpoint, write_atomically
+from mmkit.files import renamed, write_atomically
+from mmkit.models.checkpoint import load_weights, read_checkpoint
+from mmkit.training.own_state import random_state, set_random_state
 
 
 def test_a_write_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
@@ -124,14 +126,12 @@ def test_only_what_killed_processes_left_is_removed(tmp_path):
     foreign = tmp_path / ".other.pth.0123456789ab.tmp"
     for file in (*stale, foreign):
         file.write_bytes(b"half")
-    with _temporary(path) as living:
+    with renamed(path) as living:
         living.write(b"half of another")
         write_atomically({"step": 1}, path)
         assert not any(file.exists() for file in stale)
         assert Path(living.name).exists() and foreign.exists()
         torch.save({"step": 2}, living)
-        living.flush()
-        os.replace(living.name, path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [foreign.name, path.name]
     write_atomically({}, other)
     assert not foreign.exists()
@@ -145,7 +145,7 @@ def test_two_processes_may_write_the_same_file(tmp_path):
     for number in range(3):
         code = f"""
             import torch
-            from mmkit.models.checkpoint import write_atomically
+            from mmkit.files import write_atomically
             weights = torch.full((7919,), {number})
             for step in range(40):
                 write_atomically({{"step": step, "w": weights}}, {str(path)!r})
@@ -294,9 +294,9 @@ def test_random_state_goes_through_a_file(tmp_path):
     """Python, NumPy and torch draw the same numbers after the state went to disk and back."""
     import numpy as np
 
-    write_atomically(mm.models.checkpoint.random_state(), tmp_path / "random.pth")
+    write_atomically(random_state(), tmp_path / "random.pth")
     drawn = random.random(), np.random.rand(), torch.rand(3)
-    mm.models.checkpoint.set_random_state(read_checkpoint(tmp_path / "random.pth"))
+    set_random_state(read_checkpoint(tmp_path / "random.pth"))
     again = random.random(), np.random.rand(), torch.rand(3)
     assert drawn[:2] == again[:2] and torch.equal(drawn[2], again[2])
 

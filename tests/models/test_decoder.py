@@ -14,7 +14,7 @@ from mmkit.evaluation.reconstruction import (
     put_back,
 )
 from mmkit.masking.core import hide_largest
-from mmkit.masking.draw import draw_maskings, mask_ratios
+from mmkit.masking.plan import draw_maskings, mask_ratios
 from mmkit.models.decoder import MultimodalDecoder, Wanted, hard_negatives, sin_cos_2d
 from mmkit.models.patches import patchify
 from mmkit.objective import num_pairs, term_sums
@@ -53,7 +53,7 @@ def draw(model, batch, masks="constant", text_mode="replace", seed=0):
     image = ("painted", PAINTED) if masks == "painted" else ("random", ratio)
     text = ("random", ratio)
     options = dict(seed=seed, epoch=0, text_mode=text_mode, predict_words=True)
-    return draw_maskings(batch, model, image=image, text=text, **options)
+    return draw_maskings(batch, model.token_info, image=image, text=text, **options)
 
 
 def wanted(**values):
@@ -533,7 +533,7 @@ def test_one_batch_overfits():
     )
     model.add_decoder(width=64, pixel_depth=1, word_depth=0).to_device("cpu").train()
     batch = data.encoded_by(model.tokenizer, model.max_length).batch(range(7))
-    maskings = draw_maskings(batch, model, seed=0, epoch=0, image=("random", 0.75),
+    maskings = draw_maskings(batch, model.token_info, seed=0, epoch=0, image=("random", 0.75),
                              text=("random", 0.3), predict_words=True)  # fmt: skip
     config = mm.TrainingConfig(learning_rate=1e-2, matrix_learning_rate=3e-2, weight_decay=0.0)
     optimizers = build_optimizers(model, config)

@@ -8,12 +8,12 @@ import torch
 import mmkit as mm
 from mmkit import Masking, MultimodalEncoder, mask_noise
 from mmkit.data.tokenizer import encode_texts
-from mmkit.masking.draw import caption_of
 from mmkit.masking.image import IMAGE_MASKERS, random_mask
+from mmkit.masking.plan import caption_of
 from mmkit.masking.text import TEXT_MASKERS, Caption, random_text_mask
 from mmkit.models.decoder import Wanted
 from mmkit.models.patches import patchify, unpatchify
-from tests.masking.test_draw import draw
+from tests.masking.test_plan import draw
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_hidden_words_cannot_be_seen(every_model, batch, name, mode):
     """
     ids, valid = batch.input_ids, batch.valid
     for model in every_model():
-        words = caption_of(batch, model).maskable
+        words = caption_of(ids, valid, model.token_info).maskable
         for ratio in RATIOS:
             masking = draw(batch, model, text=name, ratio=ratio, text_mode=mode)[1]
             assert masking.mask.any() and (mode == "80/10/10") == (masking.substitute is not None)
@@ -465,7 +465,7 @@ def test_a_decoder_of_a_caption_of_padding_alone_stays_finite(make_model, make_d
     model.add_decoder(pixels=True, words=True, across=True, width=32)
     model.to_device("cpu") if own else model
     image, text = mm.masking.draw_maskings(
-        batch, model, seed=0, epoch=0, image=("random", 0.5), text=("random", 0.4)
+        batch, model.token_info, seed=0, epoch=0, image=("random", 0.5), text=("random", 0.4)
     )
     batch.valid[2] = text.mask[2] = False
     out = model(batch, image, text, "drop", "replace", Wanted(pixels=True, words=True))
@@ -479,7 +479,7 @@ def test_a_decoder_of_a_caption_of_padding_alone_stays_finite(make_model, make_d
 def test_a_model_in_another_type_encodes(make_model, make_data, dtype):
     model, batch = make_model().to_device("cpu").eval(), make_data(7).batch(range(7))
     masking, text = mm.masking.draw_maskings(
-        batch, model, seed=0, epoch=0, image=("random", 0.5), text=("random", 0.4)
+        batch, model.token_info, seed=0, epoch=0, image=("random", 0.5), text=("random", 0.4)
     )
     with torch.no_grad():
         exact = model(batch, masking, text)
@@ -569,7 +569,7 @@ def test_another_image_size_interpolates_positions_and_nothing_else(
     torch.testing.assert_close(found + found.flip(0, 1), torch.full((7, 7), 18.0))
     batch = make_data(5, size=35).batch(range(5))
     masking, text = mm.masking.draw_maskings(
-        batch, model, seed=0, epoch=0, image=("random", 0.5), text=("random", 0.4)
+        batch, model.token_info, seed=0, epoch=0, image=("random", 0.5), text=("random", 0.4)
     )
     model.eval()
     wanted = Wanted(pixels=True)

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 import mmkit as mm
 from mmkit.data.batch import Batch
 from mmkit.data.tokenizer import encode_texts
-from mmkit.masking.draw import draw_maskings
-from mmkit.models.checkpoint import write_atomically
+from mmkit.files import write_atomically
+from mmkit.masking.plan import draw_maskings
 from mmkit.models.decoder import Wanted
 from tests.small_hub import SmallHub
 
@@ -197,7 +197,7 @@ def predictions(model, across):
     pixels = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, generator=generator)
     texts = encode_texts(model.tokenizer, WORDS, model.max_length)
     batch = Batch(pixels, *texts, torch.arange(3))
-    masks = draw_maskings(batch, model, seed=0, epoch=0, image=("random", 0.5),
+    masks = draw_maskings(batch, model.token_info, seed=0, epoch=0, image=("random", 0.5),
                           text=("random", 0.5), predict_words=True)  # fmt: skip
     noise = torch.rand(3, 2, generator=generator) if across else None
     with torch.no_grad():

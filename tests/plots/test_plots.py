@@ -122,7 +122,9 @@ def test_the_gallery_shows_every_masker_at_every_ratio(emoji, model):
     assert len(figure.axes) == every * 2 * 2
     figure = plots.masking_gallery(batch, model, ["grid", "block"], [0.25, 0.5, 0.75], epoch=3)
     assert len(figure.axes) == 2 * 3 * 2
-    masking, _ = mm.masking.draw_maskings(batch, model, seed=0, epoch=3, image=("block", 0.75))
+    masking, _ = mm.masking.draw_maskings(
+        batch, model.token_info, seed=0, epoch=3, image=("block", 0.75)
+    )
     expected = plots.paint_mask(batch.pixel_values, masking.mask, 8)[1]
     assert np.array_equal(figure.axes[-1].images[0].get_array(), expected.permute(1, 2, 0))
 
@@ -130,7 +132,7 @@ def test_the_gallery_shows_every_masker_at_every_ratio(emoji, model):
 def test_the_sequence_is_what_is_kept_in_its_order(emoji, model):
     batch = emoji.batch(range(3))
     image, text = mm.masking.draw_maskings(
-        batch, model, seed=0, epoch=0, image=("random", 0.8), text=("random", 0.5)
+        batch, model.token_info, seed=0, epoch=0, image=("random", 0.8), text=("random", 0.5)
     )
     figure = plots.what_the_model_sees(batch, model, image, text, row=1, caption="take-away")
     *_, ax = shown(figure, 2), figure.axes[2]

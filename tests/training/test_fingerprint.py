@@ -17,8 +17,9 @@ from PIL import Image
 
 import mmkit as mm
 from mmkit.data.images import square
+from mmkit.files import write_atomically
 from mmkit.masking.image import IMAGE_MASKERS, random_mask
-from mmkit.models.checkpoint import read_checkpoint, write_atomically
+from mmkit.models.checkpoint import read_checkpoint
 from mmkit.training import fingerprint
 from mmkit.training.function_identity import function_identity
 from tests.conftest import captions
@@ -74,7 +75,7 @@ SAME = {  # two functions that compute the same, however they are written down
     "partial": lambda: tuple(functools.partial(pow, exp=2, mod=None) for _ in range(2)),
     "an object": lambda: (Slope(0.5), Slope(0.5)),
     "a transform that draws": lambda: (jittered, (random.random(), jittered)[1]),
-    "by its registered name": lambda: (mm.config.cosine, mm.config.SCHEDULES["cosine"]),
+    "by its registered name": lambda: (mm.schedules.cosine, mm.schedules.SCHEDULES["cosine"]),
     "what it does not read of what it refers to": lambda: tuple(
         by_attribute(types.SimpleNamespace(peak=0.5, name=name)) for name in ("one", "other")
     ),
@@ -285,7 +286,7 @@ def test_another_experiment_is_refused_by_name(stopped, make_model, make_data, c
     elif change == "a registered schedule":
         now["schedule"] = "linear"
     elif change == "term schedule":
-        now["pixels_schedule"] = mm.config.linear
+        now["pixels_schedule"] = mm.schedules.linear
     elif change == "partial optimizer":
         now["optimizer"] = functools.partial(torch.optim.SGD, lr=0.02, momentum=0.9)
     elif change == "masker":
@@ -302,7 +303,9 @@ def test_another_experiment_is_refused_by_name(stopped, make_model, make_data, c
 
 def test_the_same_experiment_goes_on_without_a_word(stopped, make_data, make_model, capsys):
     """Built anew, all of it; a function by its registered name; other names of sets; views."""
-    make = stopped(schedule=mm.config.linear, optimizer=functools.partial(torch.optim.SGD, lr=0.1))
+    make = stopped(
+        schedule=mm.schedules.linear, optimizer=functools.partial(torch.optim.SGD, lr=0.1)
+    )
     capsys.readouterr()
     train = make_data(23, name="elsewhere").subset(range(23))
     optimizer = functools.partial(torch.optim.SGD, lr=0.1)

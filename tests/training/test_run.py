@@ -173,7 +173,7 @@ def test_the_first_look_moves_nothing(make, monkeypatch, tmp_path):
     losses, data = [], data_in_files(tmp_path / "images", 23)  # its transform draws
     for looks in (True, False):
         if not looks:
-            monkeypatch.setattr(mm.MaskedMultimodalTrainer, "_try_out", lambda self: None)
+            monkeypatch.setattr(mm.training.loop, "_try_out", lambda trainer: None)
         val, model = data_in_files(tmp_path / "images", 7), model_of(data.tokenizer, 0.2)
         run = make(run_name=f"{looks}", data=data, val=val, model=model, num_workers=0).fit()
         losses.append([{k: v for k, v in r.items() if "loss" in k} for r in run.history])
@@ -230,7 +230,7 @@ def test_a_disk_that_fills_up_is_said_with_the_file_and_a_remedy(make, monkeypat
             run_module.__dict__, "open", lambda p, *a: fails() if "a" in a else real(p, *a)
         )
     elif file == "config.json":
-        monkeypatch.setattr(mm.models.checkpoint.os, "replace", lambda a, b: fails() if (
+        monkeypatch.setattr(mm.files.os, "replace", lambda a, b: fails() if (
             Path(b).name == file) else os.rename(a, b))  # fmt: skip
     else:
         from torch.utils.tensorboard import SummaryWriter
@@ -398,20 +398,20 @@ def test_last_is_saved_before_validating(make, make_data, monkeypatch):
     """An error in it costs nothing: the epoch is validated when the run goes on."""
     val = make_data(7, seed=1)
     whole = make(run_name="whole", val=val).fit()
-    trainer, real = make(val=val), mm.training.trainer.validate
+    trainer, real = make(val=val), mm.training.loop.validate
 
     def fails(model, data, config):
         if len(data) == 7 and trainer.step == 3 and trainer.writer:
             raise MemoryError
         return real(model, data, config)
 
-    monkeypatch.setattr(mm.training.trainer, "validate", fails)
+    monkeypatch.setattr(mm.training.loop, "validate", fails)
     with pytest.raises(MemoryError):
         trainer.fit()
     state = read_checkpoint(trainer.path / "last/state.pth")
     assert (state["step"], state["ending"]) == (3, 0)
     assert not (trainer.path / "best_model.pth").exists()
-    monkeypatch.setattr(mm.training.trainer, "validate", real)
+    monkeypatch.setattr(mm.training.loop, "validate", real)
     run = make(val=val, resume=True).fit()
     clocks = {"seconds", "samples_per_second", "waiting_for_data"}
     records = [[{k: r[k] for k in r.keys() - clocks} for r in x.history] for x in (run, whole)]
@@ -517,6 +517,6 @@ def test_a_home_folder_is_found(make, tmp_path, monkeypatch):
 
 def test_a_path_is_shown_from_the_working_folder_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert mm.models.checkpoint.shown(tmp_path / "runs/x") == "runs/x"
-    assert mm.models.checkpoint.shown("runs/x") == "runs/x"
-    assert mm.models.checkpoint.shown("/proc/self") == "/proc/self"
+    assert mm.files.shown(tmp_path / "runs/x") == "runs/x"
+    assert mm.files.shown("runs/x") == "runs/x"
+    assert mm.files.shown("/proc/self") == "/proc/self"

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from mmkit import info_nce, sigmoid_loss
-from mmkit.masking.draw import draw_maskings, mask_ratios
-from mmkit.training.step import backward, naive_backward
+from mmkit.masking.plan import draw_maskings, mask_ratios
+from mmkit.training.step import Contrast, Mechanics, backward, naive_backward
 from tests.conftest import shared
 
 
@@ -22,7 +22,7 @@ def encode_with(model, modes=("drop", "replace"), schedule="constant"):
         ratio = mask_ratios(schedule, 0.4, 0.7, 0.0, batch.sample_ids, seed=0, epoch=0)
         masks = draw_maskings(
             batch,
-            model,
+            model.token_info,
             seed=0,
             epoch=0,
             image=("random", ratio),
@@ -64,7 +64,7 @@ def test_accumulated_gradient_is_the_gradient_of_the_big_batch(make_model, make_
     model.zero_grad()
 
     scale = (model.logit_scale, model.logit_bias)
-    loss = backward(encode, batch.split(parts), scale, kind)
+    loss = backward(encode, batch.split(parts), scale, Contrast(kind))
     torch.testing.assert_close(loss, expected.detach())
     ours = gradients(model)
     assert relative_error(ours, reference) < 1e-5
@@ -85,11 +85,11 @@ def test_parts_computed_side_by_side_give_the_gradient_of_the_big_batch(
     expected.backward()
     reference = gradients(model)
     reference.setdefault("logit_bias", torch.zeros(()))
-    options = dict(at_once=at_once, parameters=list(model.parameters()))
+    how = Mechanics(at_once=at_once, parameters=list(model.parameters()))
     found = []
     for _ in range(3):
         model.zero_grad()
-        loss = backward(encode, batch.split(parts), scale, kind, **options)
+        loss = backward(encode, batch.split(parts), scale, Contrast(kind), how=how)
         torch.testing.assert_close(loss, expected.detach())
         found.append(gradients(model))
         assert relative_error(found[-1], reference) < 1e-5
@@ -109,10 +109,10 @@ def test_other_terms_side_by_side_are_those_one_after_the_other(make_model, make
 
     for weight in (0.0, 0.5):
         found = []
-        for options in ({}, dict(at_once=2, parameters=list(model.parameters()))):
+        for how in (Mechanics(), Mechanics(at_once=2, parameters=list(model.parameters()))):
             model.zero_grad()
-            more = dict(whole=whole, contrastive_weight=weight) | options
-            backward(encode, batch.split(4), scale, "info_nce", **more)
+            contrast = Contrast(weight=weight)
+            backward(encode, batch.split(4), scale, contrast, whole=whole, how=how)
             found.append(gradients(model))
         assert relative_error(found[1], found[0]) < 1e-5
         assert any("bert" in name for name in found[1]) == bool(weight)
@@ -126,10 +126,10 @@ def test_micro_batches_of_other_widths_give_the_same_gradient(make_model, make_d
     if modes[0] == "drop":
         widths = [encode(part).image_tokens.shape[1] for part in batch.split(5)]
         assert len(set(widths)) > 1
-    backward(encode, [batch], scale, kind)
+    backward(encode, [batch], scale, Contrast(kind))
     reference = gradients(model)
     model.zero_grad()
-    backward(encode, batch.split(5), scale, kind)
+    backward(encode, batch.split(5), scale, Contrast(kind))
     assert relative_error(gradients(model), reference) < 1e-5
 
 
@@ -148,20 +148,18 @@ def test_dropout_is_replayed(make_model, make_data, kind):
     model.zero_grad()
 
     torch.manual_seed(7)
-    backward(encode, parts, (model.logit_scale, model.logit_bias), kind)
+    backward(encode, parts, (model.logit_scale, model.logit_bias), Contrast(kind))
     assert relative_error(gradients(model), reference) < 1e-5
 
 
 def test_naive_accumulation_is_another_gradient(make_model, make_data):
     """What the exact one is for: micro-batches that lose their negatives point elsewhere."""
-    import contextlib
-
     model, batch = make_model().train(), make_data(23).batch(range(23))
     encode, scale = encode_with(model), (model.logit_scale, model.logit_bias)
-    backward(encode, [batch], scale, "info_nce")
+    backward(encode, [batch], scale, Contrast())
     reference = torch.cat([g.flatten() for g in gradients(model).values()])
     model.zero_grad()
-    naive_backward(encode, batch.split(4), scale, "info_nce", no_sync=contextlib.nullcontext)
+    naive_backward(encode, batch.split(4), scale, Contrast())
     naive = torch.cat([g.flatten() for g in gradients(model).values()])
     assert F.cosine_similarity(naive, reference, dim=0) < 0.95
 
@@ -176,5 +174,5 @@ def test_memory_grows_with_the_micro_batch(make_model, make_data):
         graphs.append(out.image_features.requires_grad)
         return out
 
-    backward(encode, batch.split(3), (model.logit_scale, model.logit_bias), "info_nce")
+    backward(encode, batch.split(3), (model.logit_scale, model.logit_bias), Contrast())
     assert graphs == [False, False, True, True, True]

@@ -91,9 +91,9 @@ def test_a_uniform_ratio_is_one_of_its_own_for_each_sample(make_trainer):
 def test_the_running_mean_is_what_attentive_looks_with(make_trainer, make_model):
     """Not the model in training: its slowly moving copy, at half the resolution."""
     trainer = make_trainer(image_mask="attentive", learning_rate=0.05, num_epochs=3)
-    assert make_trainer().plan.ema is None
+    assert make_trainer().attention_ema is None
     rising = dict(image_mask_schedule="linear", image_mask_final_ratio=0.5)
-    assert make_trainer(image_mask="attentive", image_mask_ratio=0.0, **rising).plan.ema
+    assert make_trainer(image_mask="attentive", image_mask_ratio=0.0, **rising).attention_ema
     batch = trainer.first_batch()
     for _ in range(3):
         trainer.train_step(batch, 0)
@@ -101,7 +101,7 @@ def test_the_running_mean_is_what_attentive_looks_with(make_trainer, make_model)
     with torch.no_grad():
         mean, now = (
             class_attention(vit, pixels, half=True, of="mean")
-            for vit in (trainer.plan.ema.module, trainer.model.vit)
+            for vit in (trainer.attention_ema.module, trainer.model.vit)
         )
     masking = trainer.maskings(batch, 0)[0]
     assert not torch.allclose(mean, now)
@@ -113,8 +113,8 @@ def test_masks_are_drawn_once_per_step(make_trainer, monkeypatch):
     """The replay of a micro-batch hides what the first pass hid, without a second look."""
     trainer = make_trainer(image_mask="attentive", gradient_accumulation_steps=3)
     calls = []
-    attention = trainer.plan.attention
-    monkeypatch.setattr(trainer.plan, "attention", lambda b: calls.append(len(b)) or attention(b))
+    attend, tokens = trainer.plan.tokens.attend, trainer.plan.tokens
+    monkeypatch.setattr(tokens, "attend", lambda x: calls.append(len(x)) or attend(x))
     trainer.train_step(trainer.first_batch(), 0)
     assert calls == [4, 4, 3]
 
@@ -141,11 +141,11 @@ def test_a_run_from_before_these_fields_can_be_resumed(make_trainer, tmp_path):
     path = tmp_path / "old/last/state.pth"
     state = mm.models.checkpoint.read_checkpoint(path)
     del state["ema"], state["config"]["image_mask_schedule"], state["config"]["ema_momentum"]
-    mm.models.checkpoint.write_atomically(state, path)
+    mm.files.write_atomically(state, path)
     config, data, model = trainer.config, trainer.train, trainer.model
     assert mm.MaskedMultimodalTrainer(config, data, None, model, resume=True).step == 5
     state["config"]["image_mask"] = "attentive"
-    mm.models.checkpoint.write_atomically(state, path)
+    mm.files.write_atomically(state, path)
     config = dataclasses.replace(config, image_mask="attentive")
     with pytest.raises(ValueError, match="no running mean to resume from"):
         mm.MaskedMultimodalTrainer(config, data, None, model, resume=True)

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import mmkit as mm
-from mmkit.config import RATIO_SCHEDULES
 from mmkit.models.checkpoint import read_checkpoint
+from mmkit.schedules import RATIO_SCHEDULES
 from mmkit.training.optim import build_optimizers, freeze, layer_multiplier, thaw
-from mmkit.training.step import backward
+from mmkit.training.step import Contrast, backward
 from tests.training.test_trainer import QUICK
 
 
@@ -260,7 +260,10 @@ def test_a_skipped_step_changes_nothing(make_trainer):
 
     def everything():
         memory = [o.state_dict()["state"] for o in trainer.optimizers]
-        means = (trainer.ema.state_dict(), trainer.plan.state_dict())
+        means = (
+            trainer.ema.state_dict(),
+            (trainer.attention_ema and trainer.attention_ema.state_dict()),
+        )
         return [*tensors(memory), *tensors(means), *weights(trainer.model).values()]
 
     before, loss = [x.clone() for x in everything()], float(trainer.epoch_loss)
@@ -373,7 +376,7 @@ def test_a_fork_may_add_a_running_mean_or_change_the_optimizer(make_trainer, cap
     fork = make_trainer(run_name="fork", resume=source.path, **asked)
     now = fork.model.state_dict()
     assert all(torch.equal(now[n], x) for n, x in fork.ema.module.state_dict().items())
-    assert torch.equal(fork.plan.ema.module.layernorm.weight, now["vit.layernorm.weight"])
+    assert torch.equal(fork.attention_ema.module.layernorm.weight, now["vit.layernorm.weight"])
     assert not fork.optimizers[0].state and "without memory" in capsys.readouterr().out
     same = make_trainer(run_name="same", resume=source.path, ema_decay=0.99)
     assert all(optimizer.state for optimizer in same.optimizers)
@@ -454,7 +457,7 @@ def test_gradient_checkpointing_gives_the_same_gradient_and_keeps_less(make_trai
         held[asked] = sum(sizes)
         torch.manual_seed(3)
         scale = (model.logit_scale, model.logit_bias)
-        backward(lambda micro, m=model, x=maskings: m(micro, *x), [batch], scale, "info_nce")
+        backward(lambda micro, m=model, x=maskings: m(micro, *x), [batch], scale, Contrast())
         grads[asked] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert held[True] < 0.5 * held[False]
     for name, wanted in grads[False].items():

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import mmkit as mm
+from mmkit.data.openmoji.layers import DrawingLayers
 from mmkit.masking.image import IMAGE_MASKERS
 from mmkit.masking.text import TEXT_MASKERS
 from mmkit.widgets.mask_lab import _SHOWN, MaskLab
@@ -84,7 +85,7 @@ def test_only_maskers_that_can_work_are_offered(make_data, make_model, plain_lab
     assert list(plain_lab.image_masker.options) == everywhere
     assert list(plain_lab.text_masker.options) == list(TEXT_MASKERS)
     data = make_data(7)
-    data.layers = mm.openmoji_layers.DrawingLayers(15)
+    data.layers = DrawingLayers(15)
     assert list(MaskLab(data, make_model()).image_masker.options) == list(IMAGE_MASKERS)
 
 

@@ -17,7 +17,7 @@ import resvg_py
 from PIL import Image
 from tqdm import tqdm
 
-from ...files import renamed
+from ...files import renamed, writing_cache
 
 TABLE = Path(__file__).with_name("splits.csv")
 
@@ -83,13 +83,13 @@ def cached_array(
 
 
 def _write(path: Path, row: np.dtype, count: int, rendered) -> None:
-    """Write to a temporary name, sync, rename. Rows go straight to the file: 224 px is 560 MB."""
+    """Rows go straight to the file: 224 px is 560 MB."""
     header = {
         "descr": np.lib.format.dtype_to_descr(row.base),
         "fortran_order": False,
         "shape": (count, *row.shape),
     }
-    with renamed(path) as file:
+    with writing_cache(path), renamed(path) as file:
         np.lib.format.write_array_header_1_0(file, header)
         for one in rendered:
             file.write(one.tobytes())

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import image_duplicates
+from ..groups import connected
 from .drawings import TABLE
 from .images import named_drawings, render, stable_hash
 from .names import TONES, base_name, gender, group, skeleton, tones, wording
@@ -31,18 +32,9 @@ _NOT_GUESSABLE = {"Flags", "Symbols", "Component"}  # groups that are always tra
 
 
 def _components(count: int, links: list[tuple[int, int]]) -> list[int]:
-    """Connected components: for each of `count` rows the first row that it is linked to."""
-    parent = list(range(count))
-
-    def root(row: int) -> int:
-        while parent[row] != row:
-            row = parent[row]
-        return row
-
-    for a, b in links:
-        low, high = sorted((root(a), root(b)))
-        parent[high] = low
-    return [root(row) for row in range(count)]
+    """For each of `count` rows the first of those that links connect it with."""
+    _, first, group = np.unique(connected(count, links), return_index=True, return_inverse=True)
+    return first[group].tolist()
 
 
 def _links_by(keys: list[str]) -> list[tuple[int, int]]:

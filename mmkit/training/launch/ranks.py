@@ -10,12 +10,12 @@ import signal
 import sys
 import time
 import traceback
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from ...distributed import depart
+from ...collective import depart
+from ...files import renamed
 from .preflight import gpus
 
 _LINGER = 1.0  # seconds
@@ -49,7 +49,9 @@ def run_rank(job: dict) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     except BaseException as error:
-        _write(job["folder"] / f"error-{rank}", _report(rank, error))
+        report = _report(rank, error)
+        with renamed(job["folder"] / f"error-{rank}") as file:  # we may be ended at any time
+            file.write(report)
         time.sleep(_LINGER)  # a rank that was killed, so that we failed, must be seen first
         raise SystemExit(1) from None
 
@@ -77,13 +79,6 @@ def _meet(job: dict) -> None:
     if seen != expected:  # else every process would silently train a model of its own
         raise RuntimeError(f"{expected} processes were asked for, each sees {seen}")
     torch.set_num_threads(job["threads"])
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all: a process may be ended at any time."""
-    unfinished = path.with_name(f"unfinished-{path.name}")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
 
 
 def _send(job: dict, value) -> None:

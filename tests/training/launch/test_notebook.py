@@ -560,7 +560,7 @@ def test_a_call_by_all_ranks_works_and_one_whose_others_have_gone_home_is_said(t
     done = run(
         TRAINED
         + f"""
-    from mmkit import distributed
+    from mmkit import collective
 
     found = []
     def callback(trainer, record):
@@ -584,10 +584,10 @@ def test_a_call_by_all_ranks_works_and_one_whose_others_have_gone_home_is_said(t
     refused(one_only, 1, num_processes=2)
 
     def waits_long():
-        distributed._SAID, distributed._LIMIT = 0.2, 1.0
+        collective._SAID, collective._LIMIT = 0.2, 1.0
         if world()[0]:
             return time.sleep(3)
-        distributed.meet("this call")
+        collective.meet("this call")
     refused(waits_long, num_processes=2)
     """,
         seconds=300,

@@ -7,11 +7,12 @@ import re
 import pytest
 import torch
 
-from mmkit.config import RATIO_SCHEDULES, TrainingConfig
-from mmkit.masking.draw import caption_of, draw_maskings, find_masker, mask_ratios
+from mmkit.config import TrainingConfig
 from mmkit.masking.image import ATTENTION_MASKERS, IMAGE_MASKERS
+from mmkit.masking.plan import caption_of, draw_maskings, find_masker, mask_ratios
 from mmkit.masking.text import TEXT_MASKERS
 from mmkit.noise import mask_noise
+from mmkit.schedules import RATIO_SCHEDULES
 
 PAINTED = [[0, 1, 0], [0, 1, 1], [0, 0, 0]]
 
@@ -24,15 +25,27 @@ class Layers:
         return noise.unflatten(1, (4, -1)) < 0.4
 
 
+def tokens_of(model, frequency=None, attend=None):
+    """What maskers know of a model, with frequencies, or with attention of our own."""
+    tokens = model.token_info
+    return dataclasses.replace(tokens, frequency=frequency, attend=attend or tokens.attend)
+
+
 def draw(
     batch, model, image="random", text="random", ratio=0.5, epoch=0, painted=PAINTED, **options
 ):
     """Both maskings of a batch by these maskers, with all that any of them needs."""
     frequency = mask_noise(0, 0, torch.arange(1), len(model.tokenizer), "frequency")[0]
-    options = dict(seed=3, layers=Layers(), frequency=frequency) | options
+    options = dict(seed=3, layers=Layers()) | options
+    tokens = tokens_of(model, frequency, options.pop("attend", None))
     image_ratio = painted if image == "painted" else ratio
     return draw_maskings(
-        batch, model, epoch=epoch, image=(image, image_ratio), text=(text, ratio), **options
+        batch,
+        tokens,
+        epoch=epoch,
+        image=(image, image_ratio),
+        text=(text, ratio),
+        **options,
     )
 
 
@@ -189,11 +202,16 @@ def test_a_maskers_batch_is_its_masker(model, data):
     image, text = draw(batch, model, "attentive", "whole_word", epoch=2)
     keep = attention.topk(4, dim=1).indices
     assert torch.equal(image.ids_keep.sort(1).values, keep.sort(1).values)
-    given = draw(batch, model, "attentive", epoch=2, attend=lambda: -attention + 1)[0]
+    given = draw(batch, model, "attentive", epoch=2, attend=lambda _: -attention + 1)[0]
     assert torch.equal(given.ids_keep.sort(1).values, (-attention).topk(4).indices.sort(1).values)
     same(draw(batch, model, epoch=2)[0], IMAGE_MASKERS["random"](noise, 0.5))
     noise = mask_noise(3, 2, batch.sample_ids, batch.input_ids.shape[1], "text")
-    same(text, TEXT_MASKERS["whole_word"](noise, 0.5, caption_of(batch, model)))
+    same(
+        text,
+        TEXT_MASKERS["whole_word"](
+            noise, 0.5, caption_of(batch.input_ids, batch.valid, model.token_info)
+        ),
+    )
     painted = draw(batch, model, "painted")[0]
     assert torch.equal(painted.mask, (torch.tensor(PAINTED) > 0).flatten().expand(7, -1))
 
@@ -201,7 +219,7 @@ def test_a_maskers_batch_is_its_masker(model, data):
 def test_nothing_is_drawn_at_ratio_zero(model, data):
     """None, for which nothing is computed; one ratio among zeros is enough to draw."""
     batch = data.batch(range(5))
-    assert draw_maskings(batch, model, seed=0, epoch=0) == (None, None)
+    assert draw_maskings(batch, model.token_info, seed=0, epoch=0) == (None, None)
     assert draw(batch, model, "attentive", "frequency", ratio=torch.zeros(5)) == (None, None)
     some = torch.tensor([0.0, 0.5, 0.0, 0.9, 0.0], dtype=torch.float64)
     image, text = draw(batch, model, ratio=some)
@@ -219,14 +237,14 @@ def test_a_caption_is_described_to_the_maskers(model, data):
     pieces = [tokenizer.convert_ids_to_tokens(row.tolist()) for row in batch.input_ids]
     assert pieces[0] == ["[CLS]", "old", "boat", "##s", "[SEP]"]
     frequency = torch.arange(len(tokenizer)) / 100
-    caption = caption_of(batch, model, frequency)
+    caption = caption_of(batch.input_ids, batch.valid, tokens_of(model, frequency))
     assert caption.maskable.tolist() == [
         [False, True, True, True, False],
         [False, True, False, False, False],
     ]
     assert caption.word_start[0, 1:4].tolist() == [True, True, False]
     assert torch.equal(caption.frequency, frequency[batch.input_ids])
-    assert caption_of(batch, model).frequency is None
+    assert caption_of(batch.input_ids, batch.valid, model.token_info).frequency is None
 
 
 # -- 80/10/10 --------------------------------------------------------------------------------
@@ -253,7 +271,7 @@ def test_hidden_words_become_80_10_10(model, make_data):
 def test_where_words_are_predicted_one_is_hidden(model, data, text):
     """However small the ratio, unless it is the only one; never in the other modes."""
     batch = data.batch(range(29))
-    words = caption_of(batch, model).maskable.sum(1)
+    words = caption_of(batch.input_ids, batch.valid, model.token_info).maskable.sum(1)
     masking = draw(batch, model, text=text, ratio=0.01, text_mode="80/10/10")[1]
     assert words.min() == 2 and (masking.mask.sum(1) >= 1).all()
     if text != "whole_word":
@@ -276,7 +294,7 @@ def test_bad_input_is_refused_in_words(model, data):
 
     def refuses(words, image=("random", 0.0), text=("random", 0.0)):
         with pytest.raises(ValueError, match=words):
-            draw_maskings(batch, model, seed=0, epoch=0, image=image, text=text)
+            draw_maskings(batch, model.token_info, seed=0, epoch=0, image=image, text=text)
 
     for ratio in (0.5, 0.0):
         refuses("masker 'cluser' is not known; did you mean 'cluster'", image=("cluser", ratio))
@@ -305,7 +323,7 @@ def own(make_model, make_data, monkeypatch):
         known = {"image": IMAGE_MASKERS, "text": TEXT_MASKERS}[kind]
         monkeypatch.setitem(known, "own", masker)
         options = dict(seed=3, epoch=2, **{kind: ("own", 0.5)}) | options
-        return draw_maskings(batch, model, **options)[kind == "text"], batch, model
+        return draw_maskings(batch, model.token_info, **options)[kind == "text"], batch, model
 
     return draw_with
 
@@ -329,7 +347,7 @@ def test_a_bool_mask_of_an_own_text_masker_spares_the_ends(own):
     for mode in ("drop", "replace"):
         first = lambda noise, ratio, caption: caption.maskable.cumsum(1) <= 1  # noqa: E731
         masking, batch, model = own("text", first, text_mode=mode)
-        words = caption_of(batch, model).maskable
+        words = caption_of(batch.input_ids, batch.valid, model.token_info).maskable
         assert torch.equal(masking.mask, words & (words.cumsum(1) == 1))
         assert torch.isfinite(model(batch, None, masking, text_mode=mode).text_features).all()
 
@@ -376,3 +394,21 @@ def keeping(noise, ratio, change):
 def test_an_own_masker_that_gives_no_mask_is_told_so(own, kind, masker, words):
     with pytest.raises(ValueError, match=f"masker 'own' .*{words}"):
         own(kind, masker)
+
+
+# -- older arguments -----------------------------------------------------------------------------
+
+
+def test_draw_maskings_takes_what_it_took_before_with_a_word(model, data):
+    """A model in the place of its TokenInfo, attend without arguments, frequency."""
+    batch = data.batch(range(7))
+    frequency = mask_noise(0, 0, torch.arange(1), len(model.tokenizer), "frequency")[0]
+    attention = mask_noise(1, 0, batch.sample_ids, 9, "attention")
+    options = dict(seed=3, epoch=1, image=("attentive", 0.5), text=("frequency", 0.5))
+    with pytest.warns(FutureWarning, match="model.token_info"):
+        older = draw_maskings(
+            batch, model, attend=lambda: attention, frequency=frequency, **options
+        )
+    tokens = tokens_of(model, frequency, lambda _: attention)
+    for one, other in zip(older, draw_maskings(batch, tokens, **options), strict=True):
+        same(one, other)

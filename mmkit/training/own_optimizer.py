@@ -1,0 +1,65 @@
+"""An optimizer of the user's own: what it must be, and which of its values hold.
+
+Walk-through: notebooks/03_training.ipynb.
+"""
+
+import inspect
+import math
+
+import torch
+
+
+def own_optimizer(build, groups: list[dict], peak: float) -> torch.optim.Optimizer:
+    given = {id(p): {**group, "params": ()} for group in groups for p in group["params"]}
+    optimizer = build(groups)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(
+            f"the optimizer function returned a {type(optimizer).__name__}; it must return a "
+            "torch.optim.Optimizer over the groups it is given, "
+            "such as lambda groups: torch.optim.SGD(groups)"
+        )
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ValueError(
+            f"{type(optimizer).__name__} computes the loss anew in each step (a closure), which a "
+            "training does not; take one that goes by the gradient, such as torch.optim.SGD(groups)"
+        )
+    taken = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if taken != given.keys():
+        raise ValueError(
+            f"the optimizer function left out {len(given.keys() - taken)} of {len(given)} weights, "
+            f"and took {len(taken - given.keys())} others; give it all groups (what is not to "
+            "learn: requires_grad_(False) before the training)"
+        )
+    _keep_own_values(optimizer, given, peak)
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+        values = [float(group["lr"]), float(group.get("weight_decay", 0.0))]
+        if not all(0 <= value < math.inf for value in values):
+            raise ValueError(
+                f"the optimizer function gives a learning rate of {values[0]} and a weight decay "
+                f"of {values[1]}; both must be finite and 0 or more"
+            )
+    return optimizer
+
+
+def _keep_own_values(optimizer: torch.optim.Optimizer, given: dict[int, dict], peak: float):
+    """Let what the caller gave to the constructor hold, which torch would drop for the groups'.
+
+    A rate of the caller's own is scaled by layer as the configuration's, and the constructor's
+    decay, its default included, then holds with it; a decay alone leaves the rates as they are.
+    What is never decayed stays so. Values that the caller wrote into groups are left alone.
+    """
+    known = inspect.signature(type(optimizer)).parameters
+    values = {k: v for k, v in optimizer.defaults.items() if k in ("lr", "weight_decay")}
+    own = {k: v for k, v in values.items() if k not in known or v != known[k].default}
+    if any(own.get("lr") == group["lr"] for group in given.values()):
+        del own["lr"]  # read from the groups
+    elif "lr" in own:
+        own = values
+    for group in filter(lambda group: group["params"], optimizer.param_groups):
+        asked = given[id(group["params"][0])]
+        if "lr" in own and group["lr"] == asked["lr"]:
+            group["lr"] = own["lr"] * (asked["lr"] / peak if peak else 1.0)
+        if "weight_decay" in own and group["weight_decay"] == asked["weight_decay"] != 0:
+            group["weight_decay"] = own["weight_decay"]

@@ -1,0 +1,98 @@
+"""What a training run records and says of a step and of an epoch.
+
+Walk-through: notebooks/03_training.ipynb.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.batch import Batch
+from ..distributed import sum_over_processes
+from ..masking.text import maskable_words
+
+
+def as_json(value: Any) -> Any:
+    """The value; None for a float that JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def step_record(
+    trainer, batch: Batch, loss: Tensor, norm: float, steps_per_second: float, waited: float
+) -> dict[str, Any]:
+    """The record of the step that was taken last, over all processes.
+
+    waited: the fraction of the time that went by without a batch.
+    """
+    model = trainer.model
+    words = maskable_words(batch.input_ids, batch.valid, model.special_ids).sum()
+    hidden = [
+        sum(float(drawn[i].mask.sum()) for drawn in trainer.drawn if drawn[i] is not None)
+        for i in (0, 1)
+    ]
+    sums = [float(loss), *hidden, len(batch) * model.num_patches, float(words)]
+    total, patches_hidden, words_hidden, patches, words = sum_over_processes(
+        torch.tensor(sums, dtype=torch.float64).to(trainer.device)
+    ).tolist()
+    return {
+        "loss": total,
+        **_terms_in_all(trainer),
+        "learning_rate": trainer.optimizers[-1].param_groups[0]["lr"],
+        "logit_scale": model.logit_scale.item(),
+        "image_mask_ratio": patches_hidden / patches,
+        "text_mask_ratio": words_hidden / max(1, words),
+        "grad_norm": norm,
+        "skipped_steps": trainer.skipped,
+        "samples_per_second": steps_per_second * len(trainer.train) / trainer.steps_per_epoch,
+        "waiting_for_data": waited,
+    }
+
+
+def _terms_in_all(trainer) -> dict[str, float]:
+    """Each term of the last step, not weighted, over all processes; {} for contrast alone."""
+    terms = sorted(trainer.terms)
+    if trainer.config.terms == ["contrastive"] or not terms:
+        return {}
+    total = sum_over_processes(torch.stack([trainer.terms[term].double() for term in terms]))
+    return {f"{term}_loss": x for term, x in zip(terms, total.tolist(), strict=True)}
+
+
+def likely_cause(model, scaler, batch: Batch) -> str:
+    """Why no gradient is finite, and what to do, in words."""
+    pixels = batch.pixel_values.flatten(1)
+    bad = ~torch.isfinite(pixels).all(1) if pixels.is_floating_point() else None
+    if bad is not None and bad.any():
+        ids = ", ".join(str(int(i)) for i in batch.sample_ids[bad][:5])
+        return f"a picture is not finite (sample ids {ids}): check the transform"
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"the weights were not finite to begin with ({name}): take another model"
+    if scaler.is_enabled() and scaler.get_scale() < 1:
+        return (
+            f"fp16 overflows even at a loss scale of {scaler.get_scale():.0e}: take "
+            "mixed_precision='bf16' or 'no'"
+        )
+    return (
+        "the learning rate is too high: lower learning_rate, raise warmup_steps, or try "
+        "mixed_precision='no'"
+    )
+
+
+def epoch_words(trainer, epoch: int, record: dict, better: bool) -> str:
+    """What is printed at the end of an epoch."""
+    words, train_loss = f"epoch {epoch + 1:3d}/{trainer.num_epochs}  ", record["train_loss"]
+    words += "no step applied" if train_loss is None else f"train loss {train_loss:.3f}"
+    if trainer.val is not None:
+        words += f"  val loss {record['loss']:.3f}"
+    if "image_to_text_R@1" in record:
+        recalls = [record[f"{way}_R@1"] for way in ("image_to_text", "text_to_image")]
+        words += f"  R@1 {50 * sum(recalls):5.1f} %"
+    if "pixel_error" in record:
+        words += f"  pixel error {record['pixel_error']:.4f}"
+    for term in ("words", "matching"):
+        if f"{term}_accuracy" in record:
+            words += f"  {term} {100 * record[f'{term}_accuracy']:4.1f} %"
+    waited = f"  waited for data {100 * trainer.epoch_waited:.1f} %"
+    return f"{words}  {trainer.seconds:6.1f} s{waited}{'  best' if better else ''}"
