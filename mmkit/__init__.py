@@ -17,7 +17,7 @@ from .data.published import from_coco, from_flickr30k
 from .data.shards import write_shards
 from .data.sources import from_lists, from_shards, from_table, load_data
 from .data.splits import overlap, split
-from .data.tokenizer import train_wordpiece, unknown_share
+from .data.tokenizer import train_wordpiece, unk_rate
 from .evaluation import probe, retrieval
 from .evaluation.reconstruction import evaluate_reconstruction, put_back
 from .evaluation.retrieval import embed, embed_texts, evaluate, mean_recall, recall_at_k
@@ -29,11 +29,15 @@ from .models.checkpoint import load
 from .models.encoder import EncoderOutput, MultimodalEncoder
 from .models.pretrained import minilm
 from .noise import mask_noise
+from .older_names import renamed
 from .training import optim
 from .training.launch.notebook import launch
 from .training.run import Run
 from .training.summary import describe
 from .training.trainer import MaskedMultimodalTrainer, train_model
+
+# the name of before
+unknown_share = renamed(unk_rate, "mm.unknown_share")
 
 __version__ = "0.1.0"
 
@@ -84,6 +88,7 @@ __all__ = [
     "split",
     "train_model",
     "train_wordpiece",
+    "unk_rate",
     "unknown_share",
     "widgets",
     "write_shards",

@@ -11,19 +11,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-def world() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """(rank, number of processes); (0, 1) without torch.distributed."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def my_share(rows: Tensor) -> tuple[Tensor, int]:
+def rank_slice(rows: Tensor) -> tuple[Tensor, int]:
     """This process's contiguous part of a global batch, and where it starts.
 
     Parts differ by at most one row; joined in rank order they are the batch.
     """
-    rank, processes = world()
+    rank, processes = rank_and_world_size()
     parts = rows.tensor_split(processes)
     return parts[rank], sum(len(part) for part in parts[:rank])
 
@@ -53,7 +53,7 @@ class _Gather(torch.autograd.Function):
 
 def row_counts(count: int, device: torch.device) -> list[int]:
     """How many rows each process has, in rank order."""
-    _, processes = world()
+    _, processes = rank_and_world_size()
     if processes == 1:
         return [count]
     counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(processes)]
@@ -61,12 +61,12 @@ def row_counts(count: int, device: torch.device) -> list[int]:
     return [int(c) for c in counts]
 
 
-def gather_rows(x: Tensor, counts: list[int] | None = None) -> Tensor:
+def all_gather_with_grad(x: Tensor, counts: list[int] | None = None) -> Tensor:
     """(R, ...) of every process, joined in rank order: (C, ...). Differentiable; R may differ.
 
     counts: what `row_counts` gave, where it is known already.
     """
-    if world()[1] == 1:
+    if rank_and_world_size()[1] == 1:
         return x
     return _Gather.apply(x, counts or row_counts(len(x), x.device))
 
@@ -84,7 +84,7 @@ class _Pass(torch.autograd.Function):
 
 
 def _pass_on(x: Tensor, hop: int) -> Tensor:
-    rank, processes = world()
+    rank, processes = rank_and_world_size()
     received = torch.empty_like(x)
     exchanges = [
         dist.P2POp(dist.isend, x.contiguous(), (rank + hop) % processes),
@@ -95,13 +95,13 @@ def _pass_on(x: Tensor, hop: int) -> Tensor:
     return received
 
 
-def around_the_ring(x: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
+def neighbour_exchange(x: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
     """(rank, its rows (R, ...)) of every process, our own first; differentiable.
 
     No process ever holds more than two others' rows for this; the chunked sigmoid loss (Zhai et
     al. 2023, arXiv:2303.15343, section 3.1). counts: rows of each process, in rank order.
     """
-    rank, processes = world()
+    rank, processes = rank_and_world_size()
     yield rank, x
     moving = x.new_zeros(max(counts), *x.shape[1:])
     moving = torch.cat([x, moving[len(x) :]])  # all of one length, to be passed on
@@ -111,17 +111,17 @@ def around_the_ring(x: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]
         yield owner, moving[: counts[owner]]
 
 
-def sum_over_processes(x: Tensor) -> Tensor:
+def all_reduce_sum(x: Tensor) -> Tensor:
     """The sum of a tensor over all processes (a new tensor, no gradient)."""
     x = x.detach().clone()
-    if world()[1] > 1:
+    if rank_and_world_size()[1] > 1:
         dist.all_reduce(x)
     return x
 
 
-def send_to_all(tensors: Sequence[Tensor], owner: int) -> None:
+def broadcast(tensors: Sequence[Tensor], owner: int) -> None:
     """Overwrite these tensors of every process by those of process `owner`; one message."""
-    if world()[1] == 1 or not tensors:
+    if rank_and_world_size()[1] == 1 or not tensors:
         return
     flat = torch.cat([x.flatten() for x in tensors])
     dist.broadcast(flat, owner)

@@ -1,10 +1,10 @@
 """Losses as functions of features and scale.
 
-Features are unit-length (B, D); `scale` is exp(logit_scale), the inverse temperature. A caption
-that is correct for an image (one of its own, whichever row it stands in) is never its negative,
-nor the image the caption's. What is put back is judged where it was hidden, and nowhere else:
-`mask` True = HIDDEN. All arithmetic is float32, whatever the features' type.
-Shapes: B batch, N patches, M hidden words.
+Features are unit-length (B, D); `scale` is exp(logit_scale), the inverse temperature, which
+`training.step.update` keeps at 100 or below. A caption that is correct for an image (one of its
+own, whichever row it stands in) is never its negative, nor the image the caption's.
+What is put back is judged where it was hidden, and nowhere else: `mask` True = HIDDEN. All
+arithmetic is float32, whatever the features' type. Shapes: B batch, N patches, M hidden words.
 After Radford et al. 2021 (CLIP, arXiv:2103.00020), Khosla et al. 2020 (several positives,
 arXiv:2004.11362) and Zhai et al. 2023 (SigLIP, arXiv:2303.15343).
 Walk-through: notebooks/03_training.ipynb, 07_reconstruction.
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data.captions import correct_pairs
+from .data.partners import correct_pairs
 from .errors import nearest
 
 CONTRASTIVE = ("info_nce", "sigmoid")

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from .config import TrainingConfig
 from .data.batch import Batch
-from .distributed import sum_over_processes
+from .distributed import all_reduce_sum
 from .losses import masked_pixel_loss, masked_token_loss, matching_loss
 from .masking.core import Masking
 from .masking.plan import MaskPlan
-from .models.decoder import Wanted
+from .models.decoder import ForwardSpec
 from .models.encoder import EncoderOutput, MultimodalEncoder
 from .models.patches import patchify
 from .noise import mask_noise
@@ -35,7 +35,7 @@ class MicroBatch:
 
     batch: Batch
     maskings: Maskings
-    wanted: Wanted  # beside the features, see `Objective`
+    wanted: ForwardSpec  # beside the features, see `Objective`
     terms: dict[str, Tensor] = field(default_factory=dict)  # its parts of the terms, as found
 
     @property
@@ -126,7 +126,7 @@ class Objective:
 
     def wanted(
         self, batch: Batch, maskings: Maskings, epoch: int, weights: dict[str, float]
-    ) -> Wanted:
+    ) -> ForwardSpec:
         """What the forward pass of a micro-batch is asked for: a pure function of all this."""
         config, ids = self.config, batch.sample_ids
         image, text = maskings
@@ -138,7 +138,7 @@ class Objective:
         if "matching" in weights:
             matching = mask_noise(config.seed, epoch, ids, 2, "matching")
         pixels, words = "pixels" in weights, "words" in weights
-        return Wanted(
+        return ForwardSpec(
             contrast="contrastive" in weights,
             view=config.contrastive_view,
             pixels=pixels and image is not None,
@@ -163,7 +163,7 @@ class Objective:
                 total[1] += text.mask.sum()
             if want.matching is not None:
                 total[2] += num_pairs(micro.batch.correct(), want)
-        counts = sum_over_processes(total).tolist()  # a GPU is waited for once
+        counts = all_reduce_sum(total).tolist()  # a GPU is waited for once
         return dict(zip(("pixels", "words", "matching"), counts, strict=True))
 
     def parts(
@@ -200,7 +200,7 @@ def term_sums(
     return sums
 
 
-def num_pairs(correct: Tensor, wanted: Wanted) -> Tensor:
+def num_pairs(correct: Tensor, wanted: ForwardSpec) -> Tensor:
     """True and wrong pairs of a micro-batch: a wrong picture and a wrong caption for each row that
     looks across and has both beside it. correct (B, B): see `Batch.correct`."""
     own = torch.arange(len(correct), device=correct.device)

@@ -2,9 +2,9 @@
 
 import torch
 
-from mmkit.distributed import world
+from mmkit.distributed import rank_and_world_size
 
 
 def who(word: str) -> tuple:
     """What a rank is, and how many threads it computes with."""
-    return word, world(), torch.get_num_threads()
+    return word, rank_and_world_size(), torch.get_num_threads()

@@ -7,7 +7,7 @@ import textwrap
 import pytest
 import torch
 
-from mmkit.distributed import my_share
+from mmkit.distributed import rank_slice
 
 
 def run(code: str) -> subprocess.CompletedProcess:
@@ -16,7 +16,7 @@ def run(code: str) -> subprocess.CompletedProcess:
 
 
 def test_one_process_has_the_whole_batch():
-    assert torch.equal(my_share(torch.arange(7))[0], torch.arange(7))
+    assert torch.equal(rank_slice(torch.arange(7))[0], torch.arange(7))
 
 
 @pytest.mark.slow
@@ -24,7 +24,7 @@ def test_gathering_keeps_the_gradient_of_keys():
     """Two processes with 3 and 4 rows: loss parts and gradients equal one process with 7."""
     done = run("""
         import torch, mmkit as mm
-        from mmkit.distributed import gather_rows, world
+        from mmkit.distributed import all_gather_with_grad, rank_and_world_size
         from mmkit.training.step import contrastive_share
 
         torch.manual_seed(0)
@@ -41,9 +41,9 @@ def test_gathering_keeps_the_gradient_of_keys():
             return [loss.detach()[None], *rows_of]
 
         def both():
-            rows = slice(0, 3) if world()[0] == 0 else slice(3, 7)
+            rows = slice(0, 3) if rank_and_world_size()[0] == 0 else slice(3, 7)
             parts = {kind: share(kind, rows) for kind in ("info_nce", "sigmoid")}
-            return {kind: [gather_rows(p) for p in part] for kind, part in parts.items()}
+            return {kind: [all_gather_with_grad(p) for p in part] for kind, part in parts.items()}
 
         got = mm.launch(both, num_processes=2)
         for kind, (loss, image_grad, text_grad, scale_grad, bias_grad) in got.items():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmkit import info_nce, recall_at_k, sigmoid_loss
-from mmkit.data.captions import correct_pairs, partner_counts
+from mmkit.data.partners import correct_pairs, partner_counts
 from mmkit.losses import info_nce_rows, sigmoid_rows
 
 B, D = 7, 11

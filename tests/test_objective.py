@@ -9,7 +9,7 @@ import mmkit as mm
 from mmkit.config import TERMS
 from mmkit.evaluation.reconstruction import evaluate_reconstruction
 from mmkit.losses import masked_pixel_loss, masked_token_loss, matching_loss
-from mmkit.models.decoder import Wanted
+from mmkit.models.decoder import ForwardSpec
 from mmkit.models.patches import patchify
 from mmkit.training.step import Contrast, backward
 from mmkit.training.term_gradients import TOWERS
@@ -83,7 +83,7 @@ def by_hand(trainer, batch, parts: int | list[int], weights=None, epoch: int = 0
         before = torch.get_rng_state()
         if "contrastive" in weights and i < len(sizes) - 1:  # features first …
             with torch.no_grad():
-                model(micro, *drawn, *modes, Wanted(view=config.contrastive_view))
+                model(micro, *drawn, *modes, ForwardSpec(view=config.contrastive_view))
             after = torch.get_rng_state()
             torch.set_rng_state(before)  # … and then the same draws again
         outs.append(model(micro, *drawn, *modes, objective.wanted(micro, drawn, epoch, weights)))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmkit as mm
-from mmkit.distributed import gather_rows, sum_over_processes, world
+from mmkit.distributed import all_gather_with_grad, all_reduce_sum, rank_and_world_size
 from mmkit.evaluation.reconstruction import evaluate_reconstruction
 from mmkit.training import step
 from tests.conftest import WORDS
@@ -52,9 +52,9 @@ CHUNK = 2000  # logits held at once, where a share is computed in slices
 
 def everyone(value) -> list:
     """This value of every process, in rank order."""
-    if world()[1] == 1:
+    if rank_and_world_size()[1] == 1:
         return [value]
-    values = [None] * world()[1]
+    values = [None] * rank_and_world_size()[1]
     torch.distributed.all_gather_object(values, value)
     return values
 
@@ -97,7 +97,7 @@ def gradients(case, number: int) -> dict:
             masks[sample] = [m.mask[row].nonzero()[:, 0].tolist() for m in drawn]
     found = gradients_of(trainer.model)
     return {
-        "loss": sum_over_processes(loss),
+        "loss": all_reduce_sum(loss),
         "gradients": found,
         "sums": everyone(sum(float(g.double().sum()) for g in found.values())),
         "masks": {sample: hidden for part in everyone(masks) for sample, hidden in part.items()},
@@ -121,8 +121,8 @@ def objective(case, parts: int, number: int) -> dict:
     loss = trainer.gradients(batch, 1)
     found = gradients_of(trainer.model)
     return {
-        "loss": sum_over_processes(loss),
-        "terms": {term: sum_over_processes(value) for term, value in trainer.terms.items()},
+        "loss": all_reduce_sum(loss),
+        "terms": {term: all_reduce_sum(value) for term, value in trainer.terms.items()},
         "gradients": found,
         "sums": everyone(sum(float(g.double().sum()) for g in found.values())),
         "micro_batches": everyone([len(part) for part in batch.split(parts)]),
@@ -171,7 +171,7 @@ def share(kind: str, exchange: str, chunk: int) -> dict:
     image, text = (F.normalize(torch.randn(PAIRS, WIDTH), dim=1) for _ in range(2))
     captions = torch.arange(PAIRS) % 389  # of each image one more, not the other way round
     table = torch.stack([captions, torch.where(captions % 5 > 0, captions + 31, -1)], 1)
-    rank, processes = world()
+    rank, processes = rank_and_world_size()
     bounds = [*FIRST_ROWS[processes], PAIRS]
     rows = slice(bounds[rank], bounds[rank + 1])
     width = 1 if rank == 0 and processes > 1 else 2  # a table may be narrower in one process
@@ -192,11 +192,11 @@ def share(kind: str, exchange: str, chunk: int) -> dict:
         grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     step._LOGITS = before
     return {
-        "loss": sum_over_processes(loss),
-        "image": gather_rows(grads[0]),
-        "text": gather_rows(grads[1]),
-        "scale": sum_over_processes(grads[2]),
-        "bias": sum_over_processes(grads[3]),
+        "loss": all_reduce_sum(loss),
+        "image": all_gather_with_grad(grads[0]),
+        "text": all_gather_with_grad(grads[1]),
+        "scale": all_reduce_sum(grads[2]),
+        "bias": all_reduce_sum(grads[3]),
         "largest": everyone(largest.entries),
         "kept": everyone(kept),
         "rows": everyone(len(image[rows])),
@@ -267,7 +267,7 @@ def all_cases(folder: str) -> dict:
         "evaluation": {count: evaluation(count) for count in (17, 2)},
     }
     for optimizer in ("adamw", "muon"):
-        found[optimizer] = train_with_tools(f"{folder}/{world()[1]}", optimizer)
+        found[optimizer] = train_with_tools(f"{folder}/{rank_and_world_size()[1]}", optimizer)
     return found
 
 

@@ -17,7 +17,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # figures are written to files here
 import tyro
 
 from .. import plots
-from ..collective import leave_group
 from ..config import TrainingConfig
 from ..data.dataset import MultimodalDataset
 from ..data.inspection import inspect
@@ -27,6 +26,7 @@ from ..evaluation.reconstruction import evaluate_reconstruction
 from ..evaluation.retrieval import chance_of_recall, evaluate, mean_recall
 from ..evaluation.search import Index
 from ..files import shown
+from ..joint_calls import leave_group
 from ..masking.plan import validation_masks
 from ..models.checkpoint import load, read_checkpoint
 from ..models.encoder import MultimodalEncoder
@@ -37,7 +37,7 @@ from ..training.fingerprint import compare_data, of_data
 from ..training.run import InUse, Run, newest_run
 from ..training.setup import check_arguments
 from ..training.trainer import train_model
-from .sources import Source
+from .source_flags import Source
 
 Split = Literal["compose", "concept", "random"]
 

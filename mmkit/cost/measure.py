@@ -19,7 +19,7 @@ from ..losses import info_nce
 from ..masking.plan import draw_maskings
 from ..models.encoder import MultimodalEncoder
 from ..models.flops import step_flops
-from ..training.own_state import random_state_kept
+from ..training.random_state import random_state_kept
 from .prediction import Prediction, Rates, looked_at, predict
 
 

@@ -11,7 +11,7 @@ from .published import from_coco, from_flickr30k
 from .shards import write_shards
 from .sources import from_lists, from_shards, from_table, load_data
 from .splits import overlap, split
-from .tokenizer import train_wordpiece, unknown_share
+from .tokenizer import train_wordpiece, unk_rate
 
 __all__ = [
     "Batch",
@@ -31,6 +31,6 @@ __all__ = [
     "overlap",
     "split",
     "train_wordpiece",
-    "unknown_share",
+    "unk_rate",
     "write_shards",
 ]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .captions import correct_pairs
+from .partners import correct_pairs
 
 
 @dataclass

@@ -22,14 +22,16 @@ from torch import Tensor
 
 from ..errors import as_type
 from ..noise import mask_noise
+from ..older_names import renamed
 from .batch import Batch, checked_ids
-from .captions import CorrectCaptions, clean_captions, encode_captions
+from .captions import clean_captions
+from .clusters import number
 from .decoding import Decoded, ImageDecoder
-from .groups import number
 from .image_cache import content_hashes, room_for, same_files
 from .image_files import PictureStore, checked_files
 from .image_headers import Reading
 from .images import as_png, square
+from .partners import CorrectCaptions, encode_captions
 from .tokenizer import piece_counts, token_frequency, train_wordpiece
 
 HASH_BYTES = 20_000_000_000  # sources up to this size are searched for identical pictures
@@ -222,13 +224,15 @@ class MultimodalDataset:
         flat = [c for captions in self.texts for c in captions]
         return [(flat[row], count) for row, count in self.correct_captions.common()]
 
-    def piece_frequency(self) -> Tensor:
+    def token_frequency(self) -> Tensor:
         """(V,) share of each word piece among all words of the captions (no ends, no padding).
 
         What the text masker "frequency" goes by.
         """
         input_ids, lengths, _, _ = self.encoded_captions()
         return token_frequency(self.tokenizer, input_ids, lengths)
+
+    piece_frequency = renamed(token_frequency, "data.piece_frequency")
 
     # -- pictures ----------------------------------------------------------------------------
 

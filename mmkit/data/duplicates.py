@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .captions import CorrectCaptions, partner_counts
+from .clusters import connected, exact_duplicates, rows_that_share
 from .dataset import MultimodalDataset
-from .groups import connected, exact_duplicates, rows_that_share
 from .image_duplicates import NEAR, near_duplicates, picture_signature
+from .partners import CorrectCaptions, partner_counts
 
 # ---- captions ------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import Refused
 from ..files import as_path
 from .dataset import MultimodalDataset
-from .loading import Found, Options, load, within
+from .rows import Found, Options, load, within
 from .tables import read_lines
 
 PICTURE_SUFFIXES = set(

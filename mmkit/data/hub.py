@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 from ..errors import Refused, nearest
 from ..files import cache_folder
 from .dataset import MultimodalDataset
-from .loading import Found, Options, load, within
+from .rows import Found, Options, load, within
 from .tables import listed, pick_column
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .groups import connected, exact_duplicates
+from .clusters import connected, exact_duplicates
 
 SIDE = 16  # cells of a thumbnail along each side
 COARSE = 0.2  # root mean square difference on 8 x 8 cells, in standard deviations of the picture

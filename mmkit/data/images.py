@@ -170,7 +170,7 @@ def as_png(pixels: Tensor) -> BinaryIO:
     return file
 
 
-def as_seen(picture, background: tuple[int, int, int] = (255, 255, 255)):
+def to_rgb(picture, background: tuple[int, int, int] = (255, 255, 255)):
     """A PIL image as a person sees it: upright, sRGB, alpha over `background`, wide values scaled.
 
     16-bit grey is divided by its full range, so that pictures of one series stay comparable; 32-bit
@@ -183,7 +183,7 @@ def as_seen(picture, background: tuple[int, int, int] = (255, 255, 255)):
 
 
 def _seen(head: Head, reading: Reading):
-    """`as_seen` of what a head says."""
+    """`to_rgb` of what a head says."""
     from PIL import Image, ImageCms
 
     picture, info, alpha = head.image, head.image.info, None

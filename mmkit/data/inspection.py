@@ -16,7 +16,7 @@ from .image_headers import open_head
 from .loader import as_dataset
 from .report import Report, count_captions
 from .sources import load_data
-from .tokenizer import piece_counts, unknown_share
+from .tokenizer import piece_counts, unk_rate
 
 DARK = 32.0  # of 255: images nowhere brighter than an eighth of white are nearly black
 BLANK = 2.0  # of 255: pictures whose standard deviation is below it are of nearly one colour
@@ -47,7 +47,7 @@ def inspect(
         report.identical_pictures = len(hashes) - len(set(hashes))
     flat = [caption for captions in data.texts for caption in captions]
     report.caption_pieces = piece_counts(data.tokenizer, flat)
-    report.max_length, report.unknown = max_length, unknown_share(data.tokenizer, flat)
+    report.max_length, report.unknown = max_length, unk_rate(data.tokenizer, flat)
     report.blank, dark = _blank_and_dark(data)
     report.dark = [data.picture_name(row) for row in dark]
     report.dark_white = _white(data, dark)

@@ -10,7 +10,7 @@ from ..errors import Refused
 from .dataset import MultimodalDataset
 from .folders import existing_file, existing_folder
 from .hub import known_split
-from .loading import Found, Options, load
+from .rows import Found, Options, load
 from .tables import read_json, read_lines
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from ..errors import Refused
-from .captions import CorrectCaptions
-from .groups import number
+from .clusters import number
+from .partners import CorrectCaptions
 
 CHECKS = {"decode": "each decoded", "head": "heads and ends looked at"}  # in words
 EXAMPLES = 5  # messages kept for each reason

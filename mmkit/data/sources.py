@@ -24,11 +24,11 @@ from .folders import (
     look_through,
 )
 from .hub import from_hub
-from .loading import Found, Options, load
 from .published import from_coco, from_flickr30k
+from .rows import Found, Options, load
 from .shard_index import ShardIndex, name_of, read_index
 from .shards import TarMembers
-from .tables import Row, listed, pick_column, read_csv, read_jsonl
+from .tables import TABLES, Row, listed, pick_column, read_table
 from .tar_index import IMAGE_SUFFIXES
 
 __all__ = [
@@ -87,19 +87,14 @@ def from_table(
     """
     frame = path if _is_frame(path) else None
     file = Path() if frame is not None else existing_file(path)
-    suffix, hint, unit = file.suffix.lower(), "", "line"
-    if suffix == ".parquet":
+    if file.suffix.lower() == ".parquet":
         return from_hub(file, image=image, text=text, meta=meta, root=root, **options)
-    options_ = Options.named(from_table, options)
+    options_, hint = Options.named(from_table, options), ""
     if frame is not None:
         columns, rows, unit = [str(name) for name in frame.columns], _rows_of(frame), "row"
-    elif suffix in (".jsonl", ".ndjson", ".json"):
-        columns, rows = read_jsonl(file, encoding=encoding)
-        unit = "entry" if suffix == ".json" else unit  # of an array, perhaps
     else:
         how: dict = dict(encoding=encoding, separator=separator, quotes=quotes)
-        columns, rows = read_csv(file, **how)
-        hint = ". The first line of a table must name its columns"
+        columns, rows, unit, hint = read_table(file, **how)
     name, meta = "the data frame" if frame is not None else str(file), listed(meta)
     picture_of = pick_column(columns, image, "image", name, hint)
     text_of = [pick_column(columns, wanted, "text", name, hint) for wanted in listed(text)]
@@ -192,9 +187,8 @@ def _known_facts(index: ShardIndex, meta: Sequence[str], name: str) -> None:
 # ---- any of them ---------------------------------------------------------------------------------
 
 _TARS = re.compile(r"\.(tar|tgz|txz|tbz2?)(\.(gz|xz|bz2|zst))?$", re.IGNORECASE)
-_TABLES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".token", ".parquet")
 # Endings by which a name is one of a file that is not there, and not one of a hub's data set.
-_FILES = {*_TABLES, *PICTURE_SUFFIXES, ".txt", ".zip", ".gz", ".xlsx", ".xls", ".arrow", ".npz"}
+_FILES = {*TABLES, *PICTURE_SUFFIXES, ".txt", ".zip", ".gz", ".xlsx", ".xls", ".arrow", ".npz"}
 _SPLITS = re.compile(r"(train|training|val|valid|validation|test|testing|dev)[-_ ]?\d*")
 _NO_CLASSES = re.compile(r"(images?|imgs?|pictures?|pics?|photos?|data|jpe?gs?|pngs?)[-_ ]?\d*")
 Way = tuple[Callable[..., MultimodalDataset], Any]
@@ -353,7 +347,7 @@ def _is_captions(name: str) -> bool:
     """A table in a folder or the folders in it; a .txt only if its name says so."""
     path = Path(name.lower())
     words = path.suffix == ".txt" and ("caption" in path.stem or path.stem.endswith(".token"))
-    return len(path.parts) <= 2 and (words or path.suffix in _TABLES)
+    return len(path.parts) <= 2 and (words or path.suffix in TABLES)
 
 
 def _call_for(table: Path, folder: Path) -> str:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .captions import very_common
+from .clusters import exact_duplicates, rows_that_share
 from .dataset import MultimodalDataset
 from .duplicates import caption_key, signatures
-from .groups import exact_duplicates, rows_that_share
 from .image_duplicates import NEAR, near_duplicates
 from .loader import as_dataset
+from .partners import very_common
 
 Parts = tuple[MultimodalDataset, MultimodalDataset | None, MultimodalDataset | None]
 

@@ -318,6 +318,24 @@ IMAGE_COLUMNS = "image image_path img path file file_name filename filepath pict
 TEXT_COLUMNS = "text caption captions title sentence sentences".split()
 
 
+# What `from_table` and `load_data` take for a table, by its ending; see `read_table`.
+TABLES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".token", ".parquet")
+
+
+def read_table(
+    path: Path, encoding: str | None = None, separator: str | None = None, quotes: bool = True
+) -> tuple[list[str], Iterator[Row], str, str]:
+    """(columns, rows, what a message calls a row, a hint where a column is missing) by its ending.
+
+    Parquet files are read as data sets are (hub.py).
+    """
+    if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
+        unit = "entry" if path.suffix.lower() == ".json" else "line"  # of an array, perhaps
+        return *read_jsonl(path, encoding=encoding), unit, ""
+    columns, rows = read_csv(path, encoding=encoding, separator=separator, quotes=quotes)
+    return columns, rows, "line", ". The first line of a table must name its columns"
+
+
 def listed(values) -> list:
     """A list of one or several: "artist" as ["artist"], and a list as it is."""
     return list(values) if isinstance(values, list | tuple) else [values]

@@ -2,7 +2,7 @@
 
 `train_wordpiece` learns a WordPiece vocabulary from the captions themselves (Schuster & Nakajima
 2012, the algorithm BERT uses), so that a small data set needs no download; any Hugging Face
-tokenizer works in its place. Both are saved inside a checkpoint as plain text. `unknown_share` says
+tokenizer works in its place. Both are saved inside a checkpoint as plain text. `unk_rate` says
 how much of the captions a tokenizer cannot read.
 Shapes: B batch, L text length. `valid` is True for a REAL token. Walk-through:
 notebooks/01_data.ipynb.
@@ -199,7 +199,7 @@ def check_padding(tokenizer) -> None:
         )
 
 
-def unknown_share(tokenizer, texts: Sequence[str]) -> float:
+def unk_rate(tokenizer, texts: Sequence[str]) -> float:
     """Which fraction of the texts a tokenizer cannot read: 0 = it keeps all, 1 = none.
 
     Of letters, digits and signs (no blanks, no invisible ones), those in an unknown piece or in
@@ -266,7 +266,7 @@ def token_frequency(tokenizer, input_ids: Tensor, lengths: Tensor) -> Tensor:
     return counts / counts.sum().clamp(min=1)
 
 
-def continues_word(tokenizer) -> Tensor:
+def is_subword(tokenizer) -> Tensor:
     """(V,) bool: does this piece go on with the word of the piece before it?
 
     WordPiece marks such pieces ("##"); SentencePiece and byte-level BPE mark those that begin a

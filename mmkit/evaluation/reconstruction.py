@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..collective import joint
 from ..config import TrainingConfig
 from ..data.batch import Batch
 from ..data.dataset import MultimodalDataset
 from ..data.loader import as_dataset
 from ..device import autocast_for
-from ..distributed import my_share, sum_over_processes
+from ..distributed import all_reduce_sum, rank_slice
 from ..errors import nearest
+from ..joint_calls import joint
 from ..losses import patch_stats
 from ..masking.core import Masking, patch_grid
 from ..masking.plan import draw_maskings, validation_masks
-from ..models.attention import at_rest
-from ..models.decoder import Wanted
+from ..models.attention import eval_mode
+from ..models.decoder import ForwardSpec
 from ..models.encoder import EncoderOutput, MultimodalEncoder
 from ..models.patches import paint_mask, patchify, unpatchify
 from ..noise import mask_noise
@@ -48,7 +48,7 @@ class PutBack:
 
 
 def partners(correct: Tensor, sees: str) -> Tensor | None:
-    """(B,) which row's other modality a row's decoder looks at; see `Wanted.sees`.
+    """(B,) which row's other modality a row's decoder looks at; see `ForwardSpec.sees`.
 
     correct (B, B) bool: caption j is correct for image i. sees: "right" (its own), "none" (-1),
     "wrong" (the next row whose caption and picture are both wrong; -1 where there is none).
@@ -91,7 +91,7 @@ def put_back(
     back = PutBack(*[None] * 6)
     if not wanted.put_back:
         return back
-    with at_rest(model):
+    with eval_mode(model):
         out = model(batch, image_masking, text_masking, image_mode, text_mode, wanted)
     if out.pixels is not None and image_masking is not None:
         _fill_pictures(back, model, batch, image_masking, out.pixels)
@@ -111,12 +111,12 @@ def _decoder(model: MultimodalEncoder):
     return model.decoder
 
 
-def _wanted(decoder, maskings: Maskings, sees: Tensor | None, **more) -> Wanted:
+def _wanted(decoder, maskings: Maskings, sees: Tensor | None, **more) -> ForwardSpec:
     """All that the decoder has heads for and that something is masked of."""
     image, text = maskings
     pixels = decoder.spec["pixels"] and image is not None
     words = decoder.spec["words"] and text is not None
-    return Wanted(contrast=False, pixels=pixels, words=words, sees=sees, **more)
+    return ForwardSpec(contrast=False, pixels=pixels, words=words, sees=sees, **more)
 
 
 def _brightness(model: MultimodalEncoder, pixels: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ def evaluate_reconstruction(  # noqa: PLR0913 (by name)
     decoder, device = _decoder(model), model.logit_scale.device
     dataset = as_dataset(dataset, "dataset").encoded_by(model.tokenizer, model.max_length)
     sums = torch.zeros(len(_SUMS), dtype=torch.float64)
-    for rows in my_share(torch.arange(len(dataset)))[0].split(batch_size):
+    for rows in rank_slice(torch.arange(len(dataset)))[0].split(batch_size):
         if not len(rows):
             continue
         batch = dataset.batch(rows).to(device)
@@ -239,7 +239,7 @@ def evaluate_reconstruction(  # noqa: PLR0913 (by name)
             batch = batch[batch.pixel_values.isfinite().flatten(1).all(1)]
             if not len(batch):
                 continue
-        with at_rest(model), autocast_for(mixed_precision, device):
+        with eval_mode(model), autocast_for(mixed_precision, device):
             maskings = draw_maskings(
                 batch, model.token_info, seed=seed, epoch=0, image=image_mask, text=text_mask,
                 text_mode=text_mode, predict_words=True, layers=dataset.layers,
@@ -253,7 +253,7 @@ def evaluate_reconstruction(  # noqa: PLR0913 (by name)
             out = model(batch, *maskings, image_mode, text_mode, wanted)
         found = _sums(model, out, batch, maskings, wanted, pixel_error, baseline)
         sums += torch.tensor([found.get(name, 0.0) for name in _SUMS], dtype=torch.float64)
-    return _means(dict(zip(_SUMS, sum_over_processes(sums.to(device)).tolist(), strict=True)))
+    return _means(dict(zip(_SUMS, all_reduce_sum(sums.to(device)).tolist(), strict=True)))
 
 
 _SUMS = (
@@ -328,7 +328,7 @@ def example_pictures(
     rows = torch.linspace(0, len(dataset) - 1, min(count, len(dataset))).long()
     batch = dataset.batch(rows).to(device)
     image = validation_masks(config)["image_mask"]
-    with at_rest(model):
+    with eval_mode(model):
         masking, _ = draw_maskings(
             batch,
             model.token_info,

@@ -1,7 +1,7 @@
 """Find pictures by words and words by pictures.
 
 Features are unit-length float32. N pictures may have M captions; a caption is correct for the
-pictures that have it (captions.py). Shapes: N pictures, M captions, K of a picture, D width.
+pictures that have it (data/partners.py). Shapes: N pictures, M captions, K of a picture, D width.
 Walk-through: notebooks/04_retrieval.ipynb.
 """
 
@@ -14,18 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..collective import joint
-from ..data.captions import clean_caption, correct_pairs, partner_counts
+from ..data.captions import clean_caption
 from ..data.dataset import MultimodalDataset
 from ..data.images import as_if_not_normalised
 from ..data.loader import as_dataset
+from ..data.partners import correct_pairs, partner_counts
 from ..data.tokenizer import encode_texts
 from ..device import autocast_for
-from ..distributed import gather_rows, my_share, world
+from ..distributed import all_gather_with_grad, rank_and_world_size, rank_slice
+from ..joint_calls import joint
 from ..losses import check_loss, info_nce_rows, say_if_no_unit_vectors, sigmoid_rows, similarity
 from ..masking.plan import draw_image_masking, draw_text_masking
-from ..masking.text import maskable_words
-from ..models.attention import at_rest
+from ..masking.text import maskable_tokens
+from ..models.attention import eval_mode
 from ..models.encoder import MultimodalEncoder
 
 _MATRIX = 2**25  # entries of a similarity matrix held at once (128 MB in float32)
@@ -51,7 +52,7 @@ def _chunks(rows: int, columns: int) -> list[slice]:
 
 def _my_chunks(count: int, size: int) -> list[Tensor]:
     """This process's rows of `count`, in chunks; none where there are fewer rows than processes."""
-    return [rows for rows in my_share(torch.arange(count))[0].split(size) if len(rows)]
+    return [rows for rows in rank_slice(torch.arange(count))[0].split(size) if len(rows)]
 
 
 @joint("mm.embed, by itself or in mm.evaluate, mm.Index, probe")
@@ -112,7 +113,7 @@ def of_pictures(  # noqa: PLR0913 (by name)
         if not parts:
             _say_if_not_normalised(model, batch.pixel_values)
         hidden = _of_rows(mask, rows, len(dataset))
-        with at_rest(model), autocast:
+        with eval_mode(model), autocast:
             masking = draw_image_masking(
                 batch.pixel_values,
                 batch.sample_ids,
@@ -165,7 +166,7 @@ def of_captions(  # noqa: PLR0913 (by name)
         valid = torch.arange(longest) < lengths[rows, None]
         ids, owner = input_ids[rows, :longest].long(), picture[rows]
         ids, valid = ids.to(device), valid.to(device)
-        with at_rest(model), autocast:
+        with eval_mode(model), autocast:
             owners = dataset.sample_ids[owner].to(device)
             masking = draw_text_masking(
                 ids, valid, owners, model.token_info, mask, seed=seed, epoch=0, mode=mode
@@ -177,7 +178,7 @@ def of_captions(  # noqa: PLR0913 (by name)
 def _name_images_that_are_not_finite(features: Tensor, dataset: MultimodalDataset) -> None:
     """Warn of the rows of features (N, width) that are not finite, by the ids of their images."""
     bad = (~features.isfinite().all(1)).nonzero()[:, 0]
-    if not len(bad) or world()[0]:
+    if not len(bad) or rank_and_world_size()[0]:
         return
     ids = ", ".join(str(int(i)) for i in dataset.sample_ids[bad[:5]])
     pixels = dataset.batch(bad[:5]).pixel_values
@@ -193,7 +194,7 @@ def _name_images_that_are_not_finite(features: Tensor, dataset: MultimodalDatase
 
 def _joined(parts: list[Tensor], width: int, device: torch.device) -> Tensor:
     """All processes' rows (R, width) on the CPU; a process may have none."""
-    return gather_rows(torch.cat([*parts, torch.zeros(0, width, device=device)])).cpu()
+    return all_gather_with_grad(torch.cat([*parts, torch.zeros(0, width, device=device)])).cpu()
 
 
 def _of_rows(image_mask: tuple[str, Any], rows: Tensor, count: int) -> tuple[str, Any]:
@@ -402,7 +403,7 @@ def embed_texts(model: MultimodalEncoder, texts: Sequence[str], batch_size: int 
     for start in range(0, len(texts), batch_size):
         part = texts[start : start + batch_size]
         input_ids, valid = encode_texts(model.tokenizer, part, model.max_length)
-        with at_rest(model):
+        with eval_mode(model):
             features.append(model.encode_text(input_ids.to(device), valid.to(device)).cpu())
     return torch.cat(features)
 
@@ -420,12 +421,12 @@ def patch_word_similarity(
     input_ids, valid = (
         x.to(device) for x in encode_texts(model.tokenizer, [text], model.max_length)
     )
-    with at_rest(model):
+    with eval_mode(model):
         patches = model.image_projection(
             model.image_tokens(picture[None].to(device))[0, 1:]
         ).float()
         words = model.text_projection(model.text_tokens(input_ids, valid)[0][0]).float()
-    inside = maskable_words(input_ids, valid, model.special_ids)[0]
+    inside = maskable_tokens(input_ids, valid, model.special_ids)[0]
     normal = torch.nn.functional.normalize
     cosines = normal(words[inside], dim=-1) @ normal(patches, dim=-1).T
     return model.tokenizer.convert_ids_to_tokens(input_ids[0, inside]), cosines.cpu()

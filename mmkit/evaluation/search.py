@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..data.dataset import MultimodalDataset
-from ..data.images import as_seen, read_picture, square
+from ..data.images import read_picture, square, to_rgb
 from ..data.loader import as_dataset
 from ..losses import similarity
-from ..models.attention import at_rest
+from ..models.attention import eval_mode
 from ..models.encoder import MultimodalEncoder
 from .retrieval import _say_if_not_normalised, embed, embed_texts
 
@@ -57,10 +57,10 @@ class Index:
             pixels = torch.as_tensor(query)
             _say_if_not_normalised(self.model, pixels)
         else:
-            picture = as_seen(query) if hasattr(query, "convert") else read_picture(query)
+            picture = to_rgb(query) if hasattr(query, "convert") else read_picture(query)
             pixels = square(self.model.image_size)(picture)
         device = self.model.logit_scale.device
-        with at_rest(self.model):
+        with eval_mode(self.model):
             return self.model.encode_image(pixels[None].to(device))[0].cpu()
 
     def search(self, query, k: int = 10) -> list[Hit]:

@@ -1,6 +1,7 @@
 """Noise becomes a `Masking`: which patches and tokens the encoder sees."""
 
 from ..noise import mask_noise
+from ..older_names import renamed
 from ..schedules import RATIO_SCHEDULES
 from .core import Masking, TokenInfo, hide_largest, keep_visible
 from .image import IMAGE_MASKERS, Scene, random_mask
@@ -13,7 +14,10 @@ from .plan import (
     find_masker,
     mask_ratios,
 )
-from .text import TEXT_MASKERS, Caption, maskable_words, random_text_mask
+from .text import TEXT_MASKERS, Caption, maskable_tokens, random_text_mask
+
+# the name of before
+maskable_words = renamed(maskable_tokens, "mm.masking.maskable_words")
 
 __all__ = [
     "IMAGE_MASKERS",
@@ -33,6 +37,7 @@ __all__ = [
     "keep_visible",
     "mask_noise",
     "mask_ratios",
+    "maskable_tokens",
     "maskable_words",
     "random_mask",
     "random_text_mask",

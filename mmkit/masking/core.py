@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.tokenizer import continues_word, special_ids, word_ids
+from ..data.tokenizer import is_subword, special_ids, word_ids
 
 
 @dataclass
@@ -48,7 +48,7 @@ class TokenInfo:
     @classmethod
     def of(cls, tokenizer, patch_size: int) -> "TokenInfo":
         """That of a tokenizer alone, where there is no model."""
-        ids = (special_ids(tokenizer), word_ids(tokenizer), continues_word(tokenizer))
+        ids = (special_ids(tokenizer), word_ids(tokenizer), is_subword(tokenizer))
         return cls(patch_size, *ids)
 
 

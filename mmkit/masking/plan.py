@@ -23,7 +23,7 @@ from ..noise import mask_noise
 from ..schedules import RATIO_SCHEDULES
 from .core import Masking, TokenInfo, as_masking, check_ratio, patch_grid
 from .image import ATTENTION_MASKERS, IMAGE_MASKERS, Scene
-from .text import TEXT_MASKERS, Caption, maskable_words
+from .text import TEXT_MASKERS, Caption, maskable_tokens
 
 _OURS = (*IMAGE_MASKERS.values(), *TEXT_MASKERS.values())  # what others give is checked
 
@@ -64,7 +64,7 @@ def caption_of(input_ids: Tensor, valid: Tensor, tokens: TokenInfo) -> Caption:
     frequency, device = tokens.frequency, input_ids.device
     return Caption(
         valid,
-        maskable_words(input_ids, valid, tokens.special_ids),
+        maskable_tokens(input_ids, valid, tokens.special_ids),
         ~tokens.is_subword.to(device)[input_ids],
         None if frequency is None else frequency.to(device)[input_ids],
     )

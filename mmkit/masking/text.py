@@ -29,7 +29,7 @@ class Caption:
     least_hidden: int = 0  # 1 where hidden words are to be predicted; a lone piece stays
 
 
-def maskable_words(input_ids: Tensor, valid: Tensor, special: Tensor) -> Tensor:
+def maskable_tokens(input_ids: Tensor, valid: Tensor, special: Tensor) -> Tensor:
     """(B, L) bool: real tokens that are words, i.e. not one of the `special` ids."""
     return valid & ~torch.isin(input_ids, special.to(input_ids.device))
 
@@ -133,7 +133,7 @@ def frequency_mask(noise: Tensor, mask_ratio: float | Tensor, caption: Caption) 
     if caption.frequency is None:
         raise ValueError(
             "text masker 'frequency' needs the pieces' frequency among the captions that the model "
-            "was trained on: set model.token_frequency = train.piece_frequency(), or give frequency"
+            "was trained on: set model.token_frequency = train.token_frequency(), or give frequency"
         )
     rare = (FREQUENCY_THRESHOLD / caption.frequency.clamp(min=1e-12)).sqrt()
     return _hide_largest(noise + (1 - rare).clamp(min=0), mask_ratio, caption)

@@ -15,7 +15,7 @@ from ..masking.core import patch_grid
 
 
 @contextlib.contextmanager
-def at_rest(model):
+def eval_mode(model):
     """Evaluation mode without gradients; each part's training flag is put back."""
     training = {part: part.training for part in model.modules()}  # a frozen tower has its own
     model.eval()
@@ -65,7 +65,7 @@ def class_attention(vit: Any, pixels: Tensor, half: bool = False, of: str = "cls
     x = projection(pixels.to(projection.weight.dtype)).flatten(2).transpose(1, 2)
     x = torch.cat([embeddings.cls_token.expand(len(x), -1, -1), x], 1) + place
     total = torch.zeros(len(x), x.shape[1] - 1, device=x.device)
-    with at_rest(vit):  # with dropout, a mask that goes by attention would be another each time
+    with eval_mode(vit):  # with dropout, a mask that goes by attention would be another each time
         for block in vit.layers:
             total += _attention_to_patches(block, x, of)
             if block is not vit.layers[-1]:  # its output is not needed

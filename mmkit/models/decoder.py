@@ -21,11 +21,11 @@ from ..losses import similarity
 from ..masking.core import Masking
 from .attention import key_mask
 
-_NONE = -1  # in `Wanted.sees`: the decoder does not look at the other modality
+_NONE = -1  # in `ForwardSpec.sees`: the decoder does not look at the other modality
 
 
 @dataclass
-class Wanted:
+class ForwardSpec:
     """What a forward pass is asked for."""
 
     contrast: bool = True  # unit-length features with a gradient
@@ -243,7 +243,7 @@ class MultimodalDecoder(nn.Module):
                 part.config._attn_implementation = kind
 
     def put_pixels(self, image: Encoded, text: Encoded | None, sees: Tensor | None) -> Tensor:
-        """Every patch as the head sees it, (B, N, 3 * p * p); what `sees` means: see `Wanted`."""
+        """Every patch as the head sees it, (B, N, 3 * p * p); `sees`: see `ForwardSpec`."""
         if self.pixel_head is None:
             raise ValueError("this model puts back no pixels; call model.add_decoder(pixels=True)")
         if self.pixel_layers is None:
@@ -300,7 +300,7 @@ class MultimodalDecoder(nn.Module):
         self,
         image: Encoded | None,
         text: Encoded | None,
-        wanted: Wanted,
+        wanted: ForwardSpec,
         embedding: Tensor,
         features: tuple[Tensor, Tensor, Tensor] | None = None,
         correct: Tensor | None = None,
@@ -334,7 +334,7 @@ class MultimodalDecoder(nn.Module):
             out["match"] = (torch.arange(len(rows), device=rows.device) < len(looking)).float()
         return out
 
-    def _pairs(self, wanted: Wanted, features, correct) -> tuple[Tensor, Tensor, Tensor]:
+    def _pairs(self, wanted: ForwardSpec, features, correct) -> tuple[Tensor, Tensor, Tensor]:
         """(captions, pictures, looking): rows of each pair to be fused, true ones first."""
         assert wanted.matching is not None
         if self.matching_head is None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 
-class RunningMean:
+class EMA:
     """A copy of a module whose weights are the running mean (EMA) of the original's.
 
     momentum: of the mean, per step; it starts lower, (1 + step) / (10 + step), so that a short run

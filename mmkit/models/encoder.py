@@ -17,28 +17,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..data.batch import Batch
-from ..data.tokenizer import continues_word, special_ids, word_ids
+from ..data.tokenizer import is_subword, special_ids, word_ids
 from ..errors import nearest
 from ..losses import check_loss
 from ..masking.core import Masking, TokenInfo
 from .architecture import architecture_of, build, settings_of
 from .attention import class_attention, key_mask
-from .decoder import Encoded, MultimodalDecoder, Wanted
+from .decoder import Encoded, ForwardSpec, MultimodalDecoder
 from .layers import bert_states, own_layers, projected, vit_layers
 from .patches import patchify, pick_tokens
 from .presets import build_preset
 from .pretrained import check_towers, checked_stats, join_backbones, resize_vit
 from .sharing import Exportable
 
-# CLIP's clamp: a smaller temperature than 0.01 makes training unstable
-MAX_LOGIT_SCALE = math.log(100)
-
 
 @dataclass
 class EncoderOutput:
     """What a forward pass gives: unit-length features, token states after each tower, the scale.
 
-    What was not asked for (see `Wanted`) is None; by default features and tokens are there.
+    What was not asked for (see `ForwardSpec`) is None; by default features and tokens are there.
     """
 
     image_features: Any  # (B, D) unit length, float32
@@ -77,7 +74,7 @@ class MultimodalEncoder(nn.Module, Exportable):
     pixel_stats: Tensor  # (2, 3, 1, 1): mean and deviation of each channel
     special_ids: Tensor  # ids of tokens that are never hidden
     word_ids: Tensor  # ids of all others
-    continues_word: Tensor  # (V,) bool, True = a piece that goes on with the word before it
+    is_subword: Tensor  # (V,) bool, True = a piece that goes on with the word before it
     # (V,) of each token among the captions it was trained on, for the text masker "frequency": a
     # caption is masked the same in whichever data set it is met.
     token_frequency: Tensor | None = None
@@ -122,7 +119,7 @@ class MultimodalEncoder(nn.Module, Exportable):
         self.register_buffer("pixel_stats", stats)
         self.register_buffer("special_ids", special_ids(tokenizer), persistent=False)
         self.register_buffer("word_ids", word_ids(tokenizer), persistent=False)
-        self.register_buffer("continues_word", continues_word(tokenizer), persistent=False)
+        self.register_buffer("is_subword", is_subword(tokenizer), persistent=False)
 
     @classmethod
     def preset(
@@ -287,7 +284,7 @@ class MultimodalEncoder(nn.Module, Exportable):
     @property
     def token_info(self) -> TokenInfo:
         """What maskers need to know of this model."""
-        ids = (self.special_ids, self.word_ids, self.continues_word)
+        ids = (self.special_ids, self.word_ids, self.is_subword)
         return TokenInfo(self.patch_size, *ids, self.token_frequency, self.class_attention)
 
     def encode_image(
@@ -365,14 +362,14 @@ class MultimodalEncoder(nn.Module, Exportable):
         text_masking: Masking | None = None,
         image_mode: str = "drop",
         text_mode: str = "drop",
-        wanted: Wanted | None = None,
+        wanted: ForwardSpec | None = None,
     ) -> EncoderOutput:
         """Features and token states of a batch; a masking that is None hides nothing.
 
         wanted: what else is asked for, or not at all; each tower runs once per view that this
         needs. Its "unmasked" view gives features of the whole pair, token states of the masked one.
         """
-        wanted = wanted or Wanted()
+        wanted = wanted or ForwardSpec()
         masked = (image_masking, text_masking, image_mode, text_mode)
         image, text, image_features, text_features = self._views(batch, masked, wanted)
         back = {}
@@ -391,7 +388,7 @@ class MultimodalEncoder(nn.Module, Exportable):
         features = (image_features, text_features)
         return EncoderOutput(*features, image_tokens, text_tokens, scale, bias, **back)
 
-    def _views(self, batch: Batch, masked: tuple, wanted: Wanted) -> tuple:
+    def _views(self, batch: Batch, masked: tuple, wanted: ForwardSpec) -> tuple:
         """(image, text) `Encoded` of the masked view and (image, text) features; None = not needed.
 
         masked: what `forward` is given of masks and modes.

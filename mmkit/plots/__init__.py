@@ -15,6 +15,7 @@ from .charts import (
     search_results,
     similarity_matrix,
 )
+from .data import same_pictures, source_report
 from .figures import (
     BLUE,
     COLOURS,
@@ -41,7 +42,6 @@ from .masks import (
 )
 from .reconstruction import over_training, put_back_grid, read_strips, strip, word_guesses
 from .runs import gradient_agreement, loss_terms, same_or_not, term_gradients, training_curves
-from .sources import same_pictures, source_report
 
 __all__ = [
     "BLUE",

@@ -2,6 +2,7 @@
 
 Images are told by the names, sizes and times of their files, and where these differ by their
 contents; functions by their code, constants and all that they refer to, wherever they are written.
+A run that is another experiment is refused in resume.py.
 Walk-through: notebooks/05_checkpoints.ipynb.
 """
 
@@ -14,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data.clusters import number
 from ..data.dataset import HASH_BYTES, MultimodalDataset
-from ..data.groups import number
 from ..data.image_cache import content_hashes
 from .function_identity import FUNCTIONS, function_identity
 

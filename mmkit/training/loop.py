@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from ..collective import each_alone, meet
 from ..data.loader import load_batches
 from ..data.splits import overlap
-from ..distributed import sum_over_processes
+from ..distributed import all_reduce_sum
 from ..evaluation.reconstruction import example_pictures
 from ..evaluation.retrieval import embed
 from ..files import shown
+from ..joint_calls import each_alone, meet
 from . import fingerprint
-from . import state as run_state
-from .optim import freeze, thaw
-from .own_state import random_state, set_random_state
+from . import resume as resuming
+from .optim import freeze, unfreeze
+from .random_state import random_state, set_random_state
 from .records import as_json, epoch_words, step_record
 from .run import Run, RunWriter, check_folder, held
 from .summary import describe
@@ -37,7 +37,7 @@ def fit(trainer) -> Run:
     """
     with contextlib.ExitStack() as stack:
         trainer.path = trainer.path.with_name(
-            run_state.on_rank_0(lambda: _hold_folder(trainer, stack))
+            resuming.on_rank_0(lambda: _hold_folder(trainer, stack))
         )
         for data in (trainer.train, trainer.val):
             if data is not None and (done := data.prepare(trainer.config.num_workers)):
@@ -45,9 +45,9 @@ def fit(trainer) -> Run:
         trainer.say(describe(trainer))
         _warn_of_overlap(trainer)
         _try_out(trainer)
-        run_state.on_rank_0(lambda: _start_writing(trainer))
+        resuming.on_rank_0(lambda: _start_writing(trainer))
         trainer.resumed = True  # whoever calls `fit` once more goes on
-        seen = run_state.seen_by(trainer, trainer.path / "config.json")
+        seen = resuming.seen_by(trainer, trainer.path / "config.json")
         if seen < trainer.processes:
             raise RuntimeError(
                 f"{shown(trainer.path)}, which process 0 has made, is seen by {seen} of "
@@ -55,8 +55,8 @@ def fit(trainer) -> Run:
                 "share"
             )
         if trainer.forked:  # killed before its first epoch, it can go on, too
-            run_state.save_last(trainer)
-        stack.enter_context(run_state.interrupts_wait(trainer))
+            resuming.save_last(trainer)
+        stack.enter_context(resuming.interrupts_wait(trainer))
         _train(trainer)
         if trainer.writer:
             trainer.writer.close()
@@ -68,7 +68,7 @@ def _hold_folder(trainer, stack: contextlib.ExitStack) -> str:
     """The name of the run's folder, which from now on is ours alone."""
     unnamed = not (trainer.resumed or trainer.config.run_name)
     path = stack.enter_context(held(trainer.path, new=unnamed))
-    check_folder(path, not trainer.resumed, run_state.needed_bytes(trainer))
+    check_folder(path, not trainer.resumed, resuming.needed_bytes(trainer))
     return path.name
 
 
@@ -104,11 +104,11 @@ def _train(trainer):
             while trainer.step < trainer.total_steps and not trainer.stopping:
                 _run_epoch(trainer, trainer.step // trainer.steps_per_epoch, bar)
     except BaseException:
-        run_state.save_what_is_done(trainer)
+        resuming.save_what_is_done(trainer)
         raise
     finally:  # the model may go on to another training
         for tower in [*trainer.frozen]:
-            thaw(trainer.frozen.pop(tower))
+            unfreeze(trainer.frozen.pop(tower))
         for part, mode in modes.items():
             part.training = mode
 
@@ -121,7 +121,7 @@ def _run_epoch(trainer, epoch: int, bar):
         if epoch < getattr(config, f"frozen_{tower}_epochs"):
             trainer.frozen[tower] = trainer.frozen.get(tower, []) + freeze(trainer.model, tower)
         else:
-            thaw(trainer.frozen.pop(tower, []))
+            unfreeze(trainer.frozen.pop(tower, []))
     waited, since = 0.0, trainer.step
     before = started = epoch_started = time.perf_counter()
     trainer.epoch_waited = 0.0
@@ -152,7 +152,7 @@ def _run_epoch(trainer, epoch: int, bar):
         if trainer.interrupted:
             raise KeyboardInterrupt
         if inside and config.checkpoint_every and trainer.step % config.checkpoint_every == 0:
-            run_state.save_last(trainer)
+            resuming.save_last(trainer)
         if trainer.stopping:
             break
         before = time.perf_counter()
@@ -172,7 +172,7 @@ def write_record(trainer, split: str, epoch: int, record: dict):
     meet("training, after the callbacks")
     # All processes stop where one asks for it, whether or not the others have callbacks.
     asked = trainer.epoch_loss.new_tensor(float(trainer.asked_to_stop))
-    trainer.stopping = bool(sum_over_processes(asked))
+    trainer.stopping = bool(all_reduce_sum(asked))
 
 
 def _end_epoch(trainer, epoch: int):
@@ -181,9 +181,9 @@ def _end_epoch(trainer, epoch: int):
     last = trainer.stopping or trainer.step == trainer.total_steps
     validated = (epoch + 1) % config.eval_every == 0 or last
     if validated and trainer.val is not None:  # whatever goes wrong in it, no step is lost
-        run_state.save_last(trainer)
+        resuming.save_last(trainer)
     # No step of the epoch may have been applied: then there is no loss to speak of.
-    total = float(sum_over_processes(trainer.epoch_loss))
+    total = float(all_reduce_sum(trainer.epoch_loss))
     train_loss = total / trainer.epoch_steps if trainer.epoch_steps else None
     if validated:
         record: dict[str, Any] = {"loss": train_loss, "train_loss": train_loss}
@@ -198,7 +198,7 @@ def _end_epoch(trainer, epoch: int):
     if validated:
         write_record(trainer, "val", epoch, record | {"best": better})
         trainer.say(epoch_words(trainer, epoch, record, better))
-    run_state.save_last(trainer)
+    resuming.save_last(trainer)
 
 
 def _keep_best(trainer, epoch: int, record: dict) -> bool:
@@ -209,11 +209,11 @@ def _keep_best(trainer, epoch: int, record: dict) -> bool:
     if trainer.val is None and trainer.config.terms_change and record["train_loss"] is not None:
         better = True  # its sums are of other terms than before: the last one is kept
     # Process 0 decides: on another kind of CPU the last bit of the loss may be another.
-    better = bool(sum_over_processes(trainer.epoch_loss.new_tensor(better * (not trainer.rank))))
+    better = bool(all_reduce_sum(trainer.epoch_loss.new_tensor(better * (not trainer.rank))))
     if better:
         trainer.best_loss = loss if math.isfinite(loss) else math.inf
         try:
-            run_state.save_best(trainer, epoch)
+            resuming.save_best(trainer, epoch)
         except BaseException:
             trainer.best_loss = before
             raise

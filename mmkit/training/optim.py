@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import TrainingConfig
 from ..device import multiplies_bfloat16
-from ..distributed import send_to_all, world
+from ..distributed import broadcast, rank_and_world_size
 from .own_optimizer import own_optimizer
 from .threads import MOST_AT_ONCE, side_by_side
 
@@ -68,7 +68,7 @@ class Muon(torch.optim.Muon):
 
     def __init__(self, groups: list[dict], **options):
         super().__init__(groups, **options)
-        _, processes = world()
+        _, processes = rank_and_world_size()
         self.parts: list[list[nn.Parameter]] = [[] for _ in range(processes)]
         work = [0] * processes
         matrices = [p for group in self.param_groups for p in group["params"]]
@@ -80,7 +80,7 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def step(self, closure=None):
         """Update all matrices that have a gradient; closure is not called."""
-        rank, processes = world()
+        rank, processes = rank_and_world_size()
         learning = [[p for p in part if p.grad is not None] for part in self.parts]
         mine, jobs = set(learning[rank]), []
         for group in self.param_groups:
@@ -100,7 +100,7 @@ class Muon(torch.optim.Muon):
         side_by_side(update, range(count))
         for owner, part in enumerate(learning):
             if processes > 1:
-                send_to_all(part, owner)
+                broadcast(part, owner)
 
     @torch.no_grad()
     def _update(self, matrices: list[Tensor], group: dict):
@@ -124,18 +124,18 @@ class Muon(torch.optim.Muon):
     @torch.no_grad()
     def share_memory(self):
         """Bring every matrix's momentum to every process; for a checkpoint."""
-        rank, processes = world()
+        rank, processes = rank_and_world_size()
         if processes == 1:
             return
         for owner, part in enumerate(self.parts):
             known = [torch.tensor([float(bool(self.state.get(p)))]) for p in part]
             known = [flag.to(p.device) for flag, p in zip(known, part, strict=True)]
-            send_to_all(known, owner)
+            broadcast(known, owner)
             part = [p for flag, p in zip(known, part, strict=True) if flag]
             for parameter in part:
                 if owner != rank and not self.state.get(parameter):
                     self.state[parameter]["momentum_buffer"] = torch.empty_like(parameter)
-            send_to_all([self.state[p]["momentum_buffer"] for p in part], owner)
+            broadcast([self.state[p]["momentum_buffer"] for p in part], owner)
 
 
 def orthogonalizing_type(device: torch.device) -> torch.dtype:
@@ -223,7 +223,7 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], fraction: float) 
 
 
 def freeze(model: Any, kind: str) -> list[nn.Parameter]:
-    """Leave a tower as it is (Zhai et al. 2022, LiT, arXiv:2111.07991); what `thaw` takes.
+    """Leave a tower as it is (Zhai et al. 2022, LiT, arXiv:2111.07991); what `unfreeze` takes.
 
     kind: "image" or "text". A frozen tower gets no gradient, no weight decay and no dropout, and
     its activations are not kept. Projections, logit_scale and logit_bias always learn. Call it
@@ -238,7 +238,7 @@ def freeze(model: Any, kind: str) -> list[nn.Parameter]:
     return learning
 
 
-def thaw(parameters: list[nn.Parameter]) -> None:
+def unfreeze(parameters: list[nn.Parameter]) -> None:
     """Let parameters learn again."""
     for parameter in parameters:
         parameter.requires_grad_(True)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..distributed import sum_over_processes
-from ..masking.text import maskable_words
+from ..distributed import all_reduce_sum
+from ..masking.text import maskable_tokens
 
 
 def as_json(value: Any) -> Any:
@@ -27,13 +27,13 @@ def step_record(
     waited: the fraction of the time that went by without a batch.
     """
     model = trainer.model
-    words = maskable_words(batch.input_ids, batch.valid, model.special_ids).sum()
+    words = maskable_tokens(batch.input_ids, batch.valid, model.special_ids).sum()
     hidden = [
         sum(float(drawn[i].mask.sum()) for drawn in trainer.drawn if drawn[i] is not None)
         for i in (0, 1)
     ]
     sums = [float(loss), *hidden, len(batch) * model.num_patches, float(words)]
-    total, patches_hidden, words_hidden, patches, words = sum_over_processes(
+    total, patches_hidden, words_hidden, patches, words = all_reduce_sum(
         torch.tensor(sums, dtype=torch.float64).to(trainer.device)
     ).tolist()
     return {
@@ -55,7 +55,7 @@ def _terms_in_all(trainer) -> dict[str, float]:
     terms = sorted(trainer.terms)
     if trainer.config.terms == ["contrastive"] or not terms:
         return {}
-    total = sum_over_processes(torch.stack([trainer.terms[term].double() for term in terms]))
+    total = all_reduce_sum(torch.stack([trainer.terms[term].double() for term in terms]))
     return {f"{term}_loss": x for term, x in zip(terms, total.tolist(), strict=True)}
 
 

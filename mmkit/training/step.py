@@ -1,4 +1,4 @@
-"""The exact step: the gradient of the whole batch, in pieces.
+"""The exact step: the gradient of the whole batch, in micro-batches, and the update by it.
 
 Whatever the number of micro-batches and of processes, the gradient is the one of the global batch
 (Gao et al. 2021, arXiv:2101.06983): features first, then one loss over all of them, then each
@@ -7,6 +7,7 @@ micro-batch again, its masks and dropout replayed. Walk-through: notebooks/03_tr
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..data.captions import correct_pairs
-from ..distributed import around_the_ring, gather_rows, row_counts, world
+from ..data.partners import correct_pairs
+from ..distributed import all_gather_with_grad, neighbour_exchange, rank_and_world_size, row_counts
 from ..losses import check_loss, info_nce_rows, sigmoid_block, sigmoid_rows
-from ..models.encoder import EncoderOutput
+from ..models.encoder import EncoderOutput, MultimodalEncoder
 from .threads import side_by_side
 
+MAX_LOGIT_SCALE = math.log(100)  # CLIP's: a temperature below 0.01 makes training unstable
 _LOGITS = 2**22  # entries of a similarity matrix held at once (16 MB in float32)
 
 
@@ -57,20 +59,20 @@ def contrastive_share(
     (sigmoid only).
     """
     check_loss(kind)
-    rank, _ = world()
+    rank, _ = rank_and_world_size()
     counts = row_counts(len(image), image.device)
     offset, total, scale = sum(counts[:rank]), sum(counts), logit_scale.exp()
     partners = _partners_of_all(partners, counts)
     if kind == "sigmoid" and exchange == "neighbours":
         return _ring_of_texts(image, text, scale, logit_bias, partners, counts) / total
-    all_text = gather_rows(text, counts)
+    all_text = all_gather_with_grad(text, counts)
     if kind == "sigmoid":
 
         def rows_loss(part: slice) -> Tensor:
             start = offset + part.start
             return sigmoid_rows(image[part], all_text, scale, logit_bias, start, partners)
     else:
-        all_image = gather_rows(image, counts)
+        all_image = all_gather_with_grad(image, counts)
 
         def rows_loss(part: slice) -> Tensor:
             candidates = (all_image, all_text, scale, offset + part.start, partners)
@@ -101,14 +103,16 @@ def _partners_of_all(partners: tuple[Tensor, Tensor] | None, counts: list[int]):
         return partners
     captions, table = partners
     width = max(row_counts(table.shape[1], table.device))
-    return gather_rows(captions, counts), gather_rows(_padded([table], width), counts)
+    return all_gather_with_grad(captions, counts), all_gather_with_grad(
+        _padded([table], width), counts
+    )
 
 
 def _ring_of_texts(
     image: Tensor, text: Tensor, scale: Tensor, logit_bias: Tensor, partners, counts: list[int]
 ) -> Tensor:
     """Summed sigmoid loss of our pictures against each process's texts in turn."""
-    rank, rows = world()[0], torch.arange(len(image), device=image.device)
+    rank, rows = rank_and_world_size()[0], torch.arange(len(image), device=image.device)
     captions_of = None if partners is None else partners[0].split(counts)
     own_captions = None if partners is None else partners[1].split(counts)[rank]
 
@@ -120,7 +124,7 @@ def _ring_of_texts(
         return sigmoid_block(image[part], theirs, scale, logit_bias, own, left_out)
 
     total = image.new_zeros(())
-    for owner, theirs in around_the_ring(text, counts):
+    for owner, theirs in neighbour_exchange(text, counts):
         loss_of = functools.partial(block, theirs, owner)
         total = total + _in_chunks(loss_of, len(image), len(theirs), keep=False)
     return total
@@ -241,7 +245,7 @@ def _loss_and_gradients(features, micro_batches, scale_parameters, contrast: Con
         leaves[0], leaves[1], leaves[2], leaves[3], partners, contrast.kind, contrast.exchange
     )
     # DDP averages over processes; each holds its part of a sum.
-    factor = contrast.weight * weight * world()[1]
+    factor = contrast.weight * weight * rank_and_world_size()[1]
     at_image, at_text, *at_scales = torch.autograd.grad(
         loss * factor, leaves, allow_unused=True, materialize_grads=True
     )
@@ -268,7 +272,7 @@ def _pull(
         once = scale_grads if scale_grads and i == 0 else [torch.zeros_like(x) for x in scales]
         surrogate = surrogate + out.logit_scale * once[0] + out.logit_bias * once[1]
         if rest is not None:
-            surrogate = surrogate + rest * world()[1]
+            surrogate = surrogate + rest * rank_and_world_size()[1]
         surrogates.append(how.grad_scale(surrogate))
     _add_gradients(surrogates, how.parameters)
 
@@ -297,7 +301,11 @@ def _backward_of_parts(whole, rounds: list[Sequence], how: Mechanics, synchroniz
         final = synchronize and i == len(rounds) - 1
         with contextlib.nullcontext() if final else how.no_sync():
             parts = side_by_side(whole, micros)
-            losses = [how.grad_scale(rest * world()[1]) for _, rest in parts if rest is not None]
+            losses = [
+                how.grad_scale(rest * rank_and_world_size()[1])
+                for _, rest in parts
+                if rest is not None
+            ]
             if losses:
                 _add_gradients(losses, how.parameters)
 
@@ -317,3 +325,31 @@ def naive_backward(encode, micro_batches, scale_parameters, *args, **options) ->
             encode, [micro], scale_parameters, *args, **options
         )
     return loss
+
+
+def update(
+    model: MultimodalEncoder,
+    optimizers: Sequence[torch.optim.Optimizer],
+    scaler: torch.amp.GradScaler,
+    max_norm: float,
+) -> float:
+    """Clip the gradients that are there, and let the optimizers take their step.
+
+    max_norm: of the whole gradient; 0 = no clipping. logit_scale is then kept at or below ln(100),
+    CLIP's clamp. Returns the norm before clipping; where it is not finite, no weight has changed.
+    """
+    active = [o for o in optimizers if _has_gradients(o)]  # a frozen part has none
+    for optimizer in active:  # before clipping, or the norm is 65,536 times too large
+        scaler.unscale_(optimizer)
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf))
+    if math.isfinite(norm):  # the same in all processes: their gradients were summed
+        for optimizer in active:
+            scaler.step(optimizer)
+        with torch.no_grad():  # in the parameter, after the step: its gradient stays alive
+            model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+    scaler.update()
+    return norm
+
+
+def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])

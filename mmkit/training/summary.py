@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from ..config import TERMS, TrainingConfig
-from ..data.captions import partner_counts
 from ..data.images import as_if_not_normalised
+from ..data.partners import partner_counts
 from ..device import multiplies_bfloat16, why_precision
 from ..evaluation.retrieval import chance_of_recall
 from ..files import shown
 from ..masking.image import ATTENTION_MASKERS
-from ..masking.text import maskable_words
+from ..masking.text import maskable_tokens
 from ..models.flops import objective_flops, tower_flops
 from ..models.layers import dropouts
 from ..noise import mask_noise
@@ -42,7 +42,7 @@ def effective_configuration(trainer) -> dict:
     if text is not None and config.text_mask_mode == "drop":
         encoded_words = text.keep_valid.sum(1).float().mean().item()
         padded = text.ids_keep.shape[1]
-    maskable = maskable_words(batch.input_ids, batch.valid, model.special_ids).sum().item()
+    maskable = maskable_tokens(batch.input_ids, batch.valid, model.special_ids).sum().item()
     pairs = len(trainer.train) / trainer.steps_per_epoch
     look = 0.0 if trainer.attention_ema is None else tower_flops(model.vit.config, patches / 4 + 1)
     encoded, whole = (encoded_patches, encoded_words), (patches, words)

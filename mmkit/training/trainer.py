@@ -23,21 +23,21 @@ from ..data.batch import Batch
 from ..data.dataset import MultimodalDataset
 from ..data.loader import as_dataset
 from ..device import autocast_for, pick_precision
-from ..distributed import my_share, world
+from ..distributed import rank_and_world_size, rank_slice
 from ..masking.core import TokenInfo
 from ..masking.plan import MaskPlan, looks
 from ..models.attention import class_attention
 from ..models.checkpoint import load_weights
-from ..models.decoder import Wanted
-from ..models.ema import RunningMean
-from ..models.encoder import MAX_LOGIT_SCALE, EncoderOutput, MultimodalEncoder
+from ..models.decoder import ForwardSpec
+from ..models.ema import EMA
+from ..models.encoder import EncoderOutput, MultimodalEncoder
 from ..models.layers import draws_dropout
 from ..noise import mask_noise
 from ..objective import MicroBatch, Objective
 from . import fingerprint, loop
-from . import state as run_state
+from . import resume as resuming
 from .optim import build_optimizers, set_learning_rate
-from .own_state import OwnState, with_own_state
+from .random_state import OwnState, with_own_state
 from .records import likely_cause
 from .run import Run, RunWriter, run_folder
 from .setup import (
@@ -50,7 +50,7 @@ from .setup import (
     prepare_layers,
     run_name,
 )
-from .step import Contrast, Mechanics, backward, naive_backward
+from .step import Contrast, Mechanics, backward, naive_backward, update
 from .term_gradients import measure_terms
 from .threads import MOST_AT_ONCE
 
@@ -111,7 +111,7 @@ class MaskedMultimodalTrainer:
             warnings.filterwarnings("ignore", "OMP_NUM_THREADS")
             # Without a GPU every rank must be told so, or it trains an independent copy of its own.
             self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
-        self.rank, self.processes = world()
+        self.rank, self.processes = rank_and_world_size()
         self.device = self.accelerator.device
         self.precision = pick_precision(config.mixed_precision, self.device)
         self.own_state.cuda_has_started()
@@ -126,11 +126,9 @@ class MaskedMultimodalTrainer:
             if (data := getattr(self, name)) is not None:
                 setattr(self, name, encoded_for(self.model, data, name))
         if config.text_mask == "frequency":
-            self.model.token_frequency = self.train.piece_frequency()
-        self.ema = RunningMean(self.model, config.ema_decay) if config.ema_decay else None
-        self.attention_ema = (
-            RunningMean(self.model.vit, config.ema_momentum) if looks(config) else None
-        )
+            self.model.token_frequency = self.train.token_frequency()
+        self.ema = EMA(self.model, config.ema_decay) if config.ema_decay else None
+        self.attention_ema = EMA(self.model.vit, config.ema_momentum) if looks(config) else None
         prepare_layers(self.model, config, self.device)
         self.optimizers = build_optimizers(self.model, config)
         self.net = self.accelerator.prepare_model(self.model)  # DDP where there are several
@@ -195,10 +193,10 @@ class MaskedMultimodalTrainer:
         """
         own = self.path / "last" / "state.pth"
         restarts = max_restarts() > 0
-        if resume is True or (restarts and (resume is False or run_state.seen_by(self, own))):
-            return run_state.resume(self, own)
+        if resume is True or (restarts and (resume is False or resuming.seen_by(self, own))):
+            return resuming.resume(self, own)
         if resume is not False:
-            run_state.fork(self, Path(resume))
+            resuming.fork(self, Path(resume))
             self.forked = True
         return False
 
@@ -246,7 +244,7 @@ class MaskedMultimodalTrainer:
         """
         seed, batches = self.config.seed, self.steps_per_epoch
         captions = mask_noise(seed, epoch, self.train.sample_ids, 1, "caption")[:, 0]
-        shares = [my_share(rows)[0] for rows in self.train.epoch_rows(seed, epoch, batches)]
+        shares = [rank_slice(rows)[0] for rows in self.train.epoch_rows(seed, epoch, batches)]
         return [(rows, captions[rows]) for rows in shares]
 
     def first_batch(self) -> Batch:
@@ -262,7 +260,7 @@ class MaskedMultimodalTrainer:
 
     # -- the step ----------------------------------------------------------------------------
 
-    def encode(self, batch: Batch, maskings, wanted: Wanted | None = None) -> EncoderOutput:
+    def encode(self, batch: Batch, maskings, wanted: ForwardSpec | None = None) -> EncoderOutput:
         """The masked forward pass of a micro-batch, in this run's precision."""
         modes = (self.config.image_mask_mode, self.config.text_mask_mode)
         with autocast_for(self.config.mixed_precision, self.device):
@@ -296,7 +294,9 @@ class MaskedMultimodalTrainer:
         self.terms = {term: torch.zeros((), device=self.device) for term in active}
 
         def features(micro: MicroBatch) -> EncoderOutput:
-            return self.encode(micro.batch, micro.maskings, Wanted(view=config.contrastive_view))
+            return self.encode(
+                micro.batch, micro.maskings, ForwardSpec(view=config.contrastive_view)
+            )
 
         def whole(micro: MicroBatch) -> tuple[EncoderOutput, Tensor | None]:
             out = self.encode(micro.batch, micro.maskings, micro.wanted)
@@ -352,24 +352,15 @@ class MaskedMultimodalTrainer:
         self.model.zero_grad(set_to_none=True)  # of a step that was interrupted, too
         set_learning_rate(self.optimizers, config.lr_fraction(self.step, self.total_steps))
         loss = self.gradients(batch, epoch)
-        active = [o for o in self.optimizers if _has_gradients(o)]  # a frozen part has none
-        for optimizer in active:  # before clipping, or the norm is 65,536 times too large
-            self.scaler.unscale_(optimizer)
-        limit = config.max_grad_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit))
-        finite = math.isfinite(norm)  # the same in all processes: their gradients were summed
+        norm = update(self.model, self.optimizers, self.scaler, config.max_grad_norm)
+        finite = math.isfinite(norm)
         if finite:
-            for optimizer in active:
-                self.scaler.step(optimizer)
-            with torch.no_grad():  # in the parameter, after the step: its gradient stays alive
-                self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
             for ema, module in ((self.attention_ema, self.model.vit), (self.ema, self.model)):
                 if ema is not None:
                     ema.update(module)
             self.model.trained_steps += 1
             self.epoch_loss += loss
             self.epoch_steps += 1
-        self.scaler.update()
         self.model.zero_grad(set_to_none=True)
         self._count_skipped(finite, batch)
         return loss, norm
@@ -422,10 +413,6 @@ class MaskedMultimodalTrainer:
     def say(self, words: str):
         if self.rank == 0:
             print(words, flush=True)
-
-
-def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
-    return any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
 
 
 def train_model(

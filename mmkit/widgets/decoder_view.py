@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..data.captions import correct_pairs
 from ..data.dataset import MultimodalDataset
+from ..data.partners import correct_pairs
 from ..evaluation.reconstruction import PutBack, guesses, put_back
 from ..masking.core import Masking
 from ..models.encoder import MultimodalEncoder

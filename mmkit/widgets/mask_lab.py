@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..data.captions import correct_pairs
 from ..data.dataset import MultimodalDataset
 from ..data.loader import as_dataset
+from ..data.partners import correct_pairs
 from ..evaluation.reconstruction import PutBack
 from ..losses import similarity
 from ..masking.core import TokenInfo, patch_grid
 from ..masking.image import ATTENTION_MASKERS, IMAGE_MASKERS
 from ..masking.plan import draw_maskings
 from ..masking.text import TEXT_MASKERS
-from ..models.attention import at_rest
+from ..models.attention import eval_mode
 from ..models.encoder import MultimodalEncoder
 from ..models.patches import paint_mask
 from .decoder_view import DecoderView, Masked, heads_of
@@ -275,7 +275,7 @@ class MaskLab:
     def _draw(self, batch: Batch, image: tuple[str, Any], text: tuple[str, float]):
         tokens = dataclasses.replace(self._tokens, attend=lambda _: self._attention(batch))
         if text[0] == "frequency" and tokens.frequency is None:  # of the data it is shown with
-            tokens.frequency = self.dataset.piece_frequency()
+            tokens.frequency = self.dataset.token_frequency()
         return draw_maskings(
             batch,
             tokens,
@@ -292,7 +292,7 @@ class MaskLab:
         assert model is not None
 
         def attend():
-            with at_rest(model):
+            with eval_mode(model):
                 return model.class_attention(batch.pixel_values)
 
         key = tuple(batch.sample_ids.tolist())
@@ -303,7 +303,7 @@ class MaskLab:
         self.rows = pool_rows(self.row.value, len(self.dataset), POOL)
         key = (self.rows, text, self.text_mode.value, self.seed.value, self.epoch.value)
         captions = self._cached("captions", key, lambda: self._encode_captions(model, text))
-        with at_rest(model):
+        with eval_mode(model):
             mode = self.image_mode.value
             picture = model.encode_image(self.batch.pixel_values, self.masking, mode)
             self.cosines = similarity(picture, captions)[0].cpu()
@@ -315,7 +315,7 @@ class MaskLab:
     def _encode_captions(self, model: MultimodalEncoder, text: tuple[str, float]) -> Tensor:
         batch = self._batch(self.rows)
         _, masking = self._draw(batch, ("random", 0.0), text)
-        with at_rest(model):
+        with eval_mode(model):
             mode = self.text_mode.value
             return model.encode_text(batch.input_ids, batch.valid, masking, mode)
 

@@ -21,7 +21,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import mmkit as mm
-from mmkit.training import state as run_state
+from mmkit.training import resume
 from tests.benchmarks.draw_masks import machine
 
 ROUNDS, STEPS, GOAL = 11, 4, 2.0  # GOAL: per cent of the training time
@@ -60,8 +60,8 @@ def rounds(trainer: mm.MaskedMultimodalTrainer) -> list[dict[str, float]]:
     for _ in range(ROUNDS):
         synced.clear()
         times = dict(step=seconds(steps) / STEPS, validation=seconds(validate))
-        times["best"] = seconds(run_state.save_best, trainer, 0)
-        times["last"] = seconds(run_state.save_last, trainer)
+        times["best"] = seconds(resume.save_best, trainer, 0)
+        times["last"] = seconds(resume.save_last, trainer)
         found.append(times | dict(fsync=sum(synced)))
     os.fsync = fsync
     return found

@@ -39,7 +39,7 @@ def work(port: int, most: int):
     torch.set_num_threads(1)
     store = TCPStore("127.0.0.1", port, timeout=PATIENCE)
     with tempfile.TemporaryDirectory() as folder:
-        world = mm.distributed.world()[1]
+        world = mm.distributed.rank_and_world_size()[1]
         trainer = cost_growth.trainer_of(64, 10, most * world, folder)
         batch, me = trainer.first_batch(), f"{world}: {trainer.rank}"
         store.set(f"{me} is ready", "yes")

@@ -435,7 +435,7 @@ def gather(folder: str) -> tuple[Calls, dict[str, str], str]:
         calls |= step_calls(both, batch) | attention_calls(both["attentive"], batch)
     model = both["random"].model
     calls |= image_calls(model, batch, data.layers)
-    calls |= text_calls(model, batch, data.piece_frequency())
+    calls |= text_calls(model, batch, data.token_frequency())
     others, versions = peers(batch, model)
     return calls | others, versions, str(both["random"].precision or "float32")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 import mmkit as mm
 from mmkit.device import autocast_for
-from mmkit.models.attention import at_rest
+from mmkit.models.attention import eval_mode
 from mmkit.schedules import cosine, linear
 from tests.benchmarks import peers
 
@@ -153,7 +153,7 @@ def r_at_1(model, encode_image: Callable, encode_text: Callable, test) -> float:
     input_ids, lengths, _, _ = test.encoded_captions()
     valid = torch.arange(input_ids.shape[1]) < lengths[:, None]
     texts = zip(input_ids.long().split(256), valid.split(256), strict=True)
-    with at_rest(model), autocast_for(PRECISION, device):
+    with eval_mode(model), autocast_for(PRECISION, device):
         batches = [batch.pixel_values.to(device) for batch in test.batches(256)]
         images = torch.cat([encode_image(pixels).float().cpu() for pixels in batches])
         captions = torch.cat([encode_text(*(x.to(device) for x in t)).float().cpu() for t in texts])

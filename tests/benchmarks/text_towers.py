@@ -21,10 +21,10 @@ import time
 import torch
 
 import mmkit as mm
-from mmkit.data.captions import correct_pairs
+from mmkit.data.partners import correct_pairs
 from mmkit.losses import similarity
 from mmkit.models.pretrained import minilm
-from mmkit.training.optim import freeze, thaw
+from mmkit.training.optim import freeze, unfreeze
 from tests.benchmarks.draw_masks import FOLDER, machine
 
 FROZEN, TUNED = "MiniLM, frozen", "MiniLM, frozen, then tuned"
@@ -133,7 +133,7 @@ def step_seconds(name: str, train: mm.MultimodalDataset) -> dict[bool, float]:
             start = time.perf_counter()
             trainer.train_step(batch, 0)
             times.append(time.perf_counter() - start)
-        thaw(held)
+        unfreeze(held)
         found[frozen] = statistics.median(times[1:])
     return found
 

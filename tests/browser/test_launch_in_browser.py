@@ -11,13 +11,13 @@ SETUP = """
 import torch
 import torch.distributed as dist
 import mmkit as mm
-from mmkit.distributed import gather_rows, world
+from mmkit.distributed import all_gather_with_grad, rank_and_world_size
 
 def meet(start):
-    rank, processes = world()
+    rank, processes = rank_and_world_size()
     for step in range(3):
         print(f"step {step}: rank {rank} of {processes}")
-    return gather_rows(torch.tensor([start + rank]))
+    return all_gather_with_grad(torch.tensor([start + rank]))
 """
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import mmkit as mm
-import mmkit.__main__ as cli
-from mmkit.cli.sources import Source
+import mmkit.cli.commands as cli
+from mmkit.cli.source_flags import Source
 
 
 def mmkit(*words):

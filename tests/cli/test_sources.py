@@ -14,7 +14,7 @@ from PIL import Image
 
 import mmkit as mm
 from mmkit.cli.commands import main
-from mmkit.cli.sources import Source
+from mmkit.cli.source_flags import Source
 
 ARTISTS = [f"artist {letter}" for letter in "abcdefghijklmnopqrstuvwx"]
 

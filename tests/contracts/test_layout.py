@@ -37,7 +37,7 @@ def test_all_of_the_public_names_are_still_there():
         "evaluate_reconstruction from_class_folders from_coco from_flickr30k from_folder from_hub "
         "from_lists from_shards from_table info_nce inspect launch load load_data losses "
         "mask_noise masking mean_recall minilm openmoji optim overlap plots probe put_back "
-        "recall_at_k retrieval sigmoid_loss split train_model train_wordpiece unknown_share "
+        "recall_at_k retrieval sigmoid_loss split train_model train_wordpiece unk_rate "
         "widgets write_shards zero_shot"
     ).split()
     assert [name for name in before if not hasattr(mmkit, name)] == []

@@ -14,9 +14,9 @@ from PIL import Image
 import mmkit as mm
 from mmkit import MultimodalDataset, train_wordpiece
 from mmkit.data import image_cache
-from mmkit.data.captions import correct_pairs, very_common
 from mmkit.data.images import read_picture, shift_pictures
 from mmkit.data.loader import load_batches
+from mmkit.data.partners import correct_pairs, very_common
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -299,16 +299,16 @@ def test_frequency_of_pieces_is_counted_over_all_captions(files):
     expected = torch.zeros(len(data.tokenizer))
     for piece, count in counts.items():
         expected[piece] = count / sum(counts.values())
-    frequency = data.piece_frequency()
+    frequency = data.token_frequency()
     torch.testing.assert_close(frequency, expected)
     assert frequency.sum().item() == pytest.approx(1)
     assert frequency[data.tokenizer.convert_tokens_to_ids("and")] == pytest.approx(2 / 15)
     part = data.subset([3, 4])  # its own captions, the same ids
-    assert part.piece_frequency()[data.tokenizer.convert_tokens_to_ids("and")] == pytest.approx(
+    assert part.token_frequency()[data.tokenizer.convert_tokens_to_ids("and")] == pytest.approx(
         2 / 7
     )
     cut = data.encoded_by(data.tokenizer, 3)  # cut captions: what is cut is not counted
-    assert (cut.piece_frequency() > 0).sum() < (expected > 0).sum()
+    assert (cut.token_frequency() > 0).sum() < (expected > 0).sum()
 
 
 def test_bad_input_is_refused_in_words(files, tmp_path):

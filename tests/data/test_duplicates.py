@@ -13,6 +13,7 @@ from PIL import Image
 
 from mmkit import MultimodalDataset, openmoji
 from mmkit.data import image_duplicates
+from mmkit.data.clusters import exact_duplicates, rows_that_share
 from mmkit.data.duplicates import (
     caption_key,
     count_duplicates,
@@ -20,7 +21,6 @@ from mmkit.data.duplicates import (
     near_caption_groups,
 )
 from mmkit.data.duplicates import signatures as signatures_of
-from mmkit.data.groups import exact_duplicates, rows_that_share
 from mmkit.data.image_duplicates import (
     COARSE,
     NEAR,

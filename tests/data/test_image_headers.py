@@ -13,7 +13,7 @@ from PIL import Image, ImageCms, PngImagePlugin
 import mmkit as mm
 from mmkit.data import images
 from mmkit.data.image_headers import open_head, to_srgb
-from mmkit.data.images import as_seen, check_picture, read_picture, read_square, square
+from mmkit.data.images import check_picture, read_picture, read_square, square, to_rgb
 from tests.data.awkward import BLUE, GREEN, RED, chunk, encoded
 
 CORNERS = np.full((46, 94, 3), 200, np.uint8)  # lies on its side; the corner tells how
@@ -279,7 +279,7 @@ def test_colours_of_another_profile_become_srgb(kind, mode):
     ):
         data = encoded(red, kind, icc_profile=profile, **KINDS[kind])
         assert np.abs(np.subtract(colour(data), expected)).max() <= 2, profile[:9]
-        seen = as_seen(Image.open(io.BytesIO(data))).getpixel((5, 7))
+        seen = to_rgb(Image.open(io.BytesIO(data))).getpixel((5, 7))
         assert np.abs(np.subtract(seen, expected)).max() <= 2
 
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 from mmkit.data import images
-from mmkit.data.images import as_seen, read_picture, read_square, square
+from mmkit.data.images import read_picture, read_square, square, to_rgb
 from mmkit.errors import Refused
 
 
@@ -34,7 +34,7 @@ def test_every_orientation_is_seen_as_pillow_turns_it(mode, orientation):
 
 def test_an_upright_rgb_picture_is_itself():
     picture = noise(13, 7)
-    assert as_seen(picture) is picture
+    assert to_rgb(picture) is picture
 
 
 @pytest.mark.parametrize("size", [(97, 97), (131, 97), (59, 83), (11, 11), (5, 7)])

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 import mmkit as mm
-from mmkit.data.captions import correct_pairs, partner_counts
 from mmkit.data.openmoji.drawings import read_table
 from mmkit.data.openmoji.names import LANGUAGES, caption
+from mmkit.data.partners import correct_pairs, partner_counts
 from mmkit.data.tokenizer import (
-    continues_word,
     encode_texts,
+    is_subword,
     special_ids,
     tokenizer_from_state,
     tokenizer_state,
     train_wordpiece,
-    unknown_share,
+    unk_rate,
 )
 from mmkit.masking.plan import draw_maskings
 from mmkit.models.encoder import MultimodalEncoder
@@ -158,7 +158,7 @@ def bare(text: str) -> str:
 def test_captions_in_any_script_come_back(kind):
     """Chinese, Japanese, Thai without spaces, right to left, combining vowels, emoji."""
     name, tokenizer = kind
-    assert unknown_share(tokenizer, TEXTS) == 0
+    assert unk_rate(tokenizer, TEXTS) == 0
     input_ids, valid = encode_texts(tokenizer, TEXTS, 97)
     for row, real, text in zip(input_ids, valid, TEXTS, strict=True):
         decoded = tokenizer.decode(row[real], skip_special_tokens=True)
@@ -176,7 +176,7 @@ def test_saved_as_text_they_are_the_same_tokenizer(kind):
     assert one == two
     assert [tokenizer.decode(ids) for ids in one] == [other.decode(ids) for ids in two]
     assert special_ids(tokenizer).tolist() == special_ids(other).tolist()
-    assert torch.equal(continues_word(tokenizer), continues_word(other))
+    assert torch.equal(is_subword(tokenizer), is_subword(other))
 
 
 def test_an_encoder_of_any_kind_ignores_padding_and_hides_words_alone(kind):
@@ -237,7 +237,7 @@ def test_one_token_for_unknown_and_end_is_never_hidden():
 def test_what_a_wordpiece_cannot_read_is_counted_in_signs(texts, expected):
     """By hand: signs of words that became [UNK], which are single pieces however long the word."""
     tokenizer = train_wordpiece(["a small cat"])
-    assert unknown_share(tokenizer, texts) == pytest.approx(expected)
+    assert unk_rate(tokenizer, texts) == pytest.approx(expected)
 
 
 def test_what_is_dropped_without_a_trace_counts_too():
@@ -246,27 +246,27 @@ def test_what_is_dropped_without_a_trace_counts_too():
 
     raw = Tokenizer(models.BPE())
     raw.train_from_iterator(["abab"], trainers.BpeTrainer(show_progress=False))
-    assert unknown_share(around(raw), ["abxa"]) == pytest.approx(1 / 4)
+    assert unk_rate(around(raw), ["abxa"]) == pytest.approx(1 / 4)
     raw = Tokenizer(models.WordPiece({"[UNK]": 0, "ก": 1, "##น": 2, "e": 3}, unk_token="[UNK]"))
     raw.normalizer = normalizers.BertNormalizer()  # lower-cases and strips accents, as uncased BERT
-    assert unknown_share(around(raw), ["กิน"]) == pytest.approx(1 / 3)
-    assert unknown_share(around(raw), ["é"]) == 0
-    assert unknown_share(around(raw), ["x"]) == 1  # the wrapper has no unk_token of its own
+    assert unk_rate(around(raw), ["กิน"]) == pytest.approx(1 / 3)
+    assert unk_rate(around(raw), ["é"]) == 0
+    assert unk_rate(around(raw), ["x"]) == 1  # the wrapper has no unk_token of its own
 
 
 @pytest.mark.parametrize("make", [unigram, cased_wordpiece])
 def test_captions_of_another_script_are_told(make):
     tokenizer = make()
-    assert unknown_share(tokenizer, ["Это русский текст", "Ελληνικά"]) == 1
-    assert 0 < unknown_share(tokenizer, ["a cat, русский"]) < 1
-    assert unknown_share(roberta(), ["Это русский текст"]) == 0
+    assert unk_rate(tokenizer, ["Это русский текст", "Ελληνικά"]) == 1
+    assert 0 < unk_rate(tokenizer, ["a cat, русский"]) < 1
+    assert unk_rate(roberta(), ["Это русский текст"]) == 0
 
 
 def test_bad_input_is_refused_in_words():
     tokenizer = train_wordpiece(TEXTS)
     for texts in ([], "one text"):
         with pytest.raises(ValueError, match="at least one text"):
-            unknown_share(tokenizer, texts)
+            unk_rate(tokenizer, texts)
     with pytest.raises(ValueError, match=r"vocab_size=20 does not hold .* which take \d+ pieces"):
         train_wordpiece(TEXTS, 20)
     with pytest.raises(ValueError, match="language='xx' is not known; choose from en, es"):
@@ -284,7 +284,7 @@ def test_one_vocabulary_for_fourteen_languages_spells_no_language_out():
     texts = {name: [caption(stem, name) for stem in stems] for name in LANGUAGES}
     everything = [text for names in texts.values() for text in names]
     tokenizer = train_wordpiece(everything)
-    assert unknown_share(tokenizer, everything) == 0
+    assert unk_rate(tokenizer, everything) == 0
     for name, captions in texts.items():
         alone = encode_texts(train_wordpiece(captions), captions, 97)[1].sum()
         together = encode_texts(tokenizer, captions, 97)[1].sum()

@@ -7,14 +7,14 @@ import time
 import pytest
 
 from mmkit.data.tokenizer import (
-    continues_word,
     encode_texts,
+    is_subword,
     piece_counts,
     special_ids,
     tokenizer_from_state,
     tokenizer_state,
     train_wordpiece,
-    unknown_share,
+    unk_rate,
 )
 
 TEXTS = ["a red house", "an old blue boat", "the flag of France"]
@@ -72,7 +72,7 @@ def test_saved_as_text_and_read_back():
 
 def words_of(tokenizer, text):
     """The pieces of a text, those of one word together."""
-    goes_on, words = continues_word(tokenizer), []
+    goes_on, words = is_subword(tokenizer), []
     for i in tokenizer(text, add_special_tokens=False)["input_ids"]:
         if not goes_on[i]:
             words.append([])
@@ -87,8 +87,8 @@ def test_pieces_of_one_word_are_known_as_such():
     pieces = words_of(tokenizer, text)
     assert max(map(len, pieces)) > 2
     assert ["".join(word).replace("##", "") for word in pieces] == text.split()
-    assert continues_word(tokenizer).shape == (len(tokenizer),)
-    assert not continues_word(tokenizer)[special_ids(tokenizer)].any()
+    assert is_subword(tokenizer).shape == (len(tokenizer),)
+    assert not is_subword(tokenizer)[special_ids(tokenizer)].any()
     mixed = train_wordpiece([*TEXTS, "\u2581 and \u0120 are words here"])  # other kinds' marks
     assert ["".join(w).replace("##", "") for w in words_of(mixed, text)] == text.split()
 
@@ -117,9 +117,9 @@ def test_a_sentence_without_spaces_is_not_one_unknown_word():
     """Kana and Thai have none; WordPiece gives up at 100 letters if it is not told otherwise."""
     for sentence in ("かなのぶんしょう" * 20, "ภาษาไทยไม่มีช่องว่าง" * 12):
         tokenizer = train_wordpiece([sentence, "short"])
-        assert len(sentence) > 100 and unknown_share(tokenizer, [sentence]) == 0
+        assert len(sentence) > 100 and unk_rate(tokenizer, [sentence]) == 0
         again = tokenizer_from_state(tokenizer_state(tokenizer))
-        assert unknown_share(again, [sentence]) == 0
+        assert unk_rate(again, [sentence]) == 0
 
 
 SPELLED = ["a [MASK] red [PAD] house", "[SEP]", "[[CLS]] [UNK]s", "the <s>flag</s> of [mask]"]
@@ -156,7 +156,7 @@ def test_special_tokens_that_a_caption_spells_are_letters(make):
         assert not special & {*ids[1:-1]}, text
         back = tokenizer.decode(ids[1:-1]).replace(" ", "").replace("\u2581", "")
         assert back.casefold() == text.replace(" ", "").casefold()
-    assert unknown_share(tokenizer, SPELLED) == 0
+    assert unk_rate(tokenizer, SPELLED) == 0
 
 
 def test_pieces_are_counted_and_encoded_as_the_whole_text_would_be():
@@ -181,7 +181,7 @@ def test_a_caption_of_many_words_takes_time_in_proportion():
     text = " ".join(random.Random(0).choices(TEXTS[0].split() + TEXTS[1].split(), k=300_007))
     tokenizer = train_wordpiece(TEXTS)
     started = time.process_time()
-    assert unknown_share(tokenizer, [text]) == 0
+    assert unk_rate(tokenizer, [text]) == 0
     assert piece_counts(tokenizer, [text]) == [300_009]
     assert encode_texts(tokenizer, [text], 32)[0].shape == (1, 32)
     assert time.process_time() - started < 2

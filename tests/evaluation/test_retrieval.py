@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 import mmkit as mm
 from mmkit import Index, MultimodalDataset, embed, embed_texts, evaluate, recall_at_k, zero_shot
-from mmkit.data.captions import correct_pairs
+from mmkit.data.partners import correct_pairs
 from mmkit.evaluation import retrieval
 from mmkit.losses import info_nce, sigmoid_loss
 

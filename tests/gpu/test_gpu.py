@@ -226,7 +226,7 @@ def test_image_masks_are_the_same_on_the_gpu(name):
 @pytest.mark.parametrize("name", sorted(TEXT_MASKERS))
 def test_text_masks_are_the_same_on_the_gpu(make_model, make_data, name):
     model, data = make_model(), make_data(53)
-    frequency, batch = data.piece_frequency(), data.batch(range(53))
+    frequency, batch = data.token_frequency(), data.batch(range(53))
     options = dict(text=(name, 0.5), text_mode="80/10/10", seed=3, epoch=5)
     model.token_frequency = frequency
     _, here = mm.masking.draw_maskings(batch, model.token_info, **options)

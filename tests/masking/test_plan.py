@@ -303,7 +303,7 @@ def test_bad_input_is_refused_in_words(model, data):
         refuses(r"mask_ratio=.* must be in \[0, 1\)", image=("random", ratio))
         refuses(r"mask_ratio=.* must be in \[0, 1\)", text=("random", ratio))
     refuses("'layers' needs regions: give the built-in pictures", image=("layers", 0.5))
-    refuses("'frequency' needs .*piece_frequency", text=("frequency", 0.5))
+    refuses("'frequency' needs .*token_frequency", text=("frequency", 0.5))
     refuses(r"is \(2, 3\), the pictures are 3 x 3 patches", image=("painted", [[0, 1, 0]] * 2))
     refuses("hides all 9 patches of picture 0", image=("painted", [[1, 1, 1]] * 3))
     refuses("'painted' needs painted: give an array", image=("painted", None))

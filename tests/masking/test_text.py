@@ -13,7 +13,7 @@ from mmkit.masking.text import (
     FREQUENCY_THRESHOLD,
     TEXT_MASKERS,
     Caption,
-    maskable_words,
+    maskable_tokens,
     num_hidden,
 )
 from mmkit.noise import mask_noise
@@ -279,7 +279,7 @@ def test_frequent_words_are_hidden_more_often():
         (
             "frequency",
             "frequency",
-            "'frequency' needs the pieces' frequency .*set .* = train.piece",
+            "'frequency' needs the pieces' frequency .*set .* = train.token",
         ),
     ],
 )
@@ -292,7 +292,7 @@ def test_what_a_masker_needs_is_said(name, lacks, words):
 def test_specials_of_a_tokenizer_are_no_words(tokenizer):
     """[CLS], [SEP] and [PAD] by id and by place; an unknown word may be hidden."""
     input_ids, valid = encode_texts(tokenizer, ["old red cat", "dog 🦖"], 17)
-    words = maskable_words(input_ids, valid, special_ids(tokenizer))
+    words = maskable_tokens(input_ids, valid, special_ids(tokenizer))
     assert words.tolist() == [[False, True, True, True, False], [False, True, True, False, False]]
     assert input_ids[1, 2] == tokenizer.unk_token_id
 

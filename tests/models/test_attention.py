@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmkit.models.attention import class_attention
-from mmkit.models.ema import RunningMean
+from mmkit.models.ema import EMA
 
 SIZES = {"3 x 4": (15, 20), "7 x 2": (35, 10), "1 x 1": (5, 5), "4 x 6": (20, 30)}
 
@@ -134,7 +134,7 @@ def step(vit, seed):
 def test_the_running_mean_equals_a_slow_loop(momentum):
     """m x mean + (1 - m) x weights, m the smaller of the given one and (1 + step) / (10 + step)."""
     vit = make_vit()
-    mean = RunningMean(vit, momentum)
+    mean = EMA(vit, momentum)
     slow = [parameter.detach().double().clone() for parameter in vit.parameters()]
     for number in range(17):
         step(vit, number)
@@ -158,7 +158,7 @@ def test_the_running_mean_is_a_copy_that_never_trains():
     """No gradient, no dropout, no shared memory; and it leaves the model as it was."""
     vit = make_vit(dropout=0.3).train()
     before = copy.deepcopy(vit.state_dict())
-    mean = RunningMean(vit, 0.9)
+    mean = EMA(vit, 0.9)
     assert not any(parameter.requires_grad for parameter in mean.module.parameters())
     assert not any(module.training for module in mean.module.modules())
     step(mean.module, 0)
@@ -174,12 +174,12 @@ def test_the_running_mean_is_a_copy_that_never_trains():
 def test_a_saved_running_mean_goes_on_as_if_nothing_had_been(tmp_path):
     """Weights and momentum schedule, through a file that holds no code."""
     vit = make_vit()
-    mean = RunningMean(vit, 0.996)
+    mean = EMA(vit, 0.996)
     for number in range(5):
         step(vit, number)
         mean.update(vit)
     torch.save(mean.state_dict(), tmp_path / "mean.pth")
-    other = RunningMean(make_vit(seed=1), 0.996)
+    other = EMA(make_vit(seed=1), 0.996)
     other.load_state_dict(torch.load(tmp_path / "mean.pth", weights_only=True))
     for number in range(5, 8):
         step(vit, number)

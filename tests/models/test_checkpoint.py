@@ -16,7 +16,7 @@ import torch
 import mmkit as mm
 from mmkit.files import renamed, write_atomically
 from mmkit.models.checkpoint import load_weights, read_checkpoint
-from mmkit.training.own_state import random_state, set_random_state
+from mmkit.training.random_state import random_state, set_random_state
 
 
 def test_a_write_is_synced_before_it_has_its_name(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from mmkit.evaluation.reconstruction import (
 )
 from mmkit.masking.core import hide_largest
 from mmkit.masking.plan import draw_maskings, mask_ratios
-from mmkit.models.decoder import MultimodalDecoder, Wanted, hard_negatives, sin_cos_2d
+from mmkit.models.decoder import ForwardSpec, MultimodalDecoder, hard_negatives, sin_cos_2d
 from mmkit.models.patches import patchify
 from mmkit.objective import num_pairs, term_sums
 from mmkit.training.optim import build_optimizers, set_learning_rate
@@ -57,7 +57,7 @@ def draw(model, batch, masks="constant", text_mode="replace", seed=0):
 
 
 def wanted(**values):
-    return Wanted(**dict(contrast=False, pixels=True, words=True) | values)
+    return ForwardSpec(**dict(contrast=False, pixels=True, words=True) | values)
 
 
 def other_words(batch, where, model):
@@ -427,7 +427,7 @@ def test_pairs_are_the_true_ones_then_a_wrong_picture_and_a_wrong_caption(make_d
     assert out.match.tolist() == [1.0] * 3 + [0.0] * 6
     assert num_pairs(CORRECT, asked) == 9
 
-    features = (model(batch, *maskings, "drop", "replace", Wanted()), model.logit_scale.exp())
+    features = (model(batch, *maskings, "drop", "replace", ForwardSpec()), model.logit_scale.exp())
     caption, picture, _ = hard_negatives(
         features[0].image_features, features[0].text_features, features[1], CORRECT, asked.matching
     )

@@ -11,7 +11,7 @@ from mmkit.data.tokenizer import encode_texts
 from mmkit.masking.image import IMAGE_MASKERS, random_mask
 from mmkit.masking.plan import caption_of
 from mmkit.masking.text import TEXT_MASKERS, Caption, random_text_mask
-from mmkit.models.decoder import Wanted
+from mmkit.models.decoder import ForwardSpec
 from mmkit.models.patches import patchify, unpatchify
 from tests.masking.test_plan import draw
 
@@ -468,7 +468,7 @@ def test_a_decoder_of_a_caption_of_padding_alone_stays_finite(make_model, make_d
         batch, model.token_info, seed=0, epoch=0, image=("random", 0.5), text=("random", 0.4)
     )
     batch.valid[2] = text.mask[2] = False
-    out = model(batch, image, text, "drop", "replace", Wanted(pixels=True, words=True))
+    out = model(batch, image, text, "drop", "replace", ForwardSpec(pixels=True, words=True))
     total = out.image_features.sum() + out.text_features.sum() + out.pixels.sum()
     (total + out.word_logits.sum()).backward()
     for name, parameter in model.named_parameters():
@@ -572,7 +572,7 @@ def test_another_image_size_interpolates_positions_and_nothing_else(
         batch, model.token_info, seed=0, epoch=0, image=("random", 0.5), text=("random", 0.4)
     )
     model.eval()
-    wanted = Wanted(pixels=True)
+    wanted = ForwardSpec(pixels=True)
     with torch.no_grad():
         out = model(batch, masking, text, wanted=wanted)
     assert out.pixels.shape == (5, 49, 75)

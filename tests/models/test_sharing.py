@@ -21,7 +21,7 @@ from mmkit.data.batch import Batch
 from mmkit.data.tokenizer import encode_texts
 from mmkit.files import write_atomically
 from mmkit.masking.plan import draw_maskings
-from mmkit.models.decoder import Wanted
+from mmkit.models.decoder import ForwardSpec
 from tests.small_hub import SmallHub
 
 FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -201,7 +201,9 @@ def predictions(model, across):
                           text=("random", 0.5), predict_words=True)  # fmt: skip
     noise = torch.rand(3, 2, generator=generator) if across else None
     with torch.no_grad():
-        out = model(batch, *masks, "drop", "replace", Wanted(False, "masked", True, True, noise))
+        out = model(
+            batch, *masks, "drop", "replace", ForwardSpec(False, "masked", True, True, noise)
+        )
     assert out.pixels.shape == (3, (side // size) ** 2, 3 * size**2)
     return [out.pixels, out.word_logits, *([out.matching] if across else [])]
 

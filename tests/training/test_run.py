@@ -182,7 +182,7 @@ def test_the_first_look_moves_nothing(make, monkeypatch, tmp_path):
 
 def test_the_room_that_a_run_takes_is_counted(make):
     """What is said to be needed at least is what the files then take, up to 2 % and headers."""
-    from mmkit.training.state import needed_bytes
+    from mmkit.training.resume import needed_bytes
 
     trainer = make(num_epochs=1, keep_last=2, checkpoint_every=1, ema_decay=0.9)
     needed = needed_bytes(trainer)
@@ -422,13 +422,13 @@ def test_last_is_saved_before_validating(make, make_data, monkeypatch):
 
 def states_of(trainer, monkeypatch) -> list[tuple[int | None, bytes]]:
     """Every state.pth that a trainer will write: (the epoch that is about to end, its bytes)."""
-    real, kept = mm.training.state.save_last, []
+    real, kept = mm.training.resume.save_last, []
 
     def keeping(trainer):
         real(trainer)
         kept.append((trainer.ending, (trainer.path / "last/state.pth").read_bytes()))
 
-    monkeypatch.setattr(mm.training.state, "save_last", keeping)
+    monkeypatch.setattr(mm.training.resume, "save_last", keeping)
     return kept
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import mmkit as mm
-from mmkit.models.encoder import MAX_LOGIT_SCALE
 from mmkit.training.optim import build_optimizers, parameter_groups
+from mmkit.training.step import MAX_LOGIT_SCALE
 from mmkit.training.summary import effective_configuration
 from mmkit.widgets.mask_lab import MaskLab
 from tests.train_small import DEFAULTS
@@ -203,9 +203,9 @@ def test_others_on_the_same_data_do_not_move_a_training(config, make_model, make
 
 
 def test_a_view_is_encoded_once_and_shares_its_images(tmp_path, make_data, monkeypatch):
-    calls, encode = [], mm.data.dataset.encode_texts
+    calls, encode = [], mm.data.partners.encode_texts
     monkeypatch.setattr(
-        mm.data.dataset, "encode_texts", lambda *args: calls.append(args[2]) or encode(*args)
+        mm.data.partners, "encode_texts", lambda *args: calls.append(args[2]) or encode(*args)
     )
     data = make_data(23)
     assert data.encoded_by(data.tokenizer, 77) is data

@@ -222,12 +222,12 @@ def test_frequencies_are_those_of_the_training_whatever_is_evaluated(
     train, untrained, other = make_data(53), make_model(), make_model()
     rows, mask = [3, 5, 7, 11, 13, 17, 19, 23, 29, 31], dict(text_mask=("frequency", 0.5))
     part = train.subset(rows)
-    assert not torch.equal(part.piece_frequency(), train.piece_frequency())
-    with pytest.raises(ValueError, match=r"set model.token_frequency = train.piece_") as said:
+    assert not torch.equal(part.token_frequency(), train.token_frequency())
+    with pytest.raises(ValueError, match=r"set model.token_frequency = train.token_") as said:
         mm.embed(untrained, train, **mask)
     config = mm.TrainingConfig(**QUICK | dict(output_dir=str(tmp_path), text_mask="frequency"))
     run = mm.train_model(config, train, part, model=untrained)
-    assert torch.equal(untrained.token_frequency, train.piece_frequency())
+    assert torch.equal(untrained.token_frequency, train.token_frequency())
     for model in (untrained, mm.load(run.path / "best_model.pth")):
         whole = mm.embed(model, train, **mask).text_features
         torch.testing.assert_close(mm.embed(model, part, **mask).text_features, whole[rows])

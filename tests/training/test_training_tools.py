@@ -12,7 +12,7 @@ import torch
 import mmkit as mm
 from mmkit.models.checkpoint import read_checkpoint
 from mmkit.schedules import RATIO_SCHEDULES
-from mmkit.training.optim import build_optimizers, freeze, layer_multiplier, thaw
+from mmkit.training.optim import build_optimizers, freeze, layer_multiplier, unfreeze
 from mmkit.training.step import Contrast, backward
 from tests.training.test_trainer import QUICK
 
@@ -78,7 +78,7 @@ def test_a_frozen_tower_keeps_no_activations(make_model, make_data):
     frozen = freeze(model, "image")
     assert not model.image_tokens(batch.pixel_values).requires_grad
     assert model.encode_image(batch.pixel_values).requires_grad
-    thaw(frozen)
+    unfreeze(frozen)
     assert model.image_tokens(batch.pixel_values).requires_grad
 
 

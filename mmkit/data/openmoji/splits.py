@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import image_duplicates
-from ..groups import connected
+from ..clusters import connected
 from .drawings import TABLE
 from .images import named_drawings, render, stable_hash
 from .names import TONES, base_name, gender, group, skeleton, tones, wording

@@ -14,8 +14,8 @@ import traceback
 import torch
 import torch.distributed as dist
 
-from ...collective import depart
 from ...files import renamed
+from ...joint_calls import depart
 from .preflight import gpus
 
 _LINGER = 1.0  # seconds

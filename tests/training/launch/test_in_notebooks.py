@@ -12,7 +12,7 @@ SETUP = """
 import os, sys, time
 import torch, torch.distributed as dist
 import mmkit as mm
-from mmkit.distributed import world
+from mmkit.distributed import rank_and_world_size
 torch.set_num_threads(4)
 torch.randn(2_000_000).exp().sum()  # OpenMP, before the fork
 
@@ -20,10 +20,10 @@ class Found:
     pass
 
 def meet(start):
-    print(f"rank {world()[0]} starts")
-    print("not again", file=sys.stderr) if world()[0] else os.write(1, b"C, too\\n")
+    print(f"rank {rank_and_world_size()[0]} starts")
+    print("not again", file=sys.stderr) if rank_and_world_size()[0] else os.write(1, b"C, too\\n")
     total = torch.randn(2_000_000).exp().sum()  # OpenMP again: hangs where the fork was careless
-    total = torch.tensor(start + world()[0])
+    total = torch.tensor(start + rank_and_world_size()[0])
     dist.all_reduce(total)
     found = Found()
     found.total, found.threads = total, torch.get_num_threads()
@@ -35,7 +35,7 @@ found.total, found.threads
 """
 FAILS = """
 def fails():
-    if world()[0] == 1:
+    if rank_and_world_size()[0] == 1:
         raise ValueError("of rank 1")
     dist.barrier()
 mm.launch(fails, num_processes=2)
@@ -45,7 +45,7 @@ def sleeps():
     pids = [None, None]
     dist.all_gather_object(pids, os.getpid())
     print(*pids)
-    time.sleep(1000) if world()[0] else dist.barrier()
+    time.sleep(1000) if rank_and_world_size()[0] else dist.barrier()
 mm.launch(sleeps, num_processes=2)
 """
 
@@ -54,7 +54,7 @@ def counts(lines):
     for line in range(lines):
         print(line, "of", lines, "·" * (line % 3))
     print("the end", end="", flush=True)
-    print("once", file=sys.stderr) if world()[0] else None
+    print("once", file=sys.stderr) if rank_and_world_size()[0] else None
 mm.launch(counts, 500, num_processes=2)
 """
 CAUGHT = """
@@ -157,5 +157,5 @@ def test_output_is_live_and_the_stop_button_ends_the_processes(kernel):
     kernel.client.execute(f"print([os.path.exists(f'/proc/{{pid}}') for pid in {pids}])")
     assert kernel.first_words() == "[False, False]\n"
     kernel.reply()
-    kernel.client.execute("assert mm.launch(world, num_processes=2) == (0, 2)")
+    kernel.client.execute("assert mm.launch(rank_and_world_size, num_processes=2) == (0, 2)")
     assert kernel.reply()["status"] == "ok"

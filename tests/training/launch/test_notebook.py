@@ -22,7 +22,7 @@ BEGIN = """
 import multiprocessing, os, signal, sys, threading, time
 import torch, torch.distributed as dist
 import mmkit as mm
-from mmkit.distributed import world
+from mmkit.distributed import rank_and_world_size
 """
 REFUSED = """
 def refused(*args, **options):
@@ -68,7 +68,7 @@ def test_one_process_of_its_own_leaves_this_one_free_for_more():
 
         pid, seen = mm.launch(one, num_processes=1, child=True)
         print(pid != os.getpid(), seen, torch.get_num_threads())
-        print(mm.launch(lambda: world()[1], num_processes=2))
+        print(mm.launch(lambda: rank_and_world_size()[1], num_processes=2))
         try:
             mm.launch(lambda: 1 / 0, num_processes=1, child=True)
         except RuntimeError as error:
@@ -167,8 +167,8 @@ def test_a_launch_on_gpus_gives_each_process_its_own():
         pytest.skip("needs two GPUs")
     done = run("""
         def mine():
-            x = torch.full((3,), world()[0] + 1.0, device="cuda", requires_grad=True)
-            return mm.distributed.gather_rows(x).sum().item(), x.device, x
+            x = torch.full((3,), rank_and_world_size()[0] + 1.0, device="cuda", requires_grad=True)
+            return mm.distributed.all_gather_with_grad(x).sum().item(), x.device, x
         print(mm.launch(mine, num_processes=2))
     """)
     assert done.stdout.startswith("(9.0, device(type='cuda', index=0), tensor([1., 1., 1.]")
@@ -189,7 +189,7 @@ def test_a_process_of_several_or_a_daemon_is_told_so():
         worker.join()
         def nested():
             refused(print, num_processes=2)
-            return mm.launch(world, num_processes=1)  # a plain call
+            return mm.launch(rank_and_world_size, num_processes=1)  # a plain call
         print(mm.launch(nested, num_processes=2))
     """)
     daemon, nested = done.stdout.split("mm.launch cannot start:")[1:]
@@ -271,11 +271,11 @@ def test_a_result_comes_back_and_only_rank_0_is_heard():
             pass
 
         def speak(word, times=1):
-            print(word * times, world()[0])
+            print(word * times, rank_and_world_size()[0])
             os.write(1, b"C\\n")
-            os.write(2, f"stderr of {world()[0]}\\n".encode())  # in one piece: others write, too
+            os.write(2, f"stderr of {rank_and_world_size()[0]}\\n".encode())  # others write, too
             mine = Mine()
-            mine.rows = torch.arange(3) + world()[0]
+            mine.rows = torch.arange(3) + rank_and_world_size()[0]
             return mine
 
         print("before, without an end", end="; ")
@@ -323,11 +323,11 @@ def test_a_failing_rank_is_named_and_its_traceback_shown():
         def deep():
             raise ValueError("only here", 17)
         def second():
-            if world()[0] == 1:
+            if rank_and_world_size()[0] == 1:
                 deep()
             dist.barrier()
         def first():
-            if world()[0] == 0:
+            if rank_and_world_size()[0] == 0:
                 raise Odd(1, 2)
             time.sleep(1000)
         def both():
@@ -336,7 +336,7 @@ def test_a_failing_rank_is_named_and_its_traceback_shown():
             sys.exit(0)
         for function in (second, first, both, leaves):
             attempt(function)
-        print(mm.launch(world, num_processes=2))  # and this kernel can go on
+        print(mm.launch(rank_and_world_size, num_processes=2))  # and this kernel can go on
         """)
     )
     second, first, both, leaves, after = done.stdout.split("-----\n")
@@ -366,11 +366,11 @@ def test_a_killed_rank_is_named(end, words, rank):
         FAILING
         + textwrap.dedent(f"""
         def dies():
-            if world()[0] == {rank}:
+            if rank_and_world_size()[0] == {rank}:
                 {end}
             dist.barrier()
         attempt(dies)
-        attempt(world)
+        attempt(rank_and_world_size)
         """)
     )
     assert done.stdout.startswith(f"rank {rank} of 2 {words}"), done.stdout
@@ -382,7 +382,7 @@ def test_a_rank_that_leaves_early_does_not_make_the_others_wait_for_ever():
         FAILING
         + textwrap.dedent("""
         def uneven():
-            if world()[0] == 0:
+            if rank_and_world_size()[0] == 0:
                 dist.barrier()
         attempt(uneven)
         """)
@@ -445,7 +445,7 @@ def test_output_is_live_and_an_interrupt_ends_the_processes(number):
             pids = [None, None]
             dist.all_gather_object(pids, os.getpid())
             print(*pids)
-            time.sleep(1000) if world()[0] else dist.barrier()  # in Python, and outside
+            time.sleep(1000) if rank_and_world_size()[0] else dist.barrier()  # Python, C
         try:
             mm.launch(sleeps, num_processes=2)
         except KeyboardInterrupt:
@@ -560,7 +560,7 @@ def test_a_call_by_all_ranks_works_and_one_whose_others_have_gone_home_is_said(t
     done = run(
         TRAINED
         + f"""
-    from mmkit import collective
+    from mmkit import joint_calls
 
     found = []
     def callback(trainer, record):
@@ -577,17 +577,17 @@ def test_a_call_by_all_ranks_works_and_one_whose_others_have_gone_home_is_said(t
 
     def one_only(who):
         train = data(13)
-        if world()[0] == who:
+        if rank_and_world_size()[0] == who:
             mm.evaluate(model(train.tokenizer, 0.0), train)
 
     refused(one_only, 0, num_processes=2)
     refused(one_only, 1, num_processes=2)
 
     def waits_long():
-        collective._SAID, collective._LIMIT = 0.2, 1.0
-        if world()[0]:
+        joint_calls._SAID, joint_calls._LIMIT = 0.2, 1.0
+        if rank_and_world_size()[0]:
             return time.sleep(3)
-        collective.meet("this call")
+        joint_calls.meet("this call")
     refused(waits_long, num_processes=2)
     """,
         seconds=300,

@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
-from ..collective import joint
+from ..joint_calls import joint
 
 
 def random_state() -> dict:

@@ -1,4 +1,4 @@
-"""Where a run stands: best_model.pth and last/state.pth, and going on from them.
+"""Save where a run stands (best_model.pth, last/state.pth), resume or fork it, or refuse to.
 
 A run's standing is its step, its weights, the optimizers' memory, the scaler, the running means and
 the state of every generator; order, masks and captions are pure functions and need no storing.
@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 
 from ..config import TrainingConfig
-from ..distributed import sum_over_processes, world
+from ..distributed import all_reduce_sum, rank_and_world_size
 from ..files import shown, write_atomically
 from ..models.checkpoint import load_weights, read_checkpoint
 from ..models.layers import draws_dropout
 from . import fingerprint
 from .optim import Muon
-from .own_state import random_state, set_random_state
+from .random_state import random_state, set_random_state
 
 # On resume these may differ freely: they change what is written, not what is learned …
 _FREE = {
@@ -51,7 +51,7 @@ def on_rank_0(work: Callable):
     from accelerate.utils import broadcast_object_list
 
     answer: list = [None, None]
-    rank, processes = world()
+    rank, processes = rank_and_world_size()
     if rank == 0:
         try:
             answer[0] = work()
@@ -101,7 +101,7 @@ def save_last(trainer):
 
         states = gather_object(states)
     # An equal part to each, here and after a resume, so that both sum up the same numbers.
-    total = sum_over_processes(trainer.epoch_loss)
+    total = all_reduce_sum(trainer.epoch_loss)
     trainer.epoch_loss = total / trainer.processes
     trainer.clock()
     if trainer.rank:
@@ -180,7 +180,7 @@ def seen_by(trainer, path: Path) -> int:
     for folder in reversed(path.absolute().parents):
         with contextlib.suppress(OSError):
             os.close(os.open(folder, os.O_RDONLY))
-    return int(sum_over_processes(trainer.epoch_loss.new_tensor(float(path.is_file()))))
+    return int(all_reduce_sum(trainer.epoch_loss.new_tensor(float(path.is_file()))))
 
 
 def needed_bytes(trainer) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from .distributed import world
+from .distributed import rank_and_world_size
 
 _SAID, _LIMIT = 30.0, 1800.0  # seconds of waiting: when it is said, and when it ends
 _calls = 0  # how many calls this process has announced
@@ -50,7 +50,7 @@ def each_alone() -> Iterator[None]:
 
 def meet(what: str) -> None:
     """Wait until all processes are at this call; RuntimeError where one is at another."""
-    rank, processes = world()
+    rank, processes = rank_and_world_size()
     if processes == 1:
         return
     missing = [other for other in range(processes) if other != rank]
@@ -82,7 +82,7 @@ def meet(what: str) -> None:
 def depart() -> None:
     """Let who waits for this process know that it has ended."""
     with contextlib.suppress(Exception):
-        if world()[1] > 1:
+        if rank_and_world_size()[1] > 1:
             _announce("no call: it has ended")
 
 
@@ -117,7 +117,7 @@ def leave_group() -> bool:
 
     What follows is then one process's work: no rank waits for another that has gone home.
     """
-    rank, processes = world()
+    rank, processes = rank_and_world_size()
     if processes > 1:
         dist.barrier()
         dist.destroy_process_group()
