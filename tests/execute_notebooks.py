@@ -17,11 +17,19 @@ from pathlib import Path
 
 import nbformat
 import numpy as np
+import zopfli.png
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
-from tests.notebook_hygiene import PROGRESS_BAR, WIDGET_STATE, WIDGET_VIEW, problems, texts
+from tests.notebook_hygiene import (
+    MAX_BYTES,
+    PROGRESS_BAR,
+    WIDGET_STATE,
+    WIDGET_VIEW,
+    problems,
+    texts,
+)
 
 ROOT = Path(__file__).parents[1]
 CELL_SECONDS = 3600
@@ -37,34 +45,34 @@ def relative(text):
     return text
 
 
-def small_png(encoded):
+def small_png(encoded, most=256):
     """A base64 PNG with a palette: a third of the bytes, the same to the eye.
 
-    Of 64, 128 or 256 colours: the fewest that leave 199 of 200 pixels within 12 of 255 levels. A
-    photograph, for which 256 are too few, is dithered. Grey stays grey, and flat areas keep their
-    colour exactly, dithered or not.
+    Of 32 to 256 colours, and no more than `most`: the fewest that leave 199 of 200 pixels
+    within 12 of 255 levels. A photograph, for which 256 are too few, is dithered. Grey stays grey,
+    and flat areas keep their colour exactly, dithered or not.
     """
     picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
-    if picture.mode == "P":
+    if picture.mode == "P" and most == 256:
         return encoded
     picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
     flat = Image.alpha_composite(white, picture).convert("RGB")
     pixels = np.asarray(flat, int)
-    for count in (64, 128, 256):
+    for count in [count for count in (32, 64, 128, 256) if count <= most]:
         palette, few, exact = with_palette(pixels, count)
         off = (np.abs(palette[few] - pixels).max(2) > 12).mean()
         if off <= 0.005:
             break
     small = Image.fromarray(few.astype(np.uint8), "P")
     small.putpalette(palette.astype(np.uint8).tobytes())
-    if off > 0.005:
+    if off > 0.005 and most == 256:
         dithered = flat.quantize(palette=small, dither=Image.Dither.FLOYDSTEINBERG)
         dithered.paste(small, mask=Image.fromarray(exact))
         small = dithered
     buffer = io.BytesIO()
     small.save(buffer, "PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return base64.b64encode(zopfli.png.optimize(buffer.getvalue())).decode()
 
 
 def with_palette(pixels, count):
@@ -130,6 +138,15 @@ def clean(notebook):
             cell.outputs = [kept for output in cell.outputs if (kept := clean_output(output))]
 
 
+def shrink(notebook, colours):
+    """Its larger figures in so many colours."""
+    for cell in notebook.cells:
+        for output in cell.get("outputs", []):
+            encoded = output.get("data", {}).get("image/png", "")
+            if len(encoded) > 20_000:
+                output.data["image/png"] = small_png(encoded, colours)
+
+
 def execute(path):
     """Run one notebook and write it back. Returns what is wrong with it; then it is not written."""
     notebook = nbformat.read(path, as_version=4)
@@ -149,6 +166,10 @@ def execute(path):
         return [str(error)]
     clean(notebook)
     text = nbformat.writes(notebook)
+    for colours in (128, 64):  # rather than leave a figure out
+        if len(text.encode()) > MAX_BYTES:
+            shrink(notebook, colours)
+            text = nbformat.writes(notebook)
     found = problems(notebook, path.name, len(text.encode()))
     unfinished = path.with_suffix(".refused" if found else ".tmp")
     unfinished.write_text(text + "\n", encoding="utf-8")
