@@ -53,7 +53,7 @@ def small_png(encoded, most=256):
     and flat areas keep their colour exactly, dithered or not.
     """
     picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
-    if picture.mode == "P" and most == 256:
+    if picture.mode in ("P", "L", "1") and most == 256:  # packed already
         return encoded
     picture = picture.convert("RGBA")
     white = Image.new("RGBA", picture.size, "white")
