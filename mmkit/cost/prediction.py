@@ -26,8 +26,6 @@ from ..objective import Objective
 from ..training.optim import parameter_groups
 from .memory import Numbers, exchanged_bytes, kept_by_pair, numbers_of, weight_copies, working_bytes
 
-__all__ = ["Prediction", "Rates", "predict"]
-
 VOCABULARY = 4096  # word pieces of a preset: what a WordPiece has when it is trained here
 _SPECIAL = 2  # pieces of a caption that are never hidden: its first and its last
 _HELD_LOGITS = 2**22  # as step.py: so many of a similarity matrix at once

@@ -12,8 +12,6 @@ import torch
 from torch.autograd.profiler import profile
 from torch.autograd.profiler_util import FunctionEvent
 
-__all__ = ["step_parts"]
-
 # kind of work -> how the names of its operations in torch begin, "aten::" left out
 KINDS: dict[str, tuple[str, ...]] = {
     "matrix products": ("mm", "addmm", "linear", "mkldnn_linear", "addmv", "mv"),

@@ -29,15 +29,11 @@ from .shard_index import (
     PIPE,
     Shard,
     ShardIndex,
-    expand_urls,
     open_shard,
-    read_index,
     shard_identity,
 )
 from .spool import Spool
 from .tar_index import SAMPLE_ID
-
-__all__ = ["ShardIndex", "TarMembers", "expand_urls", "read_index", "shard_order", "write_shards"]
 
 OPEN_SHARDS = 64  # per process; the system allows 1,024 files or so
 # What a picture is called by its content. A phone's JPEG with a second picture in it is an MPO.

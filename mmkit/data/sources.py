@@ -24,25 +24,11 @@ from .folders import (
     look_through,
 )
 from .hub import from_hub
-from .published import from_coco, from_flickr30k
 from .rows import Found, Options, load
 from .shard_index import ShardIndex, name_of, read_index
 from .shards import TarMembers
 from .tables import TABLES, Row, listed, pick_column, read_table
 from .tar_index import IMAGE_SUFFIXES
-
-__all__ = [
-    "from_class_folders",
-    "from_coco",
-    "from_flickr30k",
-    "from_folder",
-    "from_hub",
-    "from_lists",
-    "from_shards",
-    "from_table",
-    "load_data",
-]
-
 
 # ---- lists, tables -------------------------------------------------------------------------------
 

@@ -8,16 +8,6 @@ Walk-through: notebooks/09_speed.ipynb.
 from ..config import TrainingConfig
 from .encoder import MultimodalEncoder
 
-__all__ = [
-    "logit_flops",
-    "muon_flops",
-    "objective_flops",
-    "put_back_flops",
-    "sample_flops",
-    "step_flops",
-    "tower_flops",
-]
-
 
 def tower_flops(config, num_tokens: float, attended: float | None = None) -> float:
     """Forward FLOPs of one sample through a transformer tower of `num_tokens` tokens.

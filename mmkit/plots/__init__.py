@@ -1,5 +1,6 @@
 """Every figure of the kit, as f(data) -> Figure."""
 
+from ..models.patches import HIDDEN
 from .charts import (
     bars,
     confusion_matrix,
@@ -26,7 +27,6 @@ from .figures import (
     SKY,
 )
 from .masks import (
-    HIDDEN,
     attention_maps,
     mask_statistics,
     masked_caption,

@@ -13,8 +13,6 @@ from .figures import BLUE, GREEN, ORANGE, RED, new_figure, plain_axes, show_pict
 
 ASPECTS = (0.05, 0.1, 0.2, 0.33, 0.5, 0.75, 1, 1.33, 2, 3, 5, 10, 20)  # marked on their axis
 
-__all__ = ["same_pictures", "source_report"]
-
 
 def source_report(report: Report, caption: str = ""):
     """A `Report` at a glance: rows by what became of them, sizes, shapes, lengths of captions."""

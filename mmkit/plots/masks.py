@@ -15,7 +15,7 @@ from ..data.batch import Batch
 from ..masking.core import Masking, patch_grid
 from ..masking.image import IMAGE_MASKERS
 from ..masking.plan import draw_maskings
-from ..models.patches import HIDDEN, paint_mask, patchify
+from ..models.patches import paint_mask, patchify
 from .figures import (
     BLUE,
     GREEN,
@@ -28,22 +28,6 @@ from .figures import (
     show_picture,
     take_away,
 )
-
-__all__ = [
-    "HIDDEN",
-    "attention_maps",
-    "mask_statistics",
-    "masked_caption",
-    "masked_captions",
-    "masked_pictures",
-    "masking_gallery",
-    "paint_mask",
-    "patch_word_map",
-    "ratio_vs_cost",
-    "shuffle_diagram",
-    "token_table",
-    "what_the_model_sees",
-]
 
 
 def _show_masked(axes, pixels: Tensor, masking: Masking | None, patch_size: int):

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .figures import BLUE, KINDS, RED, new_figure, rectangle, show_picture, take_away, wrap
 
-__all__ = ["over_training", "put_back_grid", "read_strips", "strip", "word_guesses"]
-
 GAP, GAP_GREY = 2, 128  # of a strip: pixels, and their value (darker than HIDDEN)
 TEXT_WIDE, GUESS_WIDE = 104, 26  # of word_guesses, in characters: a line, and one word's guesses
 LETTER = 0.9  # the width of a piece's letter

@@ -24,8 +24,6 @@ from .figures import (
     yardstick_lines,
 )
 
-__all__ = ["gradient_agreement", "loss_terms", "same_or_not", "term_gradients", "training_curves"]
-
 TOWERS = ("image", "text")
 TERMS = {"contrastive": BLUE, "pixels": ORANGE, "words": GREEN, "matching": PURPLE}
 LABELS = {  # of the axes of loss_terms
