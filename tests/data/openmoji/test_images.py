@@ -196,9 +196,9 @@ def test_a_render_that_dies_leaves_nothing_behind(tmp_path, monkeypatch):
     assert render(stems, 11, tmp_path).shape == (3, 3, 11, 11)
 
 
-def test_two_processes_may_renderat_once(tmp_path):
+def test_two_processes_may_render_at_once(tmp_path):
     program = (
-        "import sys, numpy as np; from mmkit.openmoji import named_drawings, render;"
+        "import sys, numpy as np; from mmkit.data.openmoji import named_drawings, render;"
         "print(int(np.array(render(named_drawings()[::40], 13, sys.argv[1])).sum()))"
     )
     both = [
