@@ -57,7 +57,7 @@ $(READY): pyproject.toml
 	    || { rm -f .venv/.installing; exit 1; }; } \
 	&& rm .venv/.installing && echo "$(CURDIR)" > $(READY)
 
-train: $(READY)  ## train the small model on the built-in pictures
+train: $(READY)  ## train the small model on the built-in images
 	$(VENV) -m mmkit train $(ARGS)
 
 # PATH: so that `!tensorboard` in a cell is the one in .venv. Jupyter wants root to say so.

@@ -1,7 +1,7 @@
-"""mmkit: teach and research masked image+text training, in Jupyter.
+"""mmkit: teaching of and research on masked image+text training, in Jupyter.
 
-A ViT and a BERT learn one space for pictures and texts while most patches and some words are
-hidden. Importing this never touches CUDA, nor transformers' model code.
+A ViT and a BERT learn a common space for images and texts while most patches and some tokens are
+masked. Importing the package initialises neither CUDA nor transformers' model code.
 """
 
 from . import cost, losses, masking, plots, widgets
@@ -19,8 +19,9 @@ from .data.sources import from_lists, from_shards, from_table, load_data
 from .data.splits import overlap, split
 from .data.tokenizer import train_wordpiece, unk_rate
 from .evaluation import probe, retrieval
-from .evaluation.reconstruction import evaluate_reconstruction, put_back
-from .evaluation.retrieval import embed, embed_texts, evaluate, mean_recall, recall_at_k
+from .evaluation.features import embed, embed_texts
+from .evaluation.reconstruction import evaluate_reconstruction, reconstruct
+from .evaluation.retrieval import evaluate, mean_recall, recall_at_k
 from .evaluation.search import Index
 from .evaluation.zero_shot import zero_shot
 from .losses import info_nce, sigmoid_loss
@@ -29,15 +30,14 @@ from .models.checkpoint import load
 from .models.encoder import EncoderOutput, MultimodalEncoder
 from .models.pretrained import minilm
 from .noise import mask_noise
-from .older_names import renamed
+from .older_names import older_functions
 from .training import optim
 from .training.launch.notebook import launch
 from .training.run import Run
 from .training.summary import describe
 from .training.trainer import MaskedMultimodalTrainer, train_model
 
-# the name of before
-unknown_share = renamed(unk_rate, "mm.unknown_share")
+__getattr__ = older_functions(__name__, "mm", unknown_share="unk_rate", put_back="reconstruct")
 
 __version__ = "0.1.0"
 
@@ -81,15 +81,14 @@ __all__ = [
     "overlap",
     "plots",
     "probe",
-    "put_back",
     "recall_at_k",
+    "reconstruct",
     "retrieval",
     "sigmoid_loss",
     "split",
     "train_model",
     "train_wordpiece",
     "unk_rate",
-    "unknown_share",
     "widgets",
     "write_shards",
     "zero_shot",

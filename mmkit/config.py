@@ -1,8 +1,8 @@
-"""Every choice of a training run, in one dataclass.
+"""All settings of a training run, in one dataclass.
 
-Convention everywhere: values are checked when the object is made, an unknown key names the nearest
-known one. `batch_size` is the GLOBAL batch of one optimizer step, whatever the number of processes
-and of gradient accumulation steps. Walk-through: notebooks/03_training.ipynb.
+Values are checked when the object is made; the error for an unknown key names the nearest known
+one. `batch_size` is the GLOBAL batch of one optimizer step, whatever the number of processes and of
+gradient accumulation steps. Walk-through: notebooks/03_training.ipynb.
 """
 
 import dataclasses
@@ -14,9 +14,10 @@ from types import NoneType
 from typing import Any, get_args
 
 from .errors import as_type, nearest
+from .older_names import OLDER_FIELDS, older_arguments, older_attributes, say_renamed
 from .schedules import RATIO_SCHEDULES, SCHEDULES, TERM_SCHEDULES, fraction
 
-TERMS = ("contrastive", "pixels", "words", "matching")  # of the objective
+TERMS = ("contrastive", "mim", "mlm", "itm")  # terms of the objective
 OPTIMIZERS = ("muon", "adamw")
 
 _OWN = {  # fields that also take a function
@@ -38,7 +39,7 @@ _CHOICES = _OWN | {
     "pixel_error": ("mse", "l1"),
 }
 
-# the rule of a number in words -> what tells whether it holds, and the fields it is for
+# a rule for numbers, as text -> a function that tells whether it holds, and the fields it is for
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "at least 1": (
         lambda x: x >= 1,
@@ -49,7 +50,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: x >= 0,
         "learning_rate matrix_learning_rate weight_decay warmup_steps max_grad_norm "
         "unmasked_epochs frozen_image_epochs frozen_text_epochs checkpoint_every num_workers "
-        "term_gradients_every contrastive_weight pixels_weight words_weight matching_weight",
+        "term_gradients_every contrastive_weight mim_weight mlm_weight itm_weight",
     ),
     "in [0, 1)": (
         lambda x: 0 <= x < 1,
@@ -73,10 +74,10 @@ _RULE_OF = {name: rule for rule, (_, names) in _RULES.items() for name in names.
 
 
 def _checked(name: str, given: Any, annotation: Any) -> Any:
-    """The value of a field of `TrainingConfig`; ValueError where type, choice or rule is broken."""
+    """The value of a field of `TrainingConfig`; ValueError for a wrong type, choice or number."""
     if name in _OWN and callable(given):
         return given
-    if name == "painted_mask":  # an array becomes plain values, for JSON
+    if name == "painted_mask":  # an array becomes plain values for JSON
         return None if given is None else _rows_of_patches(given)
     if name in ("image_mask", "text_mask") and callable(given):
         raise ValueError(
@@ -95,7 +96,7 @@ def _checked(name: str, given: Any, annotation: Any) -> Any:
 
 
 def _refuse_unknown_keys(cls):
-    """Let the dataclass's `__init__` name the nearest known key when it is given another."""
+    """Make the dataclass's `__init__` name the nearest known key when it gets an unknown one."""
     original, known = cls.__init__, [f.name for f in dataclasses.fields(cls)]
 
     @functools.wraps(original)
@@ -105,47 +106,59 @@ def _refuse_unknown_keys(cls):
                 raise ValueError(f"{cls.__name__} has no field {key!r}; {nearest(key, known)}")
         original(self, *args, **kwargs)
 
-    cls.__init__ = init
+    cls.__init__ = older_arguments(**OLDER_FIELDS)(init)
     return cls
 
 
 def _rows_of_patches(painted) -> list[list[int]]:
-    """A painted mask as rows of 0 and 1; ValueError unless its rows are of one length."""
+    """A painted mask as rows of 0 and 1; ValueError unless its rows have the same length."""
     try:
         painted = json.loads(painted) if isinstance(painted, str) else painted
-        rows = [[int(bool(hidden)) for hidden in row] for row in painted]
+        rows = [[int(bool(masked)) for masked in row] for row in painted]
     except (TypeError, ValueError, RuntimeError):
         rows = []
     if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
-        raise ValueError(f"painted_mask={painted!r} must be rows of equal length, 1 = hidden")
+        raise ValueError(f"painted_mask={painted!r} must be rows of equal length, 1 = masked")
     return rows
 
 
+@older_attributes(**OLDER_FIELDS)
 @_refuse_unknown_keys
 @dataclass
 class TrainingConfig:
-    """The whole recipe of a run; the defaults train the `tiny` preset well on two CPU cores.
+    """All settings of a run; the defaults train the `tiny` preset well on two CPU cores.
 
-    Raises ValueError for an unknown key (naming the nearest known one) and for a value of another
-    type or outside its rule (naming value, rule and remedy), when it is made and when a field is
-    set. Names of presets and maskers, which others may add, are checked when a training starts.
+    Names of presets and maskers, to which users may add, are checked when a training run starts;
+    everything else is checked when the object is made and when a field is set.
+
+    Raises:
+        ValueError: a key is unknown (the message names the nearest known one), or a value has a
+            wrong type or breaks a rule (the message names value, rule and remedy).
+
+    Example:
+        >>> config = mm.TrainingConfig(image_mask="block", mim_weight=0.5)
+        >>> config.terms, config.image_mask_ratio
+        (['contrastive', 'mim'], 0.5)
+        >>> config.image_mask_ratio = 50
+        Traceback (most recent call last):
+        ValueError: image_mask_ratio=50 must be in [0, 1): 0 masks nothing, 0.5 half; ...
     """
 
-    # -- how long, how much ------------------------------------------------------------------
+    # -- length and size ---------------------------------------------------------------------
 
     # Passes over the training set.
     num_epochs: int = 14
     # Images per optimizer step, over all processes and micro-batches.
     batch_size: int = 128
-    # AdamW's peak learning rate, for the default batch and the weights that a preset starts from;
-    # towers that start from transformers' 0.02 may want 2e-3 (and 30 steps of warmup).
+    # AdamW's peak learning rate, for the default batch and the initial weights of a preset; towers
+    # that start with transformers' deviation 0.02 may need 2e-3 (and 30 steps of warmup).
     learning_rate: float = 5e-4
     # Decoupled decay per step, as a fraction of the learning rate; for matrices only (not for
-    # biases, norms, positions and tokens).
+    # biases, norms, position embeddings and learned tokens).
     weight_decay: float = 0.1
     # Optimizer steps in which the learning rate rises from 0 to its peak.
     warmup_steps: int = 10
-    # Micro-batches per optimizer step: the more, the less memory, with the same gradient.
+    # Micro-batches per optimizer step: more need less memory and give the same gradient.
     gradient_accumulation_steps: int = 1
     # The norm of the whole gradient is clipped to this; 0 = no clipping.
     max_grad_norm: float = 1.0
@@ -154,8 +167,8 @@ class TrainingConfig:
 
     # -- optimizer ---------------------------------------------------------------------------
 
-    # Which rule updates the weights: "muon" (matrices of the layers; AdamW the rest) | "adamw"; in
-    # Python also f(groups with "params", "lr", "weight_decay") -> torch.optim.Optimizer.
+    # Optimizer: "muon" (for the matrices of the layers; AdamW for the rest) | "adamw"; in Python
+    # also f(groups with "params", "lr", "weight_decay") -> torch.optim.Optimizer.
     optimizer: str = "muon"
     # Muon's peak learning rate; None = 12 x learning_rate.
     matrix_learning_rate: float | None = None
@@ -164,104 +177,104 @@ class TrainingConfig:
     schedule: str = "cosine"
     # Learning rate at the last step, as a fraction of the peak, in [0, 1].
     final_lr_fraction: float = 0.02
-    # Learning rate of each layer as a fraction of the next one's, in (0, 1]; 1 = all alike.
+    # Learning rate of a layer as a fraction of the next layer's, in (0, 1]; 1 = the same for all.
     layer_decay: float = 1.0
-    # First epochs in which the ViT stays as it is (LiT: all of them).
+    # Number of first epochs in which the ViT is frozen (LiT: all epochs).
     frozen_image_epochs: int = 0
-    # First epochs in which the BERT stays as it is; projections and temperature always learn.
+    # Number of first epochs in which the BERT is frozen; projections and temperature always learn.
     frozen_text_epochs: int = 0
-    # Decay per step of a running mean (EMA) of all weights, which is then what is validated and
-    # kept as the best model: 0 = none, 0.99 to 0.9999 by the length of the run.
+    # Decay per step of a running mean (EMA) of all weights, which is then validated and kept as the
+    # best model: 0 = none, 0.99 to 0.9999 by the length of the run.
     ema_decay: float = 0.0
 
     # -- model and loss ----------------------------------------------------------------------
 
-    # Encoder that is built when no model is given: "tiny" | "small" | "base".
+    # Encoder to build if no model is given: "tiny" | "small" | "base".
     preset: str = "tiny"
     # Probability, in [0, 1), that a value is dropped in both towers and the projections of a model
     # built from the preset.
     dropout: float = 0.0
-    # Temperature at the start (CLIP's 1/14.3), at least 0.01; learned from there.
+    # Initial temperature (CLIP's 1/14.3), at least 0.01; it is learned.
     temperature: float = 0.07
     # Contrastive loss: "info_nce" (softmax over the batch) | "sigmoid" (each pair by itself).
     loss: str = "info_nce"
-    # How several processes see each other's texts: "gather" (all at once) | "neighbours" (sigmoid
-    # only: passed round in a ring, so that one block of logits is held at a time).
+    # How processes exchange their texts: "gather" (all at once) | "neighbours" (sigmoid only: round
+    # a ring, so that one block of logits is held at a time).
     exchange: str = "gather"
 
-    # -- what is learned beside it: the loss is the weighted sum of the terms ------------------
+    # -- terms: the loss is their weighted sum -------------------------------------------------
 
-    # Weight of the contrastive loss: image and caption find each other; 0 = not at all.
+    # Weight of the contrastive loss: image and caption find each other; 0 = no contrastive loss.
     contrastive_weight: float = 1.0
-    # Weight of reconstructing masked patches (MIM): at most 1 beside the contrastive loss.
-    pixels_weight: float = 0.0
-    # Weight of predicting masked tokens (MLM): 0.1 to 1 beside the contrastive loss.
-    words_weight: float = 0.0
-    # Weight of telling true pairs from the most similar wrong ones of a micro-batch (ITM).
-    matching_weight: float = 0.0
+    # Weight of reconstructing masked patches (MIM); with the contrastive loss, at most 1.
+    mim_weight: float = 0.0
+    # Weight of predicting masked tokens (MLM); with the contrastive loss, 0.1 to 1.
+    mlm_weight: float = 0.0
+    # Weight of telling true pairs from similar wrong pairs of the micro-batch (ITM).
+    itm_weight: float = 0.0
     # How contrastive_weight changes over the steps: constant, rising, falling, first_half,
     # last_half or last_fifth; in Python also f(progress in [0, 1]) -> fraction in [0, 1].
     contrastive_schedule: str = "constant"
-    # How pixels_weight changes over the steps; choices as for contrastive_schedule.
-    pixels_schedule: str = "constant"
-    # How words_weight changes over the steps; choices as for contrastive_schedule.
-    words_schedule: str = "constant"
-    # How matching_weight changes over the steps; choices as for contrastive_schedule.
-    matching_schedule: str = "constant"
-    # Views that the contrastive loss compares: "masked" (those that are reconstructed, too), or
-    # else "unmasked" (whole ones beside them, for which the encoder runs a second time).
+    # How mim_weight changes over the steps; choices as for contrastive_schedule.
+    mim_schedule: str = "constant"
+    # How mlm_weight changes over the steps; choices as for contrastive_schedule.
+    mlm_schedule: str = "constant"
+    # How itm_weight changes over the steps; choices as for contrastive_schedule.
+    itm_schedule: str = "constant"
+    # Views that the contrastive loss compares: "masked" (the same that are reconstructed) |
+    # "unmasked" (whole images and captions, for which the encoder runs a second time).
     contrastive_view: str = "masked"
-    # Let the decoder look at the other modality, too.
+    # Let the decoder attend to the other modality, too.
     cross_modal: bool = False
-    # Fraction of the pairs, in (0, 1], for which the decoder looks at the other modality; the rest
-    # learns without.
+    # Fraction of the pairs, in (0, 1], for which the decoder attends to the other modality; it
+    # reconstructs the rest without.
     cross_modal_ratio: float = 0.75
     # Error of reconstructed patches: "mse" (MAE) | "l1" (SimMIM).
     pixel_error: str = "mse"
-    # Give each target patch mean 0 and deviation 1: better features on photographs, noise on the
-    # flat patches of drawings, and no colours to look at.
+    # Give each target patch mean 0 and deviation 1: better features on photographs, but noise on
+    # the flat patches of drawings, and reconstructions without colours.
     norm_pix_loss: bool = False
     # Width of the decoder's layers, a multiple of 32.
     decoder_width: int = 128
-    # Layers of each decoder; where tokens are replaced and nothing is looked at across, a linear
-    # head does without them.
+    # Layers of each decoder; if masked tokens are replaced and cross_modal is off, a linear head
+    # needs none.
     decoder_depth: int = 2
 
     # -- what is masked ----------------------------------------------------------------------
 
     # Which patches are masked: a name in mmkit.masking.IMAGE_MASKERS.
     image_mask: str = "random"
-    # Fraction of the patches that is masked, in [0, 1).
+    # Fraction of the patches to mask, in [0, 1).
     image_mask_ratio: float = 0.5
-    # Masked patches: "drop" (never encoded: that is the speed) | "replace" (by a mask token).
+    # Masked patches: "drop" (not encoded, which saves time) | "replace" (by a mask token).
     image_mask_mode: str = "drop"
     # How image_mask_ratio changes: "constant" | "linear" | "cosine" (over the epochs, to the final
     # ratio) | "uniform" (drawn between the two for each sample and epoch).
     image_mask_schedule: str = "constant"
-    # Ratio in [0, 1) at which image_mask_schedule ends; None with "constant".
+    # Final ratio of image_mask_schedule, in [0, 1); None with "constant".
     image_mask_final_ratio: float | None = None
-    # Rows of patches, 1 = masked (or the same as JSON); with image_mask="painted" only.
+    # Rows of patches, 1 = masked (or the same as JSON), for image_mask="painted" only.
     painted_mask: str | list[list[int]] | None = None
-    # Decay per step of the running mean (EMA) of the ViT that "attentive" looks with, [0, 1).
+    # Decay per step, in [0, 1), of the running mean (EMA) of the ViT that "attentive" uses.
     ema_momentum: float = 0.996
     # Which tokens are masked: a name in mmkit.masking.TEXT_MASKERS.
     text_mask: str = "random"
-    # Fraction of the valid tokens (padding is not counted) that is masked, in [0, 1).
+    # Fraction of the tokens to mask, in [0, 1); padding and special tokens do not count.
     text_mask_ratio: float = 0.0
-    # Masked tokens: "replace" (by a mask token) | "drop" | "80/10/10" (BERT's).
+    # Masked tokens: "replace" (by a mask token) | "drop" (not encoded) | "80/10/10" (BERT's).
     text_mask_mode: str = "replace"
     # How text_mask_ratio changes; choices as for image_mask_schedule.
     text_mask_schedule: str = "constant"
-    # Ratio in [0, 1) at which text_mask_schedule ends; None with "constant".
+    # Final ratio of text_mask_schedule, in [0, 1); None with "constant".
     text_mask_final_ratio: float | None = None
-    # Last epochs, in which nothing is masked (FLIP's unmasked tuning).
+    # Number of last epochs in which nothing is masked (FLIP's unmasked tuning).
     unmasked_epochs: int = 0
-    # Change of the images: "none" | "shift" (by up to 1/16 of the side; never flipped).
+    # Augmentation of the images: "none" | "shift" (by up to 1/16 of the side; never flipped).
     augment: str = "none"
 
     # -- machine -----------------------------------------------------------------------------
 
-    # Number type: "auto" (what the device is fast in) | "bf16" | "fp16" (scaled) | "no".
+    # Number type: "auto" (the one that is fast on the device) | "bf16" | "fp16" (scaled) | "no".
     mixed_precision: str = "auto"
     # Steps in a row without a finite gradient after which training stops.
     max_skipped_steps: int = 20
@@ -269,16 +282,16 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     # Compile each transformer layer with torch.compile (on a CPU this needs a C++ compiler).
     compile: bool = False
-    # Gradient of micro-batches: "exact" (the whole batch's) | "naive" (negatives are lost).
+    # Gradient of micro-batches: "exact" (that of the whole batch) | "naive" (with fewer negatives).
     accumulation: str = "exact"
-    # Use deterministic kernels; on a GPU they are needed for a resume of the same bits.
+    # Use deterministic kernels; a bit-exact resume on a GPU needs them.
     deterministic: bool = False
-    # Seed of everything that is drawn: weights, order, masks, dropout.
+    # Seed of all random draws: weights, order, masks, dropout.
     seed: int = 0
-    # Processes that decode images where these are read from files.
+    # Number of processes that decode images from files.
     num_workers: int = 2
 
-    # -- what is written ---------------------------------------------------------------------
+    # -- output ------------------------------------------------------------------------------
 
     # Epochs between two validations; the last epoch is always validated.
     eval_every: int = 1
@@ -286,12 +299,12 @@ class TrainingConfig:
     log_every: int = 10
     # Steps between two writes of last/state.pth; 0 = at the end of each epoch.
     checkpoint_every: int = 0
-    # Steps between two measurements of each term's gradient (as costly as a step for each
-    # term); 0 = never.
+    # Steps between two measurements of the gradient of each term (each costs as much as a step for
+    # every term); 0 = never.
     term_gradients_every: int = 0
-    # How many states are kept in last/: state.pth, and earlier ones as state-STEP.pth.
+    # Number of states kept in last/: state.pth, and earlier ones as state-STEP.pth.
     keep_last: int = 1
-    # Folder of all runs; runs/<run_name>/ holds everything that one run writes.
+    # Folder of all runs; <output_dir>/<run_name>/ holds everything that a run writes.
     output_dir: str = "runs"
     # Name of the run's folder; "" = date and time.
     run_name: str = ""
@@ -299,20 +312,22 @@ class TrainingConfig:
     def __setattr__(self, name: str, value: Any):
         """Set a field; ValueError for an unknown name, a wrong type or a broken rule."""
         fields = self.__dataclass_fields__
+        if name in OLDER_FIELDS:
+            say_renamed(f"config.{name}", name := OLDER_FIELDS[name])
         if name not in fields:
             known = nearest(name, fields)
             raise ValueError(f"{type(self).__name__} has no field {name!r}; {known}")
         object.__setattr__(self, name, _checked(name, value, fields[name].type))
 
     def __post_init__(self):
-        """The rules between fields; each field's own was checked when it was set."""
+        """Check rules between fields; each field's own rule was checked when it was set."""
         for kind in ("image", "text"):
             name, schedule = f"{kind}_mask_final_ratio", getattr(self, f"{kind}_mask_schedule")
             rule = "given with a schedule, and only then: a fraction in [0, 1)"
             self._check(name, (getattr(self, name) is None) == (schedule == "constant"), rule)
         if self.compile and self.gradient_checkpointing:
             raise ValueError(
-                "compile=True with gradient_checkpointing=True compiles every layer anew; take one"
+                "compile=True with gradient_checkpointing=True recompiles every layer; take one"
             )
         if self.exchange != "gather" and self.loss != "sigmoid":
             raise ValueError(
@@ -328,68 +343,67 @@ class TrainingConfig:
             )
 
     def _check_mask(self):
-        rule = "given with image_mask='painted', and only then: rows of patches, 1 = hidden"
+        rule = "given with image_mask='painted', and only then: rows of patches, 1 = masked"
         given = self.painted_mask is not None
         self._check("painted_mask", given == (self.image_mask == "painted"), rule)
         if self.image_mask in ("painted", "layers") and self.image_mask_schedule != "constant":
             raise ValueError(
                 f"image_mask_schedule={self.image_mask_schedule!r} has nothing to change: "
-                f"{self.image_mask!r} goes by no ratio; use 'constant'"
+                f"{self.image_mask!r} uses no ratio; take 'constant'"
             )
         if self.image_mask == "layers" and self.augment != "none":
             raise ValueError(
-                f"augment={self.augment!r} moves the picture away from its layers; with "
-                "image_mask='layers' use augment='none'"
+                f"augment={self.augment!r} moves the image away from its layers; with "
+                "image_mask='layers' take augment='none'"
             )
 
     def _check_terms(self):
         if not any(getattr(self, f"{term}_weight") for term in TERMS):
             names = ", ".join(f"{term}_weight" for term in TERMS)
             raise ValueError(f"nothing is learned: one of {names} must be above 0")
-        for term, kind in (("pixels", "image"), ("words", "text")):
+        for term, kind in (("mim", "image"), ("mlm", "text")):
             if not getattr(self, f"{term}_weight"):
                 continue
-            hides = [getattr(self, f"{kind}_mask_{which}") for which in ("ratio", "final_ratio")]
+            masks = [getattr(self, f"{kind}_mask_{which}") for which in ("ratio", "final_ratio")]
             if kind == "image" and self.painted_mask is not None:
-                hides = [hidden for row in self.painted_mask for hidden in row]
-            if not any(hides):
+                masks = [masked for row in self.painted_mask for masked in row]
+            if not any(masks):
                 example = 0.75 if kind == "image" else 0.3
                 raise ValueError(
                     f"{term}_weight={getattr(self, f'{term}_weight')!r} with {kind}_mask_ratio=0 "
-                    f"(or an empty painted mask) hides nothing that could be put back; take "
-                    f"{kind}_mask_ratio={example}"
+                    f"(or an empty painted mask) masks nothing, so that there is nothing to "
+                    f"reconstruct; take {kind}_mask_ratio={example}"
                 )
-        if self.matching_weight and not self.cross_modal:
+        if self.itm_weight and not self.cross_modal:
             raise ValueError(
-                f"matching_weight={self.matching_weight!r} needs cross_modal=True: a caption is "
-                "compared with a picture by looking at it"
+                f"itm_weight={self.itm_weight!r} needs cross_modal=True: to compare a caption with "
+                "an image, the decoder must attend to it"
             )
-        put_back = [term for term in self.terms if term != "contrastive"]
-        if self.contrastive_view == "unmasked" and not put_back:
+        reconstructs = [term for term in self.terms if term != "contrastive"]
+        if self.contrastive_view == "unmasked" and not reconstructs:
             raise ValueError(
-                "contrastive_view='unmasked' with nothing to put back would hide nothing at all; "
-                "take image_mask_ratio=0, or a weight above 0 for pixels, words or matching"
+                "contrastive_view='unmasked' without a term that reconstructs would mask nothing; "
+                "take image_mask_ratio=0, or mim_weight, mlm_weight or itm_weight above 0"
             )
-        if self.cross_modal and not put_back:
+        if self.cross_modal and not reconstructs:
             raise ValueError(
-                "cross_modal=True has no decoder to look across; give a weight above 0 to pixels, "
-                "words or matching"
+                "cross_modal=True needs a decoder; set mim_weight, mlm_weight or itm_weight above 0"
             )
 
     @property
     def terms(self) -> list[str]:
-        """The terms of the objective whose weight is above 0."""
+        """Terms of the objective whose weight is above 0."""
         return [term for term in TERMS if getattr(self, f"{term}_weight")]
 
     @property
     def terms_change(self) -> bool:
-        """Whether the loss is of other terms, or of other weights, in another step."""
+        """Whether terms or their weights differ between steps."""
         constants = ("constant", TERM_SCHEDULES["constant"])
         changes = any(getattr(self, f"{term}_schedule") not in constants for term in self.terms)
-        return changes or bool(self.unmasked_epochs and {"pixels", "words"} & set(self.terms))
+        return changes or bool(self.unmasked_epochs and {"mim", "mlm"} & set(self.terms))
 
     def term_weights(self, step: int, total_steps: int) -> dict[str, float]:
-        """Weights of the terms in a step; 0s are left out."""
+        """Weights of the terms in a step, those above 0."""
         progress, where = step / max(1, total_steps - 1), f"step {step} of {total_steps}"
         weights = {}
         for term in self.terms:
@@ -406,7 +420,7 @@ class TrainingConfig:
 
     @property
     def matrix_lr(self) -> float:
-        """Muon's peak learning rate, its default filled in."""
+        """Muon's peak learning rate, or its default."""
         return (
             12 * self.learning_rate
             if self.matrix_learning_rate is None

@@ -1,4 +1,4 @@
-"""Which number type a device computes in, found out by asking it.
+"""The number type that a device computes in, found out by asking the device.
 
 Walk-through: notebooks/03_training.ipynb.
 """
@@ -9,11 +9,11 @@ from .errors import nearest
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are fast on a device: it has units for them.
+    """Whether a device has units for bfloat16, so that its matrix products are fast in it.
 
-    Without units they still work, but slowly: on a CPU with AVX2 alone torch multiplies them by a
-    plain loop, on an older GPU they are emulated. On a CPU the instructions must be there and
-    oneDNN must use them (the variable ONEDNN_MAX_CPU_ISA can forbid it).
+    Without such units they work, but slowly: on a CPU with AVX2 alone torch multiplies in a plain
+    loop, and older GPUs emulate them. A CPU must have the instructions, and oneDNN must use them
+    (the variable ONEDNN_MAX_CPU_ISA can forbid it).
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -27,8 +27,9 @@ def multiplies_bfloat16(device: torch.device) -> bool:
 def pick_precision(wanted: str, device: torch.device) -> torch.dtype | None:
     """The autocast type for a device; None is plain float32.
 
-    "auto": bf16 where the device has units for it, fp16 on older GPUs, float32 elsewhere. fp16 on a
-    CPU works (gradients scaled as on a GPU) but is slow, so that "auto" never takes it there.
+    "auto" takes bf16 where the device has units for it, fp16 on older GPUs, float32 elsewhere. fp16
+    works on a CPU, too (gradients are scaled as on a GPU), but it is slow: "auto" never takes it
+    there. Raises ValueError for an unknown name.
     """
     known = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": None}
     if wanted not in (*known, "auto"):
@@ -42,7 +43,7 @@ def pick_precision(wanted: str, device: torch.device) -> torch.dtype | None:
 
 
 def why_precision(wanted: str, device: torch.device) -> str:
-    """Why `pick_precision` chose its type, in words."""
+    """Why `pick_precision` chose its type, as text."""
     if wanted != "auto":
         return "as asked"
     units = "units" if multiplies_bfloat16(device) else "no units"
@@ -50,6 +51,6 @@ def why_precision(wanted: str, device: torch.device) -> str:
 
 
 def autocast_for(wanted: str, device: torch.device) -> torch.autocast:
-    """The autocast context of a `mixed_precision` setting on a device; may be entered again."""
+    """The autocast context of a `mixed_precision` setting on a device; it can be entered again."""
     dtype = pick_precision(wanted, device)
     return torch.autocast(device.type, dtype or torch.float32, enabled=dtype is not None)

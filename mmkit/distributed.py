@@ -1,4 +1,4 @@
-"""One process or many: gathering with gradients.
+"""Several processes: gathering with gradients.
 
 Shapes: R rows of this process, C rows of all processes, D width. Rank order is row order.
 Walk-through: notebooks/03_training.ipynb.
@@ -19,9 +19,9 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def rank_slice(rows: Tensor) -> tuple[Tensor, int]:
-    """This process's contiguous part of a global batch, and where it starts.
+    """This process's contiguous part of a global batch, and the index of its first row.
 
-    Parts differ by at most one row; joined in rank order they are the batch.
+    The sizes of the parts differ by at most one row; joined in rank order, they are the batch.
     """
     rank, processes = rank_and_world_size()
     parts = rows.tensor_split(processes)
@@ -29,10 +29,10 @@ def rank_slice(rows: Tensor) -> tuple[Tensor, int]:
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' rows; backward sums what every process asks of our rows.
+    """All processes' rows; the backward pass sums the gradients that all have for our rows.
 
-    torch.distributed.all_gather alone cuts the gradient: the loss then only trains each process's
-    own rows as queries, never as candidates (SLIP's issue 31).
+    torch.distributed.all_gather alone cuts the gradient: the loss then trains the rows of each
+    process as queries only, never as candidates (SLIP's issue 31).
     """
 
     @staticmethod
@@ -52,7 +52,7 @@ class _Gather(torch.autograd.Function):
 
 
 def row_counts(count: int, device: torch.device) -> list[int]:
-    """How many rows each process has, in rank order."""
+    """Number of rows of each process, in rank order."""
     _, processes = rank_and_world_size()
     if processes == 1:
         return [count]
@@ -62,9 +62,9 @@ def row_counts(count: int, device: torch.device) -> list[int]:
 
 
 def all_gather_with_grad(x: Tensor, counts: list[int] | None = None) -> Tensor:
-    """(R, ...) of every process, joined in rank order: (C, ...). Differentiable; R may differ.
+    """Rows (R, ...) of all processes, joined in rank order: (C, ...). Differentiable; R may differ.
 
-    counts: what `row_counts` gave, where it is known already.
+    counts: the result of `row_counts`, where it is known already.
     """
     if rank_and_world_size()[1] == 1:
         return x
@@ -72,7 +72,7 @@ def all_gather_with_grad(x: Tensor, counts: list[int] | None = None) -> Tensor:
 
 
 class _Pass(torch.autograd.Function):
-    """Our rows go to the next process, the previous one's come to us; gradients go back."""
+    """Send our rows to the next process and take those of the previous one; gradients go back."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -98,13 +98,16 @@ def _pass_on(x: Tensor, hop: int) -> Tensor:
 def neighbour_exchange(x: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
     """(rank, its rows (R, ...)) of every process, our own first; differentiable.
 
-    No process ever holds more than two others' rows for this; the chunked sigmoid loss (Zhai et
-    al. 2023, arXiv:2303.15343, section 3.1). counts: rows of each process, in rank order.
+    A process never holds the rows of more than two others at a time, as in the chunked sigmoid
+    loss (Zhai et al. 2023, arXiv:2303.15343, section 3.1). counts: rows of each process, in rank
+    order.
     """
     rank, processes = rank_and_world_size()
     yield rank, x
     moving = x.new_zeros(max(counts), *x.shape[1:])
-    moving = torch.cat([x, moving[len(x) :]])  # all of one length, to be passed on
+    moving = torch.cat(
+        [x, moving[len(x) :]]
+    )  # all of the same length, so that they can be passed on
     for hop in range(1, processes):
         moving = _Pass.apply(moving)
         owner = (rank - hop) % processes
@@ -120,7 +123,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
 
 
 def broadcast(tensors: Sequence[Tensor], owner: int) -> None:
-    """Overwrite these tensors of every process by those of process `owner`; one message."""
+    """Overwrite these tensors on every process with those of process `owner`, in one message."""
     if rank_and_world_size()[1] == 1 or not tensors:
         return
     flat = torch.cat([x.flatten() for x in tensors])

@@ -1,4 +1,4 @@
-"""Checks of settings, and words for errors: the nearest known name, a row that cannot be used."""
+"""Checks of settings, and parts of errors: the nearest known name, a row that cannot be used."""
 
 import difflib
 import math
@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Words for an error about an unknown name: the nearest known name, then all of them."""
+    """The end of a message about an unknown name: the nearest known name, then all of them."""
     known = sorted(map(str, known))
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]!r}? " if close else ""
@@ -19,11 +19,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 class Refused(ValueError):
     """A row that cannot be used.
 
-    reason: two or three words under which a report counts it; the message says the rest.
+    Args:
+        reason: two or three words under which a report counts the row.
+        message: the complete message, with file and line.
     """
 
     def __init__(self, reason: str, message: str):
-        # file names may hold bytes that are no text; a message can always be printed
+        # file names may hold bytes that are not text; a message must always be printable
         message = message.encode("utf-8", "backslashreplace").decode("utf-8")
         super().__init__(reason, message)
         self.reason = reason
@@ -36,9 +38,10 @@ _KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: 
 
 
 def as_type(name: str, given: Any, annotation: Any) -> Any:
-    """A setting in the type of its annotation (int, float, bool or str, or None); else ValueError.
+    """A setting converted to the type of its annotation: int, float, bool or str, or None.
 
-    Scalars of NumPy and torch, whole numbers written as floats and paths become plain values.
+    NumPy and torch scalars, whole numbers written as floats, and paths become plain values. Raises
+    ValueError for a value of another type and for numbers that are not finite.
     """
     kinds = get_args(annotation) or (annotation,)
     kind, value, none = kinds[0], given, "None or " if NoneType in kinds else ""

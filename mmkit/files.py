@@ -1,7 +1,7 @@
-"""Files that are whole or absent, and the folder for those that can be made again.
+"""Atomic writing of files, and the folder for cached files.
 
-Every file is written under a temporary name in the same folder, synced and renamed, so that a kill
-or a full disk leaves the previous one whole, and nobody reads half of one.
+Every file is written under a temporary name in the same folder, synced and renamed. A kill or a
+full disk therefore leaves the previous file intact, and no reader sees half a file.
 Walk-through: notebooks/05_checkpoints.ipynb; the cache: notebooks/01_data.ipynb.
 """
 
@@ -24,7 +24,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # disk, quota, or the process's own limit
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # full disk, quota, limit of the process
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -34,20 +34,21 @@ _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 def as_path(path) -> str:
     """The path as a string; ValueError for anything else, such as the number of an open file."""
     if not isinstance(path, str | os.PathLike):
-        raise ValueError(f"{path!r} is no path; give the name of a file or a folder")
+        raise ValueError(f"{path!r} is not a path; give the name of a file or a folder")
     return str(os.fspath(path))
 
 
 def shown(path: str | os.PathLike) -> str:
-    """A path as messages give it: from the working folder on, where it lies below that."""
+    """A path as messages show it: relative to the working folder where it lies below that."""
     with contextlib.suppress(ValueError, OSError):
         return str(Path(path).absolute().relative_to(Path.cwd()))
     return os.fspath(path)
 
 
 def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
-    """The folder for cached files, made if need be: the given one, else $MMKIT_CACHE, else
-    $XDG_CACHE_HOME/mmkit, else ~/.cache/mmkit.
+    """The folder for cached files, created if it is missing.
+
+    It is the given one, else $MMKIT_CACHE, else $XDG_CACHE_HOME/mmkit, else ~/.cache/mmkit.
     """
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mmkit"
     folder = Path(cache_dir or os.environ.get("MMKIT_CACHE") or default).expanduser().absolute()
@@ -56,16 +57,17 @@ def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
     return folder
 
 
-# -- whole or absent -------------------------------------------------------------------------
+# -- atomic writing --------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def renamed(path: Path) -> Iterator[BinaryIO]:
-    """A new file that gets the name `path` when it is whole and on the disk.
+    """A new file that gets the name `path` once it is complete and on the disk.
 
-    Until then it is locked and has a temporary name beside it. The system takes the lock away with
-    the process, however that ends: a temporary file without one is stale, and goes when `path` is
-    written next. A name by process number could not tell, as numbers are used again.
+    Until then it is locked and has a temporary name in the same folder. The system releases the
+    lock when the process ends, however that happens: a temporary file without a lock is stale and
+    is removed when `path` is written next. A process number in the name could not tell this, since
+    numbers are reused.
     """
     _remove_stale(path)
     file, temporary = _temporary(path)
@@ -74,7 +76,7 @@ def renamed(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if fcntl is None:  # Windows renames no open file
+            if fcntl is None:  # Windows cannot rename an open file
                 file.close()
             os.replace(temporary, path)
     finally:
@@ -83,7 +85,7 @@ def renamed(path: Path) -> Iterator[BinaryIO]:
 
 
 def _temporary(path: Path) -> tuple[BinaryIO, Path]:
-    """A new file that is ours: locked, and not removed as stale just before it was."""
+    """A new temporary file that is locked and was not removed as stale before the lock."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
         file = open(temporary, "xb")
@@ -94,7 +96,7 @@ def _temporary(path: Path) -> tuple[BinaryIO, Path]:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove what killed processes left half-written; files still being written are locked."""
+    """Remove the unfinished files of killed processes; files still being written are locked."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):
         with contextlib.suppress(OSError), open(left, "rb") as file:
             if lock(file, wait=False):
@@ -103,7 +105,10 @@ def _remove_stale(path: Path) -> None:
 
 @contextlib.contextmanager
 def unfinished_folder(folder: Path, prefix: str) -> Iterator[Path]:
-    """A folder within `folder`, absolute, from which whole files are renamed; gone afterwards."""
+    """An absolute temporary folder within `folder`, removed at the end with what is left in it.
+
+    Its user renames the finished files out of it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.absolute()))
     try:
@@ -113,7 +118,7 @@ def unfinished_folder(folder: Path, prefix: str) -> Iterator[Path]:
 
 
 def sync(path: str | os.PathLike) -> None:
-    """Return when a file is on the disk; of a folder, when the names in it are."""
+    """Return once a file is on the disk; for a folder, once the names in it are."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -122,9 +127,10 @@ def sync(path: str | os.PathLike) -> None:
 
 
 def lock(file: IO | int, wait: bool = True) -> bool | None:
-    """Lock an open file until it is closed; False where another one has it, None = no locks here.
+    """Lock an open file until it is closed; False if another process holds the lock.
 
-    The system takes a lock away with the process that has it, however that ends.
+    None means that this system has no locks. The system releases the lock when its process ends,
+    however that happens.
     """
     if fcntl is None:
         return None
@@ -138,11 +144,10 @@ def lock(file: IO | int, wait: bool = True) -> bool | None:
 
 
 def write_atomically(state: dict | bytes, path: str | os.PathLike) -> None:
-    """`torch.save` that leaves either the old file or the whole new one, never a part.
+    """`torch.save` that leaves either the old file or the complete new one, never a part.
 
-    Bytes are written as they are. Returns when file and name are on the disk. Raises OSError, with
-    the system's errno, that says which file could not be written, how much room it wants, and what
-    to do.
+    Bytes are written unchanged. Returns once the file and its name are on the disk. Raises OSError
+    with the system's errno and a message that names the file, its size and a remedy.
     """
     path = Path(path)
     try:
@@ -153,18 +158,18 @@ def write_atomically(state: dict | bytes, path: str | os.PathLike) -> None:
     except (OSError, RuntimeError) as error:
         if (reason := _disk_error(error)) is None:
             raise
-        kept = f"the earlier {path.name} is whole" if path.is_file() else "there is no earlier one"
-        kept += ", and nothing half-written stays"
-        raise _in_words(reason, path, f"It takes {_size(state) / 1e6:.1f} MB, ", kept) from error
+        kept = f"the earlier {path.name} is intact" if path.is_file() else "there is no earlier one"
+        kept += ", and no unfinished file remains"
+        raise _explained(reason, path, f"It takes {_size(state) / 1e6:.1f} MB, ", kept) from error
 
 
 # -- reading by offset -----------------------------------------------------------------------
 
 
 class OpenFile:
-    """A file descriptor, closed when nobody reads the file any more; data begins at `start`.
+    """A file descriptor that is closed with its last reader; the data begin at `start`.
 
-    Reading by offset needs no place in the file: threads and forked processes may share it.
+    Reading by offset needs no file position, so threads and forked processes may share it.
     """
 
     def __init__(self, number: int, start: int = 0):
@@ -175,10 +180,9 @@ class OpenFile:
 
 
 class OpenFiles:
-    """The files that were read last, `most` of them; what is pickled opens its own.
+    """The `most` files that were read last; a pickled copy opens its own.
 
-    Calling it with an argument of `open_file` gives the file, opened if need be. One that others
-    displace stays open until its readers are done.
+    A file that others displace stays open until its readers are done.
     """
 
     def __init__(self, open_file: Callable[[Any], OpenFile], most: int):
@@ -186,41 +190,42 @@ class OpenFiles:
         self._opened = lru_cache(most)(open_file)
 
     def __call__(self, what) -> OpenFile:
+        """The file of an argument of `open_file`, opened if necessary."""
         return self._opened(what)
 
     def __reduce__(self):
         return OpenFiles, self._made_with
 
 
-# -- errors in words -------------------------------------------------------------------------
+# -- error messages --------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def writing_cache(path: Path) -> Iterator[None]:
-    """An OSError while the cache is written says which file it was, and what to do."""
+    """Make an OSError while the cache is written name the file and a remedy."""
     try:
         yield
     except OSError as error:
         raise OSError(
             error.errno,
             f"the cache cannot write {path} ({error.strerror}); give cache_dir=… (or set "
-            "MMKIT_CACHE to) a folder with room that can be written, or cache_gigabytes=0",
+            "MMKIT_CACHE to) a writable folder with enough space, or cache_gigabytes=0",
         ) from None
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """An OSError while a file of a run is written says which file it was, and what to do."""
+    """Make an OSError while a file of a run is written name the file and a remedy."""
     try:
         yield
     except OSError as error:
-        raise _in_words(error, path) from error
+        raise _explained(error, path) from error
 
 
 def _disk_error(error: OSError | RuntimeError) -> OSError | None:
-    """The OSError behind what `torch.save` raised; None where the disk is not at fault.
+    """The OSError behind an error of `torch.save`; None where the disk is not at fault.
 
-    Its zip writer, when a write fails, raises a RuntimeError of its own on top of the OSError.
+    When a write fails, its zip writer raises a RuntimeError of its own on top of the OSError.
     """
     if isinstance(error, OSError):
         return error
@@ -232,13 +237,13 @@ def _disk_error(error: OSError | RuntimeError) -> OSError | None:
     return below or OSError(errno.EIO, "")
 
 
-def _in_words(reason: OSError, path: Path, wanted: str = "", kept: str = "") -> OSError:
-    """The same error, saying what is lost (nothing) and what to do."""
+def _explained(reason: OSError, path: Path, wanted: str = "", kept: str = "") -> OSError:
+    """The same error with a message that says what is lost (nothing) and what to do."""
     remedy, number = "check that folder and its disk", reason.errno or errno.EIO
     if number in _NO_ROOM:
         remedy = "free some space, set output_dir to another disk, or keep fewer (keep_last)"
     elif number in _NOT_ALLOWED:
-        remedy = "set output_dir to a folder that you may write to, or give it the right to be"
+        remedy = "set output_dir to a folder that you may write to, or change its permissions"
     free = shutil.disk_usage(_existing(path.parent)).free / 1e6
     return OSError(
         number,
@@ -249,11 +254,11 @@ def _in_words(reason: OSError, path: Path, wanted: str = "", kept: str = "") -> 
 
 def _existing(folder: Path) -> Path:
     """The folder, or the nearest one above it that exists."""
-    return next(place for place in (folder, *folder.absolute().parents) if place.is_dir())
+    return next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
 
 
 def _size(state) -> int:
-    """Bytes of the tensors in nested dicts and lists, memory that several share counted once."""
+    """Bytes of the tensors in nested dicts and lists; shared memory counts once."""
     if isinstance(state, bytes):
         return len(state)
     storages, rest = {}, [state]

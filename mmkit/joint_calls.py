@@ -1,4 +1,4 @@
-"""Calls that all processes make: waited for, and refused in words where one of them does not.
+"""Calls that all processes must make: they wait for each other, and a missing call is an error.
 
 Walk-through: notebooks/06_many_processes.ipynb.
 """
@@ -15,17 +15,17 @@ import torch.distributed as dist
 
 from .distributed import rank_and_world_size
 
-_SAID, _LIMIT = 30.0, 1800.0  # seconds of waiting: when it is said, and when it ends
+_SAID, _LIMIT = 30.0, 1800.0  # seconds of waiting until a message is printed, until an error
 _calls = 0  # how many calls this process has announced
-_sure = False  # within a call that is known to be made by all
+_sure = False  # inside a call that all processes are known to make
 
 
 @contextlib.contextmanager
 def joint(what: str) -> Iterator[None]:
-    """A call that all processes must make, for they share its work; also as a decorator.
+    """A call that all processes must make because they share its work; also a decorator.
 
-    Raises RuntimeError in all of them where one is in another call, or has ended: what they wait
-    for would never come. Calls within this one are not checked.
+    Raises RuntimeError in all processes if one of them is in another call or has ended, since the
+    others would wait for it for ever. Calls within this one are not checked.
     """
     global _sure
     if not _sure:
@@ -39,7 +39,7 @@ def joint(what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def each_alone() -> Iterator[None]:
-    """Within a joint call: what here is done (callbacks) may be another thing in each process."""
+    """Within a joint call: a part (callbacks) in which the processes may do different things."""
     global _sure
     before, _sure = _sure, False
     try:
@@ -49,7 +49,7 @@ def each_alone() -> Iterator[None]:
 
 
 def meet(what: str) -> None:
-    """Wait until all processes are at this call; RuntimeError where one is at another."""
+    """Wait until all processes are in this call; RuntimeError if one is in another call."""
     rank, processes = rank_and_world_size()
     if processes == 1:
         return
@@ -62,17 +62,17 @@ def meet(what: str) -> None:
             if theirs is not None and theirs != what:
                 raise RuntimeError(
                     f"process {rank} of {processes} is in {what}, process {other} is in {theirs}: "
-                    "what all processes share in must be called by each of them (a callback runs "
-                    "in all), not by one alone, as under `if trainer.rank == 0`"
+                    "all processes must make a call whose work they share (callbacks run in all "
+                    "of them), so it must not stand under `if trainer.rank == 0`"
                 )
             if theirs is not None:
                 missing.remove(other)
         waited = time.monotonic() - started
-        words = f"process {rank} has waited {waited:.0f} s in {what} for process {missing}"
+        message = f"process {rank} has waited {waited:.0f} s in {what} for process {missing}"
         if waited > _LIMIT:
-            raise RuntimeError(f"{words}; all processes must make this call")
+            raise RuntimeError(f"{message}; all processes must make this call")
         if waited > _SAID and not said:
-            print(f"{words}, which has not called it yet", file=sys.stderr, flush=True)
+            print(f"{message}, which has not called it yet", file=sys.stderr, flush=True)
             said = True
         if missing:
             time.sleep(pause)
@@ -80,7 +80,7 @@ def meet(what: str) -> None:
 
 
 def depart() -> None:
-    """Let who waits for this process know that it has ended."""
+    """Tell the processes that wait for this one that it has ended."""
     with contextlib.suppress(Exception):
         if rank_and_world_size()[1] > 1:
             _announce("no call: it has ended")
@@ -88,7 +88,7 @@ def depart() -> None:
 
 @functools.cache
 def _depart_at_exit() -> None:
-    process = os.getpid()  # a worker that it forks ends without ending it
+    process = os.getpid()  # the end of a forked worker is not its end
     atexit.register(lambda: depart() if os.getpid() == process else None)
 
 
@@ -98,24 +98,24 @@ def _announce(what: str) -> None:
     _calls += 1
     store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
     store.set(f"mmkit/{_calls}/{rank}", what)
-    if _calls > 2:  # whoever is at the call before this one has read it
+    if _calls > 2:  # a process in the previous call has read it
         store.delete_key(f"mmkit/{_calls - 2}/{rank}")
 
 
 def _announced(rank: int) -> str | None:
-    """The call that a process is in; None where it has not come to its next one yet."""
+    """The call that a process is in; None if it has not reached its next one yet."""
     store, key = dist.distributed_c10d._get_default_store(), f"mmkit/{_calls}/{rank}"
     try:
         return store.get(key).decode() if store.check([key]) else None
-    except RuntimeError:  # the store went with the process that kept it
-        return "no call: it has ended, or the one that all meet by"
+    except RuntimeError:  # the store ended with the process that kept it
+        return "no call: it has ended, or the process that keeps the store has"
 
 
 @joint("leave_group")
 def leave_group() -> bool:
-    """End this process's part in a run of several; True where it is the one that goes on (rank 0).
+    """Leave a run of several processes; True for the process that goes on alone (rank 0).
 
-    What follows is then one process's work: no rank waits for another that has gone home.
+    What follows is the work of one process: no rank waits for another that has ended.
     """
     rank, processes = rank_and_world_size()
     if processes > 1:

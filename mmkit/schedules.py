@@ -9,15 +9,15 @@ from typing import Any
 
 
 def fraction(name: str, value: Any, where: str) -> float:
-    """What a schedule gave, as a float; ValueError unless it is a number in [0, 1]."""
+    """The value of a schedule as a float; ValueError unless it is a number in [0, 1]."""
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError):
         number = math.nan
-    if not -1e-9 <= number <= 1 + 1e-9:  # what rounding adds is taken off again
+    if not -1e-9 <= number <= 1 + 1e-9:  # beyond [0, 1] by rounding only: clipped
         raise ValueError(
-            f"{name} gives {value!r} at {where}; it must give a number in [0, 1]: 1 is the whole "
-            "of the setting, 0 none of it"
+            f"{name} gives {value!r} at {where}; it must give a number in [0, 1]: 1 is the full "
+            "setting, 0 none of it"
         )
     return min(1.0, max(0.0, number))
 
@@ -33,11 +33,11 @@ def linear(progress: float) -> float:
 
 
 def constant(progress: float) -> float:
-    """Always 1: the learning rate stays after its warmup (`final_lr_fraction` plays no part)."""
+    """Always 1: the learning rate stays as it is after the warmup, without `final_lr_fraction`."""
     return 1.0
 
 
-# name -> f(progress in [0, 1] after the warmup) in [0, 1]; 1 is the full learning rate, 0 the final
+# name -> f(progress after the warmup, in [0, 1]) in [0, 1]: 1 = peak learning rate, 0 = the final
 # one
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": cosine,
@@ -45,7 +45,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": constant,
 }
 
-# name -> f(share of the steps that is over, in [0, 1]) -> share of a loss's weight, in [0, 1]
+# name -> f(fraction of the steps done, in [0, 1]) -> fraction of a term's weight, in [0, 1]
 TERM_SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": constant,
     "rising": lambda progress: progress,
@@ -55,7 +55,7 @@ TERM_SCHEDULES: dict[str, Callable[[float], float]] = {
     "last_fifth": lambda progress: float(progress >= 0.8),  # where SigLIP 2 reconstructs
 }
 
-# name -> f(start, final, progress in [0, 1], noise (B,)) -> the ratio, or one per sample
+# name -> f(start, final, progress in [0, 1], noise (B,)) -> one ratio, or one per sample
 RATIO_SCHEDULES: dict[str, Callable[..., Any]] = {
     "constant": lambda start, final, progress, noise: start,
     "linear": lambda start, final, progress, noise: start + (final - start) * progress,

@@ -1,4 +1,4 @@
-"""Small real models and made pictures that the unit tests share."""
+"""Small real models and artificial images that the unit tests share."""
 
 import pytest
 import torch
@@ -18,8 +18,11 @@ def captions(count: int) -> list[str]:
 
 
 def shared(batch):
-    """The batch with made partners: rows 5 and 17 draw one caption, and every fourth image has that
-    of the third row after it, too, which holds in one direction only."""
+    """The batch with artificial partners.
+
+    Rows 5 and 17 have the same caption, and every fourth image also has the caption of the third
+    row after it, but not the other way round.
+    """
     rows = torch.arange(len(batch))
     batch.caption_ids = torch.where(rows == 5, 17, rows)
     others = torch.where(rows % 4 == 0, rows + 3, -1)
@@ -27,14 +30,14 @@ def shared(batch):
     return batch
 
 
-def centre_square(picture, side: int) -> torch.Tensor:
-    """(3, side, side) uint8: the centre of a PIL picture, resized by torchvision."""
+def centre_square(image, side: int) -> torch.Tensor:
+    """(3, side, side) uint8: the centre of a PIL image, resized by torchvision."""
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.v2 import functional as F
 
-    short = min(picture.size)
-    left, top = ((length - short) // 2 for length in picture.size)
-    pixels = F.pil_to_tensor(picture.crop((left, top, left + short, top + short)))
+    short = min(image.size)
+    left, top = ((length - short) // 2 for length in image.size)
+    pixels = F.pil_to_tensor(image.crop((left, top, left + short, top + short)))
     return F.resize(pixels, [side, side], InterpolationMode.BICUBIC, antialias=True)
 
 
@@ -45,7 +48,7 @@ def tokenizer():
 
 @pytest.fixture
 def make_model(tokenizer):
-    """A real but small encoder: 15-pixel pictures, 9 patches of 5 pixels, width 22, 2 layers."""
+    """A real but small encoder: 15-pixel images, 9 patches of 5 pixels, width 22, 2 layers."""
     from transformers import BertConfig, ViTConfig
 
     def make(dropout=0.0, seed=0, **options):
@@ -68,7 +71,7 @@ def make_model(tokenizer):
 
 @pytest.fixture
 def make_data(tokenizer):
-    """Made pictures (noise) with captions; for arithmetic, not for learning."""
+    """Random images with captions, for arithmetic, not for learning."""
 
     def make(count=23, size=15, seed=0, **options):
         generator = torch.Generator().manual_seed(seed)

@@ -52,12 +52,12 @@ def small_png(encoded, most=256):
     within 12 of 255 levels. A photograph, for which 256 are too few, is dithered. Grey stays grey,
     and flat areas keep their colour exactly, dithered or not.
     """
-    picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
-    if picture.mode in ("P", "L", "1") and most == 256:  # packed already
+    image = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    if image.mode in ("P", "L", "1") and most == 256:  # packed already
         return encoded
-    picture = picture.convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    flat = Image.alpha_composite(white, picture).convert("RGB")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    flat = Image.alpha_composite(white, image).convert("RGB")
     pixels = np.asarray(flat, int)
     for count in [count for count in (32, 64, 128, 256) if count <= most]:
         palette, few, exact = with_palette(pixels, count)

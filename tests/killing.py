@@ -1,4 +1,4 @@
-"""Small trainings in forked children that are killed at any moment; imports are paid once.
+"""Small training runs in forked children that are killed at any moment; imports are paid once.
 
 `Forks` starts `python -m tests.killing`, a process that imports everything and computes nothing
 (so that it can be forked): a request comes in as a line of JSON, the answer goes out as one.
@@ -92,7 +92,7 @@ def _watch(reading: int, child: int, kill_after: int, wait: float) -> list[tuple
 
 
 def _import_all():
-    """What a training imports on its way, imported now."""
+    """What a training run imports on its way, imported now."""
     import accelerate
     import torch._dynamo
     import torch.distributed.launcher.api

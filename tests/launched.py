@@ -1,4 +1,4 @@
-"""Functions for processes that start anew (spawn): those must be importable."""
+"""Functions for spawned processes, which must be importable."""
 
 import torch
 
@@ -6,5 +6,5 @@ from mmkit.distributed import rank_and_world_size
 
 
 def who(word: str) -> tuple:
-    """What a rank is, and how many threads it computes with."""
+    """The rank, and the number of threads it computes with."""
     return word, rank_and_world_size(), torch.get_num_threads()

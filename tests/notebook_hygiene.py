@@ -1,4 +1,4 @@
-"""What a committed notebook must look like: run top to bottom, with pictures, and with nothing in
+"""What a committed notebook must look like: run top to bottom, with images, and with nothing in
 it that belongs to one machine or one moment.
 
     python -m tests.notebook_hygiene notebooks/*.ipynb
@@ -25,7 +25,7 @@ WIDGET_STATE = "widgets"
 
 
 def texts(output):
-    """Every piece of text in an output: what it printed, or its text and HTML forms."""
+    """Every token of text in an output: what it printed, or its text and HTML forms."""
     if output.output_type == "stream":
         return [output.text]
     data = output.get("data", {})
@@ -51,7 +51,7 @@ def problems(notebook, name, size=0):
         found.append("its cells were not run once each, top to bottom")
     outputs = [(cell, output) for cell in cells for output in cell.outputs]
     if not any("image/png" in output.get("data", {}) for _, output in outputs):
-        found.append("it has no picture in its outputs")
+        found.append("it has no image in its outputs")
 
     for cell in notebook.cells:
         if match := ABSOLUTE_PATH.search(cell.source):

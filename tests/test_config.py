@@ -18,7 +18,7 @@ from mmkit.schedules import RATIO_SCHEDULES
 
 
 @pytest.mark.parametrize(
-    "values, words",
+    "values, message",
     [
         (dict(bach_size=3), "no field 'bach_size'; did you mean 'batch_size'"),
         (dict(optimizer="mion"), "did you mean 'muon'"),
@@ -57,10 +57,10 @@ from mmkit.schedules import RATIO_SCHEDULES
         (dict(image_mask="painted", painted_mask="0101"), "must be rows of equal length"),
         (
             dict(image_mask="layers", image_mask_schedule="linear", image_mask_final_ratio=0.5),
-            "'layers' goes by no ratio; use 'constant'",
+            "'layers' uses no ratio; take 'constant'",
         ),
         (dict(painted_mask=[[0, 1]]), "must be given with image_mask='painted', and only then"),
-        (dict(image_mask="layers", augment="shift"), "augment='shift' moves .* use augment='none'"),
+        (dict(image_mask="layers", augment="shift"), "augment='shift' moves .* augment='none'"),
         (dict(emma_momentum=0.9), "did you mean 'ema_momentum'"),
         (dict(warmup_steps=2.5), "warmup_steps=2.5 must be a whole number"),
         (dict(max_steps=2.5), "max_steps=2.5 must be None or a whole number"),
@@ -87,13 +87,13 @@ from mmkit.schedules import RATIO_SCHEDULES
         (dict(decoder_width=40), "decoder_width=40 must be a multiple of 32"),
     ],
 )
-def test_wrong_values_are_refused_in_words(values, words):
-    with pytest.raises(ValueError, match=words):
+def test_wrong_values_are_refused_with_a_message(values, message):
+    with pytest.raises(ValueError, match=message):
         TrainingConfig(**values)
 
 
 def test_every_field_has_a_type_and_every_number_a_rule():
-    """No field takes what is not of its type; no number is without a rule."""
+    """No field takes a value of another type; no number is without a rule."""
     for field in dataclasses.fields(TrainingConfig):
         wrong = object()
         with pytest.raises(ValueError, match=f"^{field.name}=.* must be "):
@@ -139,7 +139,7 @@ def test_a_field_that_is_set_later_is_checked_too():
     assert again == (config, config)
 
 
-def test_a_ratio_schedule_of_ones_own_has_a_name(monkeypatch):
+def test_a_users_ratio_schedule_has_a_name(monkeypatch):
     monkeypatch.setitem(RATIO_SCHEDULES, "late", lambda start, final, progress, noise: start)
     assert TrainingConfig(text_mask_schedule="late", text_mask_final_ratio=0.5)
     assert TrainingConfig().text_mask_schedule == "constant"
@@ -147,19 +147,19 @@ def test_a_ratio_schedule_of_ones_own_has_a_name(monkeypatch):
 
 @pytest.mark.parametrize("value", [-0.1, 50, math.nan, math.inf, "half", None, [0.5, 0.5]])
 def test_a_schedule_that_leaves_its_range_names_step_and_value(value):
-    """For the learning rate and for the weight of a term; rounding beside 0 and 1 is forgiven."""
-    words = rf"gives {re.escape(repr(value))} at step 3 of 7; it must give a number in \[0, 1\]"
+    """For the learning rate and for the weight of a term; rounding at 0 and 1 is accepted."""
+    message = rf"gives {re.escape(repr(value))} at step 3 of 7; it must give a number in \[0, 1\]"
     own = dict(warmup_steps=0, schedule=lambda p: value if p == 0.5 else 1 + 1e-12)
-    own |= dict(pixels_weight=0.5, pixels_schedule=own["schedule"])
+    own |= dict(mim_weight=0.5, mim_schedule=own["schedule"])
     config = TrainingConfig(**own)
-    assert config.lr_fraction(2, 7) == 1 and config.term_weights(2, 7)["pixels"] == 0.5
+    assert config.lr_fraction(2, 7) == 1 and config.term_weights(2, 7)["mim"] == 0.5
     for evaluate in (config.lr_fraction, config.term_weights):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             evaluate(3, 7)
 
 
 def test_warmup_then_cosine():
-    """Up in equal steps to the peak, then half a cosine down to the final fraction."""
+    """It rises in equal steps to the peak, then falls by half a cosine to the final fraction."""
     config = TrainingConfig(warmup_steps=5, final_lr_fraction=0.1)
     rates = [config.lr_fraction(step, 26) for step in range(26)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
@@ -178,8 +178,8 @@ def test_other_schedules(schedule):
     assert math.isfinite(config.lr_fraction(0, 1))
 
 
-def test_what_is_hidden_by_default():
-    """Random half of the patches dropped, all the time; words seen; hidden ones by a token."""
+def test_what_is_masked_by_default():
+    """A random half of the patches is dropped in all epochs; no token is masked."""
     config = TrainingConfig()
     image = (config.image_mask, config.image_mask_ratio, config.image_mask_mode)
     text = (config.text_mask, config.text_mask_ratio, config.text_mask_mode)
@@ -191,7 +191,7 @@ def test_what_is_hidden_by_default():
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "uniform"])
 def test_a_schedule_takes_a_final_ratio(schedule):
-    """0 is a ratio like others, not a missing one."""
+    """0 is a ratio like any other, not a missing one."""
     options = dict(image_mask_schedule=schedule, text_mask_schedule=schedule)
     config = TrainingConfig(image_mask_final_ratio=0, text_mask_final_ratio=0.9, **options)
     assert (config.image_mask_final_ratio, config.text_mask_final_ratio) == (0, 0.9)
@@ -208,7 +208,7 @@ def test_a_schedule_takes_a_final_ratio(schedule):
     ],
 )
 def test_a_painted_mask_becomes_plain_values(painted):
-    """Whatever stands for true: rows of 0 and 1, which a file takes and gives back."""
+    """Any true value: the mask becomes rows of 0 and 1, which JSON keeps as they are."""
     config = TrainingConfig(image_mask="painted", painted_mask=painted)
     assert config.painted_mask == [[0, 1, 0], [1, 1, 0]]
     again = TrainingConfig(**json.loads(json.dumps(config.to_dict())))

@@ -1,4 +1,4 @@
-"""Number types are chosen by asking the device, and the choice is said."""
+"""Number types are chosen by asking the device, and the choice is reported."""
 
 import json
 import os
@@ -28,8 +28,8 @@ def trainer(folder, **settings) -> mm.MaskedMultimodalTrainer:
     return mm.MaskedMultimodalTrainer(config, data)
 
 
-def facts(folder) -> dict:
-    """What this process chooses and learns; also run in a process that computes like AVX2."""
+def metadata(folder) -> dict:
+    """What this process chooses and learns; also run in a process that is limited to AVX2."""
     stack = torch.randn(3, 13, 37, generator=torch.Generator().manual_seed(0))
     one = trainer(folder)
     batch = one.first_batch()
@@ -47,8 +47,8 @@ def facts(folder) -> dict:
 @pytest.fixture(scope="module")
 def on_avx2(tmp_path_factory) -> dict:
     code = (
-        "import json, sys; from tests.test_device import facts; "
-        "print(json.dumps(facts(sys.argv[1])))"
+        "import json, sys; from tests.test_device import metadata; "
+        "print(json.dumps(metadata(sys.argv[1])))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path_factory.mktemp("runs"))],
@@ -75,14 +75,14 @@ def test_the_start_report_says_the_type_and_why(on_avx2, tmp_path):
     assert "no units for float16" in describe(trainer(tmp_path, mixed_precision="fp16"))
 
 
-def test_float32_products_take_the_step_of_bfloat16_ones(on_avx2, tmp_path):
-    """Up to what bfloat16 rounds away: of Muon's directions, and of three steps' losses."""
+def test_float32_products_give_the_step_of_bfloat16_ones(on_avx2, tmp_path):
+    """Up to the rounding of bfloat16: Muon's directions, and the losses of three steps."""
     stack = torch.randn(3, 13, 37, generator=torch.Generator().manual_seed(0))
     reference = orthogonalize(stack, dtype=torch.bfloat16).float()
     found = torch.tensor(on_avx2["orthogonal"])
     assert (found - reference).norm() < 0.03 * reference.norm()
     assert (found - reference).norm() > 0
-    assert on_avx2["losses"] == pytest.approx(facts(tmp_path)["losses"], rel=0.05)
+    assert on_avx2["losses"] == pytest.approx(metadata(tmp_path)["losses"], rel=0.05)
     assert on_avx2["losses"][-1] < on_avx2["losses"][0]
 
 

@@ -26,11 +26,11 @@ def features(seed=0):
 
 
 def slow_info_nce(image, text, scale, correct):
-    """-log softmax of the own pair among itself and what is wrong, both directions."""
+    """-log softmax of the own pair among itself and wrong ones, in both directions."""
     total = 0.0
-    for queries, candidates, right in ((image, text, correct), (text, image, correct.T)):
+    for queries, candidates, matches in ((image, text, correct), (text, image, correct.T)):
         for i in range(B):
-            allowed = [j for j in range(B) if j == i or not right[i, j]]
+            allowed = [j for j in range(B) if j == i or not matches[i, j]]
             scores = [scale * (queries[i] * candidates[j]).sum() for j in allowed]
             total = total - scores[allowed.index(i)] + torch.stack(scores).logsumexp(0)
     return total / (2 * B)
@@ -49,14 +49,14 @@ def slow_sigmoid(image, text, scale, bias, correct):
 
 
 def matrix(caption_ids, image_captions):
-    """(N, M) bool, by a loop."""
+    """(N, M) bool: caption j is correct for image i, by a loop."""
     rows = [[int(c) in own for c in caption_ids] for own in image_captions.tolist()]
     return torch.tensor(rows)
 
 
 GROUPS = torch.tensor([0, 1, 0, 3, 1, 5, 0])  # a transitive relation: equal is correct
-# Captions drawn, and all captions of each image: 2 and 6 are shared, images 0 and 4 are the same,
-# and image 3 has a caption that no row draws. Most of it holds in one direction only.
+# Drawn captions, and all captions of each image: 2 and 6 are shared, images 0 and 4 are the same,
+# and image 3 has a caption that no row draws. Most relations hold in one direction only.
 IDS = torch.tensor([2, 1, 2, 3, 9, 6, 8])
 TABLE = torch.tensor(
     [[2, 9, -1], [1, 2, 6], [2, -1, -1], [3, 7, -1], [2, 9, -1], [6, -1, -1], [8, 6, 1]]
@@ -79,7 +79,7 @@ def correct_of(partners):
 
 
 def test_the_relation_is_that_of_a_loop():
-    """And is not symmetric, or the two directions could be mixed up unseen."""
+    """It is not symmetric, so that an exchange of the two directions would show."""
     assert torch.equal(correct_pairs(TABLE, IDS), matrix(IDS, TABLE))
     assert torch.equal(correct_pairs(TABLE[:3], IDS[4:]), matrix(IDS[4:], TABLE[:3]))
     assert not torch.equal(matrix(IDS, TABLE), matrix(IDS, TABLE).T)
@@ -109,7 +109,7 @@ def test_value_and_gradient_equal_the_slow_loop(kind, partners):
 
 @pytest.mark.parametrize("partners", PARTNERS)
 def test_rows_of_the_matrix_add_up(partners):
-    """Chunks and processes hold only their rows; together they are the whole loss."""
+    """Chunks and processes hold only their rows; their sum is the whole loss."""
     image, text, scale, bias = features()
     parts = [slice(0, 2), slice(2, 5), slice(5, 7)]
     nce = sum(
@@ -120,20 +120,20 @@ def test_rows_of_the_matrix_add_up(partners):
     torch.testing.assert_close(sig / B, sigmoid_loss(image, text, scale, bias, partners))
 
 
-def test_a_collapsed_model_pays_the_logarithm_of_its_candidates():
+def test_a_collapsed_model_has_the_logarithm_of_its_candidates_as_loss():
     same = F.normalize(torch.ones(B, D), dim=1)
     assert info_nce(same, same, torch.tensor(14.3)).item() == pytest.approx(math.log(B), abs=1e-5)
 
 
 def test_a_duplicate_is_not_a_negative():
-    """The same pair twice in a batch pushes itself away, unless groups say that it is one."""
+    """A pair that is twice in a batch is its own negative, unless the groups say otherwise."""
     image, text, scale, _ = (x.detach() for x in features())
     image[3], text[3] = image[0], text[0]
     text[0].requires_grad_()
     groups = torch.tensor([0, 1, 2, 0, 4, 5, 6])
     aware = info_nce(image, text, scale, group_ids=groups)
     assert aware < info_nce(image, text, scale)
-    assert torch.equal(aware, info_nce(image, text, scale, groups))  # as it used to be given
+    assert torch.equal(aware, info_nce(image, text, scale, groups))  # the older form
 
 
 def test_partners_of_other_pairs_are_refused():
@@ -146,7 +146,7 @@ def test_partners_of_other_pairs_are_refused():
 
 
 class Matrices(TorchDispatchMode):
-    """Remembers every bool tensor of B x B entries that an operation makes."""
+    """Record every bool tensor of at least B x B entries that an operation makes."""
 
     def __init__(self):
         super().__init__()
@@ -166,8 +166,8 @@ def test_one_to_one_data_holds_no_matrix_of_partners():
         assert bool(found.made) == some
 
 
-def test_partners_known_are_no_more_than_left_out():
-    """Where only own partners are correct, the same bits as without any relation."""
+def test_trivial_partners_change_nothing():
+    """If only own partners are correct, the bits are the same as without any relation."""
     found = []
     for partners in (None, (torch.arange(B), torch.arange(B)[:, None])):
         leaves = features()
@@ -185,7 +185,7 @@ def test_loss_is_float32_under_autocast():
 
 
 @pytest.mark.parametrize("loss", [info_nce, functools.partial(sigmoid_loss, logit_bias=-1.3)])
-def test_features_that_are_no_directions_are_said_or_made_some(loss):
+def test_features_that_are_not_unit_length_give_a_warning_or_are_normalised(loss):
     image, text, scale, _ = (x.detach() for x in features())
     exact = loss(image, text, scale=scale)
     with pytest.warns(UserWarning, match=r"1\.7 to 5 long, not 1: .* give normalize=True"):
@@ -208,8 +208,8 @@ def test_the_scale_may_be_a_number_and_rows_must_be_pairs(loss):
             loss(image, wrong, scale=scale)
 
 
-def test_recall_says_where_it_does_not_rank_by_cosines():
-    """A caption of a long vector is then nearest to every image."""
+def test_recall_warns_if_it_does_not_rank_by_cosines():
+    """A caption with a long vector is then nearest to every image."""
     image = torch.eye(D)[:B]
     long = image.clone()
     long[3] += 1.1

@@ -1,4 +1,4 @@
-"""Any subset of the terms, however the batch is cut: the gradient and the means of the whole."""
+"""Any subset of the terms, however the batch is split: gradient and means of the whole batch."""
 
 import itertools
 
@@ -15,19 +15,19 @@ from mmkit.training.step import Contrast, backward
 from mmkit.training.term_gradients import TOWERS
 from tests.training.test_trainer import QUICK
 
-BESIDE = dict(pixels_weight=0.7, words_weight=0.3, decoder_width=32, decoder_depth=1)
-ALL = BESIDE | dict(matching_weight=0.4, cross_modal=True, image_mask_ratio=0.6)
+BESIDE = dict(mim_weight=0.7, mlm_weight=0.3, decoder_width=32, decoder_depth=1)
+ALL = BESIDE | dict(itm_weight=0.4, cross_modal=True, image_mask_ratio=0.6)
 ALONE = dict(contrastive_weight=0.0, decoder_width=32, decoder_depth=1)
 CASES = {
     "all": ALL,
     "all, unmasked view": ALL | dict(contrastive_view="unmasked"),
-    "matching alone": ALONE | dict(matching_weight=1.3, cross_modal=True),
+    "matching alone": ALONE | dict(itm_weight=1.3, cross_modal=True),
     "contrast, pixels, words": BESIDE | dict(contrastive_weight=1.7),
     "sigmoid": BESIDE | dict(loss="sigmoid", augment="shift"),
     "unmasked view": BESIDE | dict(contrastive_view="unmasked"),
-    "MAE": ALONE | dict(pixels_weight=1.0, norm_pix_loss=True, image_mask_ratio=0.75),
-    "SimMIM": ALONE | dict(pixels_weight=1.0, image_mask_mode="replace", pixel_error="l1"),
-    "BERT": ALONE | dict(words_weight=1.0, text_mask_mode="80/10/10"),
+    "MAE": ALONE | dict(mim_weight=1.0, norm_pix_loss=True, image_mask_ratio=0.75),
+    "SimMIM": ALONE | dict(mim_weight=1.0, image_mask_mode="replace", pixel_error="l1"),
+    "BERT": ALONE | dict(mlm_weight=1.0, text_mask_mode="80/10/10"),
     "words dropped": BESIDE | dict(text_mask_mode="drop"),
     "a ratio for each": BESIDE | dict(
         cross_modal=True, cross_modal_ratio=0.5, image_mask_ratio=0.2,
@@ -39,7 +39,7 @@ CASES = {
 
 @pytest.fixture
 def make_trainer(tmp_path, make_model, make_data):
-    """A trainer of 23 pairs a step, two of which share a caption."""
+    """A trainer with 23 pairs a step, two of which share a caption."""
 
     def make(val=None, resume=False, callbacks=(), model=None, **values):
         values = dict(batch_size=23, output_dir=str(tmp_path), run_name="run") | values
@@ -59,7 +59,7 @@ def gradients(model) -> dict:
 
 
 def check_close(ours: dict, reference: dict):
-    """Of every parameter, 1e-5 of its own gradient (of the whole one's thousandth where tiny)."""
+    """Each parameter's gradient is within 1e-5 of its norm (or of 1e-3 of the total norm)."""
     whole = torch.stack([g.norm() for g in reference.values()]).norm()
     for name in ours | reference:
         theirs = reference.get(name, torch.zeros(()))
@@ -68,9 +68,9 @@ def check_close(ours: dict, reference: dict):
 
 
 def by_hand(trainer, batch, parts: int | list[int], weights=None, epoch: int = 0) -> dict:
-    """Each term as it is written down, over all pairs at once, every graph kept; its gradient stays
-    in the parameters. Dropout's draws are those of an exact step from here on. parts: how many
-    micro-batches, or how many pairs each of them has."""
+    """Each term by its definition, over all pairs at once, with all graphs kept; the gradient stays
+    in the parameters. Dropout draws what an exact step from here draws. parts: the number of
+    micro-batches, or the number of pairs of each."""
     config, model, objective = trainer.config, trainer.model, trainer.objective
     weights = weights or objective.weights(0, trainer.total_steps)
     modes = (config.image_mask_mode, config.text_mask_mode)
@@ -103,17 +103,17 @@ def by_hand(trainer, batch, parts: int | list[int], weights=None, epoch: int = 0
             terms["contrastive"] = mm.sigmoid_loss(*args, model.logit_bias, batch.correct())
         else:
             terms["contrastive"] = mm.info_nce(*args, batch.correct())
-    if "pixels" in weights:
-        terms["pixels"] = masked_pixel_loss(
+    if "mim" in weights:
+        terms["mim"] = masked_pixel_loss(
             joined("pixels"), torch.cat(patches), torch.cat(masks[0]), config.norm_pix_loss,
             config.pixel_error,
         )  # fmt: skip
-    if "words" in weights:
-        terms["words"] = masked_token_loss(
-            joined("word_logits"), batch.input_ids[torch.cat(masks[1])]
+    if "mlm" in weights:
+        terms["mlm"] = masked_token_loss(
+            joined("token_logits"), batch.input_ids[torch.cat(masks[1])]
         )
-    if "matching" in weights:
-        terms["matching"] = matching_loss(joined("matching"), joined("match"))
+    if "itm" in weights:
+        terms["itm"] = matching_loss(joined("matching"), joined("match"))
     sum(weights[term] * value for term, value in terms.items()).backward()
     return {term: value.detach() for term, value in terms.items()}
 
@@ -121,12 +121,12 @@ def by_hand(trainer, batch, parts: int | list[int], weights=None, epoch: int = 0
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
 @pytest.mark.parametrize("case", CASES)
 def test_the_gradient_is_that_of_the_whole_batch(make_trainer, case, parts):
-    """Of every parameter, and each term's value. The wrong pairs of matching are those of a
-    micro-batch: there the reference has the same cut, elsewhere none."""
+    """The gradient of every parameter and the value of each term. The wrong pairs of matching come
+    from one micro-batch: there the reference is split in the same way, elsewhere not at all."""
     values = CASES[case]
     trainer = make_trainer(**values, gradient_accumulation_steps=parts)
     batch = trainer.first_batch()
-    terms = by_hand(trainer, batch, parts if "matching_weight" in values else 1)
+    terms = by_hand(trainer, batch, parts if "itm_weight" in values else 1)
     reference = gradients(trainer.model)
     trainer.model.zero_grad()
     loss = trainer.gradients(batch, 0)
@@ -140,7 +140,7 @@ def test_the_gradient_is_that_of_the_whole_batch(make_trainer, case, parts):
 
 @pytest.mark.parametrize("case", ["all", "unmasked view", "MAE", "BERT", "a ratio for each"])
 def test_dropout_is_replayed(make_trainer, case):
-    """Equal to keeping every micro-batch's graph under the same draws, the decoder's too."""
+    """Equal to keeping every graph under the same draws, those of the decoder too."""
     trainer = make_trainer(**CASES[case], dropout=0.3, gradient_accumulation_steps=3)
     batch = trainer.first_batch()
     torch.manual_seed(7)
@@ -156,7 +156,7 @@ def test_dropout_is_replayed(make_trainer, case):
 
 
 def test_a_mean_of_means_would_be_another_gradient(make_trainer):
-    """What the counts are for: micro-batches hide different numbers of words."""
+    """Why there are counts: micro-batches mask different numbers of tokens."""
     trainer = make_trainer(**CASES["BERT"], gradient_accumulation_steps=3)
     batch = trainer.first_batch()
     terms = by_hand(trainer, batch, 1)
@@ -165,15 +165,15 @@ def test_a_mean_of_means_would_be_another_gradient(make_trainer):
     means = []
     for part in batch.split(3):
         trainer.model.zero_grad()
-        means.append(by_hand(trainer, part, 1)["words"])
-    assert abs(torch.stack(means).mean() - terms["words"]) > 1e-4 * terms["words"]
+        means.append(by_hand(trainer, part, 1)["mlm"])
+    assert abs(torch.stack(means).mean() - terms["mlm"]) > 1e-4 * terms["mlm"]
 
 
 # -- each tower once -------------------------------------------------------------------------
 
 
 def count_runs(model) -> dict[str, list]:
-    """From now on, of each part: for each run whether it built a graph."""
+    """Record from now on, for each run of each part, whether it built a graph."""
     parts = {"vit": model.vit.layers[0], "bert": model.bert.encoder.layer[0]}
     if model.decoder is not None:
         parts |= {"pixels": model.decoder.pixel_head, "words": model.decoder.word_head}
@@ -209,7 +209,7 @@ def test_a_tower_runs_once_per_view_and_never_per_term(make_trainer, values, vie
 
 @pytest.mark.parametrize("case, idle", [("MAE", "bert"), ("SimMIM", "bert"), ("BERT", "vit")])
 def test_what_no_term_needs_does_not_run(make_trainer, case, idle):
-    """Pictures alone never run the BERT, words alone never the ViT, and nothing runs twice."""
+    """Images alone never run the BERT, words alone never the ViT, and nothing runs twice."""
     trainer = make_trainer(**CASES[case], gradient_accumulation_steps=3)
     runs = count_runs(trainer.model)
     trainer.gradients(trainer.first_batch(), 0)
@@ -222,7 +222,7 @@ def test_what_no_term_needs_does_not_run(make_trainer, case, idle):
 def test_contrast_alone_is_what_it_was(make_trainer, make_model):
     """No decoder, no other parameter, no other record; the gradient bit for bit that of a step that
     knows of no other term; and settings of the absent terms change nothing."""
-    settings = dict(pixels_schedule="last_fifth", decoder_width=64, pixel_error="l1",
+    settings = dict(mim_schedule="last_fifth", decoder_width=64, pixel_error="l1",
                     norm_pix_loss=True, decoder_depth=3, cross_modal_ratio=0.5)  # fmt: skip
     ends = []
     for name, values in (("plain", {}), ("other", settings)):
@@ -256,22 +256,22 @@ def test_contrast_alone_is_what_it_was(make_trainer, make_model):
 
 
 def test_a_term_is_absent_until_its_schedule_says_so(make_trainer):
-    """Of 11 steps the last three are in the last fifth: only there it is recorded, only there its
-    head runs, and there its weight is the whole one."""
-    trainer = make_trainer(**BESIDE | dict(pixels_schedule="last_fifth", num_epochs=11))
+    """The last three of 11 steps are in the last fifth: only there the term is recorded and its
+    head runs, with its full weight."""
+    trainer = make_trainer(**BESIDE | dict(mim_schedule="last_fifth", num_epochs=11))
     runs = count_runs(trainer.model)
     history = [r for r in trainer.fit().history if r["split"] == "train"]
-    assert [r["step"] for r in history if "pixels_loss" in r] == [9, 10, 11]
-    assert all("words_loss" in r and "contrastive_loss" in r for r in history)
+    assert [r["step"] for r in history if "mim_loss" in r] == [9, 10, 11]
+    assert all("mlm_loss" in r and "contrastive_loss" in r for r in history)
     assert (len(runs["pixels"]), len(runs["words"])) == (3, 11)
     for record in history:
-        weighted = 0.7 * record.get("pixels_loss", 0.0) + 0.3 * record["words_loss"]
+        weighted = 0.7 * record.get("mim_loss", 0.0) + 0.3 * record["mlm_loss"]
         assert record["loss"] == pytest.approx(record["contrastive_loss"] + weighted, rel=1e-6)
 
 
 def test_schedules_by_hand(make_trainer):
-    """A share of the weight for each step of five; a function is taken as it is."""
-    shares = {
+    """The fraction of the weight in each of five steps; a function is used as it is."""
+    fractions = {
         "constant": [1, 1, 1, 1, 1],
         "rising": [0, 0.25, 0.5, 0.75, 1],
         "falling": [1, 0.75, 0.5, 0.25, 0],
@@ -280,31 +280,31 @@ def test_schedules_by_hand(make_trainer):
         "last_fifth": [0, 0, 0, 0, 1],
     }
     own = (lambda progress: (1 - progress) ** 2, [1, 9 / 16, 1 / 4, 1 / 16, 0])
-    for schedule, expected in [*shares.items(), own]:
-        trainer = make_trainer(**BESIDE | dict(words_schedule=schedule, num_epochs=5))
-        found = [trainer.objective.weights(step, 5).get("words", 0.0) for step in range(5)]
-        assert found == pytest.approx([0.3 * share for share in expected])
+    for schedule, expected in [*fractions.items(), own]:
+        trainer = make_trainer(**BESIDE | dict(mlm_schedule=schedule, num_epochs=5))
+        found = [trainer.objective.weights(step, 5).get("mlm", 0.0) for step in range(5)]
+        assert found == pytest.approx([0.3 * fraction for fraction in expected])
         weights = trainer.objective.weights(4, 5)
-        assert ("words" in weights) == bool(expected[4])
-    assert "lambda" in trainer.config.to_dict()["words_schedule"]
+        assert ("mlm" in weights) == bool(expected[4])
+    assert "lambda" in trainer.config.to_dict()["mlm_schedule"]
 
 
 @pytest.mark.parametrize(
-    "values, words",
+    "values, message",
     [
-        (BESIDE | dict(contrastive_weight=0.0, words_weight=0.0, pixels_schedule="last_half"),
+        (BESIDE | dict(contrastive_weight=0.0, mlm_weight=0.0, mim_schedule="last_half"),
          "step 0 of 5 has no term to learn from; change"),
-        (CASES["BERT"] | dict(words_schedule=lambda p: float(p < 0.7)), "step 3 of 5 has no term"),
-        (CASES["MAE"] | dict(unmasked_epochs=1), r"step 4 of 5 .*\(nothing is hidden in it\)"),
+        (CASES["BERT"] | dict(mlm_schedule=lambda p: float(p < 0.7)), "step 3 of 5 has no term"),
+        (CASES["MAE"] | dict(unmasked_epochs=1), r"step 4 of 5 .*\(nothing is masked in it\)"),
         (CASES["MAE"] | dict(image_mask_schedule="linear", image_mask_final_ratio=0.0),
-         r"step 4 of 5 .*\(nothing is hidden in it\)"),
+         r"step 4 of 5 .*\(nothing is masked in it\)"),
         (CASES["BERT"] | dict(text_mask_schedule="cosine", text_mask_ratio=0.0,
                               text_mask_final_ratio=0.3),
-         r"step 0 of 5 .*\(nothing is hidden in it\)"),
+         r"step 0 of 5 .*\(nothing is masked in it\)"),
     ],
 )  # fmt: skip
-def test_a_step_with_nothing_to_learn_is_refused_before_the_run(make_trainer, values, words):
-    with pytest.raises(ValueError, match=words):
+def test_a_step_with_nothing_to_learn_is_refused_before_the_run(make_trainer, values, message):
+    with pytest.raises(ValueError, match=message):
         make_trainer(**dict(num_epochs=5) | values)
 
 
@@ -313,8 +313,8 @@ def test_a_step_with_nothing_to_learn_is_refused_before_the_run(make_trainer, va
 
 @pytest.mark.parametrize("case", ["all", "all, unmasked view", "a ratio for each"])
 def test_measured_gradients_are_those_of_each_term_alone(make_trainer, case):
-    """Norms and cosines on each tower by autograd, weighted as in the loss; and they add up to the
-    step's own gradient."""
+    """Norms and cosines on each tower by autograd, weighted as in the loss; the gradients add up to
+    that of the step."""
     trainer = make_trainer(**CASES[case])
     batch = trainer.first_batch()
     measured = trainer.measure_terms(batch, 0)
@@ -344,7 +344,7 @@ def test_measured_gradients_are_those_of_each_term_alone(make_trainer, case):
 
 
 def test_measuring_changes_nothing(make_trainer, make_data):
-    """Dropout on, a running mean, micro-batches: the same bits at the end as without."""
+    """With dropout, EMA and micro-batches, the run ends with the same bits as without it."""
     ends = []
     for every in (0, 1):
         trainer = make_trainer(
@@ -369,14 +369,14 @@ def test_measuring_changes_nothing(make_trainer, make_data):
 
 
 def test_the_validated_loss_is_the_weighted_sum(make_trainer, make_data):
-    """Each term with its full weight, whatever the schedules say."""
+    """Each term counts with its full weight, whatever the schedules say."""
     val = make_data(17, seed=1)
-    trainer = make_trainer(val, **ALL | dict(pixels_schedule="last_fifth", num_epochs=6))
+    trainer = make_trainer(val, **ALL | dict(mim_schedule="last_fifth", num_epochs=6))
     records = [r for r in trainer.fit().history if r["split"] == "val"]
     for record in records:
-        weights = dict(contrastive=1.0, pixels=0.7, words=0.3, matching=0.4)
+        weights = dict(contrastive=1.0, mim=0.7, mlm=0.3, itm=0.4)
         weighted = 0.0
-        for term, weight in weights.items():  # always in this order: to the bit in any process
+        for term, weight in weights.items():  # in this order: the same bits in any process
             weighted += weight * record[f"{term}_loss"]
         assert record["loss"] == weighted
     assert record["contrastive_loss"] == pytest.approx(mm.evaluate(trainer.model, val)["loss"])
@@ -388,56 +388,56 @@ def test_the_validated_loss_is_the_weighted_sum(make_trainer, make_data):
 
 @pytest.mark.parametrize("mode", ["drop", "replace", "80/10/10"])
 def test_reconstruction_is_the_same_in_any_batches(make_trainer, make_data, mode):
-    """17 pairs at once, or 5 and 2 at a time; by hand a mean over all that is hidden."""
+    """17 pairs at once, or 5 or 2 at a time: the mean over all that is masked."""
     values = BESIDE | dict(text_mask_mode=mode, cross_modal=True)
     model, val = make_trainer(**values).model.eval(), make_data(17, seed=1)
     options = dict(text_mode=mode, baseline=torch.full((9, 75), 0.4))
     found = [evaluate_reconstruction(model, val, batch_size=n, **options) for n in (17, 5, 2)]
     for other in found[1:]:
         assert other == pytest.approx(found[0], rel=1e-5)
-    assert {"pixels_loss", "pixel_error", "mean_patch_error", "visible_mean_error", "words_loss",
-            "words_accuracy", "words_perplexity"} == found[0].keys()  # fmt: skip
+    assert {"mim_loss", "pixel_error", "mean_patch_error", "visible_mean_error", "mlm_loss",
+            "mlm_accuracy", "mlm_perplexity"} == found[0].keys()  # fmt: skip
 
 
-def test_a_ratio_that_rises_from_zero_is_validated_with_something_hidden(make_trainer, make_data):
-    """Or the term would count as learnt at once, and the first model would stay the best."""
+def test_a_ratio_that_rises_from_zero_is_validated_with_something_masked(make_trainer, make_data):
+    """Otherwise the term would be 0 at the start, and the first model would stay the best."""
     values = dict(image_mask_ratio=0.0, image_mask_schedule="linear", image_mask_final_ratio=0.75)
     trainer = make_trainer(make_data(7, seed=1), **BESIDE | values, num_epochs=2)
     records = [r for r in trainer.fit().history if r["split"] == "val"]
-    assert all(r["pixels_loss"] > 0 for r in records)
+    assert all(r["mim_loss"] > 0 for r in records)
 
 
-# -- in words --------------------------------------------------------------------------------
+# -- error messages --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "values, words",
+    "values, message",
     [
-        (dict(words_weight=0.3), "words_weight=0.3 with text_mask_ratio=0 .*text_mask_ratio=0.3"),
-        (dict(pixels_weight=1, image_mask_ratio=0), "hides nothing.*image_mask_ratio=0.75"),
-        (dict(matching_weight=1.0), "matching_weight=1.0 needs cross_modal=True"),
-        (dict(contrastive_weight=0), "nothing is learned: one of contrastive_weight, pixels_"),
-        (dict(pixels_weight=-1), "pixels_weight=-1 must be 0 or more"),
+        (dict(mlm_weight=0.3), "mlm_weight=0.3 with text_mask_ratio=0 .*text_mask_ratio=0.3"),
+        (dict(mim_weight=1, image_mask_ratio=0), "masks nothing, .*image_mask_ratio=0.75"),
+        (dict(itm_weight=1.0), "itm_weight=1.0 needs cross_modal=True"),
+        (dict(contrastive_weight=0), "nothing is learned: one of contrastive_weight, mim_"),
+        (dict(mim_weight=-1), "mim_weight=-1 must be 0 or more"),
         (dict(cross_modal_ratio=0), r"cross_modal_ratio=0 must be in \(0, 1\]"),
         (dict(decoder_width=33), "decoder_width=33 must be a multiple of 32"),
         (dict(decoder_depth=0), "decoder_depth=0 must be at least 1"),
         (dict(pixel_error="mae"), "pixel_error='mae' is not a choice"),
         (dict(contrastive_view="whole"), "known: masked, unmasked"),
-        (dict(words_schedule="risng"), "words_schedule='risng' is not known; did you mean 'ris"),
-        (dict(pixels_weight=1, image_mask="layers", image_mask_ratio=0), "hides nothing"),
-        (dict(pixels_weight=1, image_mask="painted", painted_mask=[[0, 0]]), "hides nothing"),
-        (dict(contrastive_view="unmasked"), "would hide nothing at all"),
-        (dict(cross_modal=True), "has no decoder to look across"),
+        (dict(mlm_schedule="risng"), "mlm_schedule='risng' is not known; did you mean 'ris"),
+        (dict(mim_weight=1, image_mask="layers", image_mask_ratio=0), "masks nothing"),
+        (dict(mim_weight=1, image_mask="painted", painted_mask=[[0, 0]]), "masks nothing"),
+        (dict(contrastive_view="unmasked"), "would mask nothing"),
+        (dict(cross_modal=True), "cross_modal=True needs a decoder"),
         (dict(term_gradients_every=0.5), "term_gradients_every=0.5 must be a whole number"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_refused(values, words):
-    with pytest.raises(ValueError, match=words):
+def test_an_impossible_configuration_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
         mm.TrainingConfig(**values)
 
 
 def test_a_model_with_another_decoder_is_refused(make_trainer, make_model):
-    """The heads that are missing, and what the others were built for."""
+    """The message names the missing heads, or the setting that the decoder was built for."""
     model = make_model().add_decoder(words=False, width=32)
     with pytest.raises(ValueError, match=r"no head for words; call model\.add_decoder"):
         make_trainer(model=model, **BESIDE)
@@ -447,12 +447,12 @@ def test_a_model_with_another_decoder_is_refused(make_trainer, make_model):
     with pytest.raises(ValueError, match="norm_pix_loss=True is not what"):
         make_trainer(model=model, **BESIDE, norm_pix_loss=True)
     decoder = model.decoder
-    assert make_trainer(model=model, **BESIDE).model.decoder is decoder  # and one that serves stays
+    assert make_trainer(model=model, **BESIDE).model.decoder is decoder  # one that fits stays
 
 
 def test_other_micro_batches_are_another_run_where_there_is_matching(make_trainer):
-    """Its wrong pairs are those of a micro-batch: a resume with other ones is refused, and one that
-    only measures more is not."""
+    """Wrong pairs come from one micro-batch: a resume with other micro-batches is refused, but not
+    one that only measures more."""
     make_trainer(**ALL, gradient_accumulation_steps=2, max_steps=1).fit()
     with pytest.raises(ValueError, match="gradient_accumulation_steps: 2 -> 3"):
         make_trainer(**ALL, gradient_accumulation_steps=3, max_steps=1, resume=True)
@@ -462,33 +462,33 @@ def test_other_micro_batches_are_another_run_where_there_is_matching(make_traine
     make_trainer(**BESIDE, gradient_accumulation_steps=3, max_steps=1, resume=True)
 
 
-def test_a_share_that_is_none_is_refused(make_trainer):
-    """Below 0 a term would be climbed, above 1 it is more than its weight, and NaN is no number."""
-    for share in (-0.5, 50, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match=r"pixels_schedule gives .* at step 1 of 3"):
-            make_trainer(**BESIDE, pixels_schedule=lambda p, x=share: x if p else 1.0, max_steps=3)
+def test_a_fraction_outside_0_to_1_is_refused(make_trainer):
+    """Below 0 a term would be maximised, above 1 exceed its weight, and NaN is no number."""
+    for fraction in (-0.5, 50, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"mim_schedule gives .* at step 1 of 3"):
+            make_trainer(**BESIDE, mim_schedule=lambda p, x=fraction: x if p else 1.0, max_steps=3)
 
 
 # -- runs whose terms change -----------------------------------------------------------------
 
 
-def test_a_term_that_hides_nothing_is_not_logged(make_trainer, make_data):
-    """In unmasked epochs there are no pixels and no words to be wrong about."""
+def test_a_term_that_masks_nothing_is_not_logged(make_trainer, make_data):
+    """In unmasked epochs there are no patches and no tokens to predict."""
     values = dict(batch_size=11, num_epochs=2, unmasked_epochs=1, log_every=1)
     run = make_trainer(val=make_data(9, seed=1), **BESIDE | values).fit()
     steps = [r for r in run.history if r["split"] == "train"]
     assert len(steps) == 6
-    assert all("pixels_loss" in r and "words_loss" in r for r in steps[:3])
-    assert all("pixels_loss" not in r and "words_loss" not in r for r in steps[3:])
+    assert all("mim_loss" in r and "mlm_loss" in r for r in steps[:3])
+    assert all("mim_loss" not in r and "mlm_loss" not in r for r in steps[3:])
     assert all(r["loss"] == pytest.approx(r["contrastive_loss"]) for r in steps[3:])
 
 
 def test_without_validation_the_last_of_changing_terms_is_kept(make_trainer, capsys):
-    """Reconstruction costs less than contrast: its epochs would stay the best for ever."""
+    """The loss of reconstruction is below that of contrast: its epochs would always be the best."""
     first = dict(
-        pixels_schedule=lambda p: float(p < 0.5), contrastive_schedule=lambda p: float(p >= 0.5)
+        mim_schedule=lambda p: float(p < 0.5), contrastive_schedule=lambda p: float(p >= 0.5)
     )
-    trainer = make_trainer(pixels_weight=0.1, num_epochs=4, image_mask_ratio=0.5, **first)
+    trainer = make_trainer(mim_weight=0.1, num_epochs=4, image_mask_ratio=0.5, **first)
     run = trainer.fit()
     assert "best_model.pth is the last one" in capsys.readouterr().out
     assert run.best["epoch"] == 3
@@ -498,7 +498,7 @@ def test_without_validation_the_last_of_changing_terms_is_kept(make_trainer, cap
 
 @pytest.mark.parametrize("there, here", [(False, True), (True, False)])
 def test_a_fork_may_have_other_terms(make_trainer, make_model, there, here):
-    """The towers go on from where they stood; a decoder that is wanted only here begins anew."""
+    """The towers continue; a decoder that only the fork needs starts with new weights."""
     terms = {True: BESIDE, False: {}}
     common = dict(num_epochs=2, ema_decay=0.5)
     source = make_trainer(run_name="source", **terms[there] | common)
@@ -512,23 +512,23 @@ def test_a_fork_may_have_other_terms(make_trainer, make_model, there, here):
     assert fork.fit().history[-1]["step"] == 3
 
 
-def test_a_strip_of_a_ratio_that_rises_hides_something(make_trainer, make_data):
-    """Its masks are those of the validation."""
-    from mmkit.evaluation.reconstruction import example_pictures
+def test_a_strip_of_a_ratio_that_rises_masks_something(make_trainer, make_data):
+    """Its masks are those of validation."""
+    from mmkit.evaluation.reconstruction import example_images
 
     rising = dict(image_mask_ratio=0.0, image_mask_schedule="linear", image_mask_final_ratio=0.6)
-    trainer = make_trainer(contrastive_weight=1, pixels_weight=1, num_epochs=3, **rising)
-    original, masked, back = example_pictures(trainer.model, make_data(9), trainer.config)
+    trainer = make_trainer(contrastive_weight=1, mim_weight=1, num_epochs=3, **rising)
+    original, masked, back = example_images(trainer.model, make_data(9), trainer.config)
     assert not torch.equal(original, masked) and not torch.equal(original, back)
 
 
 def test_layers_are_asked_of_the_validation_set_too(make_trainer, make_data):
-    """Before the run, not at the end of its first epoch."""
+    """The error comes before the run, not at the end of its first epoch."""
     from mmkit.training.setup import check_maskers
 
     train, val = make_data(23), make_data(9)
     train.layers = object()
     layers = dict(image_mask="layers", image_mask_ratio=0.5)
-    check_maskers(mm.TrainingConfig(**layers), train, val)  # nothing is put back
-    with pytest.raises(ValueError, match="know their layers"):
-        check_maskers(mm.TrainingConfig(**layers, pixels_weight=1), train, val)
+    check_maskers(mm.TrainingConfig(**layers), train, val)  # nothing is reconstructed
+    with pytest.raises(ValueError, match="needs drawings with layers"):
+        check_maskers(mm.TrainingConfig(**layers, mim_weight=1), train, val)

@@ -1,4 +1,4 @@
-"""A small real training for tests that need a process of its own (to kill it, or to have two).
+"""A small real training run for tests that need processes of its own (to kill, or to have two).
 
 python -m tests.train_small FOLDER NAME '{"num_epochs": 3}' [--resume] [--kill-at 7]
     [--kill-in-write 2] [--processes 2] [--record] [--shards]
@@ -36,14 +36,14 @@ def data(count: int, tokenizer=None, seed: int = 0) -> mm.MultimodalDataset:
     return mm.MultimodalDataset.from_pixels(pixels, captions(count), tokenizer=tokenizer)
 
 
-def jittered(picture) -> torch.Tensor:
+def jittered(image) -> torch.Tensor:
     """A transform that draws from every generator there is."""
-    pixels = square(15)(picture).float() / 255 + torch.rand(3, 1, 1) * random.random()
+    pixels = square(15)(image).float() / 255 + torch.rand(3, 1, 1) * random.random()
     return pixels * np.random.rand()
 
 
 def data_in_files(folder: Path, count: int) -> mm.MultimodalDataset:
-    """The same pictures, decoded by workers."""
+    """The same images, decoded by workers."""
     from torchvision.io import write_png
 
     folder.mkdir(exist_ok=True)
@@ -55,7 +55,7 @@ def data_in_files(folder: Path, count: int) -> mm.MultimodalDataset:
 
 
 def data_in_shards(folder: Path, count: int) -> mm.MultimodalDataset:
-    """The same pictures in tar shards of 7, streamed."""
+    """The same images in tar shards of 7, streamed."""
     if not folder.exists():
         mm.write_shards(data(count), folder, samples_per_shard=7)
     return mm.from_shards(folder, image_size=15, cache_dir=folder.parent / "cache")
@@ -73,9 +73,9 @@ def model(tokenizer, dropout: float) -> mm.MultimodalEncoder:
 
 
 class Dying(mm.MaskedMultimodalTrainer):
-    """Killed with SIGKILL, as a machine would be, before step `kill_at`.
+    """A trainer that is killed by SIGKILL, as by a crash of the machine, before step `kill_at`.
 
-    record: append what was hidden from each sample to masks-RANK.jsonl. notes: a pipe that hears
+    record: append what was masked from each sample to masks-RANK.jsonl. notes: a pipe that hears
     when a step begins; -1 = none.
     """
 
@@ -88,15 +88,15 @@ class Dying(mm.MaskedMultimodalTrainer):
                 parts = batch.split(self.config.gradient_accumulation_steps)
                 for part, drawn in zip(parts, self.drawn, strict=True):
                     for row, sample in enumerate(part.sample_ids.tolist()):
-                        hidden = [m.mask[row].nonzero()[:, 0].tolist() for m in drawn]
-                        print(json.dumps([epoch, sample, *hidden]), file=file)
+                        masked = [m.mask[row].nonzero()[:, 0].tolist() for m in drawn]
+                        print(json.dumps([epoch, sample, *masked]), file=file)
         return loss
 
     def train_step(self, batch, epoch):
         if self.notes >= 0 and self.rank == 0:
             os.write(self.notes, f"step {self.step}\n".encode())
         if self.step == self.kill_at:
-            self.accelerator.wait_for_everyone()  # what the others still write is not at stake
+            self.accelerator.wait_for_everyone()  # so that the files of the others are complete
             os.kill(os.getpid(), signal.SIGKILL)
         return super().train_step(batch, epoch)
 
@@ -127,7 +127,7 @@ def run(
     shards: bool = False,
 ) -> None:
     config = mm.TrainingConfig(**DEFAULTS | dict(output_dir=folder, run_name=name) | values)
-    train = data_in_files(Path(folder) / "pictures", 53) if files else data(53)
+    train = data_in_files(Path(folder) / "images", 53) if files else data(53)
     if shards:
         train = data_in_shards(Path(folder) / "shards", 53)
     trainer = Dying(config, train, data(17, seed=1), model(train.tokenizer, config.dropout), resume)
@@ -136,7 +136,7 @@ def run(
 
 
 def launch(folder: str, name: str, values: dict, *options, processes: int = 1) -> None:
-    """`run` in so many processes."""
+    """`run` in several processes."""
     mm.launch(run, folder, name, values, *options, num_processes=processes)
 
 

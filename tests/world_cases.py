@@ -1,6 +1,6 @@
 """What 1, 2 and 3 processes compute, for test_world.py: python -m tests.world_cases FOLDER
 
-Writes FOLDER/N.pth. One group of processes goes through all cases, because starting is what costs.
+Writes FOLDER/N.pth. One group of processes computes all cases, because starting it takes long.
 """
 
 import dataclasses
@@ -29,25 +29,25 @@ MASKS = {
         augment="shift",
     ),
 }
-# (name of the masks, loss, exchange, micro-batches); 53 pairs in batches of 11, 11, 11, 10 and 10
+# (name of the masks, loss, exchange, micro-batches); 53 pairs in batches of 11, 11, 11, 10, 10
 GRADIENTS = [("drop", *loss, parts) for loss in LOSSES for parts in (1, 3)]
 GRADIENTS += [("replace", "info_nce", "gather", 2)]
-# Terms beside the contrast, in 1 and 3 micro-batches.
-BESIDE = dict(pixels_weight=0.7, words_weight=0.3, cross_modal=True, decoder_width=32)
+# Terms besides the contrastive one, in 1 and 3 micro-batches.
+BESIDE = dict(mim_weight=0.7, mlm_weight=0.3, cross_modal=True, decoder_width=32)
 ALONE = dict(contrastive_weight=0.0, decoder_width=32, decoder_depth=1)
 TERMS = {
     "contrast, pixels, words": BESIDE | MASKS["drop"],
     "unmasked view": BESIDE | dict(contrastive_view="unmasked", text_mask_mode="drop"),
-    "MAE": ALONE | dict(pixels_weight=1.0, image_mask_ratio=0.75),
-    "BERT": ALONE | dict(words_weight=1.0, text_mask_mode="80/10/10"),
+    "MAE": ALONE | dict(mim_weight=1.0, image_mask_ratio=0.75),
+    "BERT": ALONE | dict(mlm_weight=1.0, text_mask_mode="80/10/10"),
     # larger batches, 27 and 26: a micro-batch of each process needs two pairs
-    "matching": BESIDE | dict(matching_weight=0.4, batch_size=27),
+    "matching": BESIDE | dict(itm_weight=0.4, batch_size=27),
 }
 OBJECTIVES = [(case, parts) for case in TERMS for parts in (1, 3)]
-BATCHES = (0, -1)  # of 11 pairs and of 10: three processes have 4, 4, 3 and 4, 3, 3 of them
+BATCHES = (0, -1)  # of 11 and 10 pairs, in three processes 4, 4, 3 and 4, 3, 3
 PAIRS, WIDTH = 509, 3  # of made features
-FIRST_ROWS = {1: [0], 2: [0, 67], 3: [0, 67, 271]}  # of each process: parts of very unequal size
-CHUNK = 2000  # logits held at once, where a share is computed in slices
+FIRST_ROWS = {1: [0], 2: [0, 67], 3: [0, 67, 271]}  # of each process: parts of very different sizes
+CHUNK = 2000  # logits held at once, if the loss is computed in slices
 
 
 def everyone(value) -> list:
@@ -64,14 +64,16 @@ def config(folder, **values) -> mm.TrainingConfig:
 
 
 def training_data() -> mm.MultimodalDataset:
-    """Captions of several images and images of several rows, in every batch and across processes;
-    rows have one caption, two, or five, so that tables differ in width."""
+    """Captions of several images, and images in several rows, in every batch and across processes.
+
+    Rows have one, two or five captions, so that tables differ in width.
+    """
     train = data(53)
     for i, texts in enumerate(train.texts):
         texts += [f"{WORDS[i % 13]} moon"] * (i % 3 > 0) + [f"{w} shoe" for w in WORDS[:3]] * (
             i == 7
         )
-    train.same_pictures([i % 19 for i in range(53)])
+    train.same_images([i % 19 for i in range(53)])
     return train
 
 
@@ -100,7 +102,7 @@ def gradients(case, number: int) -> dict:
         "loss": all_reduce_sum(loss),
         "gradients": found,
         "sums": everyone(sum(float(g.double().sum()) for g in found.values())),
-        "masks": {sample: hidden for part in everyone(masks) for sample, hidden in part.items()},
+        "masks": {sample: masked for part in everyone(masks) for sample, masked in part.items()},
         "micro_batches": everyone([len(part) for part in parts]),
     }
 
@@ -130,18 +132,20 @@ def objective(case, parts: int, number: int) -> dict:
 
 
 def reconstruction(count: int) -> dict:
-    """What is put back of so many pictures, in batches that hide different numbers; and of
-    pictures that hide nothing, where some process may have none at all."""
+    """Metrics of reconstruction of so many images, in batches that mask different numbers.
+
+    Without masks there are none, also if a process has no image at all.
+    """
     train = training_data()
     encoder = model(train.tokenizer, 0.0).add_decoder(across=True, width=32).to_device("cpu")
-    pictures = data(count, train.tokenizer, seed=1)
+    images = data(count, train.tokenizer, seed=1)
     options = dict(batch_size=3, baseline=torch.full((9, 75), 0.4))
     found = {
-        sees: evaluate_reconstruction(encoder, pictures, sees=sees, **options)
-        for sees in ("right", "none")
+        context: evaluate_reconstruction(encoder, images, context=context, **options)
+        for context in ("matched", "none")
     }
     nothing = dict(image_mask=("random", 0.0), text_mask=("random", 0.0))
-    assert evaluate_reconstruction(encoder, pictures, **nothing) == {}
+    assert evaluate_reconstruction(encoder, images, **nothing) == {}
     return found | {"everyone": everyone(found)}
 
 
@@ -153,7 +157,7 @@ def gradients_of(encoder) -> dict[str, torch.Tensor]:
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation makes."""
+    """Record the size of the largest tensor that any operation makes."""
 
     entries = 0
 
@@ -165,11 +169,11 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def share(kind: str, exchange: str, chunk: int) -> dict:
-    """`contrastive_share` of made features cut unequally: value, gradients, memory of logits."""
+def loss_part(kind: str, exchange: str, chunk: int) -> dict:
+    """`contrastive_fraction` of made features in unequal parts: value, gradients, memory."""
     torch.manual_seed(0)
     image, text = (F.normalize(torch.randn(PAIRS, WIDTH), dim=1) for _ in range(2))
-    captions = torch.arange(PAIRS) % 389  # of each image one more, not the other way round
+    captions = torch.arange(PAIRS) % 389  # of each image one more, in one direction only
     table = torch.stack([captions, torch.where(captions % 5 > 0, captions + 31, -1)], 1)
     rank, processes = rank_and_world_size()
     bounds = [*FIRST_ROWS[processes], PAIRS]
@@ -187,7 +191,7 @@ def share(kind: str, exchange: str, chunk: int) -> dict:
         return x
 
     with Largest() as largest, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        loss = step.contrastive_share(*leaves, partners, kind, exchange)
+        loss = step.contrastive_fraction(*leaves, partners, kind, exchange)
         kept = sum(saved)
         grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     step._LOGITS = before
@@ -214,13 +218,13 @@ def order() -> list:
 
 
 def evaluation(count: int) -> dict:
-    """Features and scores of so many pictures, the last two of which have two captions."""
+    """Features and scores of so many images, the last two of which have two captions."""
     train = training_data()
-    encoder, pictures = model(train.tokenizer, 0.0), data(count, train.tokenizer, seed=1)
-    pictures.texts[-2:] = [[*c, f"{c[0]} house"] for c in pictures.texts[-2:]]
-    features = mm.embed(encoder, pictures, batch_size=5)
+    encoder, images = model(train.tokenizer, 0.0), data(count, train.tokenizer, seed=1)
+    images.texts[-2:] = [[*c, f"{c[0]} house"] for c in images.texts[-2:]]
+    features = mm.embed(encoder, images, batch_size=5)
     masks = dict(image_mask=("random", 0.5), text_mask=("random", 0.3))
-    plain, masked = mm.evaluate(encoder, pictures), mm.evaluate(encoder, pictures, **masks)
+    plain, masked = mm.evaluate(encoder, images), mm.evaluate(encoder, images, **masks)
     return {
         "features": dataclasses.asdict(features),
         "scores": [plain, masked],
@@ -229,7 +233,7 @@ def evaluation(count: int) -> dict:
 
 
 def train_with_tools(folder, optimizer: str) -> dict:
-    """Two epochs, the ViT frozen in the first, a running mean of the weights validated."""
+    """Two epochs, the ViT frozen in the first, with an EMA of the weights validated."""
     values = dict(
         num_epochs=2, frozen_image_epochs=1, ema_decay=0.9, optimizer=optimizer, run_name=optimizer
     )
@@ -253,7 +257,7 @@ def all_cases(folder: str) -> dict:
     found = {
         "gradients": {f"{case} {n}": gradients(case, n) for case in GRADIENTS for n in BATCHES},
         "shares": {
-            f"{kind} {exchange} {chunk}": share(kind, exchange, chunk)
+            f"{kind} {exchange} {chunk}": loss_part(kind, exchange, chunk)
             for kind, exchange in LOSSES
             for chunk in (step._LOGITS, CHUNK)
         },
@@ -272,6 +276,6 @@ def all_cases(folder: str) -> dict:
 
 
 if __name__ == "__main__":
-    for processes in (3, 2, 1):  # a kernel that has trained by itself launches no more
+    for processes in (3, 2, 1):  # a process that has trained alone can launch no others
         found = mm.launch(all_cases, sys.argv[1], num_processes=processes)
         torch.save(found, Path(sys.argv[1]) / f"{processes}.pth")

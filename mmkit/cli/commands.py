@@ -1,7 +1,7 @@
 """The command line: python -m mmkit inspect | train | evaluate | search | export.
 
-Every field of `TrainingConfig` is a flag of `train`, made from the dataclass by tyro. Runs under
-torchrun as it is. Walk-through: README.md.
+Every field of `TrainingConfig` is a flag of `train`, which tyro makes from the dataclass. The
+commands also run under torchrun. Walk-through: README.md.
 """
 
 import os
@@ -30,9 +30,10 @@ from ..joint_calls import leave_group
 from ..masking.plan import validation_masks
 from ..models.checkpoint import load, read_checkpoint
 from ..models.encoder import MultimodalEncoder
-from ..models.model_card import training_facts
+from ..models.model_card import training_metadata
 from ..models.presets import PRESETS
 from ..models.sharing import read_config
+from ..older_names import OLDER_FIELDS
 from ..training.fingerprint import compare_data, of_data
 from ..training.run import InUse, Run, newest_run
 from ..training.setup import check_arguments
@@ -56,18 +57,18 @@ def inspect_(  # noqa: PLR0913 (flags)
     json: str = "",
     figure: str = "",
 ) -> None:
-    """Report what would be loaded from a source, and what is odd about it; nothing is trained.
+    """Report what would be loaded from a source and what is unusual about it, without training.
 
     Args:
         source: A table, a folder, tar shards or a hub data set.
-        image: Column of the images in a table, their suffix in shards; None = by its usual names.
-        text: Column of the texts in a table, their suffix in shards; None = by its usual names.
+        image: Column of the images in a table, suffix in shards; None = found by its usual names.
+        text: Column of the texts in a table, suffix in shards; None = found by its usual names.
         root: Folder of the images of a table (None = the table's own), of COCO or of Flickr30k.
         data_split: Split of a hub data set or of Karpathy's JSON.
-        encoding: Encoding of a table's letters; None = UTF-8, or what its byte order mark says.
-        separator: Character between a table's columns; None = the one that fits.
+        encoding: Text encoding of a table; None = UTF-8, or what its byte order mark says.
+        separator: Character between a table's columns; None = found from its content.
         image_size: Side in pixels at which images are compared.
-        max_length: Tokens of a caption that the model will read (tiny 32, small 64, base 77).
+        max_length: Number of tokens of a caption that the model reads (tiny 32, small 64, base 77).
         near: Also look for nearly equal images and captions.
         json: File for the report as JSON; "" = none.
         figure: File for the report as a figure; "" = none.
@@ -80,8 +81,8 @@ def inspect_(  # noqa: PLR0913 (flags)
     if json:
         print(f"\nwritten: {report.save(json)}")
     if figure:
-        words = f"What {source} holds."
-        print(f"written: {plots.save(plots.source_report(report, words), figure)}")
+        caption = f"Contents of {source}."
+        print(f"written: {plots.save(plots.source_report(report, caption), figure)}")
 
 
 def train(
@@ -91,21 +92,21 @@ def train(
     resume: bool = False,
     fork: str = "",
 ) -> None:
-    """Train on the built-in images or your own, score the test part, draw ten searches.
+    """Train on the built-in images or your own, evaluate on the test part, draw ten searches.
 
     Args:
-        config: The whole recipe.
+        config: Every choice of the run.
         source: The images.
         split: How the built-in images are divided ("random" leaks, for teaching).
-        resume: Go on from the last checkpoint of --run-name; without a name, of the newest run.
-        fork: Folder of a run whose last state this run starts from; only --batch-size must agree.
+        resume: Continue from the last checkpoint of --run-name, or of the newest run.
+        fork: Folder of a run from whose last state this run starts; only --batch-size must agree.
     """
     check_arguments(config)  # before anything is loaded
     size = PRESETS[config.preset]["image"]
     training, val, test = _parts(source, size, split, config)
     name = f"{split} test" if not source.data else "test part"
     own = Path(config.output_dir) / config.run_name / "last" / "state.pth"
-    go_on: bool | str = resume and (own.is_file() or not fork)  # a fork that was killed goes on
+    go_on: bool | str = resume and (own.is_file() or not fork)  # a killed fork is resumed
     run = train_model(config, training, val, resume=go_on or fork)
     if not leave_group():
         return
@@ -124,11 +125,11 @@ def train(
         _draw_searches(model, test, name, run.path, source)
     print(f"      {_python()} -m tensorboard.main --logdir {shlex.quote(config.output_dir)}")
     if test.attribution:
-        print(f"pictures: {test.attribution}")
+        print(f"images: {test.attribution}")
 
 
 def _parts(source: Source, size: int, split: Split, config: TrainingConfig):
-    """(train, val, test) of the built-in pictures, or of one's own."""
+    """(train, val, test) of the built-in images or the user's own."""
     source.refuse_without_data()
     if not source.data:
         return openmoji(image_size=size, split=split)
@@ -139,7 +140,7 @@ def _parts(source: Source, size: int, split: Split, config: TrainingConfig):
     train, val, test = source.divide(data, config.seed)
     if first and test is not None and not data.expensive:
         found = overlap(train, test, near=source.group == "content")
-        found.near = found.near or 0  # all but "content" kept near-duplicates together
+        found.near = found.near or 0  # other groups keep near-duplicates together
         print(f"{found}\n")
     return train, val, test
 
@@ -147,13 +148,13 @@ def _parts(source: Source, size: int, split: Split, config: TrainingConfig):
 def _draw_searches(
     model: MultimodalEncoder, test: MultimodalDataset, name: str, path: Path, source: Source
 ):
-    """Ten captions of the test split and what is found by them, as a picture; what to do next."""
+    """Save a figure of ten searches by captions of the test part, and print what to do next."""
     index = Index(model, test)
     queries = [*dict.fromkeys(text[0] for text in test.texts)][:: max(1, len(test) // 10)][:10]
-    words = f"Ten captions of the {name}, each with its nearest of {len(test)} pictures."
-    figure = plots.search_results(index, queries, k=min(6, len(test)), caption=words)
+    caption = f"Ten captions of the {name}, each with the nearest of {len(test)} images."
+    figure = plots.search_results(index, queries, k=min(6, len(test)), caption=caption)
     print(f"\nten searches: {plots.save(figure, path / 'searches.png')}")
-    print("next: make lab (open 01_data.ipynb), or search all pictures by your own words:")
+    print("next: make lab (open 01_data.ipynb), or search all images by your own words:")
     query = queries[0] if source.data else "a woman firefighter"
     flags = [*source.words(without=("group",)), "--checkpoint", f"{path}/best_model.pth"]
     print(f"      {shlex.join([_python(), '-m', 'mmkit', 'search', query, *flags])}")
@@ -162,50 +163,54 @@ def _draw_searches(
 def _print_reconstruction(
     model: MultimodalEncoder, data: MultimodalDataset, config: TrainingConfig
 ):
-    """What the decoder puts back, hidden as in a validation of the run; nothing without one."""
+    """Print how well the decoder reconstructs, masked as in validation; nothing without one."""
     if model.decoder is None:
         return
     masks: dict = validation_masks(config)
     modes: dict = dict(image_mode=config.image_mask_mode, text_mode=config.text_mask_mode)
-    print("\nput back (hidden as in training):")
-    looks = {"right": "its own", "none": "nothing", "wrong": "another's"}
-    for sees in looks if model.decoder.across else ("right",):
-        found = evaluate_reconstruction(model, data, sees=sees, **masks, **modes)
-        words = [f"pixel error {found['pixel_error']:.4f}"] if "pixel_error" in found else []
-        if "words_accuracy" in found:
-            words.append(f"words right {100 * found['words_accuracy']:.1f} %")
-            words.append(f"perplexity {found['words_perplexity']:.1f}")
-        if "matching_accuracy" in found:
-            words.append(f"pairs told {100 * found['matching_accuracy']:.1f} % (always no: 66.7)")
-        seen = f"decoder looks at {looks[sees]}" if model.decoder.across else ""
-        print(f"{seen:28}{', '.join(words)}")
+    print("\nreconstruction (masked as in training):")
+    for context in ("matched", "none", "mismatched") if model.decoder.across else ("matched",):
+        found = evaluate_reconstruction(model, data, context=context, **masks, **modes)
+        results = [f"pixel error {found['pixel_error']:.4f}"] if "pixel_error" in found else []
+        if "mlm_accuracy" in found:
+            results.append(f"token accuracy {100 * found['mlm_accuracy']:.1f} %")
+            results.append(f"perplexity {found['mlm_perplexity']:.1f}")
+        if "itm_accuracy" in found:
+            accuracy = 100 * found["itm_accuracy"]
+            results.append(f"matching accuracy {accuracy:.1f} % (always no: 66.7)")
+        label = f"context {context}" if model.decoder.across else ""
+        print(f"{label:28}{', '.join(results)}")
 
 
 def _peak_gigabytes() -> float:
-    """Most memory this process ever held."""
+    """The largest memory this process has held, in GB."""
     import resource
 
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, kilobytes on Linux
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def _python() -> str:
-    """How this Python was called, short enough to be typed again."""
+    """The command of this Python, short enough to type."""
     path = Path(sys.executable)
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else "python"
 
 
 def _print_scores(model: MultimodalEncoder, data: MultimodalDataset, name: str, masks: dict):
-    """A table: Recall@K both ways, with everything seen and with patches hidden, and chance."""
-    print(f"\n{name}: {len(data)} pictures, {sum(map(len, data.texts))} captions (per cent)")
+    """Print Recall@K both ways, with nothing masked and with patches masked, and chance."""
+    print(f"\n{name}: {len(data)} images, {sum(map(len, data.texts))} captions (per cent)")
     print(f"{'':24}image to text         text to image         mean")
     print(f"{'':24}R@1    R@5    R@10   R@1    R@5    R@10   R@1")
     masker, ratio = masks["image_mask"]
-    hidden = f"{masker} mask"
-    if masker not in ("painted", "layers"):  # which go by no ratio
-        share = f"{100 * ratio:.0f} %"
-        hidden = f"{share} of patches hidden" if masker == "random" else f"{masker}, {share} hidden"
-    for label, options in (("everything seen", {}), (hidden, masks)):
+    masked = f"{masker} mask"
+    if masker not in ("painted", "layers"):  # these have no ratio
+        fraction = f"{100 * ratio:.0f} %"
+        masked = (
+            f"{fraction} of patches masked"
+            if masker == "random"
+            else f"{masker}, {fraction} masked"
+        )
+    for label, options in (("nothing masked", {}), (masked, masks)):
         result = evaluate(model, data, **options)
         ways = [
             result[way].get(k) for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)
@@ -214,14 +219,16 @@ def _print_scores(model: MultimodalEncoder, data: MultimodalDataset, name: str, 
         print(f"{label:24}{numbers}{100 * mean_recall(result):.1f}")
         cut = result["cut_captions"]
     if cut:
-        print(f"{cut:,} captions are longer than the model reads, and are judged without their end")
+        print(
+            f"{cut:,} captions are longer than the model reads, and are evaluated without their end"
+        )
     chance = [chance_of_recall(data, k) for k in (1, 5, 10)]
     numbers = "".join(f"{100 * way[i]:<7.1f}" for i in (0, 1) for way in chance)
     print(f"{'chance':24}{numbers}{50 * sum(chance[0]):.1f}")
 
 
 def _checkpoint(path: str) -> Path:
-    """The file given, else the newest run's best model."""
+    """The given file, or the newest run's best model."""
     if path:
         return Path(path)
     newest = newest_run(Path("runs"))
@@ -232,13 +239,13 @@ def _checkpoint(path: str) -> Path:
     return Run.load(Path("runs") / newest).best_file
 
 
-def _facts(path: Path) -> dict:
-    """What is known of the training of a model: of a run, of a checkpoint, of an export."""
+def _metadata(path: Path) -> dict:
+    """Metadata of a model's training, from a run, a checkpoint or an exported folder."""
     if path.is_dir():
         return read_config(path)["training"]
     if path.name == "best_model.pth" and (path.parent / "metrics.jsonl").is_file():
-        return Run.load(path.parent).facts
-    return training_facts(read_checkpoint(path))
+        return Run.load(path.parent).metadata
+    return training_metadata(read_checkpoint(path))
 
 
 def _evaluate(
@@ -246,58 +253,58 @@ def _evaluate(
     checkpoint: str = "",
     split: Split = "compose",
     part: Literal["val", "test", "all"] = "test",
-    hidden: float = 0.5,
+    masked: float = 0.5,
 ) -> None:
-    """Score a checkpoint on a part of the images, with everything visible and with masked patches.
+    """Evaluate a checkpoint on a part of the images, with nothing and with patches masked.
 
     Args:
         source: The images.
         checkpoint: A best_model.pth or an exported folder; "" = the newest run's best model.
         split: How the built-in images are divided.
-        part: Which part is scored, divided as `train` does; "all" is for images of your own.
-        hidden: Fraction of the patches that is masked in the second line, in (0, 1).
+        part: Part to evaluate on, divided as `train` does; "all" is for images of your own.
+        masked: Fraction of patches masked in the second line, in (0, 1).
     """
     source.refuse_without_data()
     if part == "all" and not source.data:
-        raise ValueError("--part all is for pictures of your own; give --data, or a part")
+        raise ValueError("--part all is for images of your own; give --data, or a part")
     path = _checkpoint(checkpoint)
     model = load(path)
-    masks = {"image_mask": ("random", hidden)}
+    masks = {"image_mask": ("random", masked)}
     if source.data:
         data, name = _own_part(source, model.image_size, part, path)
         _print_scores(model, data, name, masks)
         return
-    trained_on = _facts(path).get("data", "")
+    trained_on = _metadata(path).get("data", "")
     if (trained_on == "openmoji-random-train") != (split == "random"):
-        trained_on = trained_on or "other pictures"
-        print(f"beware: trained on {trained_on}, which may hold what is tested here")
+        trained_on = trained_on or "other images"
+        print(f"beware: trained on {trained_on}, which may hold images that are tested here")
     data = openmoji(image_size=model.image_size, split=split)[1 if part == "val" else 2]
     _print_scores(model, data, f"{split} {part}", masks)
 
 
 def _own_part(source: Source, size: int, part: str, path: Path) -> tuple[MultimodalDataset, str]:
-    """(a part of one's own pictures, what it is called); says where the model may have seen it."""
-    data, facts = source.load(image_size=size), _facts(path)
-    trained_on = facts.get("data", "")
+    """(a part of the user's images, its name); warns where the model may have seen it."""
+    data, metadata = source.load(image_size=size), _metadata(path)
+    trained_on = metadata.get("data", "")
     if part == "all":
         if trained_on == f"{data.name}-train":
-            print("beware: these are all pictures, those that the model was trained on included")
+            print("beware: these are all images, including those that the model was trained on")
         return data, f"all of {data.name}"
-    train, val, test = source.divide(data, facts.get("config", {}).get("seed", 0))
+    train, val, test = source.divide(data, metadata.get("config", {}).get("seed", 0))
     if trained_on != train.name:
-        print(f"beware: trained on {trained_on or 'other pictures'}, not on {train.name}")
+        print(f"beware: trained on {trained_on or 'other images'}, not on {train.name}")
     elif differs := _differing(path, train):
         print(
             f"beware: {train.name} is not what it was when the model was trained ({differs}), so "
-            f"that it may have seen what is in the {part} part"
+            f"that the model may have seen the {part} part"
         )
     chosen = val if part == "val" else test
-    assert chosen is not None  # `divide` gives each a share
+    assert chosen is not None  # `divide` returns three parts
     return chosen, f"{part} part"
 
 
 def _differing(path: Path, train: MultimodalDataset) -> str:
-    """What differs from the set a checkpoint was trained on, "" where nothing or not known."""
+    """How a set differs from the one a checkpoint was trained on; "" if not, or if unknown."""
     then = {} if path.is_dir() else read_checkpoint(path).get("data")
     if not isinstance(then, dict) or not then.get("fingerprint"):
         return ""
@@ -311,13 +318,13 @@ def search(
     k: int = 10,
     out: str = "search.png",
 ) -> None:
-    """Find images, the built-in ones or your own, by words or by an image file.
+    """Find images, the built-in ones or your own, by a text or an image file.
 
     Args:
-        query: Words, or the path of an image.
+        query: A text, or the path of an image.
         source: The images.
         checkpoint: A best_model.pth or an exported folder; "" = the newest run's best model.
-        k: How many images are found.
+        k: Number of images to find.
         out: File for the grid of results.
     """
     source.refuse_without_data()
@@ -334,28 +341,39 @@ def search(
     for hit, _ in found:
         print(f"{hit.score:.3f}  {hit.text}")
     titles = [f"{hit.score:.2f} {hit.text}" for hit, _ in found]
-    words = f"Nearest to {query!r} among all {source.data or 'built-in'} pictures (cosine)."
+    caption = f"Nearest to {query!r} among all {source.data or 'built-in'} images (cosine)."
     print(
-        plots.save(plots.picture_grid([image for _, image in found], titles, 5, None, words), out)
+        plots.save(plots.image_grid([image for _, image in found], titles, 5, None, caption), out)
     )
 
 
 def export(out: str, checkpoint: str = "") -> None:
-    """Write a model as a folder to share: safetensors, JSON, its tokenizer and a card.
+    """Export a model as a folder to share: safetensors, JSON, its tokenizer and a model card.
 
     Args:
-        out: Folder that is written.
+        out: Folder to write.
         checkpoint: A best_model.pth or an exported folder; "" = the newest run's best model.
     """
     path = _checkpoint(checkpoint)
-    load(path).save_pretrained(out, facts=_facts(path))
+    load(path).save_pretrained(out, metadata=_metadata(path))
     size = sum(file.stat().st_size for file in Path(out).iterdir())
     print(f"{path} written to {out} ({size / 1e6:.1f} MB); its README.md is the model's card")
     print(f'load it: mm.MultimodalEncoder.from_pretrained("{out}")')
 
 
+def _current_flag(word: str) -> str:
+    """A flag under its current name; an older one answers, with a message."""
+    flag, given, value = word.partition("=")
+    new = OLDER_FIELDS.get(flag.removeprefix("--").replace("-", "_")) if flag[:2] == "--" else None
+    if new is None:
+        return word
+    new = f"--{new.replace('_', '-')}"
+    print(f"mmkit: {flag} is called {new} now", file=sys.stderr)
+    return f"{new}{given}{value}"
+
+
 def main() -> None:
-    """Run one of the commands; a wrong input is one line of words, not a traceback."""
+    """Run one of the commands; a wrong input gives a message of one line, not a traceback."""
     commands: dict[str, Callable] = {
         "inspect": inspect_,
         "train": train,
@@ -365,7 +383,10 @@ def main() -> None:
     }
     try:
         tyro.extras.subcommand_cli_from_dict(
-            commands, prog="mmkit", description=__doc__.splitlines()[0]
+            commands,
+            prog="mmkit",
+            description=__doc__.splitlines()[0],
+            args=[_current_flag(word) for word in sys.argv[1:]],
         )
     except (ValueError, OSError, ImportError, InUse) as error:
         print(f"mmkit: {' '.join(str(error).splitlines())}", file=sys.stderr)
@@ -373,7 +394,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun then says what failed first
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun then reports the first failure
         from torch.distributed.elastic.multiprocessing.errors import record
 
         main = record(main)

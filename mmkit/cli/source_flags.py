@@ -1,7 +1,7 @@
-"""Pictures of one's own on the command line: flags, and which way in takes them.
+"""The user's own images on the command line: flags, and the loader that takes them.
 
-What `mm.load_data` is given in a notebook are flags here, the same for train, evaluate and search.
-Walk-through: notebooks/08_your_own_pictures.ipynb.
+The arguments of `mm.load_data` are flags here, the same for train, evaluate and search.
+Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
 import dataclasses
@@ -17,38 +17,38 @@ from ..data.sources import way_in
 from ..data.splits import Parts, split
 from ..data.tables import read_json
 
-ALL = ("on_error", "max_skipped")  # flags that every way in takes
-NOT_COLUMNS = ("near", "content", "caption")  # what `split` can go by without meta
+ALL = ("on_error", "max_skipped")  # flags that every loader takes
+NOT_COLUMNS = ("near", "content", "caption")  # groups of `split` that are not columns of meta
 
 
 @dataclasses.dataclass
 class Source:
-    """Pictures of your own, as `mm.load_data` takes them."""
+    """Images of your own, as `mm.load_data` takes them."""
 
     # A table, a folder, tar shards or a hub data set; "" = the built-in images.
     data: str = ""
-    # Column of the images in a table, their suffix in shards; None = found by its usual names.
+    # Column of the images in a table, suffix in shards; None = found by its usual names.
     image: str | None = None
-    # Column of the texts in a table, their suffix in shards; None = found by its usual names.
+    # Column of the texts in a table, suffix in shards; None = found by its usual names.
     text: str | None = None
     # Folder of the images of a table (None = the table's own), of COCO or of Flickr30k.
     root: str | None = None
     # Split of a hub data set or of Karpathy's JSON.
     data_split: str | None = None
-    # Encoding of a table's letters; None = UTF-8, or what its byte order mark says.
+    # Text encoding of a table; None = UTF-8, or what its byte order mark says.
     encoding: str | None = None
-    # Character between a table's columns; None = the one that fits.
+    # Character between a table's columns; None = found from its content.
     separator: str | None = None
-    # What is never divided between the parts: "near" (near-duplicates) | "content" (equal
-    # images) | "caption" (equal captions), or a column, whose every value stays in one part.
+    # Groups that stay in one part: "near" (near-duplicates) | "content" (equal images) |
+    # "caption" (equal captions), or a column (rows of equal value).
     group: str = "near"
-    # A bad row stops everything ("raise"), or is left out and counted ("skip").
+    # A bad row stops the command ("raise"), or is left out and counted ("skip").
     on_error: Literal["raise", "skip"] = "raise"
     # Fraction of the rows that may be left out, in [0, 1].
     max_skipped: float = 0.1
 
     def load(self, **options) -> MultimodalDataset:
-        """The data set; ValueError for a flag that its way in does not take."""
+        """Load the data set; ValueError for a flag that its loader does not take."""
         way, source = published(self.data) or way_in(self.data)
         takes = inspect.signature(way).parameters
         known = {flag: name for flag, name in _FLAGS if name in takes}
@@ -56,33 +56,33 @@ class Source:
             if flag not in known and flag not in ALL:
                 hint = f"; {way.__name__} takes {_listed([*known])}" if known else ""
                 raise ValueError(
-                    f"{_flag(flag)} {value} means nothing for {self.data}, which is read by "
+                    f"{_flag(flag)} {value} has no meaning for {self.data}, which is read by "
                     f"mm.{way.__name__}; leave it out{hint}"
                 )
             options.setdefault(known.get(flag, flag), value)
         if "images" in takes and "images" not in options:
             raise ValueError(
-                f"{self.data} is read by mm.{way.__name__}, and says nothing of where its pictures "
+                f"{self.data} is read by mm.{way.__name__}, and does not say where its images "
                 "are; give --root FOLDER"
             )
-        if self.group not in NOT_COLUMNS and "meta" in takes:  # others have facts of their own
+        if self.group not in NOT_COLUMNS and "meta" in takes:  # others have their own metadata
             options["meta"] = [self.group]
         try:
             return way(source, **options)
-        except ValueError as error:  # in the words of a notebook
+        except ValueError as error:  # it names an argument, not a flag
             raise ValueError(str(error).replace("give split=", "give --data-split ")) from None
 
     def divide(self, dataset: MultimodalDataset, seed: int) -> Parts:
-        """(train, val, test), as `train` does it."""
+        """(train, val, test), divided as the command `train` does."""
         try:
             return split(dataset, by=self.group, seed=seed)
-        except ValueError as error:  # in the words of a notebook
-            words = re.sub(r"\bby='([^']*)'", r"--group \1", str(error))
-            words = words.replace("a larger share, another seed than", "another --seed than")
-            raise ValueError(words) from None
+        except ValueError as error:  # it names arguments, not flags
+            message = re.sub(r"\bby='([^']*)'", r"--group \1", str(error))
+            message = message.replace("a larger fraction, another seed than", "another --seed than")
+            raise ValueError(message) from None
 
     def given(self, without: tuple[str, ...] = ()) -> dict:
-        """The flags that are not as they are by default."""
+        """The flags that differ from their defaults."""
         return {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
@@ -90,19 +90,18 @@ class Source:
         }
 
     def words(self, without: tuple[str, ...] = ()) -> list[str]:
-        """These flags, to be typed again."""
-        return [word for f, value in self.given(without).items() for word in (_flag(f), str(value))]
+        """These flags as arguments of a command."""
+        return [text for f, value in self.given(without).items() for text in (_flag(f), str(value))]
 
     def refuse_without_data(self) -> None:
-        """ValueError for flags of one's own pictures where the built-in ones are taken."""
+        """ValueError for flags about the user's own images where the built-in ones are used."""
         if not self.data and (given := self.given()):
             raise ValueError(
-                f"{_listed([*given])} is about pictures of your own; give --data, too, or leave it "
-                "out"
+                f"{_listed([*given])} is for images of your own; give --data, too, or leave it out"
             )
 
 
-# (flag, what a way in calls it)
+# (flag, name of a loader's argument)
 _FLAGS = [(name, name) for name in ("image", "text", "root", "encoding", "separator")]
 _FLAGS += [("root", "images"), ("data_split", "split")]
 
@@ -116,7 +115,7 @@ def _listed(names: list[str]) -> str:
 
 
 def published(data: str) -> tuple[Callable, Path] | None:
-    """(`from_coco` or `from_flickr30k`, the file) where a file is in one of their forms."""
+    """(`from_coco` or `from_flickr30k`, the file) where a file is in one of their formats."""
     path = Path(data).expanduser()
     if path.name.endswith((".token", ".token.txt")) and path.is_file():
         return from_flickr30k, path
@@ -124,12 +123,12 @@ def published(data: str) -> tuple[Callable, Path] | None:
         return None
     try:
         value = read_json(path)
-    except ValueError:  # JSON lines, say; whoever reads it says what is wrong
+    except ValueError:  # JSON lines, for example; the loader reports what is wrong
         return None
-    pictures = value.get("images") if isinstance(value, dict) else None
-    if not isinstance(pictures, list):
+    images = value.get("images") if isinstance(value, dict) else None
+    if not isinstance(images, list):
         return None
     if "annotations" in value:
         return from_coco, path
-    first = pictures[0] if pictures else None
+    first = images[0] if images else None
     return (from_flickr30k, path) if isinstance(first, dict) and "sentences" in first else None

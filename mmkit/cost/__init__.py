@@ -1,14 +1,15 @@
-"""What a step costs: counted and predicted before it runs, and measured."""
+"""The cost of a training step: counted and predicted before it runs, and measured."""
 
 from ..models.flops import (
     logit_flops,
     muon_flops,
     objective_flops,
-    put_back_flops,
+    reconstruction_flops,
     sample_flops,
     step_flops,
     tower_flops,
 )
+from ..older_names import older_functions
 from .measure import (
     crossover,
     fit_rates,
@@ -21,6 +22,8 @@ from .measure import (
 )
 from .prediction import Prediction, Rates, predict
 from .profile import step_parts
+
+__getattr__ = older_functions(__name__, "mm.cost", put_back_flops="reconstruction_flops")
 
 __all__ = [
     "Prediction",
@@ -35,7 +38,7 @@ __all__ = [
     "objective_flops",
     "predict",
     "predict_batch",
-    "put_back_flops",
+    "reconstruction_flops",
     "sample_flops",
     "step_flops",
     "step_parts",

@@ -1,4 +1,4 @@
-"""What a step costs: counted and predicted before it runs (flops.py, prediction.py), and measured.
+"""The cost of a training step, measured; fits and comparisons with its prediction.
 
 A multiply-add counts as two operations. Walk-through: notebooks/09_speed.ipynb.
 """
@@ -19,29 +19,42 @@ from ..losses import info_nce
 from ..masking.plan import draw_maskings
 from ..models.encoder import MultimodalEncoder
 from ..models.flops import step_flops
+from ..older_names import older_arguments
 from ..training.random_state import random_state_kept
+from ..training.threads import parts_at_once
 from .prediction import Prediction, Rates, looked_at, predict
 
 
+@older_arguments(num_words="num_tokens")
 def matmul_rate(
     model: MultimodalEncoder,
     batch_size: int,
     num_patches: float,
-    num_words: float,
+    num_tokens: float,
     dtype: torch.dtype = torch.float32,
     rounds: int = 9,
 ) -> float:
-    """GFLOP a second that this machine multiplies at the shapes of a training step's layers.
+    """The rate at which this machine multiplies matrices of the shapes of a training step.
 
-    The linear maps of both towers, forward and both ways back, on tensors that lie ready: what a
-    step could reach at best. Every shape's median, weighted by its operations. On the device and
-    with the threads of now.
+    It is an upper bound of a step's rate: the linear maps of both towers, forward and both products
+    of the backward pass, on tensors in memory. The median time of each shape is weighted by its
+    operations. Measured on the model's device with the present number of threads.
+
+    Args:
+        model: an encoder.
+        batch_size: pairs of a step, at least 1.
+        num_patches: encoded patches of an image.
+        num_tokens: mean number of encoded tokens of a caption.
+        dtype: type of the matrices.
+        rounds: measurements of each shape, after two that are not counted.
+    Returns:
+        GFLOP per second.
     """
     device, total, seconds = model.logit_scale.device, 0.0, 0.0
     draws = torch.Generator(device).manual_seed(0)
     for config, tokens in (
         (model.vit.config, batch_size * (num_patches + 1)),
-        (model.bert.config, batch_size * num_words),
+        (model.bert.config, batch_size * num_tokens),
     ):
         width, inner, rows = config.hidden_size, config.intermediate_size, round(tokens)
         for columns, out in ((width, 3 * width), (width, width), (width, inner), (inner, width)):
@@ -67,11 +80,17 @@ def _median_seconds(work, device: torch.device, rounds: int) -> float:
 
 
 def step_seconds(trainers: dict[str, Any], rounds: int = 5) -> dict[str, float]:
-    """Median seconds of a whole training step of each trainer ({name: trainer}).
+    """Measure a whole training step of each trainer; this trains their weights.
 
-    They take turns, so that a busy moment does not hit one of them alone; of the two steps of a
-    turn the second counts, which finds memory as its own kind left it. A first round warms up.
-    Their weights are trained on by it.
+    The trainers take turns, so that a busy moment of the machine does not affect only one of them.
+    Of the two steps of a turn the second one counts, since it finds memory as a step of the same
+    trainer left it. A first round is not counted.
+
+    Args:
+        trainers: {name: MaskedMultimodalTrainer}.
+        rounds: counted turns of each trainer.
+    Returns:
+        {name: median seconds}.
     """
     times: dict[str, list[float]] = {name: [] for name in trainers}
     for _ in range(rounds + 1):
@@ -89,12 +108,22 @@ def measure_ratios(
     masker: str = "random",
     rounds: int = 5,
 ) -> list[dict]:
-    """Tokens, predicted operations and measured milliseconds of a step at each hidden share.
+    """Tokens, counted operations and measured milliseconds of a step at each image mask ratio.
 
-    A step here is forward and backward of one batch (patches dropped, words seen), no optimizer.
-    The ratios take turns, so that a busy moment does not hit one of them alone; the first round
-    warms up and is not counted. The model's gradients stay as they were. Returns for each ratio
-    {"ratio", "tokens" per pair, "gflop" per pair, "milliseconds" (median), "quartiles"}.
+    A step here is the forward and backward pass of one batch without an optimizer (masked patches
+    dropped, all tokens of the captions encoded). The ratios take turns, so that a busy moment of
+    the machine does not affect only one of them; a first round is not counted. The model's
+    gradients stay as they were.
+
+    Args:
+        model: an encoder.
+        batch: a batch on its device.
+        ratios: mask ratios, in [0, 1).
+        masker: name of an image masker.
+        rounds: counted steps of each ratio.
+    Returns:
+        For each ratio {"ratio", "tokens" per pair, "gflop" per pair, "milliseconds" (median),
+        "quartiles" of the milliseconds}.
     """
     maskings = [
         draw_maskings(batch, model.token_info, seed=0, epoch=0, image=(masker, ratio))[0]
@@ -115,15 +144,15 @@ def measure_ratios(
     for parameter, gradient in gradients.items():
         parameter.grad = gradient
     costs = []
-    words = batch.valid.sum(1).float().mean().item()
+    tokens = batch.valid.sum(1).float().mean().item()
     for ratio, masking, took in zip(ratios, maskings, times, strict=True):
         patches = model.num_patches if masking is None else masking.ids_keep.shape[1]
         ordered = sorted(took[1:])
         costs.append(
             {
                 "ratio": ratio,
-                "tokens": 1 + patches + words,
-                "gflop": step_flops(model, patches, words, replay=False) / 1e9,
+                "tokens": 1 + patches + tokens,
+                "gflop": step_flops(model, patches, tokens, replay=False) / 1e9,
                 "milliseconds": statistics.median(ordered),
                 "quartiles": (ordered[len(ordered) // 4], ordered[-1 - len(ordered) // 4]),
             }
@@ -132,11 +161,18 @@ def measure_ratios(
 
 
 def fit_rates(predictions: Sequence[Prediction], seconds: Sequence[float]) -> Rates:
-    """The rates under which these predictions take about these seconds.
+    """Fit the rates with which predictions match measured seconds.
 
-    Least squares of the RELATIVE errors, no rate below 0: of all ways to leave rates out (0) the
-    best whose others are above 0. Raises ValueError for fewer than 6 configurations, unequal
-    numbers, or a time that is not above 0.
+    Least squares of the RELATIVE errors with rates of at least 0: of all ways to set some rates to
+    0, the best one in which the others are positive.
+
+    Args:
+        predictions: of at least 6 configurations.
+        seconds: measured for each of them, above 0.
+    Returns:
+        The fitted `Rates`.
+    Raises:
+        ValueError: fewer than 6 configurations, unequal numbers, or a time that is not above 0.
     """
     if len(predictions) != len(seconds) or len(seconds) < 6 or min(seconds) <= 0:
         raise ValueError(
@@ -164,16 +200,25 @@ def measure_rates(
     batches: Sequence[int] | None = None,
     rounds: int = 5,
 ) -> Rates:
-    """Fit `Rates` to the steps of a trainer (a MaskedMultimodalTrainer): each ratio by each batch.
+    """Fit `Rates` to the steps of a trainer at each ratio and batch; this trains its weights.
 
-    batches: pairs of a step, at most the trainer's batch; None = the whole, half and a quarter of
-    it. They take turns as in `step_seconds`; a first round warms up. On the trainer's device,
-    precision and threads, with one process. Its weights are trained on by it; its configuration
-    stays. Raises ValueError for fewer than 6 configurations, a batch that the trainer does not have
-    or a run of several processes.
+    The configurations take turns as in `step_seconds`; a first round is not counted. Measured with
+    the trainer's device, precision and threads; its configuration stays as it is.
+
+    Args:
+        trainer: a MaskedMultimodalTrainer of one process.
+        ratios: image mask ratios, in [0, 1).
+        batches: pairs of a step, at most the trainer's batch; None = the whole, half and a quarter
+            of it.
+        rounds: counted steps of each configuration.
+    Returns:
+        The fitted `Rates`.
+    Raises:
+        ValueError: fewer than 6 configurations, a batch larger than the trainer's, or a run of
+            several processes.
     """
     if trainer.processes > 1:
-        raise ValueError(f"rates are of one process, this run has {trainer.processes}")
+        raise ValueError(f"rates are of one process; this run has {trainer.processes}")
     batch, config = trainer.first_batch(), trainer.config
     batches = batches or sorted({max(1, len(batch) // n) for n in (1, 2, 4)})
     if max(batches) > len(batch):
@@ -200,7 +245,14 @@ def measure_rates(
 
 
 def step_time(trainer: Any, batch: Batch) -> float:
-    """Seconds of a training step on this batch."""
+    """Measure one training step on a batch; this trains the weights.
+
+    Args:
+        trainer: a MaskedMultimodalTrainer.
+        batch: this process's part of a batch, on the trainer's device.
+    Returns:
+        Seconds.
+    """
     start = time.perf_counter()
     trainer.train_step(batch, epoch=0)
     if trainer.device.type == "cuda":
@@ -209,11 +261,16 @@ def step_time(trainer: Any, batch: Batch) -> float:
 
 
 def predict_batch(trainer: Any, batch: Batch, rates: Rates | None = None) -> Prediction:
-    """`predict` for a trainer's next step, the lengths of captions read from its part of a batch.
+    """`predict` for a trainer's next step, with the caption lengths of a batch.
 
-    trainer: a MaskedMultimodalTrainer.
+    Args:
+        trainer: a MaskedMultimodalTrainer.
+        batch: this process's part of a batch.
+        rates: of the device; None = no seconds are predicted.
+    Returns:
+        The `Prediction`.
     """
-    pieces = trainer.config.gradient_accumulation_steps
+    micro_batches = trainer.config.gradient_accumulation_steps
     return predict(
         trainer.config,
         trainer.model,
@@ -222,7 +279,7 @@ def predict_batch(trainer: Any, batch: Batch, rates: Rates | None = None) -> Pre
         processes=trainer.processes,
         rates=rates,
         device=trainer.device,
-        at_once=trainer.at_once(len(batch) // pieces),
+        at_once=parts_at_once(trainer, len(batch) // micro_batches),
     )
 
 
@@ -235,17 +292,29 @@ def crossover(
     gain: float,
     largest: int = 1024,
 ) -> int | None:
-    """The smallest side in pixels at which hiding makes a step `gain` times as fast; None = none.
+    """The smallest image side at which masking makes a step `gain` times as fast, by `predict`.
 
-    Below it `config.image_mask_ratio` does not pay that much: captions and what a step costs anyway
-    remain. By `predict`, nothing hidden over hidden, at all multiples of the patch up to `largest`
-    pixels; (side / patch)^2 are the tokens. Raises ValueError where the terms put patches back
-    (with nothing hidden there are none) and for a gain that is not above 1.
+    With smaller images `config.image_mask_ratio` saves less, because captions and fixed costs
+    remain. Compares a step with nothing masked to a masked one at all multiples of the patch size;
+    an image has (side / patch)^2 patches.
+
+    Args:
+        config: the masked configuration.
+        model_or_preset: an encoder, or the name of a preset.
+        rates: of the machine, see `Rates`.
+        caption_length: mean number of tokens of a caption, both ends included.
+        gain: factor, above 1.
+        largest: largest side to try, in pixels.
+    Returns:
+        The side in pixels; None where there is none up to `largest`.
+    Raises:
+        ValueError: patches are reconstructed (with nothing masked there are none), or gain is not
+            above 1.
     """
     if not gain > 1:
-        raise ValueError(f"gain={gain!r} must be above 1: so many times as fast as nothing hidden")
-    if "pixels" in config.terms:
-        raise ValueError("pixels_weight above 0 needs hidden patches; compare with pixels_weight=0")
+        raise ValueError(f"gain={gain!r} must be above 1: how much faster than with nothing masked")
+    if "mim" in config.terms:
+        raise ValueError("mim_weight above 0 needs masked patches; compare with mim_weight=0")
     plain = dict(image_mask="random", painted_mask=None, image_mask_schedule="constant")
     whole = dataclasses.replace(
         config, image_mask_ratio=0.0, image_mask_final_ratio=None, **plain  # type: ignore[arg-type]

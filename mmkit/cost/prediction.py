@@ -1,8 +1,8 @@
 """What a step will cost, from its configuration alone: operations, memory, bytes sent, time.
 
-Counted, not run: operations as in flops.py, bytes from what each layer keeps for the way back. Time
-is a sum of four parts, each a count times a rate of the machine: passes, matrix products, bytes
-moved, bytes exchanged. The rates come from a few measured steps (`cost.measure_rates`).
+Counted, not run: operations as in flops.py, bytes from what each layer keeps for the backward pass.
+Time is a sum of four parts, each a count times a rate of the machine: passes, matrix products,
+bytes moved, bytes exchanged. The rates come from a few measured steps (`cost.measure_rates`).
 Shapes: B batch, K encoded tokens, D width, H heads, W processes.
 Walk-through: notebooks/09_speed.ipynb.
 """
@@ -22,12 +22,12 @@ from ..masking.plan import find_masker
 from ..models.encoder import MultimodalEncoder
 from ..models.flops import logit_flops, muon_flops, objective_flops, tower_flops
 from ..models.presets import PRESETS
-from ..objective import Objective
 from ..training.optim import parameter_groups
+from ..training.terms import prepare_heads
 from .memory import Numbers, exchanged_bytes, kept_by_pair, numbers_of, weight_copies, working_bytes
 
-VOCABULARY = 4096  # word pieces of a preset: what a WordPiece has when it is trained here
-_SPECIAL = 2  # pieces of a caption that are never hidden: its first and its last
+VOCABULARY = 4096  # tokens of a preset: what a WordPiece has when it is trained here
+_SPECIAL = 2  # tokens of a caption that are never masked: its first and its last
 _HELD_LOGITS = 2**22  # as step.py: so many of a similarity matrix at once
 
 
@@ -111,17 +111,25 @@ def predict(  # noqa: PLR0913 (by name)
 ) -> Prediction:
     """Operations, memory, bytes exchanged and, given rates, seconds of one optimizer step.
 
-    model_or_preset: an encoder, or "tiny", "small", "base" with a vocabulary of 4,096 pieces; it is
-    only looked at. caption_length: mean number of REAL word pieces, both ends among them;
-    longest_caption: of a micro-batch, to which attention is padded (None = all alike). processes:
-    that share `config.batch_size`. rates: of the device, see `Rates`. image_size: pixels of a side,
-    None = the model's own. device: None = the model's; for a preset the CPU. at_once: parts of a
-    micro-batch computed side by side, each with gradients of its own (CPU).
-    Assumes: nothing frozen, the last epochs' view of everything left out, a ratio that changes at
-    the mean of its ends, an optimizer of one's own as large as AdamW, equal shares. Raises
-    ValueError for a preset that is not known, sides that are no multiple of the patch, captions
-    longer than the encoder takes, a batch that cannot be cut, and "layers", whose share depends on
-    the pictures.
+    Assumes that nothing is frozen, that unmasked epochs are left out, that a changing ratio is at
+    the mean of its ends, that a user's optimizer is as large as AdamW, and equal parts.
+
+    Args:
+        config: of the run.
+        model_or_preset: an encoder, or "tiny", "small", "base" with a vocabulary of 4,096 tokens.
+        caption_length: mean number of valid tokens, both ends included.
+        longest_caption: tokens to which attention is padded; None = all captions are equally long.
+        processes: number of processes that share `config.batch_size`.
+        rates: of the device; None = no seconds are predicted.
+        image_size: side in pixels; None = the model's own.
+        device: None = the model's; the CPU for a preset.
+        at_once: parts of a micro-batch computed in parallel, each with its own gradients (CPU).
+    Returns:
+        The `Prediction`.
+    Raises:
+        ValueError: an unknown preset, a side that is not a multiple of the patch size, captions
+            longer than the encoder takes, a batch that is too small for its parts, or "layers",
+            whose masked fraction depends on the images.
     """
     model = looked_at(config, model_or_preset)
     _check(config, model, caption_length, longest_caption, processes, image_size)
@@ -129,9 +137,9 @@ def predict(  # noqa: PLR0913 (by name)
     side = (image_size or model.image_size) // model.patch_size
     shape = _shape(config, side**2, (caption_length, longest_caption), processes, numbers)
     kept = kept_by_pair(
-        config, model, shape.encoded, shape.whole, shape.padded, numbers, shape.hidden_words
+        config, model, shape.encoded, shape.whole, shape.padded, numbers, shape.masked_tokens
     )
-    weights = sum(p.numel() for p in model.parameters()) + _more_places(model, side)
+    weights = sum(p.numel() for p in model.parameters()) + _more_positions(model, side)
     learning = weights - sum(p.numel() for p in model.parameters() if not p.requires_grad)
     matrices = parameter_groups(model)["matrices"].values() if config.optimizer == "muon" else ()
     muon = sum(p.numel() for p in matrices)
@@ -147,8 +155,8 @@ def predict(  # noqa: PLR0913 (by name)
         activations=graph * kept + copies + working_bytes(model, graph, shape.encoded[0], numbers),
         logits=4.0 * shape.logits * (7 if config.loss == "info_nce" else 6),
         exchanged=exchanged_bytes(config, model.embed_dim, 4.0 * learning, 4.0 * muon, processes),
-        moved=moved + 4 * shape.pieces * copies + 8 * 4 * learning,
-        passes=shape.pieces * (1 + shape.replayed / 3),
+        moved=moved + 4 * shape.micro_batches * copies + 8 * 4 * learning,
+        passes=shape.micro_batches * (1 + shape.replayed / 3),
         processes=processes,
     )
     if rates is not None:
@@ -162,13 +170,13 @@ class _Shape(NamedTuple):
     encoded: tuple[float, float]  # patches and words of a pair that are computed with
     whole: tuple[int, float]  # all of them
     padded: float  # words to which attention is padded
-    hidden_words: float
-    pieces: int  # micro-batches
+    masked_tokens: float
+    micro_batches: int  # micro-batches
     pairs: float  # of one of them, in one process: what keeps its graph
-    replayed: float  # share of the pairs that go forward twice
+    replayed: float  # fraction of the pairs that go forward twice
     candidates: float  # columns of the similarity matrix; 0 = nothing is contrasted
     logits: float  # entries of it that are held at once
-    again: bool  # whether they are computed anew on the way back
+    again: bool  # whether they are computed anew on the backward pass
 
 
 def _shape(
@@ -187,20 +195,20 @@ def _shape(
         words, padded = (n - text * max(0.0, n - _SPECIAL) for n in (length, padded))
     if config.compile or not numbers.cpu:
         words = padded  # captions lie end to end in layers.py alone
-    pieces, contrast = config.gradient_accumulation_steps, "contrastive" in config.terms
+    micro_batches, contrast = config.gradient_accumulation_steps, "contrastive" in config.terms
     exact = config.accumulation == "exact"
     rows, candidates = config.batch_size / processes, float(config.batch_size * contrast)
     if not exact:
-        rows, candidates = rows / pieces, candidates / pieces
+        rows, candidates = rows / micro_batches, candidates / micro_batches
     again = config.exchange == "neighbours" or rows * candidates > _HELD_LOGITS
     return _Shape(
         (patches, words),
         (all_patches, length),
         padded,
-        hidden_words=text * max(0.0, length - _SPECIAL),
-        pieces=pieces,
-        pairs=config.batch_size / processes / pieces,
-        replayed=(pieces - 1) / pieces if exact and contrast else 0.0,
+        masked_tokens=text * max(0.0, length - _SPECIAL),
+        micro_batches=micro_batches,
+        pairs=config.batch_size / processes / micro_batches,
+        replayed=(micro_batches - 1) / micro_batches if exact and contrast else 0.0,
         candidates=candidates,
         logits=min(rows * candidates, max(_HELD_LOGITS, candidates)),
         again=again,
@@ -214,10 +222,10 @@ def _pair_flops(config: TrainingConfig, model: Any, shape: _Shape) -> float:
         flops += tower_flops(model.vit.config, shape.whole[0] / 4 + 1)  # at half the resolution
     if shape.candidates:
         flops += logit_flops(config, model.embed_dim, shape.candidates, shape.again)
-    if "words" in config.terms:
+    if "mlm" in config.terms:
         embedded = model.bert.embeddings.word_embeddings.weight.numel()
         head = model.decoder.word_head.dense.weight.numel()
-        flops += 3 * 2 * shape.hidden_words * (head + embedded)
+        flops += 3 * 2 * shape.masked_tokens * (head + embedded)
     return flops
 
 
@@ -233,11 +241,11 @@ def looked_at(config: TrainingConfig, model_or_preset) -> MultimodalEncoder:
         raise ValueError(f"preset {model_or_preset!r} is not known; {hint}")
     else:
         model = _preset(model_or_preset)
-    if model.decoder is not None or not {"pixels", "words", "matching"}.intersection(config.terms):
+    if model.decoder is not None or not {"mim", "mlm", "itm"}.intersection(config.terms):
         return model
     with torch.device("meta"):
         twin = MultimodalEncoder.from_architecture(model.architecture())
-        Objective(config, twin).prepare_model()
+        prepare_heads(twin, config)
         return twin
 
 
@@ -246,7 +254,7 @@ def _preset(name: str) -> MultimodalEncoder:
     from ..data.tokenizer import train_wordpiece
 
     with torch.device("meta"):
-        model = MultimodalEncoder.preset(name, tokenizer=train_wordpiece(["a picture"]))
+        model = MultimodalEncoder.preset(name, tokenizer=train_wordpiece(["an image"]))
         width = model.bert.config.hidden_size
         model.bert.embeddings.word_embeddings = nn.Embedding(VOCABULARY, width)
     model.bert.config.vocab_size = VOCABULARY
@@ -264,13 +272,13 @@ def _check(config, model, caption_length, longest_caption, processes: int, image
     find_masker(config.image_mask, IMAGE_MASKERS)
     if config.image_mask == "layers":
         raise ValueError(
-            "image_mask='layers' hides what the pictures say, not a share that is known before; "
+            "image_mask='layers' masks what the images say, not a fraction that is known before; "
             "read it from a trainer: mm.describe(trainer)"
         )
     longest = max(caption_length, longest_caption or 0)
     if not 1 <= caption_length or longest > model.max_length:
         raise ValueError(
-            f"captions of {longest:g} pieces are not what the encoder takes; give 1 to "
+            f"captions of {longest:g} tokens are not what the encoder takes; give 1 to "
             f"{model.max_length}"
         )
     if longest_caption is not None and longest_caption < caption_length:
@@ -290,15 +298,15 @@ def _check(config, model, caption_length, longest_caption, processes: int, image
 
 
 def _ratio(config: TrainingConfig, kind: str) -> float:
-    """The share that is hidden; the mean of its ends where it changes."""
+    """The fraction that is masked; the mean of its ends where it changes."""
     if kind == "image" and isinstance(config.painted_mask, list):
-        hidden = [x for row in config.painted_mask for x in row]
-        return sum(hidden) / len(hidden)
+        masked = [x for row in config.painted_mask for x in row]
+        return sum(masked) / len(masked)
     ends = [getattr(config, f"{kind}_mask_{which}") for which in ("ratio", "final_ratio")]
     ends = [end for end in ends if end is not None]
     return sum(ends) / len(ends)
 
 
-def _more_places(model: MultimodalEncoder, side: int) -> int:
-    """Weights of positions that pictures of another side have more (or fewer)."""
+def _more_positions(model: MultimodalEncoder, side: int) -> int:
+    """Weights of positions that images of another side have more (or fewer)."""
     return (side**2 - model.num_patches) * model.vit.config.hidden_size

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by kind of work.
+"""The time of a training step by kind of work.
 
 Walk-through: notebooks/09_speed.ipynb.
 """
@@ -12,7 +12,7 @@ import torch
 from torch.autograd.profiler import profile
 from torch.autograd.profiler_util import FunctionEvent
 
-# kind of work -> how the names of its operations in torch begin, "aten::" left out
+# kind of work -> prefixes of the names of its operations in torch, without "aten::"
 KINDS: dict[str, tuple[str, ...]] = {
     "matrix products": ("mm", "addmm", "linear", "mkldnn_linear", "addmv", "mv"),
     "attention": (
@@ -30,15 +30,20 @@ SUMS, OPTIMIZER, REST = "sums, products", "optimizer", "Python, waits"
 
 
 def step_parts(trainer: Any, rounds: int = 3) -> dict[str, float]:
-    """Seconds of a training step by kind of work; they add up to the step (medians of rounds).
+    """Seconds of a training step by kind of work; this trains the weights.
 
-    trainer: a MaskedMultimodalTrainer. On a CPU by ONE thread, where nothing runs beside anything
-    else: what two threads share between them is the same work. The profiler itself, Python and what
-    waits for a GPU are "Python, waits"; time within an optimizer is the optimizer's, its matrix
-    products included. The first of `rounds` + 1 steps warms up. The weights are trained on by it.
+    On a CPU ONE thread is used, so that nothing overlaps; with more threads the work is the same.
+    The profiler itself, Python, and waiting for a GPU count as "Python, waits". Time within an
+    optimizer is the optimizer's, including its matrix products.
+
+    Args:
+        trainer: a MaskedMultimodalTrainer.
+        rounds: measured steps, after one that is not counted.
+    Returns:
+        {kind: median seconds}; for one step they add up to its time.
     """
     device, threads = trainer.device, torch.get_num_threads()
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports itself to the terminal else
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it reports itself to the terminal
     on_gpu: dict[str, Any] = dict(use_device="cuda", use_kineto=True)
     options = on_gpu if device.type == "cuda" else dict(use_kineto=False)
     found: list[dict[str, float]] = []
@@ -64,7 +69,7 @@ def step_parts(trainer: Any, rounds: int = 3) -> dict[str, float]:
 
 
 def by_kind(events: Any, device: str, seconds: float) -> dict[str, float]:
-    """Seconds of each kind; what of the step no operation took is the last."""
+    """Seconds of each kind; the last kind is the time of the step outside of operations."""
     parts = dict.fromkeys((*KINDS, SUMS, OPTIMIZER), 0.0)
     for event in events:
         if event.device_type != torch.autograd.DeviceType.CPU:
@@ -78,7 +83,7 @@ def by_kind(events: Any, device: str, seconds: float) -> dict[str, float]:
 
 
 def _kind(event: FunctionEvent) -> str | None:
-    """Of one event; None = Python's own, such as a node of the graph around its operations."""
+    """The kind of an event; None for Python's own, such as a graph node around its operations."""
     around: FunctionEvent | None = event
     while around is not None:
         if around.name.startswith("Optimizer.step"):

@@ -1,7 +1,7 @@
-"""What the encoder eats: images, captions, and which of them are correct for each other.
+"""The encoder's input: images, captions, and which of them are correct for each other.
 
-`valid` is True for a REAL token. Shapes: B batch, H x W pixels, L text length, K captions of an
-image. Walk-through: notebooks/01_data.ipynb.
+Shapes: B batch, H x W pixels, L text length, K captions of an image.
+Walk-through: notebooks/01_data.ipynb.
 """
 
 from collections import Counter
@@ -17,18 +17,19 @@ from .partners import correct_pairs
 
 @dataclass
 class Batch:
-    """What the encoder eats. All have the same first dimension B.
+    """The encoder's input; all tensors have the same first dimension B.
 
-    The last two say which captions are correct for which images, see `correct`. They are None where
-    each caption of the data set belongs to one row alone: then only a row's own partner is correct.
+    `caption_ids` and `image_captions` define which captions are correct for which images, see
+    `correct`. They are None if each caption of the dataset belongs to a single row: then only a
+    row's own caption is correct.
     """
 
     pixel_values: Tensor  # (B, 3, H, W) uint8; float only from a transform that normalises itself
     input_ids: Tensor  # (B, L) int64, L = the longest caption of the batch
-    valid: Tensor  # (B, L) bool, True = a real token, False = padding
-    sample_ids: Tensor  # (B,) int64, the same for a picture in every epoch, worker and process
+    valid: Tensor  # (B, L) bool, True = token, False = padding
+    sample_ids: Tensor  # (B,) int64, the same for an image in every epoch, worker and process
     caption_ids: Tensor | None = None  # (B,) int64, equal for captions of the same tokens
-    image_captions: Tensor | None = None  # (B, K) int64: of all its captions; -1 = none
+    image_captions: Tensor | None = None  # (B, K) int64: ids of all its captions; -1 = none
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -40,13 +41,13 @@ class Batch:
 
     @property
     def partners(self) -> tuple[Tensor, Tensor] | None:
-        """(caption_ids, image_captions), what the losses take; None = one to one."""
+        """(caption_ids, image_captions), as the losses take them; None = one to one."""
         if self.caption_ids is None or self.image_captions is None:
             return None
         return self.caption_ids, self.image_captions
 
     def correct(self) -> Tensor:
-        """(B, B) bool: is caption j correct for image i? Its own is, and each of its others."""
+        """(B, B) bool: is caption j one of the captions of image i?"""
         if self.caption_ids is None or self.image_captions is None:
             return torch.eye(len(self), dtype=torch.bool, device=self.sample_ids.device)
         return correct_pairs(self.image_captions, self.caption_ids)
@@ -56,10 +57,12 @@ class Batch:
         return self._map(lambda x: x[rows])
 
     def to(self, device) -> "Batch":
-        to_gpu = torch.device(device).type == "cuda"  # the other way a copy must be waited for
+        """The batch on a device; a copy to a GPU is asynchronous."""
+        to_gpu = torch.device(device).type == "cuda"  # a copy to the CPU must be waited for
         return self._map(lambda x: x.to(device, non_blocking=to_gpu))
 
     def pin_memory(self) -> "Batch":
+        """The batch in pinned memory."""
         return self._map(lambda x: torch.as_tensor(x).pin_memory())
 
     def split(self, parts: int) -> list["Batch"]:
@@ -69,7 +72,7 @@ class Batch:
 
 
 def checked_ids(sample_ids: Sequence[int] | Tensor | None, count: int) -> Tensor:
-    """The ids (N,) int64 of `count` rows, None = counted from 0; ValueError for repeated ones."""
+    """The ids (N,) int64 of `count` rows, None = 0, 1, 2, …; ValueError for repeated ones."""
     ids = torch.arange(count) if sample_ids is None else torch.as_tensor(sample_ids)
     if len(ids) != count:
         raise ValueError(f"{len(ids)} sample_ids for {count} rows; give one per row")
@@ -77,7 +80,7 @@ def checked_ids(sample_ids: Sequence[int] | Tensor | None, count: int) -> Tensor
     if len(ids.unique()) < count:
         repeated, times = Counter(ids.tolist()).most_common(1)[0]
         raise ValueError(
-            f"sample id {repeated} stands at {times} rows; give each row another: order and masks "
-            "are drawn by it"
+            f"sample id {repeated} occurs in {times} rows; give each row its own, as order and "
+            "masks are drawn by it"
         )
     return ids

@@ -1,6 +1,6 @@
-"""Captions as they are kept: one line of Unicode in its composed form each.
+"""Captions as the data set stores them: one line each, of Unicode in its composed form.
 
-Which of them are correct for which images: partners.py.
+Which captions are correct for which images: partners.py.
 Walk-through: notebooks/01_data.ipynb.
 """
 
@@ -10,35 +10,35 @@ from collections.abc import Iterable
 
 from ..errors import Refused
 
-# Controls, and U+200B, which stands between the words of Khmer and Thai, are a space; marks that no
-# one sees (byte order, soft hyphen) are nothing; a joiner of letters or emoji has a meaning, stays.
+# Control characters, and U+200B, which separates the words of Khmer and Thai, become a space.
+# Invisible marks (byte order, soft hyphen) are removed; joiners of letters or emoji are kept.
 _UNSEEN = re.compile("[\u0000-\u001f\u007f-\u009f\u2028\u2029\u200b]+")
 _NOTHING = re.compile("[\ufeff\u2060\u00ad]")
-_BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs by name, with no ink
+_BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs by category, but blank
 
 
 def is_visible(letter: str) -> bool:
-    """A letter, digit or sign: no space, no control, no mark that only changes its neighbour."""
+    """Is it a letter, digit or sign, not a space, a control or a combining mark?"""
     return unicodedata.category(letter)[0] in "LNPS" and letter not in _BLANK_LETTERS
 
 
 def clean_caption(text: str) -> str:
-    """One line: composed letters (NFC), control characters and runs of white space one space.
+    """The caption as one line in NFC; control characters and runs of white space become a space.
 
-    Half a letter (a lone surrogate, from a broken file) becomes the replacement mark. "" where
-    nothing is left that can be seen: marks of direction and joiners alone are no words.
+    A lone surrogate (half a letter, from a broken file) becomes the replacement character. The
+    result is "" if nothing visible is left, only marks of direction and joiners, for example.
     """
     text = text.encode("utf-8", "replace").decode("utf-8")
     text = " ".join(_NOTHING.sub("", _UNSEEN.sub(" ", text)).split())
-    text = unicodedata.normalize("NFC", text)  # last: what was apart may have come together
+    text = unicodedata.normalize("NFC", text)  # last: letters and marks may now be adjacent
     return text if any(map(is_visible, text)) else ""
 
 
 def clean_captions(where: str, text) -> list[str]:
-    """The captions of a row: one, or a list of them, each once; blank ones beside others left out.
+    """The captions of a row, given as one or a list: without repeats, without blank ones.
 
-    Raises Refused where no words are left (None, white space, an empty list), and for what is no
-    text, a number say.
+    Raises Refused if no text is left (None, white space, an empty list), and for a caption that is
+    not a string.
     """
     raw = _listed(text)
     strings = [c for c in raw if not _is_nothing(c)]
@@ -46,19 +46,19 @@ def clean_captions(where: str, text) -> list[str]:
     if None in captions or not any(captions):
         shown = repr(text) if len(repr(text)) < 80 else repr(text)[:77] + "..."
         raise Refused(
-            "no caption", f"the text of {where} is empty or not a string: {shown}; give words"
+            "no caption", f"the text of {where} is empty or not a string: {shown}; give a caption"
         )
     return list(dict.fromkeys(caption for caption in captions if caption))
 
 
 def count_blank(text) -> int:
-    """How many captions of a row hold no words: None, NaN, white space."""
+    """The number of captions of a row without text: None, NaN, white space."""
     captions = [c for c in _listed(text) if not (isinstance(c, str) and clean_caption(c))]
     return sum(isinstance(c, str) or _is_nothing(c) for c in captions)
 
 
 def _listed(text) -> list:
-    listed = isinstance(text, Iterable) and not isinstance(text, dict | set)  # they have no order
+    listed = isinstance(text, Iterable) and not isinstance(text, dict | set)  # these have no order
     return [text] if isinstance(text, str) else list(text) if listed else []
 
 

@@ -1,6 +1,6 @@
-"""Rows that belong together get one number: equal keys, and whatever links connect.
+"""Clusters of rows: rows with equal keys, or connected by links, get the same number.
 
-Shapes: N rows, E links. Walk-through: notebooks/08_your_own_pictures.ipynb.
+Shapes: N rows, E links. Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def exact_duplicates(keys: Iterable[Hashable]) -> np.ndarray:
-    """(N,) int64: equal keys get one number, the numbers in order of first appearance."""
+    """(N,) int64: equal keys get the same number, in order of first appearance."""
     first: dict[Hashable, int] = {}
     return np.array([first.setdefault(key, len(first)) for key in keys], dtype=np.int64)
 
@@ -22,7 +22,7 @@ def number(keys: Iterable[Hashable]) -> Tensor:
 
 
 def connected(count: int, links) -> np.ndarray:
-    """(count,) int64: rows that links (E, 2) connect, or others between, get one number."""
+    """(count,) int64: rows that links (E, 2) connect, directly or not, get the same number."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -32,7 +32,7 @@ def connected(count: int, links) -> np.ndarray:
 
 
 def rows_that_share(keys_of: Sequence[Sequence[Hashable]]) -> np.ndarray:
-    """(N,) int64: rows that share a key, directly or through others, get one number."""
+    """(N,) int64: rows that share a key, directly or through others, get the same number."""
     key = exact_duplicates([key for keys in keys_of for key in keys])
     row = np.repeat(np.arange(len(keys_of)), [len(keys) for keys in keys_of])
     links = np.stack([row, key + len(keys_of)], 1)  # rows first, then keys

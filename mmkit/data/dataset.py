@@ -1,8 +1,8 @@
-"""Pictures with their captions, and batches of them.
+"""Images with their captions, and batches of them.
 
-A dataset is a list of pictures; each has one or several correct captions. Pictures stay uint8 until
-they are on the device: normalising and augmenting run there, on the whole batch.
-`valid` is True for a REAL token. Shapes: B batch, H x W pixels, L text length.
+A dataset is a list of images, each with one or several correct captions. Images stay uint8 until
+they are on the device, where the whole batch is normalised and augmented.
+Shapes: N images, M captions, B batch, H x W pixels, L text length.
 Walk-through: notebooks/01_data.ipynb.
 """
 
@@ -22,47 +22,65 @@ from torch import Tensor
 
 from ..errors import as_type
 from ..noise import mask_noise
-from ..older_names import renamed
+from ..older_names import older_attributes
 from .batch import Batch, checked_ids
 from .captions import clean_captions
 from .clusters import number
 from .decoding import Decoded, ImageDecoder
 from .image_cache import content_hashes, room_for, same_files
-from .image_files import PictureStore, checked_files
+from .image_files import ImageStore, checked_files
 from .image_headers import Reading
 from .images import as_png, square
 from .partners import CorrectCaptions, encode_captions
-from .tokenizer import piece_counts, token_frequency, train_wordpiece
+from .tokenizer import token_counts, token_frequency, train_wordpiece
 
-HASH_BYTES = 20_000_000_000  # sources up to this size are searched for identical pictures
+HASH_BYTES = 20_000_000_000  # sources up to this size are searched for identical images
 
 
+@older_attributes(
+    piece_frequency="token_frequency",
+    picture_name="image_name",
+    picture_file="image_file",
+    same_pictures="same_images",
+)
 class MultimodalDataset:
-    """Pictures and their captions.
-
-    image_paths: files, one per picture. texts: for each picture one caption or a list of correct
-    captions (the first is the canonical one). transform: PIL image -> tensor (3, H, W); uint8
-    counts as raw, float as already normalised; None cuts a square of `image_size` pixels. device:
-    None decodes when a batch is asked for (in worker processes while training); "cpu" or "cuda"
-    decodes once and keeps pictures and word pieces there. Both give the same batches. tokenizer: a
-    Hugging Face fast tokenizer; None trains a WordPiece on these captions.
+    """Images and their captions.
 
     `dataset[i]` is `{"image": uint8 (3, H, W), "text": str, "sample_id": int}`;
-    `dataset.batch(rows)` is a `Batch`. Raises ValueError for unequal numbers, an empty set or an
-    empty caption, FileNotFoundError for a missing picture, naming file and row.
+    `dataset.batch(rows)` is a `Batch`.
+
+    Args:
+        image_paths: one file per image.
+        texts: for each image one caption or a list of correct ones, the canonical one first.
+        transform: PIL image -> tensor (3, H, W); uint8 counts as raw, float as normalised already.
+            None cuts a square of `image_size` pixels.
+        device: None decodes when a batch is asked for (during training in worker processes); "cpu"
+            or "cuda" decodes once and keeps images and tokens there. The batches are the same.
+        image_size: side of the square, pixels.
+        tokenizer: a Hugging Face fast tokenizer; None trains a WordPiece on these captions.
+
+    Raises:
+        ValueError: unequal numbers, no image or an empty caption.
+        FileNotFoundError: a missing image; the message names file and row.
+
+    Example:
+        >>> from PIL import Image
+        >>> Image.new("RGB", (40, 30), "red").save("red.png")
+        >>> mm.MultimodalDataset(["red.png"] * 2, ["a red image", ["red", "a colour"]])
+        MultimodalDataset(2 images (3, 64, 64), 3 captions)
     """
 
     name = attribution = ""
-    layers: Any = None  # DrawingLayers: what each pixel is part of; only built-in pictures know it
-    transform: Any = None  # PIL image -> tensor; pictures that are decoded already have none
-    report: Any = None  # of the source it was loaded from: see sources.py
-    reading = Reading()  # limits and background of picture files
+    layers: Any = None  # DrawingLayers: the layer of each pixel; only for the built-in images
+    transform: Any = None  # PIL image -> tensor; None where images are given decoded
+    report: Any = None  # of the source that was loaded: see sources.py
+    reading = Reading()  # limits and background of image files
     side: int | None = None  # pixels of the square that is cut; None where a transform is given
-    cache_dir: str | os.PathLike | None = None  # where decoded pictures are kept, and how many may
-    cache_gigabytes = 0.0  # be; 0 = none: each epoch decodes them anew
-    places: Any = None  # where each row stands in its source: ("pairs.csv, line", numbers)
-    max_length = 77  # pieces of a caption that are read: CLIP's length; a model asks for its own
-    _store: Any = None  # PictureStore: where the encoded pictures are
+    cache_dir: str | os.PathLike | None = None  # folder for decoded images
+    cache_gigabytes = 0.0  # its largest size; 0 = no cache: each epoch decodes anew
+    places: Any = None  # position of each row in its source: ("pairs.csv, line", numbers)
+    max_length = 77  # tokens of a caption that are read: CLIP's length; a model sets its own
+    _store: Any = None  # ImageStore of the encoded images
     _encoded: tuple[tuple[Tensor, Tensor, Tensor, Tensor], CorrectCaptions] | None = None
 
     def __init__(
@@ -76,14 +94,14 @@ class MultimodalDataset:
     ):
         self._store = checked_files(image_paths, len(texts))
         self._shape(transform, image_size)
-        self._start(texts, tokenizer, same_picture=same_files(self._store.paths))
+        self._start(texts, tokenizer, same_image=same_files(self._store.paths))
         if device is not None:
             self.keep_on(device)
 
     @classmethod
     def from_store(
         cls,
-        store: PictureStore,
+        store: ImageStore,
         texts: Sequence[str | Sequence[str]],
         *,
         rows: np.ndarray | None = None,
@@ -92,21 +110,18 @@ class MultimodalDataset:
         tokenizer=None,
         meta: list[dict] | None = None,
     ) -> "MultimodalDataset":
-        """A dataset of encoded pictures wherever they lie; what every way in of sources.py makes.
-
-        rows picks the picture of each text (None: all, in order).
-        """
+        """A dataset of the images of a store; rows is the image of each text (None: in order)."""
         self = cls.__new__(cls)
         self._store = store
         self._shape(transform, image_size)
         rows = np.arange(len(store)) if rows is None else np.asarray(rows)
         same = [store.name(i) for i in rows.tolist()]
-        self._start(texts, tokenizer, meta=meta, same_picture=same)
+        self._start(texts, tokenizer, meta=meta, same_image=same)
         self._rows = rows
         return self
 
     def _shape(self, transform: Callable | None, image_size: int):
-        """What becomes of a picture once it is read."""
+        """Set how an image becomes a tensor."""
         image_size = as_type("image_size", image_size, int)
         if image_size < 1:
             raise ValueError(f"image_size={image_size} must be at least 1 pixel")
@@ -129,33 +144,33 @@ class MultimodalDataset:
         attribution: str = "",
         meta: list[dict] | None = None,
     ) -> "MultimodalDataset":
-        """A dataset of decoded pictures: uint8 (N, 3, H, W), a tensor or a (memory-mapped) array.
+        """A dataset of decoded images: uint8 (N, 3, H, W), a tensor or a (memory-mapped) array.
 
-        rows picks the picture of each text (None: all, in order). meta: facts about each picture.
+        rows selects the image of each text (None: all, in order). meta: metadata of each image.
         """
         self = cls.__new__(cls)
         self.name, self.attribution = name, attribution
         count = len(pixels) if rows is None else len(rows)
         if count != len(texts):
-            raise ValueError(f"{count} pictures but {len(texts)} texts; give one text per picture")
+            raise ValueError(f"{count} images but {len(texts)} texts; give one text per image")
         rows = np.arange(count) if rows is None else np.asarray(rows)
         self._start(texts, tokenizer, sample_ids, meta, rows.tolist())
         self._decoded = Decoded(pixels, rows)
         if math.prod(pixels.shape) <= HASH_BYTES:
-            self.same_pictures(self.content_hashes())
+            self.same_images(self.content_hashes())
         if device is not None and torch.device(device).type != "cpu":
             self.keep_on(device)
         return self
 
-    def _start(self, texts, tokenizer, sample_ids=None, meta=None, same_picture=()):
-        """The part that files and decoded pictures share: captions and ids."""
+    def _start(self, texts, tokenizer, sample_ids=None, meta=None, same_image=()):
+        """Set captions and ids, whatever the images are read from."""
         self.texts = [clean_captions(f"row {row}", text) for row, text in enumerate(texts)]
         if not self.texts:
-            raise ValueError("the dataset is empty; give at least one picture and its text")
+            raise ValueError("the dataset is empty; give at least one image and its text")
         self.sample_ids = checked_ids(sample_ids, len(self.texts))
-        self.image_ids = number(same_picture)  # (N,) equal for rows that show the same image
+        self.image_ids = number(same_image)  # (N,) equal for rows that show the same image
         self.meta = meta or [{} for _ in self.texts]
-        self._rows = np.arange(len(self.texts))  # of each row: its place in the store
+        self._rows = np.arange(len(self.texts))  # index of each row in the store
         self._decoded = Decoded(None, self._rows)
         self._tokenizer, self.given_tokenizer = tokenizer, tokenizer is not None
         self._encodings: deque = deque(maxlen=2)
@@ -164,16 +179,15 @@ class MultimodalDataset:
 
     @property
     def tokenizer(self):
-        """The tokenizer given, else a WordPiece trained on these captions at first use."""
+        """The given tokenizer, else a WordPiece trained on these captions at first use."""
         if self._tokenizer is None:
             self._tokenizer = train_wordpiece([c for captions in self.texts for c in captions])
         return self._tokenizer
 
     def encoded_by(self, tokenizer, max_length: int) -> "MultimodalDataset":
-        """The same data, its captions as this tokenizer gives them, at most `max_length` tokens.
+        """A view with captions of this tokenizer, at most `max_length` tokens each.
 
-        A view: it shares images, captions and ids, also images that are decoded or cached later.
-        This data set stays as it is, so that whoever reads it reads on what they read before.
+        It shares images, captions and ids, also images that are decoded or cached later.
         """
         if tokenizer is self._tokenizer and max_length == self.max_length:
             return self
@@ -182,7 +196,7 @@ class MultimodalDataset:
         return view
 
     def encoded_captions(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """All captions: ids (M, L) int32, length (M,); of pictures (N,) the first and how many."""
+        """Ids (M, L) int32 and lengths (M,) of captions; first caption and count (N,) of images."""
         return self._encode()[0]
 
     def _encode(self) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], CorrectCaptions]:
@@ -199,11 +213,11 @@ class MultimodalDataset:
 
     @property
     def correct_captions(self) -> CorrectCaptions:
-        """Which captions are correct for which images, as this data set encodes them."""
+        """Which captions are correct for which images, as this dataset encodes them."""
         return self._encode()[1]
 
     def partners(self, rows=None, captions=None) -> tuple[Tensor, Tensor]:
-        """(caption_ids (M,), image_captions (N, K)): what losses and `recall_at_k` take.
+        """(caption_ids (M,), image_captions (N, K)), as losses and `recall_at_k` take them.
 
         rows: of the images; captions: rows of `encoded_captions`; None = all.
         """
@@ -213,60 +227,52 @@ class MultimodalDataset:
         return ids, correct.of_images(rows)
 
     def drawn_captions(self, rows: Tensor, caption_noise: Tensor | None = None) -> Tensor:
-        """(B,) rows of `encoded_captions` that a batch of these rows has; see `batch`."""
+        """(B,) rows of `encoded_captions` that `batch` draws for these rows."""
         _, _, first, counts = self.encoded_captions()
         if caption_noise is None:
             return first[rows]
         return first[rows] + (caption_noise * counts[rows]).long()
 
     def common_captions(self) -> list[tuple[str, int]]:
-        """(caption, images that it is correct for) of those that very many share, most first."""
+        """(caption, number of its images) of very common captions, the most common first."""
         flat = [c for captions in self.texts for c in captions]
         return [(flat[row], count) for row, count in self.correct_captions.common()]
 
     def token_frequency(self) -> Tensor:
-        """(V,) share of each word piece among all words of the captions (no ends, no padding).
-
-        What the text masker "frequency" goes by.
-        """
+        """(V,) frequency of each token in the captions without special ones; masker "frequency"."""
         input_ids, lengths, _, _ = self.encoded_captions()
         return token_frequency(self.tokenizer, input_ids, lengths)
 
-    piece_frequency = renamed(token_frequency, "data.piece_frequency")
-
-    # -- pictures ----------------------------------------------------------------------------
+    # -- images ----------------------------------------------------------------------------
 
     def place(self, row: int) -> str:
-        """What a message calls a row: "row 3", or "pairs.csv, line 7"."""
+        """A row's name in messages: "row 3", or "pairs.csv, line 7"."""
         return self._decoder.place(row)
 
-    def picture_name(self, row: int) -> str:
-        """What a message calls the picture of a row: its path, or the member of a shard."""
-        return self._store.name(int(self._rows[row])) if self._store else f"picture {row}"
+    def image_name(self, row: int) -> str:
+        """The name of a row's image in messages: its path, or the member of a shard."""
+        return self._store.name(int(self._rows[row])) if self._store else f"image {row}"
 
-    def picture_file(self, row: int) -> BinaryIO:
-        """The encoded bytes of a row's picture; a PNG of one that is there decoded only."""
+    def image_file(self, row: int) -> BinaryIO:
+        """The encoded bytes of a row's image; a PNG where only decoded pixels exist."""
         if self._store:
             return self._store.open(int(self._rows[row]))
         return as_png(self._take(np.array([row]))[0])
 
-    def same_pictures(self, keys: Sequence) -> None:
-        """Rows with equal keys (one each) show the same picture: each has the others' captions."""
+    def same_images(self, keys: Sequence) -> None:
+        """Treat rows with equal keys (one per row) as one image with the captions of all."""
         self.image_ids, self._encoded = number(keys), None
         self._encodings.clear()
 
     @property
     def expensive(self) -> bool:
-        """True where comparing all pictures would mean reading more than they are worth."""
+        """True where reading all images only to compare them would take too long."""
         if self.report is None or not self.report.bytes:
             return self._store is not None and len(self) > 200_000
         return self.report.bytes > HASH_BYTES
 
     def content_hashes(self) -> list[str]:
-        """32 hex digits for each picture, equal for equal bytes (of decoded ones: equal pixels).
-
-        Files are read once; their hashes are remembered in `cache_dir` until they change.
-        """
+        """32 hex digits per image, equal for equal bytes of files (cached) or equal pixels."""
         if self._store:
             return content_hashes(self._store, self._rows.tolist(), self.cache_dir)
         return self._decoded.content_hashes()
@@ -278,13 +284,13 @@ class MultimodalDataset:
         )
 
     def _take(self, rows: np.ndarray, noise: Tensor | None = None) -> Tensor:
-        """Pictures of these rows as one tensor (B, 3, H, W)."""
+        """Images of these rows as one tensor (B, 3, H, W)."""
         if self.resident:
             return self._decoded.take(rows)
         return self._decoder.batch(rows.tolist(), noise)
 
     def keep_on(self, device: str | torch.device) -> "MultimodalDataset":
-        """Decode all pictures now and keep them there ("cpu", "cuda"); returns itself."""
+        """Decode all images now and keep them on a device ("cpu", "cuda"); returns itself."""
         everything = np.arange(len(self))
         self._decoded.fill(self._take(everything).to(device), everything)
         return self
@@ -295,30 +301,29 @@ class MultimodalDataset:
         cache_dir: str | os.PathLike | None = None,
         max_gigabytes: float = 20.0,
     ) -> "MultimodalDataset":
-        """Decode all pictures once, into cached files; returns itself.
+        """Decode all images once, into cached files; returns itself.
 
-        The files lie in `cache_dir` (None: see `picture_cache.cache_folder`), are found again by
-        the pictures' content, and are shared by all processes. Raises ValueError where that would
-        take more than max_gigabytes or most of the free disk, where a transform of one's own is
-        given, and for a picture that cannot be decoded.
+        The files are in `cache_dir` (None: see `image_cache.cache_folder`), found again by the
+        images' content and shared by all processes. Raises ValueError if they would take more than
+        max_gigabytes or most of the free disk, for a given transform, and for an undecodable image.
         """
         self.cache_dir, self.cache_gigabytes = cache_dir or self.cache_dir, max_gigabytes
         if why := self.why_not_cached():
-            raise ValueError(f"the pictures cannot be cached: {why}")
+            raise ValueError(f"the images cannot be cached: {why}")
         for row in self.decode_into_cache(num_workers):
             self._decoded.fill(None, self._decoded.rows)
             self._decoder.decode(row)  # raises, naming file and row
-            raise RuntimeError(f"{self.picture_name(row)} could not be decoded before; try again")
+            raise RuntimeError(f"{self.image_name(row)} could not be decoded before; try again")
         return self
 
     def why_not_cached(self) -> str:
-        """ "" where decoded pictures can be kept in files, else why not, in words."""
+        """The reason why decoded images cannot be kept in files; "" where they can."""
         if self.side is None:
-            return "a transform of one's own may draw, and may give floats"
+            return "the given transform may be random, and may give floats"
         return room_for(len(self), self.side, self.cache_gigabytes, self.cache_dir)
 
     def decode_into_cache(self, num_workers: int = 0) -> list[int]:
-        """As `cached`; returns the rows that could not be decoded, whose pictures are black now."""
+        """As `cached`; returns the rows that cannot be decoded, whose images are black now."""
         if self.resident:
             return []
         hashes, where = self.content_hashes(), (self.cache_dir, self.cache_gigabytes)
@@ -327,32 +332,32 @@ class MultimodalDataset:
         return failed
 
     def rows_that_fail(self, num_workers: int = 0) -> list[int]:
-        """Decode every picture once, into the cache where one may be kept; rows that cannot be."""
+        """Decode every image once, into the cache if possible; returns the rows that fail."""
         if self.cache_gigabytes and not self.why_not_cached():
             return self.decode_into_cache(num_workers)
         return self._decoder.failing(num_workers)
 
     def prepare(self, num_workers: int = 0) -> str:
-        """Make ready for a training: fill the cache that was asked for. Says what it did, or ""."""
+        """Fill the cache, if one was asked for; returns a message about it, or ""."""
         if self.resident or not self.cache_gigabytes:
             return ""
         if why := self.why_not_cached():
-            return f"pictures are decoded anew in each epoch: {why}"
+            return f"images are decoded anew in each epoch: {why}"
         started = time.perf_counter()
         pixels: Any = self.cached(num_workers, self.cache_dir, self.cache_gigabytes)._decoded.pixels
         return (
-            f"{len(self):,} pictures decoded once ({pixels.nbytes / 1e9:.2f} GB in "
+            f"{len(self):,} images decoded once ({pixels.nbytes / 1e9:.2f} GB in "
             f"{pixels.folder}), {time.perf_counter() - started:.1f} s"
         )
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with any id or caption: is this the set a run was made with?"""
+        """16 hex digits that change with any id or caption, to recognise a run's dataset."""
         text = json.dumps([self.sample_ids.tolist(), self.texts])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def resident(self) -> bool:
-        """True where a batch needs no decoding."""
+        """True if a batch needs no decoding."""
         return self._decoded.pixels is not None
 
     def __len__(self) -> int:
@@ -366,32 +371,41 @@ class MultimodalDataset:
     def batch(self, rows: Sequence[int] | Tensor, caption_noise: Tensor | None = None) -> Batch:
         """The `Batch` of these rows.
 
-        caption_noise (B,) uniform in [0, 1) picks one of each picture's captions; None takes the
-        first. A transform that draws numbers draws them by it, too: the same ones for a picture in
-        the same epoch, whatever the worker and however often the run was killed.
+        Args:
+            rows: row numbers, B of them.
+            caption_noise: (B,) uniform in [0, 1), selects one of each image's captions; None takes
+                the first. It also seeds a random transform: an image gets the same draws in the
+                same epoch, whatever the worker and however often the run was killed.
+
+        Returns:
+            Batch on the device of the images.
+
+        Example:
+            >>> batch = data.batch([0, 5, 7])
+            >>> batch.pixel_values.shape, batch.sample_ids.tolist()
+            (torch.Size([3, 3, 15, 15]), [0, 5, 7])
         """
         rows = torch.as_tensor(rows, dtype=torch.int64)
         pixels = self._take(rows.numpy(), caption_noise)
         input_ids, lengths, _, _ = self.encoded_captions()
-        which = self.drawn_captions(rows, caption_noise)
-        length = lengths[which]
+        drawn = self.drawn_captions(rows, caption_noise)
+        length = lengths[drawn]
         longest = int(length.max())
         valid = torch.arange(longest) < length[:, None]
-        ids = [input_ids[which, :longest].long(), valid, self.sample_ids[rows]]
+        ids = [input_ids[drawn, :longest].long(), valid, self.sample_ids[rows]]
         if not self.correct_captions.one_to_one:
-            ids += self.partners(rows, which)
+            ids += self.partners(rows, drawn)
         return Batch(pixels, *(x.to(pixels.device) for x in ids))
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """All pictures in order, with their first captions; the last batch may be smaller."""
+        """All images in order, with their first captions; the last batch may be smaller."""
         for start in range(0, len(self), batch_size):
             yield self.batch(range(start, min(start + batch_size, len(self))))
 
     def epoch_rows(self, seed: int, epoch: int, steps: int) -> list[Tensor]:
-        """The rows of each batch of an epoch: every picture once, sizes differing by at most one.
+        """The rows of each batch of an epoch: every image once, sizes differing by at most one.
 
-        The order depends on seed and epoch alone. Pictures in shards are read a few shards at a
-        time (`shards.shard_order`).
+        It depends only on seed and epoch; shards are read a few at a time (`shards.shard_order`).
         """
         noise = mask_noise(seed, epoch, self.sample_ids, 1, "order")[:, 0]
         order = getattr(self._store, "order", None)
@@ -400,21 +414,18 @@ class MultimodalDataset:
         return list(noise.argsort(stable=True).tensor_split(steps))
 
     def cut_captions(self) -> int:
-        """How many captions are longer than `max_length` pieces, and lose their end."""
+        """The number of captions that are longer than `max_length` tokens and lose their end."""
         _, lengths, _, _ = self.encoded_captions()
         full = (lengths == self.max_length).nonzero()[:, 0].tolist()
         flat = [c for captions in self.texts for c in captions]
         return sum(
-            n > self.max_length for n in piece_counts(self.tokenizer, [flat[i] for i in full])
+            n > self.max_length for n in token_counts(self.tokenizer, [flat[i] for i in full])
         )
 
     def subset(
         self, rows: Sequence[int] | np.ndarray, own_tokenizer: bool = False
     ) -> "MultimodalDataset":
-        """The dataset of these rows: same ids, same images, same tokenizer, nothing copied.
-
-        own_tokenizer: unless one was given, train one on the captions of these rows.
-        """
+        """These rows, nothing copied; own_tokenizer: train one on them unless one was given."""
         rows = np.asarray(rows, dtype=np.int64)
         if not len(rows):
             raise ValueError("a subset of 0 rows; give at least one")
@@ -436,4 +447,4 @@ class MultimodalDataset:
         shape = tuple(self[0]["image"].shape)
         captions = sum(map(len, self.texts))
         name = f"{self.name}: " if self.name else ""
-        return f"MultimodalDataset({name}{len(self):,} pictures {shape}, {captions:,} captions)"
+        return f"MultimodalDataset({name}{len(self):,} images {shape}, {captions:,} captions)"

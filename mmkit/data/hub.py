@@ -1,7 +1,7 @@
-"""Hugging Face data sets as a way in: an object, a folder, a parquet file, a name on the hub.
+"""Load Hugging Face data sets: an object, a folder, a parquet file, a name on the hub.
 
-Nothing is copied: pictures are read from its table when they are needed.
-Walk-through: notebooks/08_your_own_pictures.ipynb.
+Nothing is copied: images are read from the table when they are needed.
+Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
 import io
@@ -18,22 +18,25 @@ from .tables import listed, pick_column
 
 
 class Column:
-    """Pictures in a column of a Hugging Face data set: bytes, or paths of files."""
+    """Images in a column of a Hugging Face data set: bytes, or paths of files."""
 
     def __init__(self, dataset, column: str, root: str, source: str):
         self.dataset, self.column, self.root = dataset.select_columns([column]), column, root
-        self.source = source  # what messages call the data set
+        self.source = source  # name of the data set in messages
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def name(self, i: int) -> str:
+        """Source, column and row."""
         return f"{self.source}, {self.column} of row {i}"
 
     def stamp(self, i: int) -> str:
+        """Not known."""
         return ""
 
     def open(self, i: int) -> BinaryIO:
+        """The bytes of image i; raises OSError or `Refused`."""
         value = self.dataset[i][self.column]
         path = value
         if isinstance(value, dict):
@@ -41,10 +44,10 @@ class Column:
         if isinstance(value, bytes):
             return io.BytesIO(value)
         if path is None:
-            raise Refused("no picture", f"{self.name(i)} is empty")
+            raise Refused("no image", f"{self.name(i)} is empty")
         if isinstance(path, str):
             return open(within(self.root, path, self.name(i)), "rb")
-        raise Refused("no picture", f"{self.name(i)} holds {type(value).__name__}, not a picture")
+        raise Refused("no image", f"{self.name(i)} holds {type(value).__name__}, not an image")
 
 
 def from_hub(
@@ -57,11 +60,27 @@ def from_hub(
     root: str | os.PathLike | None = None,
     **options,
 ) -> MultimodalDataset:
-    """A Hugging Face data set: an object of `datasets`, a local folder or parquet file, a hub name.
+    """Load a Hugging Face data set: an object, a local folder or parquet file, a name on the hub.
 
-    Pictures are bytes, PIL images or paths (under `root`; None: the current folder); a text is a
-    string or a list of them. split: of a set that has several; one alone is taken. Needs
-    `pip install "mmkit[data]"`.
+    Needs `pip install "mmkit[data]"`. Images are bytes, PIL images or paths; a text is a string or
+    a list of strings.
+
+    Args:
+        source: an object of `datasets`, the path of a folder or parquet file, or a name on the hub.
+        image: the column of the images (None: found by its usual names).
+        text: the columns of the captions, one or several (None: found by their usual names).
+        meta: columns kept in `data.meta`.
+        split: the split to load, for a data set with several.
+        root: the folder of images given as paths (None: that of the file, else the current one).
+        **options: of `Options`, see `load_data`.
+
+    Returns:
+        MultimodalDataset with a `report`.
+
+    Raises:
+        ImportError: the `datasets` library is not installed.
+        ValueError: unknown split or column, not a data set, or a row that cannot be loaded (see
+            `load_data`).
     """
     options_ = Options.named(from_hub, options)
     datasets = _datasets()
@@ -75,19 +94,19 @@ def from_hub(
     if not hasattr(table, "__len__"):
         raise ValueError(f"{name} is a stream; give a data set with a length (streaming=False)")
     table = table.with_format(None)  # plain values, whatever format was set
-    picture_of = pick_column(table.column_names, image, "image", name)
+    image_of = pick_column(table.column_names, image, "image", name)
     text_of = [pick_column(table.column_names, wanted, "text", name) for wanted in listed(text)]
     meta = listed(meta)
     for wanted in meta:
         pick_column(table.column_names, wanted, "meta", name)
-    if isinstance(table.features[picture_of], datasets.Image):
-        table = table.cast_column(picture_of, datasets.Image(decode=False))
-    found = Found(name, "row", hint="is root='…' the folder of the pictures?")
+    if isinstance(table.features[image_of], datasets.Image):
+        table = table.cast_column(image_of, datasets.Image(decode=False))
+    found = Found(name, "row", hint="is root='…' the folder of the images?")
     for line, row in enumerate(table.select_columns([*{*text_of, *meta}])):
         captions = [caption for column in text_of for caption in listed(row[column])]
         found.add(line, line, captions, {column: row[column] for column in meta})
     beside = os.path.dirname(name) if os.path.exists(name) else ""
-    store = Column(table, picture_of, str(root or beside or "."), name)
+    store = Column(table, image_of, str(root or beside or "."), name)
     return load(found, options_, store=store)
 
 
@@ -107,7 +126,7 @@ class UnknownSplit(ValueError):
 
 
 def known_split(split: str | None, known: Iterable | None, name: str) -> None:
-    """Raise UnknownSplit for one that is not known; known: None = there are no splits."""
+    """Raise UnknownSplit for a split that is not known; known: None = there are no splits."""
     if split is not None and known is None:
         raise UnknownSplit(f"{name} has no splits; leave split={split!r} out")
     if split is not None and known is not None and split not in known:
@@ -115,19 +134,19 @@ def known_split(split: str | None, known: Iterable | None, name: str) -> None:
 
 
 def _name(table) -> str:
-    """What messages call a data set object: the name it was loaded by, where it says so."""
+    """The name of a data set object in messages: the one that it was loaded by, if known."""
     info = getattr(table, "info", None)
     return getattr(info, "dataset_name", None) or "the data set"
 
 
 def _part(table, split: str | None, name: str):
-    """The split that is asked for; all of it without one."""
+    """The split that is asked for; without one all of the data."""
     known_split(split, table if hasattr(table, "keys") else None, name)
     return table if split is None else table[split]
 
 
 def _hub_table(datasets, source, split: str | None, options: Options) -> tuple[Any, str]:
-    """(the table or its splits, what messages call it)."""
+    """(the table or its splits, its name in messages)."""
     if not isinstance(source, str | os.PathLike):
         return _part(source, split, name := _name(source)), name
     path, name = Path(source), str(source)
@@ -142,6 +161,6 @@ def _hub_table(datasets, source, split: str | None, options: Options) -> tuple[A
     except (FileNotFoundError, UnknownSplit):
         raise
     except Exception as error:  # of many kinds, from many libraries
-        below = error.__cause__ or error  # what datasets wraps says more than the wrapping
+        below = error.__cause__ or error  # the wrapped error says more
         lines = str(below).strip().splitlines() or [type(below).__name__]
         raise ValueError(f"{name} cannot be read as a data set: {lines[-1]}") from None

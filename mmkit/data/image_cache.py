@@ -1,11 +1,11 @@
-"""Pictures decoded once, into files that all processes share.
+"""Images decoded once, into files that all processes share.
 
-A picture is found again by its content (not by its name), by its size and by how it is read: a
-second run, another split, a copy of the data decode nothing. Decoded pictures lie in chunks of up
-to 32 MB; the list of its pictures is written when the chunk is whole, so that a killed process
-never leaves half of one. Where the folder would grow beyond its limit, the chunks that were not
-used for longest go, but none that was used within a day; the user may empty it at any time.
-Walk-through: notebooks/08_your_own_pictures.ipynb.
+An image is found again by its content (not its name), its size and the way it is read, so that a
+second run, another split or a copy of the data decodes nothing. Decoded images are stored in chunks
+of up to 32 MB; the list of a chunk's images is written once the chunk is complete, so that a killed
+process never leaves half a chunk. If the folder would grow beyond its limit, the least recently
+used chunks are removed, but none that was used within a day; users may empty it at any time.
+Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
 import contextlib
@@ -26,22 +26,22 @@ from tqdm import tqdm
 
 from ..errors import Refused
 from ..files import OpenFile, OpenFiles, cache_folder, lock, renamed, writing_cache
-from .image_files import Files, PictureStore
+from .image_files import Files, ImageStore
 
 CHUNK_BYTES = 32_000_000
 OPEN_CHUNKS = 128  # per data set and process; the system allows 1,024 files or so
-FREE_SHARE = 0.8  # of the disk's free room that a cache may take
-SPARED_SECONDS = 86_400  # a chunk that was used since then is not removed
+FREE_FRACTION = 0.8  # of the free disk space that a cache may take
+SPARED_SECONDS = 86_400  # a chunk that was used within this time is not removed
 
 
 # ---- content -------------------------------------------------------------------------------------
 
 
-def content_hash(store: PictureStore, i: int) -> str:
-    """32 hex digits of the bytes of picture i; of a picture that cannot be opened, of its name."""
+def content_hash(store: ImageStore, i: int) -> str:
+    """32 hex digits: a hash of the bytes of image i, or of its name if it cannot be opened."""
     digest = hashlib.blake2b(digest_size=16)
     try:
-        # A buffer of its own would cost a file as much as reading it.
+        # Allocating a buffer would take as long as reading the file.
         with store.open(i, 0) if isinstance(store, Files) else store.open(i) as file:
             while block := file.read(1 << 18):
                 digest.update(block)
@@ -51,7 +51,7 @@ def content_hash(store: PictureStore, i: int) -> str:
 
 
 def same_files(paths: Sequence[str]) -> list[Hashable]:
-    """A key of each file, equal for equal contents: only those of one length and end are read."""
+    """A key per file, equal for equal contents; only files of equal size and end are read."""
     real = [os.path.realpath(path) for path in paths]
     store = Files(list(dict.fromkeys(real)))
     keys: list[Hashable] = [os.path.getsize(path) for path in store.paths]
@@ -62,8 +62,8 @@ def same_files(paths: Sequence[str]) -> list[Hashable]:
     return [key_of[path] for path in real]
 
 
-def _end(store: PictureStore, i: int) -> bytes | str:
-    """The last kilobyte of picture i; of one that cannot be opened its name."""
+def _end(store: ImageStore, i: int) -> bytes | str:
+    """The last kilobyte of image i, or its name if it cannot be opened."""
     try:
         with store.open(i) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
@@ -73,20 +73,20 @@ def _end(store: PictureStore, i: int) -> bytes | str:
 
 
 def content_hashes(
-    store: PictureStore, rows: Sequence[int], cache_dir: str | os.PathLike | None = None
+    store: ImageStore, rows: Sequence[int], cache_dir: str | os.PathLike | None = None
 ) -> list[str]:
-    """`content_hash` of each of these pictures; one whose stamp has not changed is not read again.
+    """`content_hash` of each of these images; one whose stamp has not changed is not read again.
 
-    They are remembered, by name and stamp (size and time of change), in one small data base.
+    The hashes are stored by name and stamp (size and time of change) in a small data base.
     """
-    # sqlite takes no half letters, which stand for the bytes of file names that are no text
+    # sqlite rejects lone surrogates, which represent the bytes of file names that are not text
     names = [
         (store.name(i).encode("utf-8", "backslashreplace").decode(), store.stamp(i)) for i in rows
     ]
     with contextlib.closing(_memory(cache_dir)) as memory:
         known = _recall(memory, [name for name, stamp in names if stamp])
         hashes, new = [], []
-        just_now = time.time_ns() - 2_000_000_000  # may change once more within one tick
+        just_now = time.time_ns() - 2_000_000_000  # it may change again within one clock tick
         for i, (name, stamp) in zip(rows, names, strict=True):
             remembered = known.get(name, ("", ""))
             if stamp and remembered[0] == stamp:
@@ -96,14 +96,16 @@ def content_hashes(
             if stamp and int(stamp.rpartition(":")[2]) < just_now:
                 new.append((name, stamp, hashes[-1]))
         if new:
-            with contextlib.suppress(sqlite3.Error):  # a full disk: then it is read again
+            with contextlib.suppress(
+                sqlite3.Error
+            ):  # on a full disk the file is read again next time
                 memory.executemany("INSERT OR REPLACE INTO hashes VALUES (?, ?, ?)", new)
                 memory.commit()
     return hashes
 
 
 def _memory(cache_dir: str | os.PathLike | None) -> sqlite3.Connection:
-    """The data base of remembered hashes; a damaged one is made anew, or kept in memory only."""
+    """The data base of hashes; a damaged one is replaced, or kept in memory only."""
     table = "CREATE TABLE IF NOT EXISTS hashes (name TEXT PRIMARY KEY, stamp TEXT, hash TEXT)"
     for _ in range(2):
         try:
@@ -131,13 +133,13 @@ def _recall(memory: sqlite3.Connection, names: list[str]) -> dict[str, tuple[str
     return known
 
 
-# ---- the decoded pictures ------------------------------------------------------------------------
+# ---- the decoded images ------------------------------------------------------------------------
 
 
 def _open(path: Path) -> OpenFile:
-    """A chunk file; its pictures begin behind the header."""
+    """A chunk file; its images begin behind the header."""
     chunk = OpenFile(os.open(path, os.O_RDONLY))
-    _used(path)  # by a training of several days, too
+    _used(path)  # so that it is not removed during a run of several days
     with open(chunk.number, "rb", closefd=False) as file:
         np.lib.format.read_magic(file)
         np.lib.format.read_array_header_1_0(file)
@@ -146,18 +148,18 @@ def _open(path: Path) -> OpenFile:
 
 
 def _used(path: Path) -> None:
-    """Note that a chunk is in use now, so that it is not the next to go."""
-    with contextlib.suppress(OSError):  # a folder that can only be read
+    """Mark a chunk as used now, so that it is not removed next."""
+    with contextlib.suppress(OSError):  # a read-only folder
         os.utime(path.with_suffix(".json"))
 
 
-class CachedPictures:
-    """uint8 (N, 3, S, S) in chunk files; `pictures[rows]` gives an array of these rows.
+class CachedImages:
+    """uint8 (N, 3, S, S) in chunk files; `images[rows]` gives an array of these rows.
 
-    where: (file, place in it) of each picture; a place of -1 is a black picture. What is read comes
-    from the system's own cache of the files, which all processes share; a process keeps nothing of
-    it. (Mapped into memory, each touch of a picture would count up to 2 MB around it as this
-    process's own: Linux maps whole folios.)
+    where: (file, index in it) of each image; index -1 is a black image. Reads are served by the
+    system's own cache of the files, which all processes share; a process keeps nothing in memory.
+    (If the files were memory-mapped, each access to an image would count up to 2 MB around it as
+    memory of the process, since Linux maps whole folios.)
     """
 
     def __init__(self, where: Sequence[tuple[Path, int]], folder: Path, side: int):
@@ -175,11 +177,11 @@ class CachedPictures:
     def __getitem__(self, rows: np.ndarray) -> np.ndarray:
         out = np.zeros((len(rows), *self.shape[1:]), np.uint8)
         size = out[:1].nbytes
-        for picture, number, place in zip(out, self.chunk[rows], self.place[rows], strict=True):
+        for image, number, place in zip(out, self.chunk[rows], self.place[rows], strict=True):
             if place < 0:
                 continue
             chunk = self._opened(self.paths[number])
-            if os.preadv(chunk.number, [picture.data], chunk.start + int(place) * size) < size:
+            if os.preadv(chunk.number, [image.data], chunk.start + int(place) * size) < size:
                 path = self.paths[number]
                 raise OSError(f"{path} was cut off while in use; remove it and start again")
         return out
@@ -189,7 +191,7 @@ Decode = Callable[[int], np.ndarray]  # row -> uint8 (3, S, S); raises Refused o
 
 
 class _Chunks(torch.utils.data.Dataset):
-    """Item k: chunk k is decoded and written; the rows of it that cannot be decoded."""
+    """Item k decodes and writes chunk k, and is its rows that cannot be decoded."""
 
     def __init__(
         self, decode: Decode, rows: list[list[int]], hashes: Sequence[str], folder: Path, side: int
@@ -215,32 +217,32 @@ class _Chunks(torch.utils.data.Dataset):
             path = self.folder / f"{name}.npy"
             with writing_cache(path), renamed(path) as file:
                 np.save(file, pixels[: len(good)])
-            facts = {"bytes": path.stat().st_size, "pictures": good}
-            listed = path.with_suffix(".json")  # last: it says that all is there
+            listing = {"bytes": path.stat().st_size, "pictures": good}
+            listed = path.with_suffix(".json")  # written last: it says that the chunk is complete
             with writing_cache(listed), renamed(listed) as file:
-                file.write(json.dumps(facts).encode())
+                file.write(json.dumps(listing).encode())
         return failed
 
 
 def _places(folder: Path) -> dict[str, tuple[Path, int]]:
-    """Where each picture of a folder of chunks is; a chunk that was cut off does not count."""
+    """{hash: (file, index)} of the images in a folder of chunks; truncated chunks do not count."""
     places: dict[str, tuple[Path, int]] = {}
     for listed in sorted(folder.glob("*.json")):
         path = listed.with_suffix(".npy")
         try:
-            facts = json.loads(listed.read_text())
-            if path.stat().st_size == facts["bytes"]:
-                places |= {key: (path, place) for place, key in enumerate(facts["pictures"])}
+            listing = json.loads(listed.read_text())
+            if path.stat().st_size == listing["bytes"]:
+                places |= {key: (path, index) for index, key in enumerate(listing["pictures"])}
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return places
 
 
 def _drop_oldest(folder: Path, needed: int, max_bytes: float, in_use: set[Path]) -> None:
-    """Make room for `needed` bytes under max_bytes: chunks not used for longest go first."""
+    """Make room for `needed` bytes below max_bytes by removing the least recently used chunks."""
     chunks = []
     for path in folder.rglob("*.npy"):
-        with contextlib.suppress(OSError):  # another process was faster
+        with contextlib.suppress(OSError):  # another process has removed it
             listed = path.with_suffix(".json")
             used = (listed if listed.exists() else path).stat().st_mtime
             chunks.append((used, path, path.stat().st_size))
@@ -249,14 +251,17 @@ def _drop_oldest(folder: Path, needed: int, max_bytes: float, in_use: set[Path])
         if total <= max_bytes or used > time.time() - SPARED_SECONDS:
             return
         if path not in in_use:
-            for one in (path.with_suffix(".json"), path):  # the list first: no list, no chunk
+            for one in (
+                path.with_suffix(".json"),
+                path,
+            ):  # the list first: without it there is no chunk
                 with contextlib.suppress(OSError):
                     one.unlink()
             total -= size
 
 
 def room_for(count: int, side: int, max_gigabytes: float, cache_dir=None) -> str:
-    """ "" where so many pictures may be cached, else why not, in words."""
+    """The reason why so many images cannot be cached; "" if they can."""
     needed = count * 3 * side * side / 1e9
     try:
         free = shutil.disk_usage(cache_folder(cache_dir)).free / 1e9
@@ -264,7 +269,7 @@ def room_for(count: int, side: int, max_gigabytes: float, cache_dir=None) -> str
         return str(error.strerror)
     if needed > max_gigabytes:
         return f"{needed:.1f} GB decoded is more than cache_gigabytes={max_gigabytes:g}"
-    if needed > FREE_SHARE * free:
+    if needed > FREE_FRACTION * free:
         return f"{needed:.1f} GB decoded is too much for {free:.1f} GB of free disk"
     return ""
 
@@ -277,14 +282,14 @@ def decode_once(
     num_workers: int = 0,
     cache_dir: str | os.PathLike | None = None,
     max_gigabytes: float = 20.0,
-) -> tuple[CachedPictures, list[int]]:
-    """Pictures from the cache, those that are not there yet decoded into it by worker processes.
+) -> tuple[CachedImages, list[int]]:
+    """Images from the cache; worker processes first decode those that are missing there.
 
-    hashes: of the content of each picture. how: what else the pixels depend on. max_gigabytes: of
-    the folder, others' pictures included. Returns the pictures, and the numbers of those that could
-    not be decoded, which are black there; they are tried again each time.
+    hashes: of the content of each image. how: a text of what else the pixels depend on.
+    max_gigabytes: limit of the folder, including the images of other data. Returns the images and
+    the numbers of those that could not be decoded, which are black; each call tries them again.
     """
-    everything = cache_folder(cache_dir) / "pictures"
+    everything = cache_folder(cache_dir) / "pictures"  # on disk since the first release
     versions = [version(package) for package in ("pillow", "torch", "torchvision")]
     how = f"{side} {how} {versions}"
     folder = everything / hashlib.blake2b(how.encode(), digest_size=8).hexdigest()
@@ -292,7 +297,7 @@ def decode_once(
         folder.mkdir(parents=True, exist_ok=True)
     places, failed = _places(folder), []
     if any(key not in places for key in hashes):
-        with _locked(folder / "lock"):  # one process decodes, the others then find it
+        with _locked(folder / "lock"):  # one process decodes, the others then find the images
             places = _places(folder)
             missing = [row for key, row in _first_rows(hashes).items() if key not in places]
             in_use = {places[key][0] for key in hashes if key in places}
@@ -302,14 +307,14 @@ def decode_once(
             places = _places(folder)
     nowhere = (Path(), -1)
     where = [places.get(key, nowhere) for key in hashes]
-    for path in {path for path, place in where if place >= 0}:
+    for path in {path for path, index in where if index >= 0}:
         _used(path)
     lost = {hashes[row] for row in failed}
-    return CachedPictures(where, folder, side), [i for i, key in enumerate(hashes) if key in lost]
+    return CachedImages(where, folder, side), [i for i, key in enumerate(hashes) if key in lost]
 
 
 def _first_rows(hashes: Sequence[str]) -> dict[str, int]:
-    """The first row of each content."""
+    """{hash: the first row with this content}."""
     first: dict[str, int] = {}
     for row, key in enumerate(hashes):
         first.setdefault(key, row)
@@ -319,7 +324,7 @@ def _first_rows(hashes: Sequence[str]) -> dict[str, int]:
 def _decode_chunks(
     decode: Decode, missing: list[int], hashes: Sequence[str], folder: Path, side: int, workers: int
 ) -> list[int]:
-    """Decode these rows into chunks, equally many for each worker; rows that cannot be decoded."""
+    """Decode rows into chunks, the same number for each worker; returns the rows that fail."""
     if not missing:
         return []
     workers = min(workers, len(missing))
@@ -329,10 +334,10 @@ def _decode_chunks(
     rows = [missing[start : start + per_chunk] for start in range(0, len(missing), per_chunk)]
     loader = torch.utils.data.DataLoader(
         _Chunks(decode, rows, hashes, folder, side), batch_size=None, num_workers=workers,
-        generator=torch.Generator(),  # or it would move the draws of dropout
+        generator=torch.Generator(),  # else it would change the draws of dropout
     )  # fmt: skip
-    words = f"decoding {len(missing):,} pictures, once"
-    bar = tqdm(loader, desc=words, total=len(rows), delay=2, leave=False)
+    message = f"decoding {len(missing):,} images, once"
+    bar = tqdm(loader, desc=message, total=len(rows), delay=2, leave=False)
     return [row for failed in bar for row in failed]
 
 
@@ -341,5 +346,5 @@ def _locked(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with writing_cache(path):
             file = stack.enter_context(open(path, "a"))
-        lock(file)  # where there are no locks both decode
+        lock(file)  # without locks both processes decode
         yield

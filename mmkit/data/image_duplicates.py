@@ -1,17 +1,17 @@
-"""Which images are one image saved twice: clusters of equal and of nearly equal ones.
+"""Clusters of images that are copies of each other, equal or nearly equal.
 
-Two images are near-duplicates where one could be the other saved again: resized, recompressed, a
-little brighter or darker, 1 % cut off. An image becomes a thumbnail without brightness and
-contrast; those that are alike on 8 x 8 cells are laid over each other, and what still differs must
-be small in every place, not only on average: two drawings may differ in a hand. A cluster is what
-such pairs connect.
+Two images are near-duplicates if one could be the other saved again: resized, recompressed, a
+little brighter or darker, 1 % cropped. Each image becomes a thumbnail without brightness and
+contrast. Thumbnails that are similar on 8 x 8 cells are aligned, and the remaining difference must
+be small at every position, not only on average, since two drawings may differ only in a hand.
+Clusters are the connected components of such pairs.
 
-What is found was measured (`tests/benchmarks/near_duplicates.py`): at least 98 % of the images that
-were resized, recompressed, 5 % brighter or 10 % darker, and 82 % of photographs cut by 1 % at each
-side, 57 % by 2 %. NOT found are most of those cut by 5 % at any side, given a border, mirrored or
-turned grey. Of a million pairs of different built-in drawings, 93 are joined.
-Shapes: N pictures, B batch, P pairs, K numbers of a thumbnail.
-Walk-through: notebooks/08_your_own_pictures.ipynb.
+Recall was measured (`tests/benchmarks/near_duplicates.py`): at least 98 % of images that were
+resized, recompressed, 5 % brighter or 10 % darker are found, 82 % of photographs cropped by 1 % at
+each side and 57 % by 2 %. NOT found are most images that were cropped by 5 % at any side, framed,
+mirrored or turned grey. Of a million pairs of different built-in drawings, 93 are joined.
+Shapes: N images, B batch, P pairs, K numbers of a thumbnail.
+Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
 import numpy as np
@@ -22,31 +22,31 @@ from torch import Tensor
 from .clusters import connected, exact_duplicates
 
 SIDE = 16  # cells of a thumbnail along each side
-COARSE = 0.2  # root mean square difference on 8 x 8 cells, in standard deviations of the picture
-NEAR = 0.4  # what may differ in any one place once laid over each other, in the same unit
-MEAN_COLOUR = 0.125  # mean colours may differ by this share of the range: "slightly brighter"
-NEIGHBOURS = 32  # a picture is laid over at most so many of those alike, in each tile
+COARSE = 0.2  # root mean square difference on 8 x 8 cells, in standard deviations of the image
+NEAR = 0.4  # largest difference at any position once aligned, in the same unit
+MEAN_COLOUR = 0.125  # mean colours may differ by this fraction of the range: "slightly brighter"
+NEIGHBOURS = 32  # an image is aligned with at most this many similar ones, in each tile
 _ROWS, _COLUMNS, _PAIRS = 1024, 4096, 8192  # sizes of tiles: about 200 MB at a time
 
 
-def picture_signature(pixel_values: Tensor) -> Tensor:
-    """What of a picture outlives saving it again: float16 (B, 771), on the device of the pictures.
+def image_signature(pixel_values: Tensor) -> Tensor:
+    """A signature of each image that survives saving it again: float16 (B, 771), same device.
 
-    pixel_values (B, 3, H, W) uint8, or float where a transform has normalised already (taken to
-    have a mean near 0 and a spread near 1). A thumbnail 3 x 16 x 16, each colour less its mean, all
-    divided by their standard deviation (at least 8 of 255, or noise would fill an empty picture);
-    then the three mean colours, 0 to 1. Raises ValueError for another shape.
+    It is a thumbnail 3 x 16 x 16 from which the mean of each colour is subtracted, divided by its
+    standard deviation (at least 8 of 255, else an empty image would be noise), and the three mean
+    colours, 0 to 1. pixel_values (B, 3, H, W) are uint8, or float where a transform has normalised
+    them (assumed mean near 0, standard deviation near 1). Raises ValueError for another shape.
     """
     if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-        raise ValueError(f"pictures of shape {tuple(pixel_values.shape)}; give (B, 3, H, W)")
+        raise ValueError(f"images of shape {tuple(pixel_values.shape)}; give (B, 3, H, W)")
     pixels = pixel_values.float()
     if pixel_values.is_floating_point():
-        pixels = pixels * 57 + 118  # back to about 0..255 from ImageNet's mean and spread
+        pixels = pixels * 57 + 118  # back to about 0..255 from ImageNet's mean and deviation
     return unrounded_signature(pixels).half()
 
 
 def unrounded_signature(pixels: Tensor) -> Tensor:
-    """`picture_signature` in the number type of `pixels` (B, 3, H, W), from 0 to 255."""
+    """`image_signature` in the number type of `pixels` (B, 3, H, W), from 0 to 255."""
     small = F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True)
     mean = small.mean((2, 3), keepdim=True)
     flat = (small - mean).flatten(1)
@@ -55,14 +55,14 @@ def unrounded_signature(pixels: Tensor) -> Tensor:
 
 
 def near_duplicates(signature: Tensor, threshold: float = NEAR) -> np.ndarray:
-    """(N,) int64: pictures that near-duplicate pairs connect get one number, by first appearance.
+    """(N,) int64: connected near-duplicates get the same number, in order of first appearance.
 
-    signature (N, 771) of `picture_signature`. threshold: the largest difference in one place, in
-    standard deviations; 0 joins equal signatures only. Pictures are sorted along their main
-    direction, so that only neighbours on it are compared; equal ones are one to begin with, and
-    pairs that are connected already are not looked at. On two cores 50,000 pictures take about 15 s
-    and, where all are alike without being equal, 20 to 40 s, in bounded memory: of more than
-    `NEIGHBOURS` alike in a tile only the nearest are looked at. Raises ValueError below 0.
+    signature (N, 771) of `image_signature`. threshold: the largest difference at any position, in
+    standard deviations; 0 joins equal signatures only. Images are sorted along their first
+    principal component and compared only with neighbours on it; equal ones are merged first, and
+    pairs that are already connected are skipped. On two cores 50,000 images take about 15 s, or 20
+    to 40 s if all are similar without being equal. Memory is bounded: of more than `NEIGHBOURS`
+    similar images in a tile only the nearest are compared. Raises ValueError below 0.
     """
     if not threshold >= 0:
         raise ValueError(f"threshold={threshold} must be at least 0; {NEAR} is a good start")
@@ -72,35 +72,35 @@ def near_duplicates(signature: Tensor, threshold: float = NEAR) -> np.ndarray:
         return same
     signature = signature[np.unique(same, return_index=True)[1]]
     coarse = coarse_cells(signature.float())
-    place = _main_direction(coarse)
-    order = place.argsort(stable=True)
+    position = _main_direction(coarse)
+    order = position.argsort(stable=True)
     label = torch.empty_like(order)
-    label[order] = _linked(signature[order], coarse[order], place[order], threshold)
+    label[order] = _linked(signature[order], coarse[order], position[order], threshold)
     return exact_duplicates(label[same].tolist())
 
 
 def coarse_cells(signature: Tensor) -> Tensor:
-    """(N, 192) colours of 8 x 8 cells, scaled so that a distance is a root mean square."""
+    """(N, 192) colours of 8 x 8 cells, scaled so that distances are root mean squares."""
     cells = F.avg_pool2d(signature[:, :-3].view(-1, 3, SIDE, SIDE), 2).flatten(1)
     return cells / cells.shape[1] ** 0.5
 
 
 def _main_direction(coarse: Tensor) -> Tensor:
-    """(N,) place of each picture along the direction in which they differ most.
+    """(N,) position of each image along the first principal component.
 
-    Places differ by at most as much as the pictures do.
+    Positions differ by at most as much as the images do.
     """
     centred = coarse - coarse.mean(0)
     direction = torch.linalg.eigh(centred.T.double() @ centred.double())[1][:, -1]
     return centred @ direction.float()
 
 
-def _linked(signature, coarse, place, threshold: float) -> Tensor:
-    """(N,) the cluster of each picture; pictures are in the order of their places."""
+def _linked(signature, coarse, position, threshold: float) -> Tensor:
+    """(N,) the cluster of each image; images are sorted by position."""
     length, label = coarse.pow(2).sum(1), torch.arange(len(coarse))
     for start in range(0, len(coarse), _ROWS):
         rows = torch.arange(start, min(start + _ROWS, len(coarse)))
-        end = int(torch.searchsorted(place, place[rows[-1]] + COARSE + 1e-4, right=True))
+        end = int(torch.searchsorted(position, position[rows[-1]] + COARSE + 1e-4, right=True))
         for first in range(start, end, _COLUMNS):
             columns = torch.arange(first, min(first + _COLUMNS, end))
             mine, theirs = label[rows], label[columns]
@@ -122,7 +122,7 @@ def _linked(signature, coarse, place, threshold: float) -> Tensor:
 
 
 def _nearest(distance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the pairs (a, b) the nearest `NEIGHBOURS` of each a, all nearest ones first."""
+    """For each a the `NEIGHBOURS` nearest pairs (a, b); the nearest of all a come first."""
     by_distance = distance[a, b].argsort(stable=True)
     by_row = by_distance[a[by_distance].argsort(stable=True)]
     counts = torch.bincount(a, minlength=len(distance))
@@ -132,25 +132,26 @@ def _nearest(distance: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def is_near(left: Tensor, right: Tensor, threshold: float) -> Tensor:
-    """(P,) bool for P pairs of signatures: of one colour, and alike in every place once aligned."""
+    """(P,) bool for P pairs of signatures: same colour, and similar everywhere once aligned."""
     near = (left[:, -3:] - right[:, -3:]).abs().amax(1) <= MEAN_COLOUR
     a, b = (x[:, :-3].view(-1, 3, SIDE, SIDE) for x in (left, right))
-    alike = _largest_place(a - b) <= threshold
+    alike = _largest(a - b) <= threshold
     unsure = torch.where(near & ~alike)[0]
     if len(unsure):
-        alike[unsure] = _largest_place(_unexplained(a[unsure], b[unsure])) <= threshold
+        alike[unsure] = _largest(_unexplained(a[unsure], b[unsure])) <= threshold
     return near & alike
 
 
-def _largest_place(difference: Tensor) -> Tensor:
-    """(P,) the largest length of a colour difference, averaged over 2 x 2 cells."""
+def _largest(difference: Tensor) -> Tensor:
+    """(P,) the largest norm of the colour difference, averaged over 2 x 2 cells."""
     return F.avg_pool2d(difference, 2, 1).pow(2).sum(1).sqrt().flatten(1).amax(1)
 
 
 def _unexplained(a: Tensor, b: Tensor) -> Tensor:
-    """What of a - b no small shift, zoom and change of contrast explains (Lucas & Kanade 1981).
+    """The part of a - b that no small shift, zoom or change of contrast explains.
 
-    Least squares on the gradients of the mean picture; a small ridge keeps flat pictures still.
+    Least squares on the gradients of the mean image (Lucas & Kanade 1981); a small ridge penalty
+    keeps flat images from moving.
     """
     mean = (a + b) / 2
     padded = F.pad(mean, (1, 1, 1, 1), mode="replicate")

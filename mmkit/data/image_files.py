@@ -1,8 +1,8 @@
-"""Where pictures lie: in files, in members of tar shards, in a column of a table.
+"""Stores of encoded images: files, members of tar shards, a column of a table.
 
-Such a store of pictures answers two questions about picture i: `name(i)`, what a message calls it,
-and `open(i)`, its bytes as a binary file. Nothing here decodes.
-Walk-through: notebooks/08_your_own_pictures.ipynb.
+A store gives for image i its `name(i)` in messages and, by `open(i)`, its bytes as a binary file.
+Nothing here decodes.
+Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
 import os
@@ -10,64 +10,67 @@ from collections.abc import Sequence
 from typing import BinaryIO, Protocol, cast
 
 
-class PictureStore(Protocol):
-    """What a data set asks of the place its pictures lie in."""
+class ImageStore(Protocol):
+    """What a data set needs from a store of its images."""
 
     def __len__(self) -> int: ...
 
     def name(self, i: int) -> str:
-        """What a message calls picture i; files with this name are the same picture."""
+        """The name of image i in messages; images with the same name are the same."""
         ...
 
     def open(self, i: int) -> BinaryIO:
-        """The bytes of picture i; raises OSError or `Refused`."""
+        """The bytes of image i; raises OSError or `Refused`."""
         ...
 
     def stamp(self, i: int) -> str:
-        """What changes whenever its bytes may have, "…:time in ns"; "" where nobody knows."""
+        """A text that changes if its bytes may have, "…:time in ns"; "" where that is unknown."""
         ...
 
 
 class Files:
-    """Pictures in files of their own."""
+    """Images in files of their own."""
 
     def __init__(self, paths: Sequence[str | os.PathLike]):
         self.paths = [os.fspath(path) for path in paths]
-        self._root = os.getcwd()  # relative paths go on from here, wherever the process goes
+        self._root = os.getcwd()  # relative paths stay valid if the process changes its folder
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, i: int) -> str:
+        """The path."""
         return self.paths[i]
 
     def open(self, i: int, buffering: int = -1) -> BinaryIO:
+        """The file, opened for reading."""
         path = os.path.join(self._root, self.paths[i])
         return cast(BinaryIO, open(path, "rb", buffering=buffering))
 
     def stamp(self, i: int) -> str:
+        """Size and times of the file; "" if it cannot be read."""
         try:
-            facts = os.stat(os.path.join(self._root, self.paths[i]))
+            status = os.stat(os.path.join(self._root, self.paths[i]))
         except (OSError, ValueError):
             return ""
-        # the time of change cannot be set, as that of writing is by tar, rsync and cp -p
-        return f"{facts.st_size}:{facts.st_mtime_ns}:{facts.st_ctime_ns}"
+        # tar, rsync and cp -p set the time of writing, but nothing sets the time of change
+        return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
 
 
 def checked_files(paths: Sequence[str | os.PathLike], count: int) -> Files:
-    """The `Files` of `count` rows, one each; raises what `MultimodalDataset` says."""
+    """The `Files` of `count` rows, one each; raises the errors of `MultimodalDataset`."""
     for row, path in enumerate(paths):
         if not isinstance(path, str | os.PathLike):
-            raise ValueError(f"the picture of row {row} is {path!r}; give the path of a file")
+            raise ValueError(f"the image of row {row} is {path!r}; give the path of a file")
     files = Files(paths)
     if len(files) != count:
         raise ValueError(
             f"{len(files)} image_paths but {count} texts; give one text (or one list of texts) per "
-            "picture"
+            "image"
         )
     for row, path in enumerate(files.paths):
         if not os.path.isfile(path):
             raise FileNotFoundError(
-                f"picture {path} (row {row}) does not exist; check the path or leave it out"
+                f"image {path} (row {row}) does not exist; check the path or leave it out"
             )
     return files

@@ -1,7 +1,7 @@
 """What an image file's head says: format, orientation, transparency, depth and colour profile.
 
-One place decides it, so that the check of a head, both decoders and the report agree. Nothing here
-decodes pixels. Walk-through: notebooks/08_your_own_pictures.ipynb.
+It is decided in one place, so that the check of heads, both decoders and the report agree. Nothing
+here decodes pixels. Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
 import functools
@@ -17,13 +17,13 @@ import numpy as np
 
 from ..errors import Refused
 
-# Formats by content, never by name. EPS, PDF and the like start other programs: left out.
+# Formats by content, never by name. EPS, PDF and the like would start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000", "TGA")
 _UNPACK = "compressed by {0}; unpack it ({0} -d)"
 _HEIC = "a HEIC photo, as phones save them; save it as JPEG or PNG"
 _FILM = "a film; save images of it (ffmpeg -i FILE %05d.png)"
 _RAW = "a camera's raw photo; develop it and save it as JPEG or PNG"
-# How files begin that are often saved under an image's name; what is no image but text follows.
+# (offset, first bytes, description) of other files that often have the name of an image.
 _NOT_IMAGES: tuple[tuple[int, bytes, str], ...] = (
     *((8, brand, _HEIC) for brand in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")),
     *((8, brand, _HEIC) for brand in (b"mif1", b"msf1")),
@@ -56,7 +56,7 @@ _NOT_IMAGES: tuple[tuple[int, bytes, str], ...] = (
     (0, b"PAR1", "a parquet file; give it to mm.from_hub"),
     (0, b"SQLite format 3", "an SQLite data base; save its images as files"),
 )
-_NOT_IMAGES_BUT_TEXT = {  # in small letters, white space before it left out
+_NOT_IMAGES_BUT_TEXT = {  # in lower case, without white space before it
     b"<!doctype": "a web page",
     b"<html": "a web page",
     b"<?xml": "XML (an SVG drawing, perhaps)",
@@ -69,22 +69,22 @@ _NOT_IMAGES_BUT_TEXT = {  # in small letters, white space before it left out
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MOST_PROFILE = 16_000_000  # bytes; the largest in use, tables for printers, have 3 MB
 _ORIENTATION, _BITS, _WIDTH, _HEIGHT = 0x0112, 258, 256, 257  # tags of TIFF
-_SAME_COLOUR = 3  # of 255: what profiles that all mean sRGB differ by
+_SAME_COLOUR = 3  # of 255: by so much profiles that all mean sRGB may differ
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How image files are read, and what is refused before it is decoded.
+    """How image files are read, and which ones are refused before they are decoded.
 
-    Raises ValueError for limits below 1, and for a background that is no colour.
+    Raises ValueError for limits below 1, and for a background that is not a colour.
     """
 
     background: tuple[int, int, int] = (255, 255, 255)  # under transparent pixels, 0-255
     max_pixels: int = 64_000_000  # width x height; a decoded image of this size takes 0.3 GB
     max_aspect: float = 20.0  # longer side over shorter side
     max_bytes: int = 512_000_000  # of the file
-    # The grey value that is white, of images with more than 8 bits; None: what the file says, which
-    # is 65,535 where 12 bits were put into 16 as they are. Then give 4095.
+    # The value of white in grey images with more than 8 bits; None: as the file says, which is
+    # 65,535 even if 12-bit values were stored in 16 bits without scaling. Then give 4095.
     white: float | None = None
 
     def __post_init__(self):
@@ -104,29 +104,30 @@ class Reading:
 
 @dataclass
 class Head:
-    """A PIL image, not decoded, and what becomes of its pixels."""
+    """A PIL image that is not decoded, and how its pixels are to be treated."""
 
     image: Any
     size: tuple[int, int]  # width and height as a person sees them
     orientation: int  # 1 to 8, as in EXIF: how the decoded pixels are to be turned
-    white: float  # of 16-bit grey
+    white: float  # the value of white in 16-bit grey
     ends: Callable[[], bool]  # is the end of the file there?
-    opaque: bool = False  # the file says that its alpha channel is none
+    opaque: bool = False  # the file says that its alpha channel has no meaning
 
     @property
     def plain(self) -> bool:
-        """Are the decoded pixels of a JPEG what a person sees, whoever decodes them?"""
+        """Is it a JPEG whose pixels need no correction, so that any decoder may be used?"""
         image = self.image
         plain = image.format == "JPEG" and image.mode == "RGB" and self.orientation == 1
         return plain and to_srgb(image.info.get("icc_profile"), "RGB") is None
 
 
 def refused(reason: str, where: str, why: str, remedy: str = "replace the file") -> Refused:
-    return Refused(reason, f"picture {where} cannot be read ({why}); {remedy} or leave the row out")
+    """The error for an image that cannot be read, with cause and remedy."""
+    return Refused(reason, f"image {where} cannot be read ({why}); {remedy} or leave the row out")
 
 
 def open_head(file: BinaryIO, where: str, reading: Reading = Reading()) -> Head:
-    """The head of an image file, its limits kept. Raises `Refused`, and what decoders raise."""
+    """The head of an image file within the limits; raises `Refused` and errors of decoders."""
     from PIL import Image, UnidentifiedImageError
 
     size = file.seek(0, os.SEEK_END)
@@ -138,33 +139,33 @@ def open_head(file: BinaryIO, where: str, reading: Reading = Reading()) -> Head:
     try:
         image, ends = _opened(file, size)
     except UnidentifiedImageError:
-        raise refused("not a picture", where, _what_instead(file)) from None
+        raise refused("not an image", where, _what_instead(file)) from None
     except Image.DecompressionBombError:
         raise refused("too many pixels", where, "more pixels than can be decoded") from None
     head = head_of(image, ends)
     width, height = image.size
-    words = f"{width} x {height} pixels"
+    shape = f"{width} x {height} pixels"
     if width * height > reading.max_pixels:
-        raise _beyond("too many pixels", where, words, reading, "max_pixels", width * height)
+        raise _beyond("too many pixels", where, shape, reading, "max_pixels", width * height)
     if (aspect := max(width, height) / min(width, height)) > reading.max_aspect:
-        words += f", one side {aspect:.4g} times the other"
-        raise _beyond("too thin", where, words, reading, "max_aspect", -(-aspect // 1))
+        shape += f", one side {aspect:.4g} times the other"
+        raise _beyond("too thin", where, shape, reading, "max_aspect", -(-aspect // 1))
     return head
 
 
-def _beyond(reason: str, where: str, words: str, reading: Reading, limit: str, needed) -> Refused:
-    """A limit that a user may raise, and how."""
-    why = f"{words}, {limit} is {getattr(reading, limit):,.12g}"
+def _beyond(reason: str, where: str, found: str, reading: Reading, limit: str, needed) -> Refused:
+    """The error for an image beyond a limit, with the setting that raises the limit."""
+    why = f"{found}, {limit} is {getattr(reading, limit):,.12g}"
     return refused(reason, where, why, f"give reading=mm.Reading({limit}={needed:.0f})")
 
 
 def _what_instead(file: BinaryIO) -> str:
-    """What a file is that is no image, in words."""
+    """A description of a file that is not an image."""
     file.seek(0)
     head = file.read(300)
     text = head[:64].lstrip(b"\xef\xbb\xbf \t\r\n")
-    for place, begin, what in _NOT_IMAGES:
-        if head[place:].startswith(begin):
+    for offset, begin, what in _NOT_IMAGES:
+        if head[offset:].startswith(begin):
             return f"it is {what}"
     for begin, what in _NOT_IMAGES_BUT_TEXT.items():
         if text.lower().startswith(begin):
@@ -179,17 +180,17 @@ def _what_instead(file: BinaryIO) -> str:
 
 @functools.cache
 def _formats() -> list[str]:
-    """Those of FORMATS that the installed Pillow knows; asked for once, before the first file."""
+    """The FORMATS that the installed Pillow knows; called once, before the first file is opened."""
     from PIL import Image
 
-    # `Reading.max_pixels` is the limit here; Pillow's warning would come beside our own words.
+    # `Reading.max_pixels` is the limit here; Pillow's warning would repeat our own message.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _opened(file: BinaryIO, size: int) -> tuple[Any, Callable[[], bool]]:
-    """(a PIL image that is not decoded, what says whether the end of its file is there)."""
+    """(a PIL image that is not decoded, a function: is the end of its file there?)."""
     from PIL import Image
 
     is_png = file.read(8) == _PNG
@@ -201,7 +202,7 @@ def _opened(file: BinaryIO, size: int) -> tuple[Any, Callable[[], bool]]:
     kinds = [kind for kind, _, _ in chunks]
     behind = kinds[kinds.index(b"IDAT") :] if b"IDAT" in kinds else []
     profile = None
-    # Pillow reads what stands behind the pixels only while it decodes.
+    # Pillow reads chunks behind the pixels only while it decodes.
     if {b"eXIf", b"iTXt", b"zTXt", b"tEXt"} & {*behind}:
         file, profile = _without_notes(file, chunks)
     file.seek(0)
@@ -209,7 +210,7 @@ def _opened(file: BinaryIO, size: int) -> tuple[Any, Callable[[], bool]]:
         image = Image.open(file, formats=_formats())
     except Image.DecompressionBombError:
         raise
-    except Exception:  # of a note that is damaged or too large; the pixels may be in order
+    except Exception:  # a text chunk may be damaged or too large, while the pixels are fine
         file, profile = _without_notes(file, chunks)
         image = Image.open(file, formats=_formats())
     if profile is not None:
@@ -219,45 +220,45 @@ def _opened(file: BinaryIO, size: int) -> tuple[Any, Callable[[], bool]]:
 
 
 def _has_its_end(file: BinaryIO, kind: str, size: int) -> bool:
-    place = file.tell()  # the decoder goes on here
+    position = file.tell()  # the decoder continues here
     file.seek(max(0, size - 64))
     tail = file.read()
     file.seek(4)
     riff = int.from_bytes(file.read(4), "little") + 8
-    file.seek(place)
+    file.seek(position)
     if kind == "WEBP":
         return riff <= size
-    if kind == "GIF":  # one letter, which stands anywhere by chance
+    if kind == "GIF":  # one letter, which may be anywhere by chance
         return tail.rstrip(b"\0").endswith(b";")
     return kind in ("JPEG", "MPO") and b"\xff\xd9" in tail[-16:]
 
 
 def _chunks(file: BinaryIO, size: int) -> tuple[list[tuple[bytes, int, int]], bool]:
-    """(kind, place, length) of the chunks of a PNG file, and whether the last one is there."""
-    chunks, place = [], 8
-    while place + 12 <= size:
-        file.seek(place)
+    """(kind, offset, length) of the chunks of a PNG file, and whether the last one is there."""
+    chunks, offset = [], 8
+    while offset + 12 <= size:
+        file.seek(offset)
         head = file.read(8)
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
-        if place + 12 + length > size:
+        if offset + 12 + length > size:
             break
-        chunks.append((kind, place, length))
-        place += 12 + length
+        chunks.append((kind, offset, length))
+        offset += 12 + length
         if kind == b"IEND":
             return chunks, True
     return chunks, False
 
 
 def _without_notes(file: BinaryIO, chunks) -> tuple[BinaryIO, bytes | None]:
-    """(a PNG file again, its colour profile), with what is known of an orientation before all else.
+    """(the PNG file without text chunks, its colour profile); an orientation comes first in it.
 
-    Notes in words are left out, and so is what does not fit its check sum beside the pixels.
+    Chunks other than pixels are also left out if their check sum is wrong.
     """
     first: list[bytes] = []
     rest: list[bytes] = []
     profile = None
-    for kind, place, length in chunks:
-        file.seek(place)
+    for kind, offset, length in chunks:
+        file.seek(offset)
         chunk = file.read(12 + length)
         data, sound = chunk[8:-4], zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
         if kind == b"IHDR":
@@ -272,7 +273,7 @@ def _without_notes(file: BinaryIO, chunks) -> tuple[BinaryIO, bytes | None]:
 
 
 def _inflated(data: bytes) -> bytes | None:
-    """A colour profile; None of a damaged one, or of one too large to be any."""
+    """A colour profile; None if it is damaged, or too large to be one."""
     inflate = zlib.decompressobj()
     try:
         profile = inflate.decompress(data, _MOST_PROFILE)
@@ -282,7 +283,7 @@ def _inflated(data: bytes) -> bytes | None:
 
 
 def _scale_transparency(image) -> None:
-    """The transparent colour of a PNG, on the scale on which Pillow decodes its pixels."""
+    """Bring the transparent colour of a PNG to the scale on which Pillow decodes its pixels."""
     colour, raw = image.info.get("transparency"), image.tile[0][3] if image.tile else ""
     scale = {"L;2": 85, "L;4": 17}.get(raw if isinstance(raw, str) else raw[0], 1)
     if isinstance(colour, int) and image.mode == "L":
@@ -291,21 +292,21 @@ def _scale_transparency(image) -> None:
         image.info["transparency"] = tuple(part >> 8 for part in colour)
 
 
-# ---- what it says --------------------------------------------------------------------------------
+# ---- properties ----------------------------------------------------------------------------------
 
 
 def head_of(image, ends: Callable[[], bool] = bool) -> Head:
-    """What a PIL image says of itself, decoded or not."""
+    """The properties of a PIL image, decoded or not."""
     head = Head(image, image.size, _orientation(image), 65535.0, ends)
-    if image.format == "TIFF" and hasattr(image, "tag_v2"):  # Pillow turns it while it decodes
+    if image.format == "TIFF" and hasattr(image, "tag_v2"):  # Pillow rotates it while it decodes
         bits = image.tag_v2.get(_BITS, 16)
         head.white = 2.0 ** (bits[0] if isinstance(bits, tuple) else bits) - 1
         head.size = image.tag_v2.get(_WIDTH, head.size[0]), image.tag_v2.get(_HEIGHT, head.size[1])
     elif image.format == "TGA" and getattr(image, "fp", None) is not None:
-        place = image.fp.tell()
+        position = image.fp.tell()
         image.fp.seek(17)
-        head.opaque = not image.fp.read(1)[0] & 15  # how many bits of a pixel are alpha
-        image.fp.seek(place)
+        head.opaque = not image.fp.read(1)[0] & 15  # the number of alpha bits per pixel
+        image.fp.seek(position)
     if head.orientation >= 5:
         head.size = head.size[::-1]
     if image.format == "TIFF":
@@ -314,14 +315,14 @@ def head_of(image, ends: Callable[[], bool] = bool) -> Head:
 
 
 def _orientation(image) -> int:
-    """How the camera was held, 1 to 8, by EXIF or XMP; 1 where that is missing or damaged."""
+    """The orientation by EXIF or XMP, 1 to 8; 1 where that is missing or damaged."""
     from PIL import Image
 
     said = image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp"} or hasattr(image, "tag_v2")
     if not said and getattr(image, "_exif", None) is None:
         return 1
-    try:  # of the class itself: that of a PNG decodes
-        with warnings.catch_warnings():  # of damaged tags, which concern nobody here
+    try:  # the method of the base class, since that of a PNG decodes
+        with warnings.catch_warnings():  # about damaged tags, which do not matter here
             warnings.simplefilter("ignore")
             value = Image.Image.getexif(image).get(_ORIENTATION, 1)
     except Exception:  # of any kind: struct.error, SyntaxError, ...
@@ -334,10 +335,10 @@ def _orientation(image) -> int:
 
 @functools.lru_cache(maxsize=64)
 def to_srgb(profile: bytes | None, mode: str):
-    """What brings pixels of a mode ("RGB", "L", "CMYK") from a colour profile to sRGB.
+    """The transform of pixels of a mode ("RGB", "L", "CMYK") from a colour profile to sRGB.
 
-    None where that changes nothing that can be seen: without a profile, for sRGB under any of its
-    names, and for a damaged profile or one of another mode, which viewers leave alone, too.
+    None if it would change nothing visible: without a profile, for sRGB under any of its names, and
+    for a damaged profile or one of another mode, which viewers ignore, too.
     """
     if not profile or {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}.get(profile[16:20]) != mode:
         return None

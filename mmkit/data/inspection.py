@@ -1,6 +1,6 @@
-"""Look at a source before anything is trained on it.
+"""Inspect a source before anything is trained on it.
 
-Walk-through: notebooks/08_your_own_pictures.ipynb.
+Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from .image_headers import open_head
 from .loader import as_dataset
 from .report import Report, count_captions
 from .sources import load_data
-from .tokenizer import piece_counts, unk_rate
+from .tokenizer import token_counts, unk_rate
 
 DARK = 32.0  # of 255: images nowhere brighter than an eighth of white are nearly black
-BLANK = 2.0  # of 255: pictures whose standard deviation is below it are of nearly one colour
+BLANK = 2.0  # of 255: images whose standard deviation is below it are of nearly one colour
 
 
 def inspect(
@@ -29,12 +29,27 @@ def inspect(
     near: bool = True,
     **options,
 ) -> Report:
-    """What would be loaded from a source, and what is odd about it; nothing is trained.
+    """Report what would be loaded from a source, and what is unusual about it.
 
-    source: anything that `load_data` takes, or a data set. Every picture is decoded; bad rows are
-    counted, however many. max_length: word pieces that the model will read (tiny 32, small 64, base
-    and CLIP 77). near: also look for nearly equal pictures and captions. options: of that way in.
-    Raises ValueError where nothing can be loaded.
+    Every image is decoded; bad rows are counted, however many there are. Nothing is trained.
+
+    Args:
+        source: anything that `load_data` takes, or a data set.
+        max_length: tokens of a caption that the model will read (tiny 32, small 64, base and
+            CLIP 77).
+        near: also look for nearly equal images and captions.
+        **options: of the function that loads this source, see `load_data`.
+
+    Returns:
+        Report: print it, or call its `to_dict()`.
+
+    Raises:
+        ValueError: nothing can be loaded.
+
+    Example:
+        >>> report = mm.inspect(data, max_length=32)
+        >>> report.images, report.captions, report.cut_captions
+        (23, 23, 0)
     """
     if isinstance(source, MultimodalDataset | Dataset | DataLoader):
         data = as_dataset(source, "source")
@@ -42,14 +57,14 @@ def inspect(
         options = {"on_error": "skip", "max_skipped": 1.0, "check": "decode"} | options
         data = load_data(source, **options)
     report = dataclasses.replace(data.report) if data.report else _of_decoded(data)
-    if report.identical_pictures is None and not data.expensive:  # of a part, nobody has looked
+    if report.identical_images is None and not data.expensive:  # of a part it is not known
         hashes = data.content_hashes()
-        report.identical_pictures = len(hashes) - len(set(hashes))
+        report.identical_images = len(hashes) - len(set(hashes))
     flat = [caption for captions in data.texts for caption in captions]
-    report.caption_pieces = piece_counts(data.tokenizer, flat)
+    report.caption_tokens = token_counts(data.tokenizer, flat)
     report.max_length, report.unknown = max_length, unk_rate(data.tokenizer, flat)
     report.blank, dark = _blank_and_dark(data)
-    report.dark = [data.picture_name(row) for row in dark]
+    report.dark = [data.image_name(row) for row in dark]
     report.dark_white = _white(data, dark)
     if near:
         report.duplicates = find_duplicates(data)
@@ -57,9 +72,9 @@ def inspect(
 
 
 def _of_decoded(data: MultimodalDataset) -> Report:
-    """The report of a data set that no way in has made: all of it was loaded."""
+    """The report of a data set that was not loaded from a source: all rows are there."""
     count = len(data)
-    report = Report(data.name or "the data set", count, count, pictures=count)
+    report = Report(data.name or "the data set", count, count, images=count)
     shape = data[0]["image"].shape
     report.heights, report.widths = [shape[1]] * count, [shape[2]] * count
     report.checked = "decode" if data.resident else "none"
@@ -68,31 +83,30 @@ def _of_decoded(data: MultimodalDataset) -> Report:
 
 
 def _blank_and_dark(data: MultimodalDataset) -> tuple[list[str], list[int]]:
-    """Names of the images of nearly one colour (black, white, an empty frame); rows of others that
-    are nearly black."""
+    """Names of images of nearly one colour (black, white, empty), rows of other dark ones."""
     names, dark = [], []
     for rows in np.array_split(np.arange(len(data)), max(1, len(data) // 256)):
         pixels = _of_255(data._take(rows))
         flat = (pixels - pixels.mean((-2, -1), keepdim=True)).square().mean((1, 2, 3)).sqrt()
         blank = (flat < BLANK).cpu().numpy()
-        names += [data.picture_name(row) for row in rows[blank]]
+        names += [data.image_name(row) for row in rows[blank]]
         dark += rows[~blank & (pixels.amax((1, 2, 3)) < DARK).cpu().numpy()].tolist()
     return names, dark
 
 
 def _white(data: MultimodalDataset, dark: list[int]) -> int:
-    """What is white, perhaps, in 16-bit grey files whose images are nearly black; 0 = no such."""
+    """The probable value of white in 16-bit grey files of nearly black images; 0 = none."""
     top = 0
     for row in dark[:16]:
-        with data.picture_file(row) as file:
-            image = open_head(file, data.picture_name(row), data.reading).image
+        with data.image_file(row) as file:
+            image = open_head(file, data.image_name(row), data.reading).image
             if image.mode.startswith("I;16"):
                 top = max(top, int(np.asarray(image).max()))
     return 2 ** top.bit_length() - 1
 
 
 def _of_255(pixels: torch.Tensor) -> torch.Tensor:
-    """Pictures as floats on the scale of 0 to 255, also where a transform gives other numbers."""
+    """Images as floats from 0 to 255, whatever the scale of the transform."""
     if not pixels.is_floating_point():
         return pixels.float()
     return pixels * (255 if 0 <= pixels.min() and pixels.max() <= 1 else 57)  # else normalised

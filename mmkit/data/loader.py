@@ -1,4 +1,4 @@
-"""Batches of an epoch, made ahead: by worker processes, or by a thread for decoded images.
+"""Batches of an epoch, prepared ahead by worker processes, or by a thread for decoded images.
 
 Walk-through: notebooks/01_data.ipynb.
 """
@@ -24,10 +24,10 @@ class _BatchView(torch.utils.data.Dataset):
         self.dataset = dataset
 
     def __getitem__(self, key) -> Batch:
-        """Tensors in shared memory; where that has no room, arrays, which go through a pipe.
+        """Tensors in shared memory; arrays, sent through a pipe, if that is full.
 
-        Left to the DataLoader, tensors are shared by a thread of the worker, whose error reaches
-        nobody: whoever waits for the batch waits for ever (Docker gives /dev/shm 64 MB).
+        The DataLoader itself would share tensors in a thread of the worker, whose error is lost, so
+        that the reader of the batch waits for ever (Docker gives /dev/shm 64 MB).
         """
         batch = self.dataset.batch(*key)
         try:
@@ -37,7 +37,7 @@ class _BatchView(torch.utils.data.Dataset):
 
 
 def _ahead(batches: Iterator[Batch], pin: bool, depth: int = 2) -> Iterator[Batch]:
-    """The same batches, up to `depth` of them made by a thread before they are asked for."""
+    """The same batches, up to `depth` of them prepared by a thread before they are needed."""
     ready: queue.Queue = queue.Queue(depth)
     stopped = threading.Event()
 
@@ -54,7 +54,7 @@ def _ahead(batches: Iterator[Batch], pin: bool, depth: int = 2) -> Iterator[Batc
                 if not put(batch.pin_memory() if pin else batch):
                     return
             put(None)
-        except BaseException as error:  # raised where the batch is waited for
+        except BaseException as error:  # raised again in the thread that waits for the batch
             put(error)
 
     worker = threading.Thread(target=work, daemon=True)
@@ -72,30 +72,39 @@ def _ahead(batches: Iterator[Batch], pin: bool, depth: int = 2) -> Iterator[Batc
 def load_batches(
     dataset: MultimodalDataset, keys: list, num_workers: int, pin: bool
 ) -> Iterator[Batch]:
-    """Batches for `keys`, a list of (rows, caption_noise), in that order.
+    """Batches of a dataset in a given order, prepared ahead where that saves time.
 
-    Pictures that must be decoded are decoded by `num_workers` processes; those of a cached
-    file are collected by a thread; those in memory need neither.
+    Images that must be decoded are decoded by worker processes; those of cached files are
+    collected by a thread; those in memory need neither.
+
+    Args:
+        dataset: the data.
+        keys: (rows, caption_noise) of each batch, in order: arguments of `dataset.batch`.
+        num_workers: processes that decode; 0 decodes in this one.
+        pin: copy the batches to pinned memory, for a GPU.
+
+    Returns:
+        An iterator over the batches. What fails in the first image fails here, not in a worker.
     """
     if isinstance(dataset._decoded.pixels, Tensor) or (num_workers == 0 and not dataset.resident):
         return (dataset.batch(*key) for key in keys)
     if dataset.resident:
         return _ahead((dataset.batch(*key) for key in keys), pin)
     dataset.encoded_captions()  # once here, not once per worker
-    for rows, noise in keys[:1]:  # what fails at once says so here, in its own words
+    for rows, noise in keys[:1]:  # an error in the first image is raised here, unwrapped
         dataset.batch(rows[:1], noise[:1])
     loader = torch.utils.data.DataLoader(
         _BatchView(dataset), sampler=keys, batch_size=None, num_workers=num_workers, pin_memory=pin,
-        generator=torch.Generator(),  # or each start of workers would move the draws of dropout
+        generator=torch.Generator(),  # else each start of workers would change the draws of dropout
     )  # fmt: skip
-    made = iter(loader)  # now: workers are forked by the thread that asks
-    return (batch._map(torch.as_tensor) for batch in made)
+    batches = iter(loader)  # now: the calling thread forks the workers
+    return (batch._map(torch.as_tensor) for batch in batches)
 
 
 def as_dataset(given: Any, name: str) -> MultimodalDataset:
-    """A data set of ours, or of a `torch.utils.data.Subset` of one; ValueError in words else.
+    """A MultimodalDataset, also from a `torch.utils.data.Subset` of one; else ValueError.
 
-    name: what the caller names it, for the message.
+    name: the caller's name for the argument, for the message.
     """
     if isinstance(given, MultimodalDataset):
         return given
@@ -109,5 +118,5 @@ def as_dataset(given: Any, name: str) -> MultimodalDataset:
     elif isinstance(given, str | os.PathLike):
         remedy = f"give the data in it: mm.load_data({str(given)!r})"
     raise ValueError(
-        f"{name} is a {type(given).__name__}, no data set of images and texts; {remedy}"
+        f"{name} is a {type(given).__name__}, not a data set of images and texts; {remedy}"
     )

@@ -1,6 +1,6 @@
-"""Ways in for annotations as they are published: COCO captions, Flickr30k, Karpathy's splits.
+"""Load annotations as they are published: COCO captions, Flickr30k, Karpathy's splits.
 
-Walk-through: notebooks/08_your_own_pictures.ipynb.
+Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
 import os
@@ -17,20 +17,33 @@ from .tables import read_json, read_lines
 def from_coco(
     annotations: str | os.PathLike, images: str | os.PathLike, **options
 ) -> MultimodalDataset:
-    """COCO captions as published: captions_train2017.json and the folder train2017."""
+    """Load COCO captions as published: captions_train2017.json and the folder train2017.
+
+    Args:
+        annotations: the JSON file.
+        images: the folder of its images.
+        **options: of `Options`, see `load_data`.
+
+    Returns:
+        MultimodalDataset with a `report`; `meta` has "image_id".
+
+    Raises:
+        FileNotFoundError: the file or the folder does not exist.
+        ValueError: the file has another form, or a row cannot be loaded (see `load_data`).
+    """
     options_ = Options.named(from_coco, options)
     found, value = Found(str(annotations), "entry"), read_json(existing_file(annotations))
-    found.hint = f"is {images} the folder of its pictures?"
+    found.hint = f"is {images} the folder of its images?"
     try:
         captions: dict[Any, list[str]] = {}
         for one in value["annotations"]:
             captions.setdefault(one["image_id"], []).append(one["caption"])
-        for line, picture in enumerate(value["images"], 1):
-            facts = {"image_id": picture["id"]}
-            found.add(line, picture["file_name"], captions.pop(picture["id"], []), facts)
+        for line, image in enumerate(value["images"], 1):
+            metadata = {"image_id": image["id"]}
+            found.add(line, image["file_name"], captions.pop(image["id"], []), metadata)
         for line, (number, texts) in enumerate(captions.items(), len(found.lines) + 1):
-            why = f"{annotations}: no picture has the id {number!r} of {texts[0]!r}"
-            found.add(line, Refused("no picture", why))
+            why = f"{annotations}: no image has the id {number!r} of {texts[0]!r}"
+            found.add(line, Refused("no image", why))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{annotations} is not in the form of COCO captions (images with id and file_name, "
@@ -45,31 +58,43 @@ def from_flickr30k(
     split: str | None = None,
     **options,
 ) -> MultimodalDataset:
-    """Flickr30k as published: dataset_flickr30k.json (Karpathy's splits; dataset_coco.json and
-    dataset_flickr8k.json, too) or results_20130124.token, and the folder of its pictures.
+    """Load Flickr30k as published, or any file of Karpathy's splits.
 
-    split: "train", "val", "test" of the JSON file (None: all).
+    Args:
+        annotations: dataset_flickr30k.json (also dataset_coco.json or dataset_flickr8k.json), or
+            results_20130124.token.
+        images: the folder of its images.
+        split: "train", "val" or "test" of the JSON file (None: all).
+        **options: of `Options`, see `load_data`.
+
+    Returns:
+        MultimodalDataset with a `report`; of a JSON file `meta` has "split".
+
+    Raises:
+        FileNotFoundError: the file or the folder does not exist.
+        ValueError: the file has another form, the split is unknown, or a row cannot be loaded (see
+            `load_data`).
     """
     options_ = Options.named(from_flickr30k, options)
     path, root = existing_file(annotations), str(existing_folder(images))
-    found = Found(str(annotations), hint=f"is {images} the folder of its pictures?")
+    found = Found(str(annotations), hint=f"is {images} the folder of its images?")
     if path.suffix == ".token" or path.name.endswith(".token.txt"):
         known_split(split, None, str(path))
-        for line, words in enumerate(read_lines(path, blank=True), 1):
-            if not words:
+        for line, text in enumerate(read_lines(path, blank=True), 1):
+            if not text:
                 continue
-            name, tab, caption = words.partition("\t")
-            why = Refused("no caption", f"{path}, line {line}: no tab in {words[:60]!r}")
+            name, tab, caption = text.partition("\t")
+            why = Refused("no caption", f"{path}, line {line}: no tab in {text[:60]!r}")
             found.add(line, name.rpartition("#")[0] or name if tab else why, caption)
         return load(found, options_, root=root)
     try:
-        pictures = read_json(path)["images"]
-        known_split(split, {picture.get("split") for picture in pictures}, str(path))
-        for line, picture in enumerate(pictures, 1):
-            if split is None or picture.get("split") == split:
-                name = os.path.join(picture.get("filepath", ""), picture["filename"])
-                texts = [sentence["raw"] for sentence in picture["sentences"]]
-                found.add(line, name, texts, {"split": picture.get("split")})
+        entries = read_json(path)["images"]
+        known_split(split, {image.get("split") for image in entries}, str(path))
+        for line, image in enumerate(entries, 1):
+            if split is None or image.get("split") == split:
+                name = os.path.join(image.get("filepath", ""), image["filename"])
+                texts = [sentence["raw"] for sentence in image["sentences"]]
+                found.add(line, name, texts, {"split": image.get("split")})
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is not in the form of Karpathy's splits (images with filename and sentences "

@@ -1,8 +1,8 @@
-"""What all ways in share: rows that were found become a data set and a report.
+"""The common part of all loaders: make a data set and a report of the rows of a source.
 
-Every row is checked before anything is trained: its captions, its path, its picture. Whatever is
-wrong with it is a `Refused`, raised or counted. The ways in themselves are in sources.py.
-Walk-through: notebooks/08_your_own_pictures.ipynb.
+The captions, the path and the image of every row are checked before anything is trained. A problem
+is a `Refused`, raised or counted. The loaders themselves are in sources.py.
+Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
 import functools
@@ -21,50 +21,47 @@ import torch
 from ..errors import Refused, as_type, nearest
 from .captions import clean_captions, count_blank
 from .dataset import HASH_BYTES, MultimodalDataset
-from .image_files import Files, PictureStore
+from .image_files import Files, ImageStore
 from .image_headers import Reading
-from .images import check_picture
+from .images import check_image
 from .report import Report, count_captions
 
-# Of a picture that could be decoded now, but not when all were (a disk or memory was at its end).
-TRY_AGAIN = "the picture could not be decoded at first; load the data once more"
+# For an image that can be decoded now, but failed with all others (a full disk or memory).
+TRY_AGAIN = "the image could not be decoded at first; load the data once more"
 
 
 @dataclass
 class Options:
-    """What every way in takes beside its source.
+    """The options of every loader, beside its source; see also `MultimodalDataset`."""
 
-    on_error: "raise" stops at the first bad row, naming file and line; "skip" leaves bad rows out,
-    and stops where they are more than the share `max_skipped` of all. check: "head" looks at each
-    picture's head and end, "decode" decodes it (which also finds damage in the middle), "none" does
-    neither; None takes "decode" with on_error="skip", as what is skipped must be known beforehand.
-    reading: `mm.Reading`, the background under transparent pixels and what is refused as too large
-    or too thin. cache_gigabytes: decoded pictures are kept in files up to this size, decoded at the
-    first training; 0 = never. num_workers: processes that decode.
-    """
-
-    image_size: int = 64
-    transform: Callable | None = None
+    image_size: int = 64  # side of the images, pixels
+    transform: Callable | None = None  # in place of the square of `image_size`
     tokenizer: Any = None
     device: str | torch.device | None = None
+    # "raise" stops at the first bad row, naming file and line; "skip" leaves bad rows out, and
+    # stops if they are more than the fraction `max_skipped` of all
     on_error: str = "raise"
     max_skipped: float = 0.1
+    # "head" checks the head and the end of each image, "decode" decodes it, which also finds damage
+    # in the middle, "none" does neither; None = "decode" with on_error="skip", since the skipped
+    # rows must be known beforehand, else "head"
     check: str | None = None
+    # background of transparent pixels, and limits of images
     reading: Reading = field(default_factory=Reading)
-    cache_gigabytes: float = 20.0
+    cache_gigabytes: float = 20.0  # largest size of the files of decoded images; 0 = none
     cache_dir: str | os.PathLike | None = None
-    num_workers: int = 2
+    num_workers: int = 2  # processes that decode
 
     @classmethod
     def named(cls, way: Callable, options: dict[str, Any]) -> "Options":
-        """The options of these names; ValueError for one that neither they nor the way in have."""
+        """The options of these names; ValueError for one that the loader `way` does not have."""
         known = [f.name for f in fields(cls)]
         for name in options:
             if name not in known:
                 parameters = inspect.signature(way).parameters.values()
                 own = [p.name for p in parameters if p.default is not p.empty]
-                words = nearest(name, [*own, *known])
-                raise ValueError(f"{way.__name__} has no option {name!r}; {words}")
+                hint = nearest(name, [*own, *known])
+                raise ValueError(f"{way.__name__} has no option {name!r}; {hint}")
         return cls(**options)
 
     def __post_init__(self):
@@ -81,11 +78,11 @@ class Options:
             setattr(self, name, value)
         if not 0 <= self.max_skipped <= 1:
             raise ValueError(
-                f"max_skipped={self.max_skipped!r} must be in [0, 1]; it is a share of the rows"
+                f"max_skipped={self.max_skipped!r} must be in [0, 1]; it is a fraction of the rows"
             )
         if not isinstance(self.reading, Reading):
             raise ValueError(
-                f"reading={self.reading!r} is no mm.Reading; give mm.Reading(max_aspect=50), say"
+                f"reading={self.reading!r} is not an mm.Reading; give mm.Reading(max_aspect=50)"
             )
         if self.check is None:
             self.check = "decode" if self.on_error == "skip" else "head"
@@ -93,21 +90,20 @@ class Options:
 
 @dataclass
 class Found:
-    """What a way in found, an entry per row; a row that is `Refused` has no picture."""
+    """The rows that a loader found, one entry each; a row may be `Refused` instead of an image."""
 
     source: str
-    unit: str = (
-        "line"  # what a row is: "line" of a table, "picture" of a folder, "sample" of shards
-    )
+    unit: str = "line"  # name of a row: "line" of a table, "image" of a folder, "sample" of shards
     lines: list[int] = field(default_factory=list)
-    pictures: list[Any] = field(default_factory=list)  # a path, a number in a store, or Refused
+    images: list[Any] = field(default_factory=list)  # a path, a number in a store, or Refused
     texts: list[Any] = field(default_factory=list)
     meta: list[dict] = field(default_factory=list)
-    hint: str = ""  # what may be wrong where a picture is not there
+    hint: str = ""  # the probable cause if an image does not exist
 
-    def add(self, line: int, picture, text=None, meta: dict | None = None) -> None:
+    def add(self, line: int, image, text=None, meta: dict | None = None) -> None:
+        """Add one row."""
         self.lines.append(line)
-        self.pictures.append(picture)
+        self.images.append(image)
         self.texts.append(text)
         self.meta.append(meta or {})
 
@@ -121,13 +117,13 @@ def _real_folder(path: str) -> str:
 
 
 def within(root: str, written, where: str) -> str:
-    """The real path of the picture that a row names, under the folder `root`.
+    """The real path of the image that a row names, under the folder `root`.
 
-    Raises Refused for what is no path, is not there, is no file, or leaves the folder (by "..", an
-    absolute path or a link).
+    Raises Refused if it is not a path, does not exist, is not a file, or leads out of the folder
+    (by "..", an absolute path or a link).
     """
     if not isinstance(written, str | os.PathLike) or not str(written).strip():
-        raise Refused("no picture", f"{where} names no picture: {_short(repr(written))}")
+        raise Refused("no image", f"{where} names no image: {_short(repr(written))}")
     text = os.fspath(written)
     if any(ord(c) < 32 for c in text):
         raise Refused("not a path", f"{where}: {_short(repr(text))} holds control characters")
@@ -141,28 +137,28 @@ def within(root: str, written, where: str) -> str:
         folder, name = os.path.split(os.path.join(root, variant))
         try:
             path = os.path.join(_real_folder(folder), name)
-            facts = os.lstat(path)
-            if stat.S_ISLNK(facts.st_mode) or name in ("", ".", ".."):
+            status = os.lstat(path)
+            if stat.S_ISLNK(status.st_mode) or name in ("", ".", ".."):
                 path = os.path.realpath(path)
-                facts = os.stat(path)
+                status = os.stat(path)
         except (OSError, ValueError):
             continue
         real_root = _real_folder(root)
         if path != real_root and not path.startswith(real_root.rstrip(os.sep) + os.sep):
-            folder = f", root={os.path.dirname(path)!r} say" if os.path.isabs(text) else ""
+            folder = f", for example root={os.path.dirname(path)!r}" if os.path.isabs(text) else ""
             raise Refused(
                 "outside the folder",
                 f"{where}: {_short(text)} leads to {path}, outside {real_root}; move it there, or "
-                f"give a root that holds all pictures{folder}",
+                f"give a root that holds all images{folder}",
             )
-        if not stat.S_ISREG(facts.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise Refused("not a file", f"{where}: {path} is not a file")
         return path
     raise Refused("missing", f"{where}: {_short(os.path.join(root, text), 500)} does not exist")
 
 
 def _variants(text: str) -> list[str]:
-    """A path as it is written, and as another system may have meant it."""
+    """A path as it is written, and as other systems may have meant it."""
     stripped = text.strip()
     variants = [text, stripped, *(unicodedata.normalize(f, stripped) for f in ("NFC", "NFD"))]
     if "\\" in stripped:
@@ -174,44 +170,44 @@ def _short(text: str, most: int = 100) -> str:
     return text if len(text) <= most else text[:most] + "..."
 
 
-# ---- what all ways in share ----------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------------
 
 
 def load(
-    found: Found, options: Options, store: PictureStore | None = None, root: str | None = None
+    found: Found, options: Options, store: ImageStore | None = None, root: str | None = None
 ) -> MultimodalDataset:
-    """The data set of what was found: every row checked, merged by picture, and counted.
+    """The data set of the rows that were found: each is checked, merged by image, and counted.
 
-    store: where pictures given as numbers lie; without one they are paths under `root` (None:
+    store: the store of images given as numbers; without one they are paths under `root` (None:
     anywhere).
     """
-    _real_folder.cache_clear()  # a link may have been set anew since the last time
+    _real_folder.cache_clear()  # a link may have changed since the last call
     report = Report(found.source, rows=len(found.lines), checked=options.check or "")
     refuse = functools.partial(_refuse, report, options)
-    kept: dict[Any, int] = {}  # picture -> its place below
+    kept: dict[Any, int] = {}  # image -> its index in `texts`
     texts: list[list[str]] = []
     meta, lines, rows_of, sizes = [], [], [], []
-    for line, picture, text, facts in zip(
-        found.lines, found.pictures, found.texts, found.meta, strict=True
+    for line, image, text, metadata in zip(
+        found.lines, found.images, found.texts, found.meta, strict=True
     ):
         where = f"{found.source}, {found.unit} {line}"
         try:
-            if isinstance(picture, Refused):
-                raise picture
+            if isinstance(image, Refused):
+                raise image
             captions = clean_captions(where, text)
             if store is None:
-                picture = _path(root, picture, where)
-            if picture not in kept:
-                sizes.append(_look(store, picture, where, options))
-                kept[picture] = len(texts)
+                image = _path(root, image, where)
+            if image not in kept:
+                sizes.append(_look(store, image, where, options))
+                kept[image] = len(texts)
                 texts.append([])
-                meta.append(facts)
+                meta.append(metadata)
                 lines.append(line)
                 rows_of.append(0)
-            place = kept[picture]
+            index = kept[image]
             report.blank_captions += 0 if isinstance(text, str) else count_blank(text)
-            texts[place] += [caption for caption in captions if caption not in texts[place]]
-            rows_of[place] += 1
+            texts[index] += [caption for caption in captions if caption not in texts[index]]
+            rows_of[index] += 1
         except (Refused, FileNotFoundError) as error:
             refuse(_hinted(error, found.hint))
     if not texts:
@@ -225,14 +221,14 @@ def load(
 
 
 def _hinted(error: Exception, hint: str) -> Exception:
-    """The error, and what may be behind it where a picture is not there."""
+    """The error, with the probable cause if an image does not exist."""
     if hint and isinstance(error, Refused) and error.reason == "missing":
         return Refused(error.reason, f"{error}; {hint}")
     return error
 
 
 def _refuse(report: Report, options: Options, error: Exception, rows: int = 1) -> None:
-    """Raise it, or count it; too many of them are an error of their own."""
+    """Raise or count the error of a row; `_decoded` raises another one if there are too many."""
     if options.on_error == "raise":
         raise error
     reason = getattr(error, "reason", "missing")
@@ -241,10 +237,11 @@ def _refuse(report: Report, options: Options, error: Exception, rows: int = 1) -
 
 
 def _nothing(report: Report) -> str:
+    """The message for a source without usable rows."""
     if not report.rows:
         return "no row was found; is it the right file or folder?"
-    words = "; ".join(messages[0] for messages in report.examples.values())
-    return f"none of {report.rows:,} rows can be loaded: {words}"
+    reasons = "; ".join(messages[0] for messages in report.examples.values())
+    return f"none of {report.rows:,} rows can be loaded: {reasons}"
 
 
 def _path(root: str | None, written, where: str) -> str:
@@ -253,23 +250,21 @@ def _path(root: str | None, written, where: str) -> str:
     return within(root or os.sep, written, where)
 
 
-def _look(
-    store: PictureStore | None, picture, where: str, options: Options
-) -> tuple[int, int, int]:
-    """(width, height, bytes) of a picture from its head; zeros where nobody shall look."""
+def _look(store: ImageStore | None, image, where: str, options: Options) -> tuple[int, int, int]:
+    """(width, height, bytes) of an image from its head; zeros with check="none"."""
     reading = options.reading
     if options.check == "none":
         return 0, 0, 0
     if store is None:
-        width, height = check_picture(picture, where, reading=reading)
-        return width, height, os.path.getsize(picture)
-    with store.open(picture) as file:
-        width, height = check_picture(file, where, reading=reading, name=store.name(picture))
+        width, height = check_image(image, where, reading=reading)
+        return width, height, os.path.getsize(image)
+    with store.open(image) as file:
+        width, height = check_image(file, where, reading=reading, name=store.name(image))
         return width, height, file.seek(0, os.SEEK_END)
 
 
 def _dataset(store, keep, texts, meta, lines, found, options, report) -> MultimodalDataset:
-    """The data set of the rows whose heads are in order."""
+    """The data set of the rows that have passed the checks."""
     data = MultimodalDataset.from_store(
         store,
         texts,
@@ -296,7 +291,7 @@ def _decoded(
     data: MultimodalDataset, rows_of: list[int], sizes: np.ndarray, options: Options,
     report: Report, refuse: Callable,
 ) -> MultimodalDataset:  # fmt: skip
-    """The data set without pictures that cannot be decoded, if asked; the report filled in."""
+    """The data set, with check="decode" without undecodable images; fills in the report."""
     failed: dict[int, Exception] = {}
     if options.check == "decode":
         for row in data.rows_that_fail(options.num_workers):
@@ -312,12 +307,14 @@ def _decoded(
         raise ValueError(f"{report.source}: {_nothing(report)}")
     tokenizer_given = data.given_tokenizer
     if failed:
-        data._tokenizer = data._tokenizer if tokenizer_given else False  # of the good ones only
+        data._tokenizer = (
+            data._tokenizer if tokenizer_given else False
+        )  # train one on the good rows only
         data = data.subset(good)
         data._tokenizer = data._tokenizer or None
-        data.report = report  # of all rows, not of a part
+        data.report = report  # of all rows, not only of the subset
         sizes, rows_of = sizes[good], [rows_of[row] for row in good]
-    report.loaded, report.pictures = sum(rows_of), len(data)
+    report.loaded, report.images = sum(rows_of), len(data)
     assert report.loaded + sum(report.skipped.values()) == report.rows
     if options.check != "none":
         report.widths, report.heights = sizes[:, 0].tolist(), sizes[:, 1].tolist()
@@ -325,12 +322,12 @@ def _decoded(
     count_captions(report, data.texts)
     if options.check != "none" and report.bytes <= HASH_BYTES:
         hashes = data.content_hashes()
-        report.identical_pictures = len(hashes) - len(set(hashes))
-        data.same_pictures(hashes)
-    if report.skipped_share > options.max_skipped:
+        report.identical_images = len(hashes) - len(set(hashes))
+        data.same_images(hashes)
+    if report.skipped_fraction > options.max_skipped:
         raise ValueError(
             f"{report.source}: {sum(report.skipped.values()):,} of {report.rows:,} rows "
-            f"({100 * report.skipped_share:.1f} %) cannot be loaded, more than max_skipped="
+            f"({100 * report.skipped_fraction:.1f} %) cannot be loaded, more than max_skipped="
             f"{options.max_skipped:g}. {'; '.join(m[0] for m in report.examples.values())}"
         )
     return data if options.device is None else data.keep_on(options.device)

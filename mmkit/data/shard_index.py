@@ -1,8 +1,8 @@
-"""Which shards there are, and what is in them.
+"""Find shards and index their samples.
 
-Every shard is read through once, headers and captions only; what was found is kept on the disk.
-From then on a sample is (shard, offset, size).
-Walk-through: notebooks/08_your_own_pictures.ipynb.
+Every shard is read once, headers and captions only, and its index is stored on the disk. From then
+on a sample is (shard, offset, size).
+Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
 import glob
@@ -20,23 +20,23 @@ from tqdm import tqdm
 from ..errors import Refused
 from ..files import as_path, cache_folder, renamed, writing_cache
 from .spool import GZIP, Spool
-from .tar_index import IMAGE_SUFFIXES, Suffixes, TarIndex, scan_tar
+from .tar_index import SHARD_IMAGE_SUFFIXES, Suffixes, TarIndex, scan_tar
 
 PIPE = "pipe:"
 FOLDER_PATTERNS = ("*.tar", "*.tar.gz", "*.tgz")
-_VERSION = 3  # of the cached indexes: count up when the same shard would give another
+_VERSION = 3  # of the cached indexes: increase it when the same shard would give another index
 
 
 # -- which shards ----------------------------------------------------------------------------
 
 
 def expand_urls(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
-    """The shards that one or several names stand for, in order.
+    """The shards that one or several names denote, in order.
 
-    Each is a file, a glob, brace notation ("cc3m/{00000..00331}.tar"), a folder (its *.tar and
-    *.tar.gz, sorted) or "pipe:" and a shell command that writes a tar ("pipe:curl -fsL URL"). Only
-    name commands that you would run yourself. Raises FileNotFoundError for what is not there,
-    ValueError where there is none at all or one twice.
+    A name is a file, a glob, brace notation ("cc3m/{00000..00331}.tar"), a folder (its *.tar and
+    *.tar.gz, sorted) or "pipe:" with a shell command that writes a tar ("pipe:curl -fsL URL"). Give
+    only commands that you would run yourself. Raises FileNotFoundError for files that do not exist,
+    ValueError for no shard at all or the same one twice.
     """
     single = isinstance(source, str | bytes | os.PathLike) or not isinstance(source, Iterable)
     names: list = [source] if single else [*source]  # type: ignore[misc]
@@ -51,7 +51,7 @@ def expand_urls(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list
 
 def _expand(name: str) -> Iterator[str]:
     if os.path.exists(name := name if name.startswith(PIPE) else os.path.expanduser(name)):
-        yield from _shards_of(name)  # whatever it holds: a file may be called {a}.tar
+        yield from _shards_of(name)  # before braces, since a file may be called {a}.tar
         return
     for one in _alternatives(name):
         if one.startswith(PIPE):
@@ -68,17 +68,17 @@ def _expand(name: str) -> Iterator[str]:
 
 
 def _fetching(url: str) -> str:
-    """The command that writes what lies at a web address."""
+    """The command that writes the content of a web address."""
     if url.startswith("s3://"):
         return f"pipe:aws s3 cp {url} -"
     return f"pipe:gsutil cat {url}" if url.startswith("gs://") else f"pipe:curl -fsL {url}"
 
 
 def _alternatives(name: str) -> list[str]:
-    """What braces stand for, as webdataset has it; unbalanced ones are letters."""
+    """The names that braces denote, as in webdataset; unbalanced braces are letters."""
     from braceexpand import braceexpand
 
-    if "{" not in name:  # it takes backslashes away, which a command may want
+    if "{" not in name:  # braceexpand removes backslashes, which a command may need
         return [name]
     try:
         return list(braceexpand(name))
@@ -87,7 +87,7 @@ def _alternatives(name: str) -> list[str]:
 
 
 def name_of(source: str | os.PathLike | Sequence[str | os.PathLike]) -> str:
-    """What messages call the shards that were named: the name, or the first of several."""
+    """The name of the shards in messages: the given name, or the first of several."""
     if isinstance(source, str | os.PathLike):
         return os.fspath(source)
     names = [os.fspath(name) for name in source]
@@ -108,7 +108,7 @@ def _shards_of(path: str) -> list[str]:
     return found
 
 
-# -- what is in them -------------------------------------------------------------------------
+# -- their samples ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -116,25 +116,25 @@ class Shard:
     """One shard as it was when it was indexed."""
 
     url: str  # a path, or "pipe:" and a command
-    identity: str  # what tells this state of it from another
+    identity: str  # text that changes when the shard does
     spooled: bool  # read from a copy: the output of a command, or gzip
     size: int  # bytes of the tar, unpacked
 
 
 @dataclass
 class ShardIndex:
-    """All samples of all shards, N of them, in the order in which they lie there."""
+    """The N samples of all shards, in the order of the shards."""
 
     shards: list[Shard]
     keys: list[str]  # N names, "cc3m/00000.tar: 000000012.jpg"
-    captions: list[list[str]]  # of each sample, as they were found
-    shard: np.ndarray  # (N,) int32, a row of `shards`
+    captions: list[list[str]]  # of each sample, unchanged
+    shard: np.ndarray  # (N,) int32, index in `shards`
     offset: np.ndarray  # (N,) int64, bytes from the start of the tar
-    size: np.ndarray  # (N,) int64, bytes of the picture
-    meta: list[dict]  # of each sample: the keys asked for, where its .json has them
-    ids: list[int | None]  # of each sample, where `write_shards` wrote it
-    fields: list[str]  # keys that the .json of a sample has: of the first that is read of a shard
-    refused: list[Refused]  # samples that are not among the N, and why
+    size: np.ndarray  # (N,) int64, bytes of the image
+    meta: list[dict]  # of each sample: the keys that were asked for and are in its .json
+    ids: list[int | None]  # of each sample, if `write_shards` wrote one
+    fields: list[str]  # keys of the first .json that is read in each shard
+    refused: list[Refused]  # samples that are not among the N, with reasons
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -142,25 +142,26 @@ class ShardIndex:
 
 def read_index(
     source: str | os.PathLike | Sequence[str | os.PathLike],
-    image: str | Sequence[str] = IMAGE_SUFFIXES,
+    image: str | Sequence[str] = SHARD_IMAGE_SUFFIXES,
     text: str | Sequence[str] = "txt",
     meta: Sequence[str] = (),
     cache_dir: str | Path | None = None,
     spool_gigabytes: float = 10.0,
     on_error: str = "raise",
 ) -> ShardIndex:
-    """Index shards: every sample that is found is either a row or refused.
+    """Index shards: every sample is either a row or refused.
 
-    source: as `expand_urls` takes it. image: suffixes, the first that a sample has is its picture.
+    source: as `expand_urls` takes it. image: suffixes; the first that a sample has is its image.
     text: "txt" for a member that is one caption, "json.caption" for a string or a list of strings
-    in a JSON member, or several of these, all of which count. meta: keys of the .json that are
-    facts about the picture. Indexes are kept, one small file per shard, in the folder `cache_dir`
-    (see `openmoji()`), until the shard changes; what a command wrote is taken to stay the same.
-    spool_gigabytes: disk for what "pipe:" and gzip unpack to. on_error: "skip" counts a file that
-    is no tar among the refused.
+    in a JSON member, or several of these, which are all read. meta: keys of the .json that are
+    metadata of the image. spool_gigabytes: disk space for the output of "pipe:" and gzip.
+    on_error: "skip" counts a file that is not a tar as refused.
 
-    Raises FileNotFoundError for a shard that is not there, `Refused` (a ValueError) for a file that
-    is no tar, OSError for a command that fails.
+    Indexes are stored, one small file per shard, in the folder `cache_dir` (see `openmoji()`),
+    until the shard changes; the output of a command is assumed not to change.
+
+    Raises FileNotFoundError for a shard that does not exist, `Refused` (a ValueError) for a file
+    that is not a tar, OSError for a command that fails.
     """
     suffixes = Suffixes.named(image, text, meta)
     folder = cache_folder(cache_dir)
@@ -183,7 +184,7 @@ def read_index(
         shard=np.repeat(np.arange(len(found), dtype=np.int32), counts),
         offset=np.array([n for _, part in found for n in part.offset], np.int64),
         size=np.array([n for _, part in found for n in part.size], np.int64),
-        meta=[facts for _, part in found for facts in part.meta],
+        meta=[metadata for _, part in found for metadata in part.meta],
         ids=[number for _, part in found for number in part.ids],
         fields=list(dict.fromkeys(key for _, part in found for key in part.keys)),
         refused=refused
@@ -198,7 +199,7 @@ def read_index(
 def _index_shard(
     url: str, suffixes: Suffixes, folder: Path, spool: Spool
 ) -> tuple[Shard, TarIndex]:
-    """From the cache where the shard is as it was then, else by reading it."""
+    """The index of a shard, from the cache if the shard has not changed, else by reading it."""
     identity = shard_identity(url)
     key = json.dumps([_VERSION, identity, suffixes.image, suffixes.text, suffixes.meta])
     cached = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
@@ -220,15 +221,15 @@ def _index_shard(
 
 
 def _read_cached(path: Path) -> tuple[tuple[bool, int], TarIndex] | None:
-    """What was written there; None where nothing was, or where it is damaged."""
+    """The content of a cache file; None if it does not exist or is damaged."""
     try:
         checksum, _, data = path.read_bytes().partition(b"\n")
     except FileNotFoundError:
         return None
     if not data or checksum != b"%08x" % zlib.crc32(data):
         return None
-    facts, index = json.loads(data)
-    return tuple(facts), TarIndex(**index)
+    properties, index = json.loads(data)
+    return tuple(properties), TarIndex(**index)
 
 
 def shard_identity(url: str) -> str:

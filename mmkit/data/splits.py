@@ -1,9 +1,9 @@
-"""Training, validation and test parts of your own pictures that share nothing.
+"""Training, validation and test parts of your own images that share nothing.
 
-A random split leaks: the same picture saved twice, or ten photographs of one scene, fall on both
-sides, and a model scores on what it has seen. Here whole groups move, and where a group goes is a
-hash of what is in it: renaming files, another order or more pictures move nothing else.
-`overlap` says in words what two parts share. Walk-through: notebooks/08_your_own_pictures.ipynb.
+A random split leaks: copies of an image, or ten photographs of one scene, fall on both sides, and
+the model is scored on images that it was trained on. Here whole groups are assigned to a part by a
+hash of their content, so that other file names, another order or more images change nothing else.
+`overlap` reports what two parts share. Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from ..older_names import older_attributes
 from .clusters import exact_duplicates, rows_that_share
 from .dataset import MultimodalDataset
 from .duplicates import caption_key, signatures
@@ -33,31 +34,46 @@ def split(
     hashes: Sequence[Hashable] | None = None,
     threshold: float = NEAR,
 ) -> Parts:
-    """(train, val, test) that share no picture, and no caption but very common ones.
+    """Split into (train, val, test) that share no image, and no caption but very common ones.
 
-    val, test: shares of the groups, so that shares of the pictures only come near them; a part of
-    share 0 is None. by: "near" keeps near-duplicates together (`near_duplicates`, by `threshold`:
-    images saved again, but not most of those cut by more than 2 %, mirrored, bordered or grey);
-    "content" only equal pictures, which decodes nothing where the data set hashes its files; any
-    other word is a key of `meta`, such as "artist": rows of one value stay together, and
-    near-duplicates, too. Rows of the same picture always do, and so do those that share a caption,
-    unless it is very common (of at least 10 pictures, and of more than 1 % of all or more than 100)
-    or the captions are class prompts (`class_prompts`): such a caption names a kind, not a picture,
-    and joins nothing, or a kind could not be both trained on and tested; by="caption" joins them
-    all the same, to hold out whole classes.
+    Rows of the same image always stay together, and so do rows that share a caption, unless it is
+    very common (of at least 10 images, and of more than 1 % of all or more than 100) or a class
+    prompt (`class_prompts`), and so names a category that must be both trained on and tested.
 
-    A group's part is a hash of (seed, the smallest content hash in it): another order, other names
-    and more pictures move no group but those that the new pictures join. hashes: of each picture's
-    content (None: `dataset.content_hashes()`). Unless the data set was given a tokenizer, one is
-    trained on the captions of the training part; all parts share it.
+    A hash of the seed and of a group's smallest content hash gives its part: another order, other
+    names and more images move only groups that new images join. All parts share one tokenizer: the
+    given one, else one trained on the training captions.
 
-    Raises ValueError for impossible shares, an unknown key, a missing value, or an empty part.
+    Args:
+        dataset: the data to split.
+        val: fraction of the groups for validation, at least 0; the fraction of images is only
+            close to it. A part of fraction 0 is None.
+        test: the same for testing; val + test is below 1.
+        by: "near" keeps near-duplicates together (`near_duplicates`: images saved again, but not
+            most of those cropped by more than 2 %, mirrored, framed or turned grey); "content" only
+            equal images, without decoding where the data set hashes its files; "caption" as "near",
+            and also rows that share a very common caption, to hold out whole classes; any other
+            value is a key of `meta`, such as "artist": as "near", and also rows of equal value.
+        seed: another seed gives another split.
+        hashes: of each image's content (None: `dataset.content_hashes()`).
+        threshold: largest difference of near-duplicates, see `near_duplicates`.
+
+    Returns:
+        The three data sets, None for a part of fraction 0.
+
+    Raises:
+        ValueError: impossible fractions, an unknown key, a missing value, or an empty part.
+
+    Example:
+        >>> train, val, test = mm.split(data, val=0.2, test=0.2)
+        >>> len(train) + len(val) + len(test) == len(data)
+        True
     """
     dataset = as_dataset(dataset, "dataset")
     if not (val >= 0 and test >= 0 and val + test < 1):
         raise ValueError(f"val={val} and test={test} must be at least 0 and add up to less than 1")
     values = [] if by in ("near", "content", "caption") else _values(dataset.meta, by)
-    hashes, near = _pictures(dataset, hashes, by != "content", threshold)
+    hashes, near = _images(dataset, hashes, by != "content", threshold)
     joins = {"content": hashes, "near": near, "value": values}
     joins["same"] = dataset.image_ids.tolist()
     if by == "caption" or not class_prompts(dataset.texts):
@@ -77,38 +93,38 @@ def _keys(texts: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def _common_keys(keys: Sequence[Sequence[str]]) -> set[str]:
-    """Those of very common captions, which tell nothing about a single picture."""
-    pictures_of = Counter(key for own in keys for key in own)
-    return {key for key, count in pictures_of.items() if very_common(count, len(keys))}
+    """The keys of very common captions, which say nothing about a single image."""
+    images_of = Counter(key for own in keys for key in own)
+    return {key for key, count in images_of.items() if very_common(count, len(keys))}
 
 
 def _caption_groups(texts: Sequence[Sequence[str]], common: bool) -> list[int]:
-    """Rows that share a caption get one number; common: also where it is a very common one."""
+    """Rows that share a caption get the same number; common: very common captions count, too."""
     keys = _keys(texts)
     skipped = set() if common else _common_keys(keys)
     return rows_that_share([[key for key in own if key not in skipped] for own in keys]).tolist()
 
 
-def _pictures(dataset, hashes, near: bool, threshold: float):
-    """Content hashes of all rows, and clusters of near-duplicates ([]: not asked for)."""
+def _images(dataset, hashes, near: bool, threshold: float):
+    """Content hashes of all rows, and clusters of near-duplicates ([] if not asked for)."""
     hashes = dataset.content_hashes() if hashes is None else list(hashes)
     if len(hashes) != len(dataset):
-        raise ValueError(f"{len(hashes)} hashes for {len(dataset)} pictures; give one per picture")
+        raise ValueError(f"{len(hashes)} hashes for {len(dataset)} images; give one per image")
     return hashes, near_duplicates(signatures(dataset), threshold).tolist() if near else []
 
 
 def _values(meta: Sequence[dict], key: str) -> list[Hashable]:
-    """The value of `key` in every row; ValueError where it is unknown or missing."""
-    known = sorted({name for facts in meta for name in facts})
+    """The value of `key` in every row; ValueError if it is unknown or missing."""
+    known = sorted({name for metadata in meta for name in metadata})
     if key not in known:
         have = f"its keys are {', '.join(known)}" if known else "the data set has no meta"
         raise ValueError(f"by={key!r} is not in meta; {have}; or use 'near', 'content', 'caption'")
-    values = [facts.get(key) for facts in meta]
+    values = [metadata.get(key) for metadata in meta]
     missing = [i for i, v in enumerate(values) if v is None or v == "" or v != v]  # NaN is not NaN
     if missing:
         raise ValueError(
             f"{len(missing)} of {len(meta)} rows have no {key!r}, the first is row {missing[0]}; "
-            "fill them in (a value of its own keeps a row alone) or leave the rows out"
+            "fill them in (a unique value keeps a row by itself) or leave the rows out"
         )
     return [str(value) for value in values]
 
@@ -118,7 +134,7 @@ def _bytes(key: Hashable) -> bytes:
 
 
 def _chances(group: np.ndarray, hashes: Sequence[Hashable], seed: int) -> np.ndarray:
-    """A number in [0, 1) for each group, by its smallest content hash."""
+    """A number in [0, 1) for each group, from its smallest content hash."""
     smallest: dict[int, bytes] = {}
     for number, key in zip(group.tolist(), map(_bytes, hashes), strict=True):
         smallest[number] = min(smallest.get(number, key), key)
@@ -130,27 +146,28 @@ def _chances(group: np.ndarray, hashes: Sequence[Hashable], seed: int) -> np.nda
 
 
 def _refuse_empty(
-    rows: list[np.ndarray], shares: Sequence[float], groups: int, seed: int, joins: dict
+    rows: list[np.ndarray], fractions: Sequence[float], groups: int, seed: int, joins: dict
 ) -> None:
+    """Raise ValueError for a part of fraction above 0 that has no rows."""
     most = min(filter(joins.get, joins), key=lambda kind: len(set(joins[kind])))  # joins most
     less = "or by='content', which joins less"
     remedy = {
         "near": less,
         "value": less,
-        "caption": "or leave captions out that many pictures share (mm.inspect counts them)",
-    }.get(most, "or more pictures")
-    for name, part, share in zip(("train", "val", "test"), rows, shares, strict=True):
-        if share > 0 and not len(part):
+        "caption": "or leave captions out that many images share (mm.inspect counts them)",
+    }.get(most, "or more images")
+    for name, part, fraction in zip(("train", "val", "test"), rows, fractions, strict=True):
+        if fraction > 0 and not len(part):
             total = sum(map(len, rows))
             raise ValueError(
-                f"{name} would be empty: {total} pictures are {groups} groups that must stay "
-                f"whole, and none falls into a share of {share:.2g}; try a larger share, another "
-                f"seed than {seed}, {remedy}"
+                f"{name} would be empty: {total} images form {groups} groups that must stay "
+                f"whole, and none falls into a fraction of {fraction:.2g}; try a larger fraction, "
+                f"another seed than {seed}, {remedy}"
             )
 
 
 def _parts(dataset: MultimodalDataset, rows: list[np.ndarray]) -> Parts:
-    """The parts of these rows; None for no rows. They share one tokenizer."""
+    """The data sets of these rows, None for no rows; they share one tokenizer."""
     parts = [dataset.subset(part, own_tokenizer=True) if len(part) else None for part in rows]
     train = parts[0]
     assert train is not None  # refused above
@@ -162,10 +179,10 @@ def _parts(dataset: MultimodalDataset, rows: list[np.ndarray]) -> Parts:
 
 
 def class_prompts(texts: Sequence[Sequence[str]]) -> bool:
-    """Are these captions the names of classes, shared by design, rather than of single pictures?
+    """Do these captions name classes, shared by design, rather than single images?
 
-    So where at least 9 of 10 pictures share all their captions with others, and a caption stands at
-    4 pictures or more on average.
+    They do if at least 9 of 10 images share all their captions with others, and each caption
+    occurs at 4 images or more on average.
     """
     keys = [{caption_key(caption) for caption in captions} for captions in texts]
     count = Counter(key for own in keys for key in own)
@@ -176,16 +193,17 @@ def class_prompts(texts: Sequence[Sequence[str]]) -> bool:
 # ---- what two parts share ------------------------------------------------------------------------
 
 
+@older_attributes(pictures="images")
 @dataclass
 class Overlap:
-    """What test pictures have in common with training ones; true if that is a reason to warn."""
+    """What test images share with training images; it is true if that is a reason to warn."""
 
-    pictures: int  # in the test part
-    exact: int  # of these, equal to a training picture
+    images: int  # in the test part
+    exact: int  # of these, equal to a training image
     near: int | None  # near-duplicates of one, without the equal ones; None: not compared
-    captions: int  # those with a caption, not a very common one, that a training picture has, too
-    class_prompts: bool  # captions are names of classes: shared by design, no reason to warn
-    # (row of training, row of test), five of each kind: "exact", "near", "captions"
+    captions: int  # those that share a caption, not a very common one, with a training image
+    class_prompts: bool  # captions name classes: they are shared by design, no reason to warn
+    # (training row, test row) of up to five pairs of each kind: "exact", "near", "captions"
     examples: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     names: tuple[str, str] = ("training", "test")
 
@@ -202,13 +220,13 @@ class Overlap:
         ):
             if count and not (kind == "captions" and self.class_prompts):
                 pairs = ", ".join(f"{b} = {a}" for a, b in self.examples.get(kind, [])[:3])
-                share = f"({100 * count / self.pictures:.1f} %)"
+                fraction = f"({100 * count / self.images:.1f} %)"
                 rows = f" ({test} row = {train} row: {pairs})" if pairs else ""
-                said.append(f"{count:,} of {self.pictures:,} {test} pictures {share} {what}{rows}")
+                said.append(f"{count:,} of {self.images:,} {test} images {fraction} {what}{rows}")
         note = " Near-duplicates were not looked for." if self.near is None else ""
         if not said:
             return f"No overlap of {train} and {test} found.{note}"
-        advice = f"Scores on {test} flatter; mm.split keeps such pictures together."
+        advice = f"Scores on {test} are too high; mm.split keeps such images together."
         return f"{'; '.join(said)}. {advice}{note}"
 
 
@@ -220,12 +238,28 @@ def overlap(
     threshold: float = NEAR,
     names: tuple[str, str] = ("training", "test"),
 ) -> Overlap:
-    """Which test pictures and captions are also in training: an `Overlap`; print it.
+    """Find the test images and captions that also occur in training.
 
-    near=False is quick: files are compared by their bytes and not decoded. hashes: of (train,
-    test); None: `dataset.content_hashes()` of each. A file and a picture given as pixels are never
-    equal, but may be near. Near are images saved again in another size, quality or brightness; most
-    of those that were cut by more than 2 %, mirrored, bordered or turned grey are not found.
+    A file and an image given as pixels are never equal, but may be near-duplicates.
+    Near-duplicates are images saved again in another size, quality or brightness; most of those
+    that were cropped by more than 2 %, mirrored, framed or turned grey are not found.
+
+    Args:
+        train: the training data.
+        test: the data to compare with it.
+        near: also look for near-duplicates; False is fast: files are compared by their bytes and
+            not decoded.
+        hashes: content hashes of (train, test); None: `content_hashes()` of each.
+        threshold: largest difference of near-duplicates, see `near_duplicates`.
+        names: what the report calls the two.
+
+    Returns:
+        Overlap: print it; it is true if it is a reason to warn.
+
+    Example:
+        >>> shared = mm.overlap(data.subset(range(12)), data.subset(range(10, 23)))
+        >>> shared.exact, bool(shared)
+        (2, True)
     """
     parts = train, test = as_dataset(train, "train"), as_dataset(test, "test")
     first = len(train)
@@ -240,7 +274,7 @@ def overlap(
     texts = [*train.texts, *test.texts]
     found = {"exact": exact, "near": alike, "captions": _shared_captions(texts, first)}
     return Overlap(
-        pictures=len(test),
+        images=len(test),
         exact=len(exact),
         near=None if alike is None else len(alike),
         captions=len(found["captions"] or []),
@@ -251,7 +285,7 @@ def overlap(
 
 
 def _shared(group: np.ndarray, first: int) -> list[tuple[int, int]]:
-    """(training row, test row) for test rows, those from `first` on, whose group is in training."""
+    """(training row, test row) for each test row (from `first` on) whose group is in training."""
     of_group: dict[int, int] = {}
     for row, number in enumerate(group[:first].tolist()):
         of_group.setdefault(number, row)
@@ -260,7 +294,7 @@ def _shared(group: np.ndarray, first: int) -> list[tuple[int, int]]:
 
 
 def _shared_captions(texts: Sequence[Sequence[str]], first: int) -> list[tuple[int, int]]:
-    """The same for captions, one pair for each test row."""
+    """The same for captions, one pair per test row."""
     keys = _keys(texts)
     common = set() if class_prompts(texts) else _common_keys(keys)
     of_key: dict[str, int] = {}

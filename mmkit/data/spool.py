@@ -1,7 +1,7 @@
-"""Shards that cannot be read where they lie (the output of a command, gzip), kept on the disk.
+"""Local copies of shards that cannot be read in place: the output of a command, gzip.
 
-Each is fetched once per machine, whatever the number of processes, and gets its name when it is
-whole. Walk-through: notebooks/08_your_own_pictures.ipynb.
+Each is fetched once per machine, whatever the number of processes, and gets its name once it is
+complete. Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ GZIP = b"\x1f\x8b"
 
 
 class Spool:
-    """A folder of fetched shards, `gigabytes` (10⁹ bytes) at most; the longest unused go first.
+    """A folder of fetched shards of at most `gigabytes` (10⁹ bytes); least recently used go first.
 
-    A shard that is removed while a process reads it stays on the disk until that process lets go
-    of it. Safe for many processes; picklable.
+    A shard that is removed while a process reads it stays on the disk until that process closes
+    it. Safe for many processes; picklable.
     """
 
     def __init__(self, folder: Path, gigabytes: float = 10.0):
@@ -36,13 +36,12 @@ class Spool:
     def open(self, url: str, identity: str) -> int:
         """A file descriptor of the uncompressed tar; the caller closes it.
 
-        identity: what tells this state of the shard from another (its path, size, time). Raises
-        OSError where the command fails, `Refused` for damaged gzip, ValueError where the spool is
-        too small.
+        identity: text that changes with the shard (its path, size, time). Raises OSError if the
+        command fails, `Refused` for damaged gzip, ValueError if the spool is too small.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.tar"
-        # An empty file of its own: the lock must outlive the shard, which may be removed.
+        # A separate empty file, since the lock must outlive the shard, which may be removed.
         with open(path.with_suffix(".lock"), "wb") as mine:
             lock(mine)
             while True:
@@ -63,16 +62,16 @@ class Spool:
             _copy(url, write)
 
     def _make_room(self, part: Path, url: str) -> None:
-        """Remove shards until all fit, the one being written included."""
+        """Remove shards until all fit, including the one being written."""
         room = self.gigabytes * 1e9
         if part.stat().st_size > room:
             raise ValueError(
-                f"shard {url} has more than {self.gigabytes:g} GB, which is all the spool may "
-                "have; raise spool_gigabytes, or make smaller shards"
+                f"shard {url} has more than {self.gigabytes:g} GB, the limit of the spool; "
+                "raise spool_gigabytes, or make smaller shards"
             )
         files = []
         for path in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):  # another process made room, too
+            with contextlib.suppress(FileNotFoundError):  # another process makes room, too
                 status = path.stat()
                 files.append((status.st_mtime_ns, status.st_size, path))
         too_much = sum(size for _, size, _ in files) - room
@@ -83,7 +82,7 @@ class Spool:
 
 
 def _copy(url: str, write: Callable[[bytes], None]) -> None:
-    """Write the bytes of a shard, unpacked if they are gzip, block by block."""
+    """Write the bytes of a shard block by block, decompressed if they are gzip."""
     from webdataset.gopen import gopen  # 2 s, most of it torch
 
     stream: Any = gopen(url, "rb")
@@ -99,9 +98,9 @@ def _copy(url: str, write: Callable[[bytes], None]) -> None:
         if not _status(stream):
             raise
     finally:
-        with contextlib.suppress(OSError):  # a command that failed is told of below
+        with contextlib.suppress(OSError):  # a failed command is reported below
             stream.close()
-    # Here and not by gopen, which lets some statuses pass, and all of them under GOPEN_VERBOSE.
+    # Not left to gopen, which ignores some statuses, and all of them under GOPEN_VERBOSE.
     if _status(stream):
         raise OSError(
             f"shard {url} cannot be fetched: the command ended with status {_status(stream)}; "
@@ -110,13 +109,13 @@ def _copy(url: str, write: Callable[[bytes], None]) -> None:
 
 
 def _status(stream) -> int | None:
-    """How a command ended; None while it runs, and for a file."""
+    """The exit status of a command; None while it runs, and for a file."""
     process: subprocess.Popen | None = getattr(stream, "proc", None)
     return None if process is None else process.poll()
 
 
 class _Whole:
-    """A stream whose first two bytes have been looked at."""
+    """A complete stream whose first two bytes can be inspected."""
 
     def __init__(self, stream):
         self.stream, self.head = stream, stream.read(2)

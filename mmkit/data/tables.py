@@ -1,8 +1,8 @@
-"""Read tables of pictures and captions: CSV, TSV, JSON lines; every row is given or refused.
+"""Read tables of images and captions: CSV, TSV, JSON lines; every row is returned or refused.
 
-A row is (line, {column: value}) or (line, Refused); what makes a whole table unreadable (its
-encoding, its separator, a quote that never ends) is a ValueError that says the remedy.
-Walk-through: notebooks/08_your_own_pictures.ipynb.
+A row is (line, {column: value}) or (line, Refused). What makes a whole table unreadable (its
+encoding, its separator, an unclosed quote) is a ValueError whose message gives the remedy.
+Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
 import codecs
@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import Refused, nearest
 
 MOST_LETTERS = 1_000_000  # of a field; csv's own limit of 131,072 refuses long texts
-HEAD = 100  # rows of JSON that are looked through for names of columns
+HEAD = 100  # rows of JSON in which the names of columns are looked for
 MOST_BYTES = 4_000_000_000  # of a JSON file that is read as one value
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 _MARKS = {  # byte order marks; the longer ones first, as UTF-32's begins with UTF-16's
@@ -31,13 +31,13 @@ Row = tuple[int, dict[str, Any] | Refused]
 
 
 def find_encoding(path: str | os.PathLike, encoding: str | None = None) -> str:
-    """The encoding of a text file: the one given, by its byte order mark, else UTF-8.
+    """The encoding of a text file: the given one, else by its byte order mark, else UTF-8.
 
-    Raises ValueError for an unknown name, and for what is not text at all.
+    Raises ValueError for an unknown name, and for a file that is not text.
     """
     if encoding is not None:
         try:
-            "".encode(encoding)  # LookupError for what codecs knows but is no text, too: "rot13"
+            "".encode(encoding)  # LookupError also for codecs that are not text: "rot13"
             return codecs.lookup(encoding).name
         except (LookupError, ValueError):
             raise ValueError(
@@ -60,24 +60,24 @@ def find_encoding(path: str | os.PathLike, encoding: str | None = None) -> str:
 
 
 def _lines(path: str | os.PathLike, encoding: str) -> Iterator[str]:
-    """The lines of a text file with their ends; ValueError naming the line that cannot be read."""
+    """The lines of a text file with their ends; ValueError names a line that cannot be read."""
     number = 0
     with open(path, encoding=encoding, newline="") as file:
         try:
             for line in file:
                 number += 1
-                # with encoding="utf-8" given, a byte order mark is not taken off by itself
+                # with encoding="utf-8" given, Python does not remove a byte order mark
                 yield line.removeprefix("\ufeff") if number == 1 else line
         except UnicodeError as error:
             number = _undecodable(path, encoding) or number + 1
             raise ValueError(
                 f"{path}, line {number}: this is not {encoding} ({error}); save the file as UTF-8, "
-                "or give its encoding, encoding='cp1252' say"
+                "or give its encoding, for example encoding='cp1252'"
             ) from None
 
 
 def _undecodable(path: str | os.PathLike, encoding: str) -> int:
-    """The first line that cannot be read; 0 where lines cannot be told apart by bytes."""
+    """The first line that cannot be read; 0 if the encoding does not separate lines by bytes."""
     if not encoding.startswith(("utf-8", "utf_8", "ascii")):
         return 0
     with open(path, "rb") as file:
@@ -90,7 +90,7 @@ def _undecodable(path: str | os.PathLike, encoding: str) -> int:
 
 
 def read_lines(path: str | os.PathLike, encoding: str | None = None, blank=False) -> list[str]:
-    """The lines of a small text file, without blank ones; ValueError where it is no text."""
+    """The lines of a small text file, without blank ones; ValueError if it is not text."""
     lines = [line.strip() for line in _lines(path, find_encoding(path, encoding))]
     return [line for line in lines if line or blank]
 
@@ -107,9 +107,9 @@ def read_csv(
 ) -> tuple[list[str], Iterator[Row]]:
     """(columns, rows) of a table whose first line names its columns.
 
-    separator: None recognises comma, semicolon, tab and bar. quotes: a field may stand in double
-    quotes and then hold separators and line ends; False takes quotes for letters. A row with more
-    or fewer fields than the header, or with broken quotes, is refused.
+    separator: None recognises comma, semicolon, tab and bar. quotes: a field may be in double
+    quotes and then contain separators and line ends; False treats quotes as letters. A row with
+    more or fewer fields than the header, or with broken quotes, is refused.
     """
     found = find_encoding(path, encoding)
     separator = _separator(path, found, quotes) if separator is None else separator
@@ -117,17 +117,17 @@ def read_csv(
         raise ValueError(f"{path}: separator={separator!r} is not one character between fields")
     lines = _lines(path, found)
     first = next(lines, "")
-    skipped = first.lower().startswith("sep=")  # what spreadsheets write for each other
+    skipped = first.lower().startswith("sep=")  # spreadsheets write this line
     reader = _reader(lines if skipped else itertools.chain([first], lines), separator, quotes)
     before, why = int(skipped), ""
     try:
         columns = [name.strip() for name in next(reader, [])]
     except csv.Error as error:
         _check_quotes(path, error, 1 + before, reader.line_num + before)
-        columns, why = [], _in_words(error)
+        columns, why = [], _explained(error)
     twice = {name for name in columns if columns.count(name) > 1}
     if not columns or twice:
-        why = f"column {min(twice)!r} stands there twice" if twice else why or "it is empty"
+        why = f"column {min(twice)!r} occurs twice" if twice else why or "it is empty"
         raise ValueError(f"{path} has no usable first line: {why}; it must name the columns")
     return columns, _csv_rows(path, reader, columns, before)
 
@@ -141,18 +141,19 @@ def _reader(lines: Iterable[str], separator: str, quotes: bool):
 
 
 def _check_quotes(path, error: csv.Error, line: int, last: int) -> None:
-    """Raise where an open quote has eaten the table from this line on, to the end or too far."""
+    """Raise ValueError if an unclosed quote in this line swallows the rest of the table."""
     if "end of data" in str(error) or ("limit" in str(error) and last > line):
         raise ValueError(
-            f"{path}: a double quote in line {line} is never closed; mend it, or give "
-            "quotes=False where quotes are only letters"
+            f"{path}: a double quote in line {line} is never closed; correct it, or give "
+            "quotes=False if quotes are letters"
         ) from None
 
 
-def _in_words(error: csv.Error) -> str:
+def _explained(error: csv.Error) -> str:
+    """The message of a csv error, with a remedy."""
     if "limit" in str(error):
         return f"a field has more than {MOST_LETTERS:,} letters; shorten it or leave the row out"
-    return f"{error}; give quotes=False where quotes are only letters"
+    return f"{error}; give quotes=False if quotes are letters"
 
 
 def _csv_rows(path, reader, columns: list[str], before: int) -> Iterator[Row]:
@@ -167,11 +168,11 @@ def _csv_rows(path, reader, columns: list[str], before: int) -> Iterator[Row]:
             _check_quotes(path, error, line, last)
             lines = f"line {line}" if line == last else f"lines {line} to {last}"
             kind = "too long" if "limit" in str(error) else "broken quotes"
-            yield line, Refused(kind, f"{path}, {lines}: {_in_words(error)}")
+            yield line, Refused(kind, f"{path}, {lines}: {_explained(error)}")
             continue
         if len(fields) == len(columns):
             yield line, dict(zip(columns, fields, strict=True))
-        elif fields:  # a blank line is no row
+        elif fields:  # a blank line is not a row
             yield (
                 line,
                 Refused(
@@ -183,7 +184,7 @@ def _csv_rows(path, reader, columns: list[str], before: int) -> Iterator[Row]:
 
 
 def _separator(path, encoding: str, quotes: bool) -> str:
-    """The one that cuts the header and the next lines into equally many fields, two at least."""
+    """The separator that gives the header and the next lines equally many fields, at least two."""
     lines = list(itertools.islice(_lines(path, encoding), 50))
     if not lines:
         return ","
@@ -198,18 +199,18 @@ def _separator(path, encoding: str, quotes: bool) -> str:
             tab_file = separator == "\t" and str(path).endswith((".tsv", ".tab"))
             most, best = max((most, best), ((alike + tab_file, width), separator))
     if not best and unreadable:
-        return unreadable  # a quote that never ends: whoever reads it says why
+        return unreadable  # an unclosed quote, which the reader reports
     if not best:
         known = ", ".join(SEPARATORS.values())
         raise ValueError(
             f"{path} has one column under every known separator ({known}); it needs one for the "
-            "picture and one for the text; give separator=…"
+            "image and one for the text; give separator=…"
         )
     return best
 
 
 def _some_rows(lines: list[str], separator: str, quotes: bool) -> list[list[str]]:
-    """The rows that can be read; of broken quotes it is not the place to complain."""
+    """The rows that can be read; broken quotes are reported later."""
     rows, reader = [], _reader(lines, separator, quotes)
     while True:
         try:
@@ -228,8 +229,8 @@ def read_jsonl(
 ) -> tuple[list[str], Iterator[Row]]:
     """(columns, rows) of a file with one JSON object per line, or of one array of objects.
 
-    columns are those of the first hundred rows. Raises ValueError, saying what to call instead, for
-    another JSON value, such as COCO's annotations.
+    columns are those of the first hundred rows. Raises ValueError for another JSON value, such as
+    COCO's annotations; the message names the function that reads it.
     """
     rows = _json_rows(path, encoding)
     head = list(itertools.islice(rows, HEAD))
@@ -245,7 +246,7 @@ def read_jsonl(
 
 
 def _may_be_one_value(head: list[Row]) -> bool:
-    """The first line is no object, or the only one and holds lists of objects."""
+    """Is the first line not an object, or the only line, with lists of objects in it?"""
     first = head[0][1] if head else {}
     if isinstance(first, Refused):
         return True
@@ -257,7 +258,7 @@ def _may_be_one_value(head: list[Row]) -> bool:
 
 
 def _one_value(path, encoding: str | None) -> Any:
-    """The value that a whole file is; None where it is none, or too large to be looked at so."""
+    """The JSON value of a whole file; None if it is not one, or too large to be read as one."""
     if os.path.getsize(path) > MOST_BYTES:
         return None
     try:
@@ -273,16 +274,16 @@ def _entries(path, values: list) -> Iterator[Row]:
 
 
 def _no_lines(path, value: Any) -> str:
-    """What a JSON file is that is no table, and what reads it."""
-    pictures = value.get("images") if isinstance(value, dict) else None
-    if isinstance(pictures, list) and "annotations" in value:
+    """What a JSON file that is not a table is, and the function that reads it."""
+    images = value.get("images") if isinstance(value, dict) else None
+    if isinstance(images, list) and "annotations" in value:
         return f"{path} has the form of COCO captions; take mm.from_coco({str(path)!r}, folder)"
-    if isinstance(pictures, list) and pictures and "sentences" in dict(pictures[0]):
+    if isinstance(images, list) and images and "sentences" in dict(images[0]):
         call = f"mm.from_flickr30k({str(path)!r}, folder, split='train')"
         return f"{path} has the form of Karpathy's splits; take {call}"
     return (
         f"{path} is one JSON value ({type(value).__name__}), not JSON lines; write one object per "
-        'line, {"image": "a.png", "text": "words"} say, or an array of such objects'
+        'line, such as {"image": "a.png", "text": "a caption"}, or an array of such objects'
     )
 
 
@@ -301,7 +302,7 @@ def _json_rows(path, encoding: str | None) -> Iterator[Row]:
 
 
 def read_json(path: str | os.PathLike) -> Any:
-    """The value of a JSON file; ValueError in words where it is not one."""
+    """The value of a JSON file; ValueError if it is not one."""
     try:
         text = Path(path).read_text(encoding=find_encoding(path))
         return json.loads(text)
@@ -318,16 +319,16 @@ IMAGE_COLUMNS = "image image_path img path file file_name filename filepath pict
 TEXT_COLUMNS = "text caption captions title sentence sentences".split()
 
 
-# What `from_table` and `load_data` take for a table, by its ending; see `read_table`.
+# Suffixes of the files that `from_table` and `load_data` read as tables; see `read_table`.
 TABLES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".token", ".parquet")
 
 
 def read_table(
     path: Path, encoding: str | None = None, separator: str | None = None, quotes: bool = True
 ) -> tuple[list[str], Iterator[Row], str, str]:
-    """(columns, rows, what a message calls a row, a hint where a column is missing) by its ending.
+    """(columns, rows, name of a row in messages, hint for a missing column) of a table.
 
-    Parquet files are read as data sets are (hub.py).
+    The suffix decides how it is read. Parquet files are read as data sets (hub.py).
     """
     if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
         unit = "entry" if path.suffix.lower() == ".json" else "line"  # of an array, perhaps
@@ -337,15 +338,16 @@ def read_table(
 
 
 def listed(values) -> list:
-    """A list of one or several: "artist" as ["artist"], and a list as it is."""
+    """The values as a list: "artist" as ["artist"], and a list unchanged."""
     return list(values) if isinstance(values, list | tuple) else [values]
 
 
 def pick_column(
     columns: Sequence[str], wanted: str | None, kind: str, source: str, hint: str = ""
 ) -> str:
-    """The column of the pictures ("image") or texts ("text"): the one asked for, or the only one
-    that is usually called so. hint: what the message ends with where there is none.
+    """The column of a kind, "image" or "text": the wanted one, else the only one of a usual name.
+
+    hint: the end of the message if there is none.
     """
     if wanted is not None:
         if wanted not in columns:
@@ -355,7 +357,7 @@ def pick_column(
     found = [column for column in columns if column.lower() in usual]
     if len(found) != 1:
         shown = ", ".join(map(repr, columns[:20])) or "none"
-        why = "several could be" if found else "none is called as usual"
+        why = "several could be" if found else "none has a usual name"
         raise ValueError(
             f"{source}: which column holds the {kind}? {why} (columns: {shown}); give {kind}='…'"
             f"{hint}"

@@ -1,9 +1,9 @@
-"""What is in one tar shard: names, captions, and where the bytes of each picture lie.
+"""The index of one tar shard: names, captions, and the position of the bytes of each image.
 
-One pass over the headers, by the standard library's `tarfile` (100,000 members in 2 s). Captions
-are read, pictures are not, and nothing is ever extracted or unpickled: only members of the named
-suffixes are read at all. A tar is somebody else's file, so every number in it is checked.
-Walk-through: notebooks/08_your_own_pictures.ipynb.
+It takes one pass over the headers by the standard library's `tarfile` (100,000 members in 2 s).
+Captions are read, images are not, and nothing is ever extracted or unpickled: only members of the
+named suffixes are read at all. A tar may come from anyone, so every number in it is checked.
+Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
 import json
@@ -17,21 +17,21 @@ from typing import Any
 
 from ..errors import Refused
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
-SAMPLE_ID = "mmkit_sample_id"  # the key under which our own shards keep it, in the .json
-HEADER_BYTES = 64 * 1024  # of one member, its long name and its pax records: tar writers need 2 KB
+SHARD_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+SAMPLE_ID = "mmkit_sample_id"  # the key of the id in the .json of our own shards
+HEADER_BYTES = 64 * 1024  # of a member with long name and pax records; tar writers need 2 KB
 CAPTION_BYTES = 1_000_000  # a novel; more is a mistake or an attack
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
-_META = re.compile(r"__[^/]*__($|/)")  # webdataset keeps its own notes under such names
+_META = re.compile(r"__[^/]*__($|/)")  # webdataset uses such names for its own metadata
 
 
 @dataclass(frozen=True)
 class Suffixes:
-    """Which members of a sample are read; all others are left alone.
+    """The suffixes of the members of a sample that are read; all others are ignored.
 
-    image: the first of these that a sample has is its picture. text: (suffix, None) for a member
-    that is a caption, (suffix, key) for a JSON object that holds one or several under that key.
-    meta: keys of the .json that are facts about the picture.
+    image: the first of these that a sample has is its image. text: (suffix, None) for a member
+    that is a caption, (suffix, key) for a JSON object with one or several captions under that key.
+    meta: keys of the .json that are metadata of the image.
     """
 
     image: tuple[str, ...]
@@ -42,7 +42,7 @@ class Suffixes:
     def named(
         cls, image: str | Sequence[str], text: str | Sequence[str], meta: Sequence[str] = ()
     ) -> "Suffixes":
-        """From "jpg", ("jpg", "png"), "txt", "json.caption"; ValueError where one is missing."""
+        """From names such as "jpg", ("jpg", "png"), "txt", "json.caption"; ValueError for none."""
         images = [image] if isinstance(image, str) else list(image)
         texts = [text] if isinstance(text, str) else list(text)
         if not images or not texts or not all([*images, *texts]):
@@ -59,20 +59,20 @@ class Suffixes:
 
     @cached_property
     def read(self) -> set[str]:
-        """All suffixes whose members must be in order."""
+        """All suffixes whose members are read and checked."""
         asked = {"json"} if self.meta else set()
         return {*self.image, *(suffix for suffix, _ in self.text), *asked}
 
 
 @dataclass
 class TarIndex:
-    """The samples of one tar in order, and what was refused: (reason, message) of each."""
+    """The samples of one tar in order, and (reason, message) of each refused sample."""
 
-    names: list[str] = field(default_factory=list)  # of the picture's member
+    names: list[str] = field(default_factory=list)  # of the image's member
     captions: list[list[str]] = field(default_factory=list)  # as they were found
     offset: list[int] = field(default_factory=list)  # bytes from the start of the tar
-    size: list[int] = field(default_factory=list)  # bytes of the picture
-    meta: list[dict] = field(default_factory=list)  # of the keys asked for, those that are there
+    size: list[int] = field(default_factory=list)  # bytes of the image
+    meta: list[dict] = field(default_factory=list)  # the keys that were asked for and exist
     ids: list[int | None] = field(default_factory=list)  # in our own shards; None elsewhere
     keys: list[str] = field(default_factory=list)  # of the first .json that is read
     refused: list[tuple[str, str]] = field(default_factory=list)
@@ -81,8 +81,8 @@ class TarIndex:
 def split_name(name: str) -> tuple[str, str] | None:
     """Key and suffix of a member: the key ends at the first dot of the base name.
 
-    "a/000.seg.png" is sample "a/000", suffix "seg.png", as webdataset has it. None for a member
-    that belongs to no sample: no dot, or nothing before or after it.
+    "a/000.seg.png" has key "a/000" and suffix "seg.png", as in webdataset. None for a member that
+    belongs to no sample: no dot, or nothing before or after it.
     """
     folder, slash, base = name.rpartition("/")
     stem, _, suffix = base.partition(".")
@@ -92,9 +92,10 @@ def split_name(name: str) -> tuple[str, str] | None:
 def scan_tar(fd: int, suffixes: Suffixes) -> TarIndex:
     """Index an open, uncompressed tar.
 
-    Members of one sample follow each other; a sample of a name that was there before is refused.
-    What is whole before a damaged or cut-off place is indexed, the rest is one refusal. Raises
-    `Refused` where not even the first header is a tar's, OSError where the disk fails.
+    The members of a sample must follow each other; a sample whose name has occurred before is
+    refused. Complete samples before a damaged or truncated position are indexed, the rest counts as
+    one refused row. Raises `Refused` if the first header is not that of a tar, OSError if the disk
+    fails.
     """
     index, sample, seen = TarIndex(), None, set[str]()
     members = _members(fd)
@@ -127,7 +128,7 @@ def scan_tar(fd: int, suffixes: Suffixes) -> TarIndex:
 
 
 class _Sample:
-    """The members of one name, until the next name begins."""
+    """The members of one key, collected until the next key begins."""
 
     def __init__(self, key: str, suffixes: Suffixes, again: bool):
         self.key, self.suffixes = key, suffixes
@@ -136,16 +137,17 @@ class _Sample:
         self.note: tarfile.TarInfo | None = None  # a .json that nobody asked for
         self.problem: tuple[str, str] | None = None
         if again:
-            self.refuse("two samples of one name", "a sample of this name was there before")
+            self.refuse("two samples of one name", "a sample of this name has occurred before")
 
     def refuse(self, reason: str, message: str) -> None:
-        """The first reason stays."""
+        """Refuse this sample; the first reason counts."""
         self.problem = self.problem or (reason, f"{self.key[:80]!r}: {message}")
 
     def add(self, suffix: str, member: tarfile.TarInfo) -> None:
+        """Add a member, or refuse the sample because of it."""
         name = member.name
         if name.startswith("/") or ".." in name.split("/") or _CONTROL.search(name):
-            self.refuse("hostile name", f"member {name[:80]!r} names no place within the shard")
+            self.refuse("hostile name", f"member {name[:80]!r} names no path within the shard")
         if suffix not in self.suffixes.read:
             self.others = [*self.others, suffix][:8]
             self.note = member if suffix == "json" and member.isreg() else self.note
@@ -156,31 +158,32 @@ class _Sample:
         else:
             self.parts[suffix] = member
 
-    def picture(self) -> tarfile.TarInfo | None:
+    def image(self) -> tarfile.TarInfo | None:
+        """The member with the image."""
         return next((self.parts[s] for s in self.suffixes.image if s in self.parts), None)
 
     def complete(self) -> bool:
-        """Is nothing missing, so far as can be told before the next name is there?"""
+        """Is nothing missing, as far as is known before the next key begins?"""
         has_text = any(suffix in self.parts for suffix, _ in self.suffixes.text)
-        return self.problem is not None or (self.picture() is not None and has_text)
+        return self.problem is not None or (self.image() is not None and has_text)
 
     def finish(self, fd: int, index: TarIndex) -> None:
-        """Append this sample to what is indexed, or to what is refused."""
-        picture = self.picture()
-        if picture is None:
-            self._refuse_lack("picture", self.suffixes.image)
+        """Append this sample to the index, or to its refused samples."""
+        image = self.image()
+        if image is None:
+            self._refuse_lack("image", self.suffixes.image)
         captions = [] if self.problem else self._captions(fd)
-        facts = {} if self.problem else self._facts(fd)
-        if self.problem or picture is None:
+        metadata = {} if self.problem else self._metadata(fd)
+        if self.problem or image is None:
             index.refused.append(self.problem)  # type: ignore
             return
-        index.names.append(picture.name)
+        index.names.append(image.name)
         index.captions.append(captions)
-        index.meta.append({key: facts[key] for key in self.suffixes.meta if key in facts})
-        index.ids.append(_sample_id(facts))
-        index.keys = index.keys or [key for key in facts if key != SAMPLE_ID][:100]
-        index.offset.append(picture.offset_data)
-        index.size.append(picture.size)
+        index.meta.append({key: metadata[key] for key in self.suffixes.meta if key in metadata})
+        index.ids.append(_sample_id(metadata))
+        index.keys = index.keys or [key for key in metadata if key != SAMPLE_ID][:100]
+        index.offset.append(image.offset_data)
+        index.size.append(image.size)
 
     def _refuse_lack(self, what: str, wanted: Sequence[str]) -> None:
         has = ", ".join(f".{s[:20]}" for s in [*self.parts, *self.others]) or "nothing else"
@@ -188,14 +191,14 @@ class _Sample:
         self.refuse(f"no {what}", f"it has no {what} ({named}), but {has}")
 
     def _captions(self, fd: int) -> list[str]:
-        """The captions of all members named for it; a problem is noted where one is unreadable."""
+        """The captions of all members named for them; refuse the sample if one is unreadable."""
         captions: list[str] = []
         for suffix, key in self.suffixes.text:
             if (text := self._text(fd, suffix)) is None:
                 continue
             try:
                 captions += [text] if key is None else _captions_of(text, key)
-                "".join(captions).encode()  # JSON can write halves of characters: "\ud800"
+                "".join(captions).encode()  # JSON can contain lone surrogates: "\ud800"
             except (ValueError, RecursionError) as error:
                 self.refuse("caption not readable", f"member .{suffix}: {str(error)[:120]}")
         if self.problem:
@@ -205,7 +208,7 @@ class _Sample:
         return captions
 
     def _text(self, fd: int, suffix: str) -> str | None:
-        """What a member says; None where there is none, or a problem, which is noted."""
+        """The text of a member; None if there is none, or if it is refused."""
         if (member := self.parts.get(suffix)) is None:
             return None
         if member.size > CAPTION_BYTES:
@@ -218,8 +221,8 @@ class _Sample:
             self.refuse("caption not readable", f"member .{suffix}: {str(error)[:120]}")
             return None
 
-    def _facts(self, fd: int) -> dict:
-        """The .json of the sample; one that nobody asked for may be anything, and is {} then."""
+    def _metadata(self, fd: int) -> dict:
+        """The .json of the sample; {} without one, or for another value that was not asked for."""
         asked, note = self.suffixes.meta, self.note
         if note is not None:
             if note.size > CAPTION_BYTES:
@@ -229,26 +232,26 @@ class _Sample:
         else:
             text = self._text(fd, "json")
         try:
-            facts = json.loads(text or "{}")
-            if asked and not isinstance(facts, dict):
-                raise ValueError(f"it is {type(facts).__name__}, not an object with keys")
+            metadata = json.loads(text or "{}")
+            if asked and not isinstance(metadata, dict):
+                raise ValueError(f"it is {type(metadata).__name__}, not an object with keys")
             if asked:
-                json.dumps([[[[[facts]]]]])  # the index is JSON, too, and deeper by so much
+                json.dumps([[[[[metadata]]]]])  # the index nests it this deep in JSON
         except (ValueError, RecursionError) as error:
             if asked:
-                self.refuse("facts not readable", f"member .json: {str(error)[:120]}")
+                self.refuse("metadata not readable", f"member .json: {str(error)[:120]}")
             return {}
-        return facts if isinstance(facts, dict) else {}
+        return metadata if isinstance(metadata, dict) else {}
 
 
-def _sample_id(facts: dict) -> int | None:
-    """The id that `write_shards` wrote, where it did."""
-    number = facts.get(SAMPLE_ID)
+def _sample_id(metadata: dict) -> int | None:
+    """The id that `write_shards` wrote, if any."""
+    number = metadata.get(SAMPLE_ID)
     return number if type(number) is int and 0 <= number < 2**63 else None
 
 
 def _captions_of(text: str, key: str) -> list[str]:
-    """The string, or list of strings, under a key of a JSON object; none where there is no key."""
+    """The string, or list of strings, under a key of a JSON object; [] without that key."""
     found = json.loads(text)
     value = found.get(key) if isinstance(found, dict) else None
     captions = [value] if isinstance(value, str) else value or []
@@ -261,60 +264,64 @@ def _captions_of(text: str, key: str) -> list[str]:
 
 
 class _Headers:
-    """The tar as `tarfile` sees it: HEADER_BYTES at most for one member.
+    """The tar as `tarfile` reads it: at most HEADER_BYTES for one member.
 
-    tarfile believes what a header says of its own length: gigabytes of pax records, endless lists
-    of a sparse file's holes, a size below zero, which reads everything.
+    tarfile trusts the length in a header: gigabytes of pax records, endless lists of the holes of
+    a sparse file, a negative size, which reads everything.
     """
 
     def __init__(self, fd: int):
-        self.fd, self.size, self.place = fd, os.fstat(fd).st_size, 0
+        self.fd, self.size, self.position = fd, os.fstat(fd).st_size, 0
         self.left, self.cut_off = HEADER_BYTES, False
 
     def past_the_end(self) -> tarfile.ReadError:
+        """The error for a member that is not complete."""
         self.cut_off = True
         return tarfile.ReadError("a member reaches past the end")
 
     def tell(self) -> int:
-        return self.place
+        """The position, in bytes."""
+        return self.position
 
-    def seek(self, place: int) -> None:
-        if not 0 <= place < self.size:
+    def seek(self, position: int) -> None:
+        """Go to a position within the file."""
+        if not 0 <= position < self.size:
             raise self.past_the_end()
-        self.place = place
+        self.position = position
 
     def read(self, count: int) -> bytes:
+        """Read `count` bytes, within the limit of the member."""
         if not 0 <= count <= self.left:
             raise tarfile.ReadError(f"a header of more than {HEADER_BYTES:,} bytes")
-        data = os.pread(self.fd, count, self.place)
+        data = os.pread(self.fd, count, self.position)
         self.left -= count
-        self.place += len(data)
+        self.position += len(data)
         self.cut_off = len(data) < count
         return data
 
 
 def _members(fd: int) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar in order; raises `Refused` at the first damaged place."""
+    """The members of a tar in order; raises `Refused` at the first damaged position."""
     headers, count, end = _Headers(fd), 0, 0
     try:
         tar: Any = tarfile.TarFile(fileobj=headers, errors="backslashreplace")  # type: ignore
         while (member := tar.next()) is not None:
             count += 1
             stored = member.size if member.isreg() and not member.issparse() else 0
-            if tar.offset <= end or stored < 0:  # or one header is read for ever (CVE-2025-8194)
+            if tar.offset <= end or stored < 0:  # else an endless loop (CVE-2025-8194)
                 raise tarfile.ReadError("a size below zero")
             if member.offset_data + stored > headers.size:
                 raise headers.past_the_end()
             yield member
             end = tar.offset
-            tar.members.clear()  # tarfile keeps them all, and every global record
+            tar.members.clear()  # tarfile keeps all of them, and global records
             tar.pax_headers = {}
             headers.left = HEADER_BYTES
     except OSError:
         raise
     except Exception as error:  # tarfile: IndexError, OverflowError, … from a damaged header
         raise _damage(headers, count, end, headers.cut_off, str(error)) from None
-    # tarfile takes whatever is not a header for the end.
+    # tarfile treats anything that is not a header as the end.
     rest = os.pread(fd, 1_000_000, tar.offset)
     if not count or len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
         why = "no header, and not the zeros that end a tar"
@@ -340,7 +347,7 @@ def _what_instead(headers: _Headers) -> str:
             return f"it is compressed by {name}; unpack it, or give 'pipe:{command}' (gzip is read)"
     seems = "an empty file" if not headers.size else f"it begins {start!r}"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        seems = "it is a web page, perhaps one that says why there was no download"
+        seems = "it is a web page, perhaps with the reason for a failed download"
     elif start and not start.strip(b"\0"):
         seems = "it has no members"
-    return f"this is no tar ({seems}); fetch it again or leave it out"
+    return f"this is not a tar ({seems}); fetch it again or leave it out"

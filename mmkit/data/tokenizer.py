@@ -1,11 +1,11 @@
-"""Turn captions into word pieces.
+"""Turn captions into tokens.
 
 `train_wordpiece` learns a WordPiece vocabulary from the captions themselves (Schuster & Nakajima
 2012, the algorithm BERT uses), so that a small data set needs no download; any Hugging Face
-tokenizer works in its place. Both are saved inside a checkpoint as plain text. `unk_rate` says
+tokenizer works in its place. Both are saved inside a checkpoint as plain text. `unk_rate` measures
 how much of the captions a tokenizer cannot read.
-Shapes: B batch, L text length. `valid` is True for a REAL token. Walk-through:
-notebooks/01_data.ipynb.
+Shapes: B batch, L text length, V vocabulary. `valid` is True for tokens, False for padding.
+Walk-through: notebooks/01_data.ipynb.
 """
 
 import functools
@@ -26,20 +26,34 @@ SPECIAL_TOKENS = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-# All that a tokenizer may have; the last is a list, of those that it has besides.
+# All special tokens that a tokenizer may have; the last entry is a list of further ones.
 TOKEN_NAMES = (*SPECIAL_TOKENS, "bos_token", "eos_token", "extra_special_tokens")
 LONGEST_WORD = 1000  # letters; WordPiece's usual 100 loses sentences of scripts without spaces
-# Chinese characters, each of which BERT's normalizer makes a word of its own.
+# Chinese characters: BERT's normalizer makes each of them a word.
 _IDEOGRAPH = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f]")
 
 
 def train_wordpiece(texts: Sequence[str], vocab_size: int | None = None):
-    """Train a lower-casing WordPiece on captions; returns a Hugging Face fast tokenizer.
+    """Train a lower-casing WordPiece tokenizer on captions (Schuster & Nakajima 2012).
 
-    vocab_size: pieces at most. None = 4,096, or three times what single letters take where that is
-    more: captions in many scripts have thousands of letters, and words would be spelled with them.
-    The same captions give the same vocabulary and the same ids, whatever their order. Raises
-    ValueError without texts, or where vocab_size does not hold the letters.
+    The same captions give the same vocabulary and the same ids, whatever their order.
+
+    Args:
+        texts: captions, at least one.
+        vocab_size: number of tokens at most. None = 4,096, or three times the number of
+            single-letter tokens if that is more: captions in many scripts have thousands of
+            letters, and a small vocabulary would leave no room for whole words.
+
+    Returns:
+        A Hugging Face fast tokenizer.
+
+    Raises:
+        ValueError: no texts, or vocab_size is too small for the single letters.
+
+    Example:
+        >>> tokenizer = mm.train_wordpiece(["a red ball", "a red car"])
+        >>> tokenizer.tokenize("A red CAR")
+        ['a', 'red', 'car']
     """
     from tokenizers import normalizers, processors, trainers
 
@@ -47,7 +61,7 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int | None = None):
         raise ValueError("0 captions to train a tokenizer on; give at least one")
     unique, special = sorted(set(texts)), list(SPECIAL_TOKENS.values())
     normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=False)
-    raw_letters = set().union(*unique)  # the normalizer looks at each alone
+    raw_letters = set().union(*unique)  # the normalizer treats each one separately
     letters = sorted({c for one in raw_letters for c in normalizer.normalize_str(one)} - {" "})
     inner = [f"##{letter}" for letter in letters if not _IDEOGRAPH.match(letter)]
     needed = len(special) + len(letters) + len(inner)
@@ -55,12 +69,11 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int | None = None):
     if vocab_size < needed:
         raise ValueError(
             f"vocab_size={vocab_size} does not hold the single letters of the captions, which take "
-            f"{needed} pieces; give more, or None"
+            f"{needed} tokens; give more, or None"
         )
 
-    # The trainer numbers inner letters in the order of a hash map, another in each process, and
-    # that order breaks its ties; naming them beforehand makes the result a function of the
-    # captions.
+    # The trainer numbers inner letters in the order of a hash map, which differs between processes
+    # and breaks its ties; naming them beforehand makes the result a function of the captions.
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=1,
@@ -70,15 +83,15 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int | None = None):
     )
     raw = _wordpiece({}, normalizer)
     raw.train_from_iterator(unique, trainer)
-    pieces = special + sorted(raw.get_vocab().keys() - set(special))
-    tokenizer = _wordpiece({piece: i for i, piece in enumerate(pieces)}, normalizer)
-    ends = [(token, pieces.index(token)) for token in ("[CLS]", "[SEP]")]
+    tokens = special + sorted(raw.get_vocab().keys() - set(special))
+    tokenizer = _wordpiece({token: i for i, token in enumerate(tokens)}, normalizer)
+    ends = [(token, tokens.index(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", special_tokens=ends)
     return _wrap(tokenizer.to_str(), SPECIAL_TOKENS)
 
 
 def _wordpiece(vocab: dict[str, int], normalizer):
-    """A `tokenizers` WordPiece of this vocabulary, empty before it is trained."""
+    """A `tokenizers` WordPiece with this vocabulary, which is empty before training."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     unknown = SPECIAL_TOKENS["unk_token"]
@@ -98,7 +111,7 @@ def _wrap(tokenizer_json: str, special_tokens: dict):
 
 
 def _unused(tokenizer_json: str):
-    """A `tokenizers` tokenizer without the padding and cutting that its last use left in it."""
+    """A `tokenizers` tokenizer without the padding and truncation settings of its last use."""
     from tokenizers import Tokenizer
 
     raw = Tokenizer.from_str(tokenizer_json)
@@ -108,11 +121,11 @@ def _unused(tokenizer_json: str):
 
 
 def encode_texts(tokenizer, texts: Sequence[str], max_length: int) -> tuple[Tensor, Tensor]:
-    """Word pieces of captions: `(input_ids (B, L) int64, valid (B, L) bool)`.
+    """Tokens of captions: `(input_ids (B, L) int64, valid (B, L) bool)`.
 
-    L is the longest caption's length, at most `max_length`; longer ones are cut, their end token
-    kept. A special token that a caption spells ("[MASK]") is letters. Raises ValueError for a
-    tokenizer that cannot pad.
+    L is the length of the longest caption, at most `max_length`; longer captions are truncated but
+    keep their end token. A special token that a caption spells out ("[MASK]") is read as letters.
+    Raises ValueError for a tokenizer that cannot pad.
     """
     check_padding(tokenizer)
     rows: list[list[int]] = []
@@ -129,15 +142,15 @@ def encode_texts(tokenizer, texts: Sequence[str], max_length: int) -> tuple[Tens
 
 
 def _blocks(texts: Sequence[str]) -> Iterator[list[str]]:
-    """All texts, so many at a time as a tokenizer may hold: it takes 8 KB of memory for each."""
+    """All texts in blocks that limit memory: a tokenizer takes 8 KB per text."""
     for start in range(0, len(texts), 8192):
         yield list(texts[start : start + 8192])
 
 
 def spelled(tokenizer, texts: Sequence[str]) -> list[str]:
-    """The texts, a space in each special token that one of them spells: so it is read as letters.
+    """The texts, with a space inside each special token that they spell, so that it is letters.
 
-    A caption that holds "[MASK]" would put the mask token itself into the batch.
+    Otherwise a caption that contains "[MASK]" would put the mask token itself into the batch.
     """
     special = sorted(filter(lambda t: len(t) > 1, tokenizer.all_special_tokens), key=len)[::-1]
     apart = functools.partial(
@@ -147,14 +160,14 @@ def spelled(tokenizer, texts: Sequence[str]) -> list[str]:
 
 
 def _splits_at_spaces(tokenizer) -> bool:
-    """Is a text encoded word by word, so that the pieces of a word do not depend on the others?"""
+    """Is a text encoded word by word, so that a word's tokens do not depend on its neighbours?"""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     kinds = [type(getattr(backend, part, None)).__name__ for part in ("model", "pre_tokenizer")]
     return kinds == ["WordPiece", "BertPreTokenizer"]
 
 
 def _by_word(tokenizer, texts: Iterable[Sequence[str]]) -> dict[str, list[int]]:
-    """The pieces of each word of some texts (lists of words), without ends."""
+    """The tokens of each word of some texts (lists of words), without end tokens."""
     words = list({word for text in texts for word in text})
     options: dict = dict(add_special_tokens=False, truncation=False, padding=False, verbose=False)
     parts = (tokenizer(part, **options)["input_ids"] for part in _blocks(words))
@@ -162,7 +175,10 @@ def _by_word(tokenizer, texts: Iterable[Sequence[str]]) -> dict[str, list[int]]:
 
 
 def _encoded_by_words(tokenizer, texts: list[str], max_length: int) -> list[list[int]]:
-    """The pieces of each text, ends included: each word is looked at once, no novel to its end."""
+    """The tokens of each text with its end tokens.
+
+    Each different word is encoded once, and only the beginning of a long text is read.
+    """
     with_ends, bare = (
         tokenizer("a", add_special_tokens=ends)["input_ids"] for ends in (True, False)
     )
@@ -173,14 +189,14 @@ def _encoded_by_words(tokenizer, texts: list[str], max_length: int) -> list[list
     table, rows = _by_word(tokenizer, beginnings), []
     for text, words in zip(texts, beginnings, strict=True):
         ids = list(itertools.chain.from_iterable(map(table.__getitem__, words)))
-        if len(ids) < most and len(words) == most + 16:  # words of joiners alone have no piece
+        if len(ids) < most and len(words) == most + 16:  # words of joiners only have no token
             ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         rows.append([*before, *ids[:most], *behind])
     return rows
 
 
-def piece_counts(tokenizer, texts: Sequence[str]) -> list[int]:
-    """How many word pieces each text has, both ends included, nothing cut."""
+def token_counts(tokenizer, texts: Sequence[str]) -> list[int]:
+    """The number of tokens of each text, both end tokens included, without truncation."""
     texts = spelled(tokenizer, texts)
     if not _splits_at_spaces(tokenizer):
         options: dict = dict(truncation=False, padding=False, verbose=False)
@@ -200,18 +216,33 @@ def check_padding(tokenizer) -> None:
 
 
 def unk_rate(tokenizer, texts: Sequence[str]) -> float:
-    """Which fraction of the texts a tokenizer cannot read: 0 = it keeps all, 1 = none.
+    """The fraction of the letters of some texts that a tokenizer cannot read.
 
-    Of letters, digits and signs (no blanks, no invisible ones), those in an unknown piece or in
-    none. Not of pieces: WordPiece makes ONE [UNK] of a whole unknown word. What a tokenizer drops
-    counts too (an uncased BERT drops Thai vowel signs); a letter that it only changes does not
-    (e for é). Raises ValueError without texts, or for a tokenizer that is not a fast one.
+    It counts letters, digits and signs (no blanks, no invisible ones) that are in an unknown token
+    or in none. It does not count tokens: WordPiece makes ONE [UNK] of a whole unknown word.
+    Letters that a tokenizer drops count as unread (an uncased BERT drops Thai vowel signs); letters
+    that it only changes do not (e for é).
+
+    Args:
+        tokenizer: a Hugging Face fast tokenizer.
+        texts: list of at least one text.
+
+    Returns:
+        Fraction in [0, 1]: 0 = all is read, 1 = nothing.
+
+    Raises:
+        ValueError: no texts, or the tokenizer is not a fast one.
+
+    Example:
+        >>> tokenizer = mm.train_wordpiece(["a red ball"])
+        >>> mm.unk_rate(tokenizer, ["a red ball"]), mm.unk_rate(tokenizer, ["Я", "red"])
+        (0.0, 0.25)
     """
     if isinstance(texts, str) or not len(texts):
         raise ValueError(f"texts={texts!r}: give a list of at least one text")
     if not tokenizer.is_fast:
         name = type(tokenizer).__name__
-        raise ValueError(f"{name} does not say where its pieces stand; use its fast version")
+        raise ValueError(f"{name} does not give the positions of its tokens; use its fast version")
     options = dict(add_special_tokens=False, truncation=False, padding=False, verbose=False)
     unknown, lost, total = _unknown_ids(tokenizer), 0, 0
     times = Counter(word for text in spelled(tokenizer, texts) for word in text.split())
@@ -219,13 +250,13 @@ def unk_rate(tokenizer, texts: Sequence[str]) -> float:
         (b, tokenizer(b, return_offsets_mapping=True, **options)) for b in _blocks(list(times))
     )
     each = (zip(b, e["input_ids"], e["offset_mapping"], strict=True) for b, e in parts)
-    for word, ids, places in itertools.chain.from_iterable(each):
+    for word, ids, spans in itertools.chain.from_iterable(each):
         read = bytearray(len(word))  # 1 where a letter of the word is read
-        for number, (start, end) in zip(ids, places, strict=True):
+        for number, (start, end) in zip(ids, spans, strict=True):
             if number not in unknown:
                 read[start:end] = bytes([1]) * (end - start)
-        for number, (start, end) in zip(ids, places, strict=True):
-            if number in unknown:  # SentencePiece's mark of a word stands on its first letter, too
+        for number, (start, end) in zip(ids, spans, strict=True):
+            if number in unknown:  # SentencePiece's word mark also covers the first letter
                 read[start:end] = bytes(end - start)
         signs = [unicodedata.category(letter)[0] not in "ZC" for letter in word]
         total += times[word] * sum(signs)
@@ -234,7 +265,7 @@ def unk_rate(tokenizer, texts: Sequence[str]) -> float:
 
 
 def _unknown_ids(tokenizer) -> set[int]:
-    """Ids that stand for what is not in the vocabulary; empty for byte-level tokenizers."""
+    """Ids of the unknown token; empty for byte-level tokenizers."""
     model = tokenizer.backend_tokenizer.model  # a bare `tokenizers` file may name it only here
     name = getattr(model, "unk_token", None)
     ids = {getattr(model, "unk_id", None), tokenizer.unk_token_id}
@@ -242,43 +273,46 @@ def _unknown_ids(tokenizer) -> set[int]:
 
 
 def special_ids(tokenizer) -> Tensor:
-    """Ids that are never hidden ([CLS], [SEP], [PAD], [MASK]), sorted; [UNK] may be hidden.
+    """Ids that are never masked ([CLS], [SEP], [PAD], [MASK]), sorted.
 
-    Unless it is an end or the padding, too: GPT-2 has one token for all of these.
+    [UNK] may be masked unless it is an end token or the padding, too: GPT-2 has one token for all
+    of these.
     """
     roles = ("pad", "cls", "sep", "mask", "bos", "eos")
     ends = {getattr(tokenizer, f"{role}_token_id") for role in roles}
     keep = {i for i in tokenizer.all_special_ids if i != tokenizer.unk_token_id or i in ends}
-    return torch.tensor(sorted(keep), dtype=torch.int64, device="cpu")  # under "meta", too
+    return torch.tensor(
+        sorted(keep), dtype=torch.int64, device="cpu"
+    )  # also under the "meta" device
 
 
 def word_ids(tokenizer) -> Tensor:
-    """Ids of all pieces that are not `special_ids`, sorted."""
+    """Ids of all tokens that are not `special_ids`, sorted."""
     ids = torch.arange(len(tokenizer), device="cpu")
     return ids[~torch.isin(ids, special_ids(tokenizer))]
 
 
 def token_frequency(tokenizer, input_ids: Tensor, lengths: Tensor) -> Tensor:
-    """(V,) share of each token among those of captions (M, L) of these lengths, ends left out."""
+    """(V,) frequency of each token in captions (M, L) of these lengths, without special ones."""
     inside = torch.arange(input_ids.shape[1]) < lengths[:, None]
-    words = inside & ~torch.isin(input_ids, special_ids(tokenizer))
-    counts = torch.bincount(input_ids[words], minlength=len(tokenizer))
+    counted = inside & ~torch.isin(input_ids, special_ids(tokenizer))
+    counts = torch.bincount(input_ids[counted], minlength=len(tokenizer))
     return counts / counts.sum().clamp(min=1)
 
 
 def is_subword(tokenizer) -> Tensor:
-    """(V,) bool: does this piece go on with the word of the piece before it?
+    """(V,) bool: does this token continue the word of the token before it?
 
-    WordPiece marks such pieces ("##"); SentencePiece and byte-level BPE mark those that begin a
-    word instead ("\u2581", "\u0120").
+    WordPiece marks such tokens ("##"); SentencePiece and byte-level BPE instead mark the tokens
+    that begin a word ("\u2581", "\u0120").
     """
-    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     model = tokenizer.backend_tokenizer.model
     if type(model).__name__ == "WordPiece":
         prefix = model.continuing_subword_prefix
-        continues = [piece.startswith(prefix) for piece in pieces]
+        continues = [token.startswith(prefix) for token in tokens]
     else:
-        continues = [not piece.startswith(("\u2581", "\u0120")) for piece in pieces]
+        continues = [not token.startswith(("\u2581", "\u0120")) for token in tokens]
     return torch.tensor(continues, device="cpu")
 
 

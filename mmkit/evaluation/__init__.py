@@ -1,8 +1,12 @@
-"""What a model can do: retrieval, zero-shot classes, reconstruction, probes."""
+"""Evaluation of a model: retrieval, zero-shot classification, reconstruction, probes."""
 
-from .reconstruction import evaluate_reconstruction, put_back
-from .retrieval import embed, embed_texts, evaluate, mean_recall, recall_at_k
+from ..older_names import older_functions
+from .features import embed, embed_texts
+from .reconstruction import evaluate_reconstruction, reconstruct
+from .retrieval import evaluate, mean_recall, recall_at_k
 from .search import Index
+
+__getattr__ = older_functions(__name__, "mm.evaluation", put_back="reconstruct")
 
 __all__ = [
     "Index",
@@ -11,6 +15,6 @@ __all__ = [
     "evaluate",
     "evaluate_reconstruction",
     "mean_recall",
-    "put_back",
     "recall_at_k",
+    "reconstruct",
 ]

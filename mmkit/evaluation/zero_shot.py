@@ -1,4 +1,4 @@
-"""Classes and words told by text alone: zero-shot classification, patches beside words.
+"""Zero-shot classification: classes described by text alone.
 
 Walk-through: notebooks/04_retrieval.ipynb.
 """
@@ -10,16 +10,28 @@ from torch import Tensor
 
 from ..losses import similarity
 from ..models.encoder import MultimodalEncoder
-from .retrieval import Features, embed_texts
+from .features import Features, embed_texts
 
 
 def zero_shot(
     model: MultimodalEncoder, features: Features, prompts: Mapping[str, str | Sequence[str]]
 ) -> tuple[Tensor, Tensor]:
-    """Classify pictures by texts alone: each class is the mean of its prompts' features.
+    """Classify images by text alone: each class is the mean of its prompts' features.
 
-    A class of one prompt may give it as it is. Returns the winning class's number (N,) in the order
-    of `prompts`, and all cosines (N, classes). Raises ValueError for a class without a prompt.
+    Args:
+        model: the encoder of the prompts.
+        features: the N images, from `embed`.
+        prompts: class name -> its prompts; a single prompt may be given as it is.
+    Returns:
+        (N,) int64, the predicted class by its position in `prompts`, and all cosines
+        (N, classes) float32.
+    Raises:
+        ValueError: there are no classes, or a class has no prompt or an empty one.
+    Example:
+        >>> classes, scores = mm.zero_shot(
+        ...     model, mm.embed(model, data), {"cat": ["a cat", "old cat"], "boat": "a boat"})
+        >>> classes.shape, scores.shape
+        (torch.Size([23]), torch.Size([23, 2]))
     """
     if not isinstance(prompts, Mapping) or not prompts:
         raise ValueError(f"prompts={prompts!r}: give a dict, {{class: its prompts}}")

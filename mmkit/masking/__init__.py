@@ -1,9 +1,9 @@
-"""Noise becomes a `Masking`: which patches and tokens the encoder sees."""
+"""From noise to a `Masking`: which patches and tokens the encoder sees."""
 
 from ..noise import mask_noise
-from ..older_names import renamed
+from ..older_names import older_functions
 from ..schedules import RATIO_SCHEDULES
-from .core import Masking, TokenInfo, hide_largest, keep_visible
+from .core import Masking, TokenInfo, keep_visible, mask_largest
 from .image import IMAGE_MASKERS, Scene, random_mask
 from .plan import (
     MaskPlan,
@@ -16,8 +16,9 @@ from .plan import (
 )
 from .text import TEXT_MASKERS, Caption, maskable_tokens, random_text_mask
 
-# the name of before
-maskable_words = renamed(maskable_tokens, "mm.masking.maskable_words")
+__getattr__ = older_functions(
+    __name__, "mm.masking", maskable_words="maskable_tokens", hide_largest="mask_largest"
+)
 
 __all__ = [
     "IMAGE_MASKERS",
@@ -33,12 +34,11 @@ __all__ = [
     "draw_maskings",
     "draw_text_masking",
     "find_masker",
-    "hide_largest",
     "keep_visible",
+    "mask_largest",
     "mask_noise",
     "mask_ratios",
     "maskable_tokens",
-    "maskable_words",
     "random_mask",
     "random_text_mask",
 ]

@@ -1,7 +1,7 @@
-"""What a mask is, and the noise it is made of.
+"""What a mask is, and how scores become one.
 
-Convention everywhere: `mask` is True where a token is HIDDEN (MAE's 1 = remove). Padding is another
-tensor, `valid`, True = a REAL token; PyTorch's own attention masks disagree about polarity.
+Convention everywhere: `mask` is True where a token is MASKED (MAE's 1 = remove). Padding has a
+tensor of its own, `valid`, True = a valid token (PyTorch's attention masks differ in polarity).
 Masking is a pure function: seed, epoch and sample id give the noise, the noise gives the mask, so
 that a mask is never stored and can always be replayed. Shapes: B batch, N tokens, K kept.
 After He et al. 2022 (arXiv:2111.06377), section 3. Walk-through: notebooks/02_masking.ipynb.
@@ -19,13 +19,27 @@ from ..data.tokenizer import is_subword, special_ids, word_ids
 
 @dataclass
 class Masking:
-    """Which tokens are hidden, and how to pick and put back the others."""
+    """Which tokens are masked, and how to pick the others and restore the order.
 
-    mask: Tensor  # (B, N) bool, True = hidden
+    Example:
+        >>> noise = mm.mask_noise(seed=0, epoch=0, sample_ids=torch.arange(2), num_tokens=6)
+        >>> masking = mm.masking.random_mask(noise, mask_ratio=0.5)
+        >>> masking.mask.sum(1).tolist(), masking.ids_keep.shape
+        ([3, 3], torch.Size([2, 3]))
+        >>> x = torch.arange(6).expand(2, 6)  # a token says where it is
+        >>> kept = x.gather(1, masking.ids_keep)
+        >>> padded = torch.cat([kept, torch.full((2, 3), -1)], dim=1)  # -1 as mask token
+        >>> restored = padded.gather(1, masking.ids_restore)
+        >>> torch.equal(restored, x.masked_fill(masking.mask, -1))
+        True
+    """
+
+    mask: Tensor  # (B, N) bool, True = masked
     ids_keep: Tensor  # (B, K) int64, positions of the visible tokens
-    ids_restore: Tensor  # (B, N) int64, where each position stands in [kept | hidden]
-    keep_valid: Tensor | None = None  # (B, K) bool, False = filler, where K differs between samples
-    # (B, N) int64, for 80/10/10: the id put in a hidden word's place, -1 = the mask token
+    ids_restore: Tensor  # (B, N) int64, index of each position in [kept | masked]
+    # (B, K) bool, False = padding, where K differs between samples
+    keep_valid: Tensor | None = None
+    # (B, N) int64, for 80/10/10: the id that replaces a masked token, -1 = the mask token
     substitute: Tensor | None = None
 
     def __getitem__(self, rows) -> "Masking":
@@ -35,25 +49,26 @@ class Masking:
 
 @dataclass
 class TokenInfo:
-    """What maskers need to know of a model: how it cuts images and captions into tokens."""
+    """What maskers need to know about a model: how it splits images and captions into tokens."""
 
     patch_size: int  # side of a patch, in pixels
     special_ids: Tensor  # (S,) ids of tokens that are never masked
     maskable_ids: Tensor  # (W,) ids of all others
-    is_subword: Tensor  # (V,) bool, True = a token that goes on with the word before it
-    frequency: Tensor | None = None  # (V,) of each token in training, for the masker of that name
+    is_subword: Tensor  # (V,) bool, True = a token that continues the previous word
+    # (V,) frequency of each token in the training captions, for the masker "frequency"
+    frequency: Tensor | None = None
     # (B, 3, H, W) pixels -> (B, N) attention to each patch, for "attentive" and "inattentive"
     attend: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def of(cls, tokenizer, patch_size: int) -> "TokenInfo":
-        """That of a tokenizer alone, where there is no model."""
+        """The info of a tokenizer and a patch size, where there is no model."""
         ids = (special_ids(tokenizer), word_ids(tokenizer), is_subword(tokenizer))
         return cls(patch_size, *ids)
 
 
 def patch_grid(pixel_values: Tensor, patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches of images (..., H, W)."""
+    """Number of rows and columns of patches of images (..., H, W)."""
     return pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
 
 
@@ -61,7 +76,7 @@ def patch_grid(pixel_values: Tensor, patch_size: int) -> tuple[int, int]:
 
 
 def check_ratio(mask_ratio: float | Tensor, count: int):
-    """ValueError unless there is one ratio, or one for each of `count` samples, all in [0, 1)."""
+    """ValueError unless it is one ratio, or one for each of `count` samples, all in [0, 1)."""
     if isinstance(mask_ratio, Tensor) and mask_ratio.shape not in ((), (count,)):
         raise ValueError(
             f"mask_ratio has shape {tuple(mask_ratio.shape)}; give one number, or one for each of "
@@ -71,18 +86,18 @@ def check_ratio(mask_ratio: float | Tensor, count: int):
     if not bool(((ratios >= 0) & (ratios < 1)).all()):
         worst = float(ratios.flatten()[((ratios < 0) | ~(ratios < 1)).flatten()][0])
         raise ValueError(
-            f"mask_ratio={worst:g} must be in [0, 1): 0 hides nothing, 0.75 three quarters "
+            f"mask_ratio={worst:g} must be in [0, 1): 0 masks nothing, 0.75 three quarters "
             "(a fraction, not per cent)"
         )
 
 
-_DIGITS = {torch.float32: 7, torch.float16: 3, torch.bfloat16: 2}  # that each holds of a decimal
+_DIGITS = {torch.float32: 7, torch.float16: 3, torch.bfloat16: 2}  # decimal digits that each holds
 
 
 def as_written(ratio: float | Tensor) -> float | Tensor:
-    """A ratio in float64 as it was written: a float32 of 0.1 is 0.1, and not 0.10000000149.
+    """A ratio in float64 as it was written: a float32 0.1 becomes 0.1, not 0.10000000149.
 
-    So a tensor gives the counts that the same plain number gives.
+    A tensor thus gives the same counts as a plain number.
     """
     if not isinstance(ratio, Tensor):
         return float(ratio)
@@ -94,7 +109,7 @@ def as_written(ratio: float | Tensor) -> float | Tensor:
 
 
 def count_kept(score: Tensor, mask_ratio: float | Tensor) -> int | Tensor:
-    """How many tokens of score (B, N) stay, at least one; (B,) for ratios (B,)."""
+    """How many tokens of score (B, N) stay visible, at least one; (B,) for ratios (B,)."""
     check_ratio(mask_ratio, len(score))
     num_tokens = score.shape[1]
     ratio = as_written(mask_ratio)
@@ -104,18 +119,26 @@ def count_kept(score: Tensor, mask_ratio: float | Tensor) -> int | Tensor:
 
 
 def _inverse(order: Tensor) -> Tensor:
-    """Where each number stands in a permutation (B, N): twice as fast as sorting again."""
-    place = torch.arange(order.shape[1], device=order.device)
-    return torch.empty_like(order).scatter_(1, order, place.expand_as(order))
+    """The inverse of a permutation (B, N), twice as fast as sorting again."""
+    position = torch.arange(order.shape[1], device=order.device)
+    return torch.empty_like(order).scatter_(1, order, position.expand_as(order))
 
 
-def hide_largest(score: Tensor, mask_ratio: float | Tensor) -> Masking:
-    """Hide the tokens with the largest score (B, N), the same exact number in each sample.
+def mask_largest(score: Tensor, mask_ratio: float | Tensor) -> Masking:
+    """Mask the tokens with the largest score, exactly the same number in each sample.
 
-    K = max(1, round(N * (1 - mask_ratio))) stay; MAE truncates instead of rounding, so that 100
-    tokens at 0.9 keep 9 there and 10 here. ids_keep is in the order of the scores (MAE's
-    convention). mask_ratio (B,) gives each sample a ratio of its own; rows are then filled up to
-    the longest, and keep_valid marks the filler. Raises ValueError outside [0, 1).
+    Args:
+        score: (B, N); of equal scores the later ones are masked first.
+        mask_ratio: fraction of tokens to mask, in [0, 1); (B,) gives each sample its own.
+
+    Returns:
+        Masking with K = max(1, round(N * (1 - mask_ratio))) visible tokens; MAE truncates instead
+        of rounding, so that 100 tokens at 0.9 keep 9 there and 10 here. ids_keep is in the order of
+        the scores (MAE's convention). With ratios (B,), rows are padded to the longest, and
+        keep_valid is False for the padding.
+
+    Raises:
+        ValueError: a ratio is outside [0, 1), or there are not B of them.
     """
     kept = count_kept(score, mask_ratio)
     ids_shuffle = score.argsort(dim=1, stable=True)
@@ -127,7 +150,15 @@ def hide_largest(score: Tensor, mask_ratio: float | Tensor) -> Masking:
 
 
 def keep_visible(mask: Tensor, valid: Tensor) -> Masking:
-    """A `Masking` from any mask (B, N): visible real tokens in order, filled up to the longest."""
+    """Make a `Masking` from any mask.
+
+    Args:
+        mask: (B, N) bool, True = masked.
+        valid: (B, N) bool, False = padding.
+
+    Returns:
+        Masking with the visible valid tokens in order, padded to the longest row.
+    """
     visible = valid & ~mask
     ids_shuffle = (~visible).long().argsort(dim=1, stable=True)
     ids_restore = _inverse(ids_shuffle)
@@ -135,12 +166,12 @@ def keep_visible(mask: Tensor, valid: Tensor) -> Masking:
 
 
 def as_masking(found: Any, name: str, maskable: Tensor, valid: Tensor) -> Masking:
-    """What a masker of one's own gave, a `Masking` or a bool mask (B, N), as a checked `Masking`.
+    """Check what a user's masker returned, a `Masking` or a bool mask (B, N); return a `Masking`.
 
     maskable (B, N): True = may be masked; valid (B, N): True = a token, which is encoded unless it
-    is masked. What may not be masked is taken out of a bool mask. Raises ValueError, naming the
-    first sample, where a mask has another shape, leaves nothing visible or masks what it may not,
-    and where `ids_keep` or `ids_restore` is not what the mask says.
+    is masked. A bool mask loses what may not be masked. Raises ValueError, naming the first sample,
+    if a mask has another shape, leaves nothing visible or masks what may not be masked, or if
+    `ids_keep` or `ids_restore` contradicts the mask.
     """
     shape, head = tuple(valid.shape), f"masker {name!r} gave "
     mask = found.mask if isinstance(found, Masking) else found
@@ -149,32 +180,32 @@ def as_masking(found: Any, name: str, maskable: Tensor, valid: Tensor) -> Maskin
         what = type(found).__name__ if mask is None else f"{tuple(mask.shape)} {mask.dtype}"
         raise ValueError(
             f"{head}{what} for {shape[0]} samples of {shape[1]} tokens; give a bool mask {shape}, "
-            "True = masked, or what mmkit.masking.hide_largest(score, mask_ratio) makes"
+            "True = masked, or what mmkit.masking.mask_largest(score, mask_ratio) makes"
         )
     if not isinstance(found, Masking):
         mask = mask & maskable
         found = keep_visible(mask, valid)
-        if bool(found.keep_valid.all()):  # all of one length: rectangular without filler
+        if bool(found.keep_valid.all()):  # all of the same length, without padding
             found.keep_valid = None
     kept, back = found.ids_keep, found.ids_restore
-    real = torch.ones_like(kept, dtype=torch.bool) if found.keep_valid is None else found.keep_valid
-    if kept.ndim != 2 or len(kept) != shape[0] or real.shape != kept.shape or back.shape != shape:
+    used = torch.ones_like(kept, dtype=torch.bool) if found.keep_valid is None else found.keep_valid
+    if kept.ndim != 2 or len(kept) != shape[0] or used.shape != kept.shape or back.shape != shape:
         raise ValueError(
             f"{head}ids_keep {tuple(kept.shape)} and ids_restore {tuple(back.shape)} for a mask "
             f"{shape}; give the bool mask itself, True = masked"
         )
     at = kept.clamp(0, shape[1] - 1)
-    times = torch.zeros_like(back).scatter_add(1, at, real.long())  # (B, N) how often it is kept
+    times = torch.zeros_like(back).scatter_add(1, at, used.long())  # (B, N) how often it is kept
     every = torch.arange(shape[1], device=back.device)
     leads = (back.sort(1).values == every).all(1, keepdim=True)
-    leads = leads & ((back.gather(1, at) == every[: kept.shape[1]]) | ~real)
+    leads = leads & ((back.gather(1, at) == every[: kept.shape[1]]) | ~used)
     faults = {
-        "masks what may not be masked (the ends of a caption, padding)": mask & ~maskable,
+        "masks what may not be masked (special tokens, padding)": mask & ~maskable,
         "leaves no token visible": maskable.any(1, True) & ~(maskable & ~mask).any(1, True),
         "keeps a token twice": times > 1,
         "keeps other tokens (ids_keep) than the mask leaves": (times > 0) != (valid & ~mask),
-        "keeps tokens that are not there (ids_keep)": (at != kept) & real,
-        "has an ids_restore that does not lead back": ~leads,
+        "keeps tokens that do not exist (ids_keep)": (at != kept) & used,
+        "has an ids_restore that does not restore the order": ~leads,
     }
     for fault, where in faults.items():
         if bool(where.any()):

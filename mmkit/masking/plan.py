@@ -1,14 +1,12 @@
 """What a run masks, and when: masks as a function of configuration, epoch and sample.
 
-A masker turns noise into a `Masking` (`mask` True = HIDDEN); core.py has the conventions, image.py
-and text.py the strategies. All but the attentive maskers could be replayed from the configuration
-alone; these look with a running mean of the model, which the trainer keeps.
+A masker turns noise into a `Masking` (`mask` True = MASKED); core.py has the conventions, image.py
+and text.py the strategies. The masks of all but the attentive maskers can be replayed from the
+configuration alone; these use a running mean (EMA) of the model, which the trainer keeps.
 Walk-through: notebooks/02_masking.ipynb.
 """
 
 import dataclasses
-import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -17,19 +15,32 @@ from torch import Tensor
 
 from ..config import TrainingConfig
 from ..data.batch import Batch
-from ..data.images import shift_pictures
+from ..data.images import shift_images
 from ..errors import nearest
 from ..noise import mask_noise
+from ..older_names import older_arguments
 from ..schedules import RATIO_SCHEDULES
 from .core import Masking, TokenInfo, as_masking, check_ratio, patch_grid
 from .image import ATTENTION_MASKERS, IMAGE_MASKERS, Scene
+from .older_arguments import with_older_arguments
 from .text import TEXT_MASKERS, Caption, maskable_tokens
 
-_OURS = (*IMAGE_MASKERS.values(), *TEXT_MASKERS.values())  # what others give is checked
+_OURS = (*IMAGE_MASKERS.values(), *TEXT_MASKERS.values())  # what other maskers return is checked
 
 
 def find_masker(name: str, maskers: dict[str, Callable]) -> Callable:
-    """The masker of that name; ValueError with the known names otherwise."""
+    """The masker of a name.
+
+    Args:
+        name: a key of maskers.
+        maskers: IMAGE_MASKERS or TEXT_MASKERS.
+
+    Returns:
+        The masker, f(noise, mask_ratio, scene or caption) -> Masking.
+
+    Raises:
+        ValueError: there is no such masker; the message names the known ones.
+    """
     if name not in maskers:
         raise ValueError(f"masker {name!r} is not known; {nearest(name, maskers)}")
     return maskers[name]
@@ -46,10 +57,24 @@ def mask_ratios(
     epoch: int,
     stream: str = "image",
 ) -> float | Tensor:
-    """The ratio of an epoch by a schedule: one for all, or (B,) one per sample ("uniform").
+    """The mask ratio in an epoch by a schedule.
 
-    schedule: a name in RATIO_SCHEDULES; "constant" ignores `final`, "uniform" draws between the
-    two for each sample and epoch. progress: share of the epochs that is over, in [0, 1].
+    Args:
+        schedule: a name in RATIO_SCHEDULES; "constant" ignores final, "uniform" draws a ratio
+            between start and final for each sample and epoch.
+        start: ratio at the start, in [0, 1).
+        final: ratio at the end, in [0, 1).
+        progress: fraction of the epochs done, in [0, 1].
+        sample_ids: (B,) int64.
+        seed: seed of the run.
+        epoch: epoch, from 0.
+        stream: "image" or "text", for draws that are independent of each other.
+
+    Returns:
+        One ratio for all samples, or (B,) one for each ("uniform").
+
+    Raises:
+        ValueError: the schedule is not known.
     """
     if schedule not in RATIO_SCHEDULES:
         raise ValueError(
@@ -60,7 +85,16 @@ def mask_ratios(
 
 
 def caption_of(input_ids: Tensor, valid: Tensor, tokens: TokenInfo) -> Caption:
-    """What the text maskers look at, of captions (B, L)."""
+    """What the text maskers use of a batch of captions.
+
+    Args:
+        input_ids: (B, L) int64.
+        valid: (B, L) bool, False = padding.
+        tokens: token info of the model that reads them, `model.token_info`.
+
+    Returns:
+        Caption of tensors (B, L).
+    """
     frequency, device = tokens.frequency, input_ids.device
     return Caption(
         valid,
@@ -80,7 +114,23 @@ def draw_image_masking(
     epoch: int,
     layers: Any = None,
 ) -> Masking | None:
-    """The `Masking` of images (B, 3, H, W); None where the ratio is 0. See `draw_maskings`."""
+    """Draw the `Masking` of images.
+
+    Args:
+        pixel_values: (B, 3, H, W) uint8, or float.
+        sample_ids: (B,) int64.
+        tokens: token info of the model that encodes them, `model.token_info`.
+        mask: (masker name, ratio), as image in `draw_maskings`.
+        seed: seed of the run.
+        epoch: epoch, from 0.
+        layers: layers of the data set's drawings, for the masker "layers".
+
+    Returns:
+        Masking, or None if the ratio is 0.
+
+    Raises:
+        ValueError: the masker is not known or lacks what it needs, or the ratio is out of range.
+    """
     (name, ratio), attend = mask, tokens.attend
     masker, by_hand = find_masker(name, IMAGE_MASKERS), name == "painted"
     if not (by_hand or _any(ratio)):
@@ -97,6 +147,7 @@ def draw_image_masking(
     return as_masking(masking, name, every, every)
 
 
+@older_arguments(predict_words="predict_tokens")
 def draw_text_masking(  # noqa: PLR0913 (by name)
     input_ids: Tensor,
     valid: Tensor,
@@ -107,9 +158,28 @@ def draw_text_masking(  # noqa: PLR0913 (by name)
     seed: int,
     epoch: int,
     mode: str = "replace",
-    predict_words: bool = False,
+    predict_tokens: bool = False,
 ) -> Masking | None:
-    """The `Masking` of captions (B, L); None where the ratio is 0. See `draw_maskings`."""
+    """Draw the `Masking` of captions.
+
+    Args:
+        input_ids: (B, L) int64.
+        valid: (B, L) bool, False = padding.
+        sample_ids: (B,) int64.
+        tokens: token info of the model that encodes them, `model.token_info`.
+        mask: (masker name, ratio), as text in `draw_maskings`.
+        seed: seed of the run.
+        epoch: epoch, from 0.
+        mode: "drop", "replace" or "80/10/10", as text_mode in `draw_maskings`.
+        predict_tokens: as in `draw_maskings`.
+
+    Returns:
+        Masking, or None if the ratio is 0.
+
+    Raises:
+        ValueError: mode or masker is not known, the masker lacks what it needs, or the ratio is out
+            of range.
+    """
     if mode not in ("drop", "replace", "80/10/10"):
         known = nearest(mode, ("drop", "replace", "80/10/10"))
         raise ValueError(f"text_mode={mode!r} is not known; {known}")
@@ -118,7 +188,7 @@ def draw_text_masking(  # noqa: PLR0913 (by name)
     if not _any(ratio):
         return None
     caption = caption_of(input_ids, valid, tokens)
-    caption.least_hidden = int(predict_words or mode == "80/10/10")
+    caption.min_masked = int(predict_tokens or mode == "80/10/10")
     noise = mask_noise(seed, epoch, sample_ids, input_ids.shape[1], "text")
     masking = masker(noise, ratio, caption)
     if masker not in _OURS:
@@ -128,29 +198,8 @@ def draw_text_masking(  # noqa: PLR0913 (by name)
     return masking
 
 
-def _with_older_arguments(draw: Callable) -> Callable:
-    """`draw_maskings` with the model, attend and frequency that it took before `TokenInfo`."""
-
-    @functools.wraps(draw)
-    def wrapped(batch, tokens=None, *, model=None, attend=None, frequency=None, **options):
-        tokens = model if tokens is None else tokens
-        changed = {"frequency": frequency, "attend": attend and (lambda _: attend())}
-        changed = {name: value for name, value in changed.items() if value is not None}
-        if changed or not isinstance(tokens, TokenInfo):
-            warnings.warn(
-                "draw_maskings takes a TokenInfo, with its frequency and attend: give "
-                "model.token_info (dataclasses.replace makes another one); a model will not be "
-                "taken for long",
-                FutureWarning,
-                stacklevel=2,
-            )
-            tokens = dataclasses.replace(getattr(tokens, "token_info", tokens), **changed)
-        return draw(batch, tokens, **options)
-
-    return wrapped
-
-
-@_with_older_arguments
+@older_arguments(predict_words="predict_tokens")
+@with_older_arguments
 def draw_maskings(  # noqa: PLR0913 (by name)
     batch: Batch,
     tokens: TokenInfo,
@@ -161,22 +210,45 @@ def draw_maskings(  # noqa: PLR0913 (by name)
     text: tuple[str, Any] = ("random", 0.0),
     text_mode: str = "replace",
     layers: Any = None,
-    predict_words: bool = False,
+    predict_tokens: bool = False,
 ) -> tuple[Masking | None, Masking | None]:
-    """The image and text `Masking` of a batch; None where the ratio is 0.
+    """Draw the image and text `Masking` of a batch.
 
-    tokens: of the model that is to read them, `model.token_info`. image, text: (masker name, ratio
-    in [0, 1), or (B,) one per sample); ("painted", array) takes the array (h, w) or (B, h, w) in
-    place of a ratio. text_mode: with "80/10/10" at least one word is hidden, and what takes its
-    place is drawn, too. layers: the data set's, for the masker of that name. predict_words: hide at
-    least one word of each caption that has two, whatever the mode (15 % of four words is none).
+    Args:
+        batch: the batch; its sample_ids make the masks replayable.
+        tokens: token info of the model that encodes it, `model.token_info`.
+        seed: seed of the run.
+        epoch: epoch, from 0.
+        image: (masker name, ratio in [0, 1) or (B,) one per sample); ("painted", array) takes an
+            array (h, w) or (B, h, w), true = masked, instead of a ratio.
+        text: (masker name, ratio in [0, 1) or (B,) one per sample).
+        text_mode: "replace", "drop" or "80/10/10"; with "80/10/10" at least one token is masked,
+            and its substitute is drawn, too.
+        layers: layers of the data set's drawings, for the masker "layers".
+        predict_tokens: mask at least one token of each caption that has two, whatever the mode
+            (15 % of three tokens rounds to none).
+
+    Returns:
+        (image, text), each a Masking, or None if its ratio is 0.
+
+    Raises:
+        ValueError: a masker or the mode is not known, a masker lacks what it needs, or a ratio is
+            out of range.
+
+    Example:
+        >>> batch = data.batch([0, 1, 2])
+        >>> image, text = mm.masking.draw_maskings(
+        ...     batch, model.token_info, seed=0, epoch=0, image=("block", 0.6), text=("random", 0)
+        ... )
+        >>> image.mask.shape, image.mask.sum(1).tolist(), text
+        (torch.Size([3, 9]), [5, 5, 5], None)
     """
     ids, when = batch.sample_ids, dict(seed=seed, epoch=epoch)
     return (
         draw_image_masking(batch.pixel_values, ids, tokens, image, layers=layers, **when),
         draw_text_masking(
             batch.input_ids, batch.valid, ids, tokens, text,
-            mode=text_mode, predict_words=predict_words, **when,
+            mode=text_mode, predict_tokens=predict_tokens, **when,
         ),
     )  # fmt: skip
 
@@ -188,22 +260,22 @@ def _any(ratio: float | Tensor) -> bool:
 def _substitutes(
     input_ids: Tensor, sample_ids: Tensor, maskable_ids: Tensor, seed: int, epoch: int
 ) -> Tensor:
-    """BERT's 80/10/10 (Devlin et al. 2019): -1 (the mask token), a random word, or the word itself.
+    """BERT's 80/10/10 (Devlin et al. 2019): -1 = the mask token, a random token, or its own id.
 
-    (B, L) int64, drawn for every place; only the hidden ones are looked at.
+    (B, L) int64, drawn for every position; only those of the masked positions are used.
     """
     length = input_ids.shape[1]
     what = mask_noise(seed, epoch, sample_ids, length, "text 80/10/10")
     which = mask_noise(seed, epoch, sample_ids, length, "text random word")
-    words = maskable_ids.to(which.device)[(which * len(maskable_ids)).long()]
-    words = torch.where(what < 0.9, words, input_ids)
-    return torch.where(what < 0.8, torch.full_like(words, -1), words)
+    ids = maskable_ids.to(which.device)[(which * len(maskable_ids)).long()]
+    ids = torch.where(what < 0.9, ids, input_ids)
+    return torch.where(what < 0.8, torch.full_like(ids, -1), ids)
 
 
 def validation_masks(config: TrainingConfig) -> dict[str, tuple]:
-    """What a validation hides: {"image_mask": (masker, ratio), "text_mask": …}.
+    """What validation masks: {"image_mask": (masker, ratio), "text_mask": …}.
 
-    A ratio that changes is taken at its start; one that starts at 0, at its end.
+    Of a ratio that changes, the one at the start is taken, or the one at the end if it starts at 0.
     """
     ratios = {
         kind: getattr(config, f"{kind}_mask_ratio") or getattr(config, f"{kind}_mask_final_ratio")
@@ -217,7 +289,7 @@ def validation_masks(config: TrainingConfig) -> dict[str, tuple]:
 
 
 def looks(config: TrainingConfig) -> bool:
-    """Whether a run's masker looks at a model's attention."""
+    """Whether a run's masker uses a model's attention."""
     highest = max(config.image_mask_ratio, config.image_mask_final_ratio or 0)
     return config.image_mask in ATTENTION_MASKERS and highest > 0
 
@@ -225,8 +297,11 @@ def looks(config: TrainingConfig) -> bool:
 class MaskPlan:
     """The masks and the augmentation of a training run.
 
-    tokens: of the model that is trained; its `attend` may look with another one. num_epochs: of
-    the whole run. layers: of the training set's drawings, where it has them.
+    Args:
+        config: the run's configuration.
+        tokens: token info of the model that is trained; its `attend` may use another model.
+        num_epochs: epochs of the whole run.
+        layers: layers of the training set's drawings, where it has them.
     """
 
     def __init__(
@@ -236,14 +311,14 @@ class MaskPlan:
         self.masked_epochs = num_epochs - config.unmasked_epochs
 
     def augmented(self, batch: Batch, epoch: int) -> Batch:
-        """The batch as the encoder gets it in that epoch, before masking."""
+        """The batch as the encoder gets it in an epoch, before masking."""
         if self.config.augment == "none":
             return batch
         noise = mask_noise(self.config.seed, epoch, batch.sample_ids, 2, "shift")
-        return dataclasses.replace(batch, pixel_values=shift_pictures(batch.pixel_values, noise))
+        return dataclasses.replace(batch, pixel_values=shift_images(batch.pixel_values, noise))
 
-    def hides(self, kind: str, epoch: int) -> bool:
-        """Whether anything of "image" or "text" is hidden in an epoch."""
+    def masks(self, kind: str, epoch: int) -> bool:
+        """Whether anything of a kind, "image" or "text", is masked in an epoch."""
         config, progress = self.config, epoch / max(1, self.masked_epochs - 1)
         if epoch >= self.masked_epochs:
             return False
@@ -254,7 +329,7 @@ class MaskPlan:
         return bool((torch.as_tensor(ratio(*ends, progress, torch.full((1,), 0.5))) > 0).any())
 
     def check_ratios(self):
-        """ValueError where a schedule gives a ratio outside [0, 1) in any epoch of the run."""
+        """ValueError if a schedule gives a ratio outside [0, 1) in any epoch of the run."""
         noise = torch.linspace(0, 1 - 2**-24, 5)
         for kind in ("image", "text"):
             name = getattr(self.config, f"{kind}_mask_schedule")
@@ -283,7 +358,7 @@ class MaskPlan:
         )
 
     def draw(self, batch: Batch, epoch: int) -> tuple[Masking | None, Masking | None]:
-        """(image, text) `Masking` of an augmented batch; None where nothing is hidden."""
+        """(image, text) `Masking` of an augmented batch; None if nothing is masked."""
         if epoch >= self.masked_epochs:
             return None, None
         config, image = self.config, self._ratio("image", batch, epoch)
@@ -297,5 +372,5 @@ class MaskPlan:
             text=(config.text_mask, self._ratio("text", batch, epoch)),
             text_mode=config.text_mask_mode,
             layers=self.layers,
-            predict_words=config.words_weight > 0,
+            predict_tokens=config.mlm_weight > 0,
         )

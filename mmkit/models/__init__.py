@@ -1,4 +1,4 @@
-"""The encoder and the decoder, their layers, and how they are kept and shared."""
+"""The encoder and the decoder, their layers, and how they are saved and shared."""
 
 from .checkpoint import load
 from .decoder import MultimodalDecoder

@@ -15,7 +15,7 @@ from .presets import PRESETS
 
 
 def architecture_of(model: Any) -> dict:
-    """What `build` needs to make the same encoder: plain values only."""
+    """What `build` needs to build the same encoder: plain values only."""
     frequency = model.token_frequency
     return {
         "vit": _plain(model.vit.config),
@@ -31,21 +31,21 @@ def architecture_of(model: Any) -> dict:
 
 
 def build(model_class: Any, spec: dict):
-    """The encoder of an architecture, its weights still to be loaded."""
+    """The encoder of an architecture; its weights are loaded later."""
     from transformers import BertConfig, ViTConfig
 
     spec = dict(spec)
     heads, frequency = spec.pop("decoder", None), spec.pop("token_frequency", None)
     vit = ViTConfig(**_known(ViTConfig, spec.pop("vit")))
     bert = BertConfig(**_known(BertConfig, spec.pop("bert")))
-    with torch.random.fork_rng(devices=[]):  # weights to be replaced use up no draws
+    with torch.random.fork_rng(devices=[]):  # the initial weights, soon replaced, use no draws
         model = model_class(vit, bert, tokenizer_from_state(spec.pop("tokenizer")), **spec)
         model.token_frequency = None if frequency is None else torch.tensor(frequency)
         return model if heads is None else model.add_decoder(**heads)
 
 
 def settings_of(model: Any) -> dict[str, Any]:
-    """What `TrainingConfig` has of a model; see `MultimodalEncoder.settings`."""
+    """The fields of `TrainingConfig` that describe a model; see `MultimodalEncoder.settings`."""
 
     def tower(config) -> tuple[int, int, int]:
         return config.hidden_size, config.num_hidden_layers, config.num_attention_heads
@@ -67,9 +67,9 @@ def _plain(config) -> dict:
 
 
 def _known(config_class, values: dict) -> dict:
-    """Those of the class itself, and no others that a file may name.
+    """The values that the class itself knows, without any others in a file.
 
-    transformers would fetch and run an attention kernel, say.
+    With some of those, transformers would fetch and run code, such as an attention kernel.
     """
     known = config_class().to_dict()
     return {k: v for k, v in values.items() if k in known and "implementation" not in k}

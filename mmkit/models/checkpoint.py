@@ -1,4 +1,4 @@
-"""Reading best_model.pth and last/state.pth back, and the model in them.
+"""Reading best_model.pth and last/state.pth, and the model in them.
 
 Reading never runs code from a file (`weights_only=True`); `files.write_atomically` writes them.
 Walk-through: notebooks/05_checkpoints.ipynb.
@@ -21,7 +21,7 @@ def read_checkpoint(path: str | os.PathLike, needed: Iterable[str] = ()) -> dict
     """The content of a checkpoint file, on the CPU; never runs code.
 
     needed: entries that it must have. Raises FileNotFoundError, or ValueError for a file that is
-    damaged, holds anything but tensors and plain values, or lacks one of them.
+    damaged, holds anything but tensors and plain values, or lacks a needed entry.
     """
     if not Path(as_path(path)).is_file():
         raise FileNotFoundError(f"no checkpoint at {shown(path)}; train first, or check the path")
@@ -47,8 +47,8 @@ def read_checkpoint(path: str | os.PathLike, needed: Iterable[str] = ()) -> dict
 
 
 def _check_sums(path: str | os.PathLike) -> None:
-    """Raise where a byte of the file is not as it was written: torch.load itself would not look."""
-    if zipfile.is_zipfile(path):  # all that mmkit writes; a file of before torch 1.6 is not
+    """Raise if a byte of the file has changed since it was written: torch.load does not check."""
+    if zipfile.is_zipfile(path):  # as all files of mmkit are; those from before torch 1.6 are not
         with zipfile.ZipFile(path) as file:
             if damaged := file.testzip():
                 raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
@@ -67,14 +67,16 @@ def _plain_name(name: str) -> str:
 
 
 def load_weights(model: nn.Module, weights: dict, path="the checkpoint") -> None:
-    """Load weights of the same architecture; ValueError naming the first difference otherwise.
+    """Load weights of the same architecture; else ValueError naming the first difference.
 
-    What DDP and torch.compile put in front of names ("module.", "_orig_mod.") does not matter.
+    The prefixes of names that DDP and torch.compile add ("module.", "_orig_mod.") do not matter.
     """
     own, path = model.state_dict(), shown(path)
     names = {_plain_name(name): name for name in own}
     weights = {names.get(_plain_name(name), name): value for name, value in weights.items()}
-    for name in own | weights:  # in the model's order, so that the same fault gives the same words
+    for name in (
+        own | weights
+    ):  # in the model's order, so that the same fault gives the same message
         if name not in weights or name not in own:
             where = "the model" if name not in own else "the file"
             raise ValueError(f"{path} is of another architecture: {where} has no {name!r}")
@@ -82,7 +84,7 @@ def load_weights(model: nn.Module, weights: dict, path="the checkpoint") -> None
             raise ValueError(
                 f"{path} is of another architecture: {name!r} is {tuple(weights[name].shape)} in "
                 f"the file, {tuple(own[name].shape)} in the model; use mm.load(path) instead "
-                "(with image_size=…, where only that is to be another one)"
+                "(with image_size=… for another image size)"
             )
     model.load_state_dict(weights)
 
@@ -90,10 +92,30 @@ def load_weights(model: nn.Module, weights: dict, path="the checkpoint") -> None
 def load(
     path: str | os.PathLike, device: str | torch.device = "cpu", image_size: int | None = None
 ) -> MultimodalEncoder:
-    """The model of a `best_model.pth`, ready to encode: evaluation mode, its tokenizer with it.
+    """Load a trained model with its tokenizer, in evaluation mode, ready to encode.
 
-    path may also be a folder that `save_pretrained` wrote. image_size: None = the one it was
-    trained at; another one as by `MultimodalEncoder.resize`.
+    Args:
+        path: a `best_model.pth`, or a folder that `save_pretrained` wrote.
+        device: where to put the model.
+        image_size: side of the images in pixels, as `MultimodalEncoder.resize` changes it;
+            None = the size that it was trained at.
+
+    Returns:
+        The model, a `MultimodalEncoder`.
+
+    Raises:
+        FileNotFoundError: there is no such file, or a file is missing in the folder.
+        ValueError: the file or folder is damaged, holds anything but tensors and plain values, or
+            is no mmkit model; or image_size is not a multiple of the patch size.
+
+    Example:
+        >>> model.save_pretrained("shared")
+        >>> again = mm.load("shared")
+        >>> again.training, again.image_size
+        (False, 15)
+        >>> pixels = data.batch([0, 1]).pixel_values
+        >>> torch.allclose(again.encode_image(pixels), model.encode_image(pixels), atol=1e-5)
+        True
     """
     if os.path.isdir(as_path(path)):
         model = MultimodalEncoder.from_pretrained(path, device=device)
@@ -107,7 +129,7 @@ def load(
         model = MultimodalEncoder.from_architecture(trained_by | state["architecture"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{shown(path)} has an architecture that cannot be built ({error!r}); use a file that "
+            f"{shown(path)} describes no model that can be built ({error!r}); use a file that "
             "mmkit wrote"
         ) from None
     load_weights(model, state["model_state_dict"], path)

@@ -1,4 +1,4 @@
-"""A slowly moving copy of a module, to look with or to keep.
+"""A slowly moving copy of a module, for attention masks or to keep.
 
 Walk-through: notebooks/05_checkpoints.ipynb.
 """
@@ -13,8 +13,11 @@ from torch import nn
 class EMA:
     """A copy of a module whose weights are the running mean (EMA) of the original's.
 
-    momentum: of the mean, per step; it starts lower, (1 + step) / (10 + step), so that a short run
-    does not end with the weights it began with. A-CLIP goes from 0.996 to 1 over training instead.
+    Args:
+        module: the original.
+        momentum: of the mean, per step; it starts lower, at (1 + step) / (10 + step), so that a
+            short run does not end with its initial weights. A-CLIP raises it from 0.996 to 1 over
+            training instead.
     """
 
     def __init__(self, module: nn.Module, momentum: float):
@@ -30,7 +33,7 @@ class EMA:
         self.steps += 1
 
     def start(self, module: nn.Module) -> dict:
-        """The state of a mean that begins with `module` as it is now."""
+        """The state of a mean that starts at the present weights of `module`."""
         return {"weights": module.state_dict(), "steps": 0}
 
     def state_dict(self) -> dict:
@@ -38,6 +41,6 @@ class EMA:
         return {"weights": self.module.state_dict(), "steps": self.steps}
 
     def load_state_dict(self, state: dict):
-        """Go on from a saved state."""
+        """Continue from a saved state."""
         self.module.load_state_dict(state["weights"])
         self.steps = state["steps"]

@@ -1,10 +1,9 @@
-"""A ViT and a BERT that share one space for pictures and texts.
+"""A ViT and a BERT that share one space for images and texts.
 
-The towers are Hugging Face's own ViTModel and BertModel; what is ours is what masking needs: hidden
-patches are left out BEFORE the patch projection, hidden words before the embedding sum, so that a
-dropped token costs nothing. `mask` True = hidden, `valid` True = a real token.
-Shapes: B batch, N patches, K kept, L text length, D width. Walk-through:
-notebooks/03_training.ipynb.
+The towers are Hugging Face's ViTModel and BertModel; the rest is what masking needs: masked patches
+are left out BEFORE the patch projection, masked tokens before the embeddings are added, so that a
+dropped token costs nothing. `mask` True = masked, `valid` False = padding. Shapes: B batch,
+N patches, K kept, L text length, D width. Walk-through: notebooks/03_training.ipynb.
 """
 
 import contextlib
@@ -21,8 +20,9 @@ from ..data.tokenizer import is_subword, special_ids, word_ids
 from ..errors import nearest
 from ..losses import check_loss
 from ..masking.core import Masking, TokenInfo
+from ..older_names import older_attributes
 from .architecture import architecture_of, build, settings_of
-from .attention import class_attention, key_mask
+from .attention import class_attention, kept_valid, key_mask, mean_of_valid, with_class_token
 from .decoder import Encoded, ForwardSpec, MultimodalDecoder
 from .layers import bert_states, own_layers, projected, vit_layers
 from .patches import patchify, pick_tokens
@@ -31,12 +31,10 @@ from .pretrained import check_towers, checked_stats, join_backbones, resize_vit
 from .sharing import Exportable
 
 
+@older_attributes(word_logits="token_logits")
 @dataclass
 class EncoderOutput:
-    """What a forward pass gives: unit-length features, token states after each tower, the scale.
-
-    What was not asked for (see `ForwardSpec`) is None; by default features and tokens are there.
-    """
+    """What a forward pass returns; what its `ForwardSpec` does not ask for is None."""
 
     image_features: Any  # (B, D) unit length, float32
     text_features: Any  # (B, D) unit length, float32
@@ -44,8 +42,8 @@ class EncoderOutput:
     text_tokens: Any  # (B, K, width)
     logit_scale: Tensor  # scalar, the LOG of the inverse temperature
     logit_bias: Tensor  # scalar, used by the sigmoid loss
-    pixels: Tensor | None = None  # (B, N, 3 * p * p) every patch as the decoder sees it
-    word_logits: Tensor | None = None  # (M, V) of the hidden words, row by row
+    pixels: Tensor | None = None  # (B, N, 3 * p * p) the prediction for every patch
+    token_logits: Tensor | None = None  # (M, V) for the masked tokens, row by row
     matching: Tensor | None = None  # (P,) logits of pairs
     match: Tensor | None = None  # (P,) 1.0 = a true pair, 0.0 = a wrong one
 
@@ -61,24 +59,33 @@ class Projection(nn.Sequential):
 
 
 class MultimodalEncoder(nn.Module, Exportable):
-    """ViT + BERT + projections + mask tokens + temperature.
+    """ViT, BERT, projections, mask tokens and temperature; see `preset` and `from_backbones`.
 
-    vit_config, bert_config: any transformers ViTConfig (square patches) and BertConfig. tokenizer:
-    a Hugging Face fast tokenizer; its vocabulary must fit bert_config. embed_dim: width of the
-    common space. Pooling is the mean over the visible patches / real tokens ("mean") or the first
-    token ("cls"). loss: the contrastive one that it is trained by, and judged by unless another is
-    asked for. Build one with `preset` or `from_backbones`. Raises ValueError for towers that do not
-    fit images, tokenizer or each other.
+    Args:
+        vit_config, bert_config: transformers ViTConfig (square images and patches), BertConfig.
+        tokenizer: a Hugging Face fast tokenizer; its vocabulary must fit bert_config.
+        embed_dim: width of the common space.
+        dropout, temperature: dropout of the projections; initial temperature, above 0.
+        pooling: "mean" (over visible patches, valid tokens) or "cls" (the first token).
+        image_mean, image_std: mean and deviation of each channel, of pixels in [0, 1].
+        loss: contrastive loss that it is trained with, and evaluated with by default.
+
+    Raises:
+        ValueError: the towers do not fit images, tokenizer or pooling, or a value is out of range.
+
+    Example:
+        >>> out = model(data.batch([0, 1, 2]))
+        >>> out.image_features.shape, out.text_features.shape, out.image_tokens.shape
+        (torch.Size([3, 13]), torch.Size([3, 13]), torch.Size([3, 10, 22]))
     """
 
     pixel_stats: Tensor  # (2, 3, 1, 1): mean and deviation of each channel
-    special_ids: Tensor  # ids of tokens that are never hidden
+    special_ids: Tensor  # ids of tokens that are never masked
     word_ids: Tensor  # ids of all others
-    is_subword: Tensor  # (V,) bool, True = a piece that goes on with the word before it
-    # (V,) of each token among the captions it was trained on, for the text masker "frequency": a
-    # caption is masked the same in whichever data set it is met.
+    is_subword: Tensor  # (V,) bool, True = a token that continues the previous word
+    # (V,) frequency of each token in training, for the masker "frequency" on whatever data set
     token_frequency: Tensor | None = None
-    trained_steps = 0  # optimizer steps that have been applied to these weights, as far as known
+    trained_steps = 0  # optimizer steps applied to these weights, as far as known
 
     def __init__(  # noqa: PLR0913 (by name)
         self,
@@ -131,12 +138,16 @@ class MultimodalEncoder(nn.Module, Exportable):
         temperature: float = 0.07,
         pooling: str = "mean",
     ):
-        """A new encoder of a tabled size: "tiny" (a laptop CPU), "small", "base" (ViT-B/16, BERT).
+        """A new encoder: "tiny" (for a laptop CPU), "small" or "base" (ViT-B/16, BERT).
 
-        Weights are drawn from torch's generator: `torch.manual_seed` before it makes them
-        repeatable. They start where short trainings learn fastest: the ViT's with deviation width
-        to the power of -1/2 instead of 0.02, positions of the BERT with 0.005 (on the built-in
-        pictures a quarter fewer steps to R@1 45 %: python -m tests.benchmarks.start).
+        Weights come from torch's generator (see `torch.manual_seed`) and start where short runs
+        learn fastest: the ViT's with deviation width**-0.5, not 0.02, the BERT's positions with
+        0.005 (on the built-in images a quarter fewer steps to R@1 45 %: tests.benchmarks.start).
+
+        Example:
+            >>> tiny = mm.MultimodalEncoder.preset("tiny", tokenizer=data.tokenizer)
+            >>> tiny.image_size, tiny.num_patches, tiny.embed_dim
+            (64, 64, 192)
         """
         return build_preset(cls, name, tokenizer, dropout, temperature, pooling)
 
@@ -150,22 +161,29 @@ class MultimodalEncoder(nn.Module, Exportable):
         image_size: int | None = None,
         **options,
     ):
-        """Pretrained towers by hub name or local folder (a ViT and a BERT with its tokenizer).
+        """An encoder of pretrained towers, each by hub name or local folder.
 
-        image_backbone may also be a preset's name or a ViTConfig: a new ViT of that size beside a
-        pretrained BERT, such as the one of `mm.minilm()`, which needs no network. Pixel statistics
-        come from the checkpoint's own preprocessor. image_size: None = that of the ViT, another one
-        as by `resize`. options: dropout (of the projections and of a preset's new ViT; a checkpoint
-        keeps its towers' own), temperature, pooling (take the one that the BERT was trained with:
-        "mean" for sentence-transformers). Reads safetensors or weights-only files, never code.
-        Raises FileNotFoundError, and soon, where there is no such folder and no network, ValueError
-        for a BERT without its tokenizer's vocabulary.
+        Never runs code from a file; pixel statistics are those of the ViT's preprocessor. Raises
+        FileNotFoundError, within seconds; ValueError, also for a BERT without a vocabulary.
+
+        Args:
+            image_backbone: a ViT; or, for a new one, a preset's name or a ViTConfig.
+            text_backbone: a BERT with its tokenizer; `mm.minilm()` needs no network.
+            embed_dim: width of the common space.
+            image_size: side of the images in pixels, as by `resize`; None = that of the ViT.
+            options: temperature, pooling (sentence-transformers: "mean"), dropout of projections
+                and of a preset's ViT (checkpoints keep theirs).
+
+        Example:
+            >>> encoder = mm.MultimodalEncoder.from_backbones("tiny", mm.minilm())
+            >>> encoder.bert.config.hidden_size, encoder.embed_dim
+            (384, 256)
         """
         return join_backbones(cls, image_backbone, text_backbone, embed_dim, image_size, options)
 
     @classmethod
     def from_architecture(cls, spec: dict) -> "MultimodalEncoder":
-        """An encoder of that architecture, its weights still to be loaded."""
+        """An encoder of an architecture; its weights are loaded later."""
         return build(cls, spec)
 
     def architecture(self) -> dict:
@@ -173,15 +191,14 @@ class MultimodalEncoder(nn.Module, Exportable):
         return architecture_of(self)
 
     def settings(self) -> dict[str, Any]:
-        """What `TrainingConfig` has of a model: preset ("own" where it is none), dropout (the
-        largest), temperature (as learned)."""
+        """Preset (or "own"), largest dropout and present temperature, as in `TrainingConfig`."""
         return settings_of(self)
 
     def to_device(self, device) -> "MultimodalEncoder":
-        """Move to a device and pick the attention that is fast there (equal up to rounding).
+        """Move to a device and use the attention that is fast there (equal up to rounding).
 
-        On a CPU plain matrix products beat PyTorch's fused kernel 1.4x per training step at 33
-        tokens, because of its slow backward; on a GPU the fused kernels win.
+        On a CPU plain matrix products beat PyTorch's fused kernel, with its slow backward pass, by
+        1.4x per training step at 33 tokens; on a GPU the fused kernels win.
         """
         kind = "eager" if torch.device(device).type == "cpu" else "sdpa"
         self.vit.set_attn_implementation(kind)
@@ -191,10 +208,9 @@ class MultimodalEncoder(nn.Module, Exportable):
         return self.to(device)
 
     def resize(self, image_size: int) -> "MultimodalEncoder":
-        """Take square images of another size, patches keep theirs; position embeddings are
-        interpolated (He et al. 2022, MAE, and most that fine-tune at another size).
+        """Take square images of another size: same patches, interpolated positions (as in MAE).
 
-        Call it before a trainer is built. Raises ValueError for no multiple of the patch.
+        Call it before a trainer is built. Raises ValueError for no multiple of the patch size.
         """
         side = resize_vit(self.vit, image_size)
         self.image_size, self.num_patches = image_size, side**2
@@ -203,19 +219,16 @@ class MultimodalEncoder(nn.Module, Exportable):
         return self
 
     def add_decoder(self, **heads) -> "MultimodalEncoder":
-        """Give the model what puts back pixels and words; heads: see `MultimodalDecoder`.
-
-        Replaces a decoder that is there. Weights are drawn from torch's generator.
-        """
+        """Add a decoder with new weights, replacing any present one; see `MultimodalDecoder`."""
         decoder = MultimodalDecoder(self.vit.config, self.bert.config, **heads)
         decoder.set_attention(self.vit.config._attn_implementation)
         self.decoder = decoder.to(self.logit_scale.device)
         return self
 
-    # -- pictures ----------------------------------------------------------------------------
+    # -- images ----------------------------------------------------------------------------
 
     def normalize(self, pixel_values: Tensor) -> Tensor:
-        """uint8 pixels to normalised float32; float pictures pass as they are."""
+        """Normalised float32 of uint8 pixels; float images stay as they are."""
         if pixel_values.is_floating_point():
             return pixel_values
         mean, std = self.pixel_stats.unbind()
@@ -229,7 +242,7 @@ class MultimodalEncoder(nn.Module, Exportable):
         return (patches.float() / 255 - mean) / std
 
     def _patches(self, pixel_values: Tensor, masking: Masking | None, mode: str) -> Tensor:
-        """Class token and the patches that are encoded, with their positions: (B, 1 + K, D)."""
+        """Embedded class token and encoded patches, with their positions: (B, 1 + K, D)."""
         height, width = pixel_values.shape[-2:]
         if (height, width) != (self.image_size, self.image_size):
             other = f", or call model.resize({height}) first" if height == width else ""
@@ -239,66 +252,65 @@ class MultimodalEncoder(nn.Module, Exportable):
             )
         embeddings = self.vit.embeddings
         positions = embeddings.position_embeddings  # (1, 1 + N, D)
-        patches = patchify(pixel_values, self.patch_size)  # (B, N, 3 * p * p), bytes yet
-        place = positions[:, 1:]
+        patches = patchify(pixel_values, self.patch_size)  # (B, N, 3 * p * p), still bytes
+        position = positions[:, 1:]
         _check_mode(mode, ("drop", "replace"))
-        if masking is not None and mode == "drop":  # the hidden ones never reach the projection
+        if masking is not None and mode == "drop":  # the masked ones never reach the projection
             patches = pick_tokens(patches, masking.ids_keep)
-            # Not place[0][ids_keep]: on a CPU its backward adds in the order the threads run.
-            place = F.embedding(masking.ids_keep, place[0])
+            # Not position[0][ids_keep]: on a CPU its backward adds in the order of the threads.
+            position = F.embedding(masking.ids_keep, position[0])
         patches = self._normalize_patches(patches)
         if masking is not None and mode == "drop" and masking.keep_valid is not None:
-            patches = patches.masked_fill(~masking.keep_valid[..., None], 0)  # nor does the filler
+            patches = patches.masked_fill(~masking.keep_valid[..., None], 0)  # nor does the padding
         x = projected(patches, embeddings.patch_embeddings.projection)
         if masking is not None and mode == "replace":
             x = torch.where(masking.mask[..., None], self.image_mask_token.to(x.dtype), x)
         first = (embeddings.cls_token + positions[:, :1]).expand(len(x), -1, -1)
-        return embeddings.dropout(torch.cat([first, x + place], dim=1))
+        return embeddings.dropout(torch.cat([first, x + position], dim=1))
 
     def image_tokens(
         self, pixel_values: Tensor, masking: Masking | None = None, mode: str = "drop"
     ):
         """Class token and encoded patches after the last norm: (B, 1 + K, width).
 
-        Where K differs between pictures, states of the filler (keep_valid False) mean nothing.
+        Where K differs between images, states of the padding (keep_valid False) are meaningless.
         """
         x = self._patches(pixel_values, masking, mode)
-        real = _with_class_token(_kept(masking, mode))
+        valid = with_class_token(kept_valid(masking, mode))
         if own_layers(self.vit, x):
-            return self.vit.layernorm(vit_layers(self.vit, x, real))
-        attention_mask = key_mask(real, self.vit.config._attn_implementation, x.dtype)
+            return self.vit.layernorm(vit_layers(self.vit, x, valid))
+        attention_mask = key_mask(valid, self.vit.config._attn_implementation, x.dtype)
         for block in self.vit.layers:
             x = block(x, attention_mask)
         return self.vit.layernorm(x)
 
     def class_attention(self, pixel_values: Tensor, half: bool = False) -> Tensor:
-        """(B, N): how much the class token attends to each patch, mean over layers and heads.
+        """(B, N): attention of the class token to each patch, mean over layers and heads.
 
-        With pooling "mean" the patches' mean takes the class token's place here, too (see
-        attention.py). No gradient; nothing is hidden. Rows add up to at most 1 (the rest goes to
-        the class token itself). half: look at the picture at half its resolution, a quarter of the
-        cost; 2 x 2 patches then share a value.
+        With pooling "mean", that of the patches instead (see attention.py). No gradient, no masks;
+        rows add up to at most 1 (the rest goes to the class token). half: at half the resolution,
+        for a quarter of the cost; 2 x 2 patches then have the same value.
         """
         return class_attention(self.vit, self.normalize(pixel_values), half, of=self.pooling)
 
     @property
     def token_info(self) -> TokenInfo:
-        """What maskers need to know of this model."""
+        """What maskers need to know about this model."""
         ids = (self.special_ids, self.word_ids, self.is_subword)
         return TokenInfo(self.patch_size, *ids, self.token_frequency, self.class_attention)
 
     def encode_image(
         self, pixel_values: Tensor, masking: Masking | None = None, mode: str = "drop"
     ):
-        """Unit-length features (B, D) of pictures (B, 3, H, W), uint8 or normalised float.
+        """Unit-length features (B, D) of images (B, 3, H, W), uint8 or normalised float.
 
-        masking hides patches: mode "drop" leaves them out, "replace" puts the mask token.
+        mode: "drop" leaves masked patches out, "replace" puts the mask token there.
         """
         tokens = self.image_tokens(pixel_values, masking, mode)
-        return self._image_features(tokens, _kept(masking, mode))
+        return self._image_features(tokens, kept_valid(masking, mode))
 
-    def _image_features(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        pooled = tokens[:, 0] if self.pooling == "cls" else _mean(tokens[:, 1:], real)
+    def _image_features(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
+        pooled = tokens[:, 0] if self.pooling == "cls" else mean_of_valid(tokens[:, 1:], valid)
         return F.normalize(self.image_projection(pooled).float(), dim=-1)
 
     # -- texts -------------------------------------------------------------------------------
@@ -306,52 +318,49 @@ class MultimodalEncoder(nn.Module, Exportable):
     def text_tokens(
         self, input_ids: Tensor, valid: Tensor, masking: Masking | None = None, mode: str = "drop"
     ) -> tuple[Tensor, Tensor]:
-        """States of the encoded tokens (B, K, width) and which of them are real (B, K)."""
+        """States of the encoded tokens (B, K, width), and (B, K) bool, False = padding."""
         length = input_ids.shape[1]
         if length > self.max_length:
             raise ValueError(
-                f"captions are {length} pieces long, the encoder takes {self.max_length}; "
+                f"captions are {length} tokens long, the encoder takes {self.max_length}; "
                 "take batches of dataset.encoded_by(model.tokenizer, model.max_length)"
             )
-        words = self.bert.embeddings.word_embeddings(input_ids)  # (B, L, D)
-        positions = torch.arange(length, device=words.device).expand(len(words), -1)
+        embedded = self.bert.embeddings.word_embeddings(input_ids)  # (B, L, D)
+        positions = torch.arange(length, device=embedded.device).expand(len(embedded), -1)
         _check_mode(mode, ("drop", "replace", "80/10/10"))
         if masking is not None and mode != "drop":
-            words = self._replaced(words, masking)
+            embedded = self._replaced(embedded, masking)
         elif masking is not None:
-            words, positions = pick_tokens(words, masking.ids_keep), masking.ids_keep
+            embedded, positions = pick_tokens(embedded, masking.ids_keep), masking.ids_keep
             valid = valid.gather(1, positions) if masking.keep_valid is None else masking.keep_valid
-        return self._bert(words, positions, valid), valid
+        return self._bert(embedded, positions, valid), valid
 
-    def _replaced(self, words: Tensor, masking: Masking) -> Tensor:
-        """Embedded words (B, L, D), hidden ones replaced by the mask token or what was drawn."""
-        instead = self.text_mask_token.to(words.dtype)
+    def _replaced(self, embedded: Tensor, masking: Masking) -> Tensor:
+        """Embedded tokens (B, L, D), masked ones replaced by the mask token or a drawn token."""
+        instead = self.text_mask_token.to(embedded.dtype)
         if masking.substitute is not None:  # 80/10/10: -1 is the mask token
             drawn = self.bert.embeddings.word_embeddings(masking.substitute.clamp(min=0))
             instead = torch.where((masking.substitute < 0)[..., None], instead, drawn)
-        return torch.where(masking.mask[..., None], instead, words)
+        return torch.where(masking.mask[..., None], instead, embedded)
 
-    def _bert(self, words: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-        """BERT's states (B, K, width) of embedded words."""
-        if own_layers(self.bert, words):
-            return bert_states(self.bert, words, positions, valid)
-        seen = valid | ~valid.any(1, keepdim=True)  # of padding alone all, or its states are NaN
-        out = self.bert(inputs_embeds=words, position_ids=positions, attention_mask=seen.long())
+    def _bert(self, embedded: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+        """BERT's states (B, K, width) of embedded tokens."""
+        if own_layers(self.bert, embedded):
+            return bert_states(self.bert, embedded, positions, valid)
+        keys = valid | ~valid.any(1, keepdim=True)  # all if all are padding, or states are NaN
+        out = self.bert(inputs_embeds=embedded, position_ids=positions, attention_mask=keys.long())
         return out.last_hidden_state
 
     def encode_text(
         self, input_ids: Tensor, valid: Tensor, masking: Masking | None = None, mode: str = "drop"
     ):
-        """Unit-length features (B, D) of captions: input_ids (B, L), valid (B, L) True = real.
-
-        Of a caption that is padding alone all are 0.
-        """
+        """Unit-length features (B, D) of captions (B, L); zeros for a caption of padding only."""
         return self._text_features(*self.text_tokens(input_ids, valid, masking, mode))
 
     def _text_features(self, tokens: Tensor, valid: Tensor) -> Tensor:
-        pooled = tokens[:, 0] if self.pooling == "cls" else _mean(tokens, valid)
+        pooled = tokens[:, 0] if self.pooling == "cls" else mean_of_valid(tokens, valid)
         features = F.normalize(self.text_projection(pooled).float(), dim=-1)
-        return features.masked_fill(~valid.any(1, keepdim=True), 0)  # nor does it learn
+        return features.masked_fill(~valid.any(1, keepdim=True), 0)  # without a gradient, too
 
     # -- both --------------------------------------------------------------------------------
 
@@ -364,79 +373,58 @@ class MultimodalEncoder(nn.Module, Exportable):
         text_mode: str = "drop",
         wanted: ForwardSpec | None = None,
     ) -> EncoderOutput:
-        """Features and token states of a batch; a masking that is None hides nothing.
+        """Features and token states of a batch; a masking of None masks nothing.
 
-        wanted: what else is asked for, or not at all; each tower runs once per view that this
-        needs. Its "unmasked" view gives features of the whole pair, token states of the masked one.
+        wanted: what to compute; each tower runs once per view that this needs. With the "unmasked"
+        view, features are those of the whole pair, token states those of the masked one.
         """
         wanted = wanted or ForwardSpec()
         masked = (image_masking, text_masking, image_mode, text_mode)
         image, text, image_features, text_features = self._views(batch, masked, wanted)
-        back = {}
-        if wanted.put_back:
+        decoded = {}
+        if wanted.reconstructs:
             if self.decoder is None:
                 raise ValueError("the model has no decoder; call model.add_decoder(...) first")
             embedding = self.bert.embeddings.word_embeddings.weight
             pair = (image_features, text_features, self.logit_scale.exp())
             correct = None if wanted.matching is None else batch.correct()
-            back = self.decoder(image, text, wanted, embedding, pair, correct)
-        # Nodes of the graph: DDP takes a bare parameter for unused.
+            decoded = self.decoder(image, text, wanted, embedding, pair, correct)
+        # Nodes of the graph: DDP would take a bare parameter for unused.
         scale, bias = self.logit_scale.clone(), self.logit_bias.clone()
-        if not wanted.contrast:  # and what no loss uses it would wait for
+        if not wanted.contrast:  # and would wait for a node that no loss uses
             scale, bias = scale.detach(), bias.detach()
         image_tokens, text_tokens = (None if x is None else x.states for x in (image, text))
         features = (image_features, text_features)
-        return EncoderOutput(*features, image_tokens, text_tokens, scale, bias, **back)
+        return EncoderOutput(*features, image_tokens, text_tokens, scale, bias, **decoded)
 
     def _views(self, batch: Batch, masked: tuple, wanted: ForwardSpec) -> tuple:
-        """(image, text) `Encoded` of the masked view and (image, text) features; None = not needed.
-
-        masked: what `forward` is given of masks and modes.
-        """
+        """(image, text) `Encoded` of the masked view, (image, text) features; None = not needed."""
         image_masking, text_masking, image_mode, text_mode = masked
         across = self.decoder is not None and self.decoder.across
-        compared = wanted.contrast or wanted.matching is not None  # matching draws by the features
-        beside = compared and wanted.view == "unmasked"
-        features = compared and not beside
-        both = features or (wanted.put_back and across)
+        compared = wanted.contrast or wanted.matching is not None  # matching draws by similarity
+        second = compared and wanted.view == "unmasked"
+        features = compared and not second
+        both = features or (wanted.reconstructs and across)
         image = text = image_features = text_features = None
-        if beside and wanted.contrast:  # first: for features alone the same dropout is drawn
+        if second and wanted.contrast:  # first, so that dropout draws as for features alone
             image_features = self.encode_image(batch.pixel_values)
             text_features = self.encode_text(batch.input_ids, batch.valid)
-        kept = _kept(image_masking, image_mode)
+        kept = kept_valid(image_masking, image_mode)
         if both or wanted.pixels:
             states = self.image_tokens(batch.pixel_values, image_masking, image_mode)
-            image = Encoded(states, _with_class_token(kept), image_masking, image_mode)
-        if both or wanted.words or wanted.matching is not None:
+            image = Encoded(states, with_class_token(kept), image_masking, image_mode)
+        if both or wanted.tokens or wanted.matching is not None:
             tokens = self.text_tokens(batch.input_ids, batch.valid, text_masking, text_mode)
             text = Encoded(*tokens, text_masking, text_mode)
         with contextlib.nullcontext() if wanted.contrast else torch.no_grad():
-            if beside and not wanted.contrast:  # last: autocast keeps what it casts in here
+            if second and not wanted.contrast:  # last: autocast caches what it casts in here
                 image_features = self.encode_image(batch.pixel_values)
                 text_features = self.encode_text(batch.input_ids, batch.valid)
             elif features:
-                assert image is not None and text is not None and text.real is not None
+                assert image is not None and text is not None and text.valid is not None
                 image_features = self._image_features(image.states, kept)
-                text_features = self._text_features(text.states, text.real)
+                text_features = self._text_features(text.states, text.valid)
         return image, text, image_features, text_features
-
-
-def _kept(masking: Masking | None, mode: str) -> Tensor | None:
-    """(B, K) bool, which of the kept tokens are no filler; None where there is none."""
-    return masking.keep_valid if masking is not None and mode == "drop" else None
-
-
-def _with_class_token(real: Tensor | None) -> Tensor | None:
-    """(B, 1 + K) of (B, K): the class token is always there."""
-    return None if real is None else F.pad(real, (1, 0), value=True)
-
-
-def _mean(tokens: Tensor, real: Tensor | None) -> Tensor:
-    """Mean (B, D) of the real ones among tokens (B, K, D); None = all are."""
-    if real is None:
-        return tokens.mean(1)
-    weight = real[..., None].to(tokens.dtype)
-    return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 def _check_mode(mode: str, known: tuple[str, ...]):

@@ -1,10 +1,10 @@
 """The layers of both towers as few, large matrix products, for a CPU.
 
-The weights stay where transformers' ViTModel and BertModel keep them, and the numbers are theirs up
-to rounding; what differs is how they are computed: queries, keys and values by one product, weights
-cast once, captions end to end without padding between them. On a GPU, where fused attention wins,
-and when they are compiled, transformers' own layers run.
-Shapes: B batch, N tokens, L text length, T real tokens of a batch, D width, H heads.
+The weights are those of transformers' ViTModel and BertModel, and so are the results, up to
+rounding. The computation differs: one product for queries, keys and values, weights cast once,
+captions joined without padding. On a GPU, where fused attention is faster, and under torch.compile,
+transformers' own layers run.
+Shapes: B batch, N tokens, L text length, T valid tokens of a batch, D width, H heads.
 Walk-through: notebooks/09_speed.ipynb.
 """
 
@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-ROWS = 64  # numbers of rows that products are made for are multiples of it
+ROWS = 64  # products have multiples of this number of rows
 
 
 @dataclass
 class Weights:
-    """What one layer computes with, in the type it computes in."""
+    """The weights of one layer, in the type that it computes in."""
 
     attention: tuple[Tensor, Tensor | None]  # (3D, D), (3D,): queries (scaled), keys, values
     out: tuple[Tensor, Tensor | None]
     up: tuple[Tensor, Tensor | None]
     down: tuple[Tensor, Tensor | None]
-    norms: tuple[nn.LayerNorm, nn.LayerNorm]  # in the order of their use
+    norms: tuple[nn.LayerNorm, nn.LayerNorm]  # in the order of use
     heads: int
     activation: Callable[[Tensor], Tensor]
     exact_gelu: bool
@@ -39,7 +39,7 @@ class Weights:
 
 
 def computing_type(x: Tensor) -> torch.dtype:
-    """What matrix products compute in: autocast's type, or that of x."""
+    """The type that matrix products compute in: autocast's type, or that of x."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
@@ -47,8 +47,8 @@ def computing_type(x: Tensor) -> torch.dtype:
 def weights_of(layer: nn.Module, config, dtype: torch.dtype) -> Weights:
     """The weights of a transformers ViTLayer or BertLayer, whatever its version calls them.
 
-    In each of them the linear maps stand in the order of their use: query, key, value, output, up,
-    down; so do the norms.
+    In every version the linear maps are in the order of use (query, key, value, output, up, down),
+    and so are the norms.
     """
     from transformers.activations import ACT2FN
 
@@ -79,7 +79,7 @@ def weights_of(layer: nn.Module, config, dtype: torch.dtype) -> Weights:
 
 
 def _normed(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype):
-    """(norm of x in dtype, mean, 1 / deviation); x itself in dtype without a weight."""
+    """(norm of x in dtype, mean, 1 / deviation); without a weight, x itself in dtype."""
     if weight is None:
         return x.to(dtype), None, None
     out, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
@@ -109,13 +109,14 @@ def _of_map(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, ...]):
 class Mlp(torch.autograd.Function):
     """down(gelu(up(norm(x)))) of rows x (R, D), in the type of the weights `up` and `down`.
 
-    With a backward pass of its own: what goes into the GELU is kept, what comes out of it and the
-    normed x are computed again, which spares memory at next to no time. (The same for the attention
-    cost time, and is not done.)
+    It has its own backward pass: the input of the GELU is kept, its output and the normed x are
+    computed again, which saves memory and takes almost no time. (For the attention this would take
+    time, so it is not done.)
     """
 
     @staticmethod
     def forward(ctx: Any, x, norm_weight, norm_bias, up, up_bias, down, down_bias, eps):  # noqa: PLR0913 (tensors of one product)
+        """The MLP; a norm_weight of None means no norm, see `_normed`."""
         h, mean, rstd = _normed(x, norm_weight, norm_bias, eps, up.dtype)
         before = F.linear(h, up, up_bias)
         ctx.save_for_backward(x, mean, rstd, norm_weight, norm_bias, before, up, down)
@@ -125,7 +126,7 @@ class Mlp(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad):
-        """Gradients in the order of forward's arguments; None for what needs none."""
+        """Gradients in the order of forward's arguments; None where none is needed."""
         x, mean, rstd, norm_weight, norm_bias, before, up, down = ctx.saved_tensors
         need = ctx.needs_input_grad
         grad = grad.to(up.dtype)
@@ -140,11 +141,11 @@ class Mlp(torch.autograd.Function):
 
 
 def own_layers(tower: nn.Module, x: Tensor) -> bool:
-    """Whether the layers of a ViTModel or BertModel are computed here: see the top of this file.
+    """Whether this module computes the layers of a ViTModel or BertModel.
 
-    Only where all their parts are those that transformers builds from the tower's config, of one
-    mode and of the type of the states x. Whatever somebody has changed (a hook, another dropout, a
-    subclass such as LoRA's, a method of an object) is then run as it is, by transformers' layers.
+    Only if all their parts are those that transformers builds from the tower's config, all in the
+    same mode and of the type of the states x. Anything that was changed (a hook, another dropout, a
+    subclass such as LoRA's, a method of an object) then runs as it is, in transformers' layers.
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or _looked_into():
         return False
@@ -164,7 +165,7 @@ def _head(config: Any) -> int:
 
 
 def _looked_into() -> bool:
-    """Whether somebody wants to see each module called, or a derivative that `Mlp` has not."""
+    """Whether a hook must see each module's call, or a derivative is needed that `Mlp` lacks."""
     module = torch.nn.modules.module
     hooks = (
         *module._global_forward_hooks.values(),
@@ -181,10 +182,10 @@ def _looked_into() -> bool:
 
 
 def _parts(tower: nn.Module, dtype: torch.dtype | None) -> tuple[list, list] | None:
-    """What the tower is made of around its layers, and each kind of layer that it has.
+    """The parts of the tower around its layers, and each kind of layer that it has.
 
-    None where some part is not to be compared: a hook, compiled code, weights of another type than
-    `dtype` (None = any), a part that is in another mode than those around it.
+    None if a part cannot be compared: it has a hook, compiled code, weights of another type than
+    `dtype` (None = any), or is in another mode than the parts around it.
     """
     around: list = []
     layers: list[list] = []
@@ -215,13 +216,13 @@ def _parts(tower: nn.Module, dtype: torch.dtype | None) -> tuple[list, list] | N
 
 
 def _of_type(part: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether all weights of a part itself are plain ones of this type."""
+    """Whether all weights of the part itself are plain parameters of this type."""
     weights = (weight for weight in part._parameters.values() if weight is not None)
     return all(type(weight) is nn.Parameter and weight.dtype == dtype for weight in weights)
 
 
 def _settings(part: nn.Module) -> tuple:
-    """Class, numbers, names, functions and shapes of one part."""
+    """Class, plain values, functions and shapes of one part."""
     kept = {
         name: value
         for name, value in vars(part).items()
@@ -230,7 +231,7 @@ def _settings(part: nn.Module) -> tuple:
         and (type(value) in (int, float, bool, str) or callable(value))
     }
     shapes = {name: None if w is None else w.shape for name, w in part._parameters.items()}
-    if isinstance(part, nn.ModuleList):  # of layers, of which there may be any number
+    if isinstance(part, nn.ModuleList):  # of layers, whose number may differ
         kept, shapes = {}, {}
     return type(part), kept, shapes
 
@@ -239,7 +240,7 @@ _PLAIN: dict[tuple, tuple[list, list] | None] = {}
 
 
 def _plain_parts(tower: Any, config: Any) -> tuple[list, list] | None:
-    """`_parts` of what transformers builds from a config; None for what is no tower of its own."""
+    """`_parts` of what transformers builds from a config; None for another tower."""
     kind = type(tower)
     if kind.__name__ not in ("ViTModel", "BertModel") or not _of_transformers(kind):
         return None
@@ -262,20 +263,20 @@ def _of_transformers(kind: type) -> bool:
 
 
 def has_hook(part: nn.Module) -> bool:
-    """Whether somebody has hung a hook on a part, which would miss calls that are not made."""
+    """Whether a part has a hook, which would miss calls that are not made."""
     if not (part._forward_hooks or part._forward_pre_hooks or part._backward_hooks):
         return bool(part._backward_pre_hooks)
     hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
-    own = "transformers."  # which leaves hooks of its own behind, for states that are asked for
+    own = "transformers."  # it leaves hooks of its own behind, which collect hidden states
     return bool(part._backward_hooks or part._backward_pre_hooks) or any(
         not getattr(hook, "__module__", "").startswith(own) for hook in hooks
     )
 
 
 def draws_dropout(model: nn.Module) -> bool:
-    """Whether a training step of this model draws random numbers, or may, for all that is known.
+    """Whether a training step of this model draws random numbers, or may do so.
 
-    Known are the parts of torch, transformers and mmkit: they are given dropout as a number.
+    Parts of torch, transformers and mmkit are known: they have dropout as a number.
     """
     known = ("torch", "transformers", "mmkit")
     foreign = (type(part).__module__.partition(".")[0] not in known for part in model.modules())
@@ -283,7 +284,7 @@ def draws_dropout(model: nn.Module) -> bool:
 
 
 def dropouts(model: nn.Module) -> set[float]:
-    """Every dropout probability in a model: of its modules, and of its towers' configurations."""
+    """All dropout probabilities in a model: in its modules, and in the configs of its towers."""
     names, found = ("hidden_dropout_prob", "attention_probs_dropout_prob"), set()
     for part in model.modules():
         found |= {getattr(getattr(part, "config", None), name, 0.0) for name in names}
@@ -292,45 +293,45 @@ def dropouts(model: nn.Module) -> set[float]:
     return found
 
 
-def attend(mixed: Tensor, heads: int, hidden_keys: Tensor | None, dropout: float = 0.0) -> Tensor:
-    """Attention (B, N, D) of queries, keys and values that stand side by side in (B, N, 3D).
+def attend(mixed: Tensor, heads: int, masked_keys: Tensor | None, dropout: float = 0.0) -> Tensor:
+    """Attention (B, N, D) of queries, keys and values that are side by side in (B, N, 3D).
 
-    hidden_keys (B, N) bool: nobody looks at these. The queries are scaled already.
+    masked_keys (B, N) bool: True = not attended to. The queries are scaled already.
     """
     batch, tokens, width = mixed.shape[0], mixed.shape[1], mixed.shape[2] // 3
     split = mixed.view(batch, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
     query, key, value = split.reshape(3, batch * heads, tokens, width // heads).unbind(0)
     scores = torch.bmm(query, key.transpose(1, 2))  # (B * H, N, N)
-    if hidden_keys is not None:
+    if masked_keys is not None:
         scores = scores.view(batch, heads, tokens, tokens)
-        # Not -inf: where all are hidden, its softmax and all gradients through it would be NaN.
+        # Not -inf: if all are masked, the softmax and all gradients through it would be NaN.
         least = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(hidden_keys[:, None, None, :], least)
+        scores = scores.masked_fill(masked_keys[:, None, None, :], least)
         scores = scores.view(batch * heads, tokens, tokens)
-    share = _drop(scores.softmax(-1), dropout)
-    seen = torch.bmm(share, value).view(batch, heads, tokens, width // heads)
-    return seen.transpose(1, 2).reshape(batch, tokens, width)
+    attention = _drop(scores.softmax(-1), dropout)
+    mean = torch.bmm(attention, value).view(batch, heads, tokens, width // heads)
+    return mean.transpose(1, 2).reshape(batch, tokens, width)
 
 
 def _attention(
     w: Weights, x: Tensor, norm: nn.LayerNorm | None, shape: tuple[int, int],
-    place: Tensor | None, hidden_keys: Tensor | None,
+    rows: Tensor | None, masked_keys: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """What the attention of a layer adds to rows x (R, D).
+    """What the attention of a layer adds to states x (R, D).
 
-    shape: (B, N). place (R,) int64: where the rows stand among B * N; None = everywhere.
+    shape: (B, N). rows (R,) int64: their positions among the B * N; None = all in order.
     """
     (mix, mix_bias), (batch, tokens) = w.attention, shape
     mixed = F.linear((x if norm is None else _norm(x, norm)).to(mix.dtype), mix, mix_bias)
-    if place is not None:
-        mixed = mixed.new_zeros(batch * tokens, mixed.shape[1]).index_copy(0, place, mixed)
-    seen = attend(mixed.view(batch, tokens, -1), w.heads, hidden_keys, w.attention_dropout)
-    seen = seen.flatten(0, 1)
-    return F.linear(seen if place is None else seen.index_select(0, place), *w.out)
+    if rows is not None:
+        mixed = mixed.new_zeros(batch * tokens, mixed.shape[1]).index_copy(0, rows, mixed)
+    mean = attend(mixed.view(batch, tokens, -1), w.heads, masked_keys, w.attention_dropout)
+    mean = mean.flatten(0, 1)
+    return F.linear(mean if rows is None else mean.index_select(0, rows), *w.out)
 
 
 def _mlp(w: Weights, x: Tensor, norm: nn.LayerNorm | None) -> Tensor:
-    """What the MLP of a layer adds to rows x (R, D)."""
+    """What the MLP of a layer adds to states x (R, D)."""
     (up, up_bias), (down, down_bias) = w.up, w.down
     if w.exact_gelu:
         weight, bias, eps = (None, None, 0.0) if norm is None else _of_norm(norm)
@@ -351,18 +352,18 @@ def _drop(x: Tensor, p: float) -> Tensor:
     return F.dropout(x, p) if p else x
 
 
-def vit_layers(vit: Any, x: Tensor, real: Tensor | None = None) -> Tensor:
+def vit_layers(vit: Any, x: Tensor, valid: Tensor | None = None) -> Tensor:
     """States (B, N, D) after all layers of a ViTModel, before its last norm.
 
-    real (B, N) bool: False = filler, at which nobody looks.
+    valid (B, N) bool: False = padding, to which no token attends.
     """
-    dtype, filler = computing_type(x), None if real is None else ~real
+    dtype, padding = computing_type(x), None if valid is None else ~valid
     batch, tokens, width = x.shape
     x = x.reshape(batch * tokens, width)
 
     def run(layer: nn.Module, x: Tensor) -> Tensor:
         w = weights_of(layer, vit.config, dtype)
-        x = x + _drop(_attention(w, x, w.norms[0], (batch, tokens), None, filler), w.dropout)
+        x = x + _drop(_attention(w, x, w.norms[0], (batch, tokens), None, padding), w.dropout)
         return x + _drop(_mlp(w, x, w.norms[1]), w.dropout)
 
     for layer in vit.layers:
@@ -371,58 +372,58 @@ def vit_layers(vit: Any, x: Tensor, real: Tensor | None = None) -> Tensor:
 
 
 def _kept_or_not(run: Callable[[nn.Module, Tensor], Tensor], layer: nn.Module, x: Tensor) -> Tensor:
-    """run(layer, x); with gradient checkpointing only x of it is kept for the way back."""
+    """run(layer, x); with gradient checkpointing, only x is kept for the backward pass."""
     if layer.training and getattr(layer, "gradient_checkpointing", False):
         return checkpoint(run, layer, x, use_reentrant=False)
     return run(layer, x)
 
 
-def bert_states(bert: Any, words: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
-    """States (B, L, D) of a BertModel; zeros where a token is not real.
+def bert_states(bert: Any, embedded: Tensor, positions: Tensor, valid: Tensor) -> Tensor:
+    """States (B, L, D) of a BertModel; zeros for padding.
 
-    words (B, L, D) embedded, positions (B, L) int64, valid (B, L) bool. Only in the attention do
-    captions lie side by side with padding between them.
+    embedded (B, L, D), positions (B, L) int64, valid (B, L) bool. Captions are padded to the same
+    length in the attention only.
     """
-    batch, length, width = words.shape
-    real, place = _places(valid)  # (T,), (R,)
-    parts, dtype = bert.embeddings, computing_type(words)
-    x = words.flatten(0, 1).index_select(0, real)
+    batch, length, width = embedded.shape
+    kept, rows = _places(valid)  # (T,), (R,)
+    parts, dtype = bert.embeddings, computing_type(embedded)
+    x = embedded.flatten(0, 1).index_select(0, kept)
     x = x + parts.token_type_embeddings.weight[0]
-    x = x + parts.position_embeddings(positions.flatten().index_select(0, real))
-    x = F.pad(x, (0, 0, 0, len(place) - len(real)))
+    x = x + parts.position_embeddings(positions.flatten().index_select(0, kept))
+    x = F.pad(x, (0, 0, 0, len(rows) - len(kept)))
     x = _norm(x, parts.LayerNorm)
     x = _drop(x, bert.config.hidden_dropout_prob * bert.training)
 
     def run(layer: nn.Module, x: Tensor) -> Tensor:
         w = weights_of(layer, bert.config, dtype)
-        seen = _attention(w, x, None, (batch, length), place, ~valid)
-        x = _norm(x + _drop(seen, w.dropout), w.norms[0])
+        added = _attention(w, x, None, (batch, length), rows, ~valid)
+        x = _norm(x + _drop(added, w.dropout), w.norms[0])
         return _norm(x + _drop(_mlp(w, x, None), w.dropout), w.norms[1])
 
     for layer in bert.encoder.layer:
         x = _kept_or_not(run, layer, x)
-    states = x.new_zeros(batch * length, width).index_copy(0, real, x[: len(real)])
+    states = x.new_zeros(batch * length, width).index_copy(0, kept, x[: len(kept)])
     return states.view(batch, length, width)
 
 
 def _places(valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the real tokens of a batch (B, L) stand among B * L, and the rows that are computed.
+    """Positions of the valid tokens of a batch (B, L) among B * L, and the rows to compute.
 
-    Those are some more, of padding, up to a multiple of `ROWS`: the library of products prepares
-    and keeps code for each number of rows that it meets, and captions add up to another each time.
+    The latter include some padding, up to a multiple of `ROWS`: the matrix library prepares and
+    keeps code for each number of rows that it gets, and the number of valid tokens always differs.
     """
     flat = valid.flatten()
-    real = flat.nonzero()[:, 0]
-    if len(real) < 4 * ROWS:
-        return real, real
-    return real, torch.cat([real, (~flat).nonzero()[: -len(real) % ROWS, 0]])
+    kept = flat.nonzero()[:, 0]
+    if len(kept) < 4 * ROWS:
+        return kept, kept
+    return kept, torch.cat([kept, (~flat).nonzero()[: -len(kept) % ROWS, 0]])
 
 
 def projected(patches: Tensor, projection: Any) -> Tensor:
-    """Patches (B, K, 3 * p * p) by a ViT's patch projection: (B, K, D)."""
+    """Patches (B, K, 3 * p * p) after a ViT's patch projection: (B, K, D)."""
     weight = projection.weight
     patches = patches.to(weight.dtype)
-    if type(projection) is nn.Conv2d and not has_hook(projection):  # a product serves for it
+    if type(projection) is nn.Conv2d and not has_hook(projection):  # then it is a matrix product
         return F.linear(patches, weight.flatten(1), projection.bias)
     single = patches.flatten(0, 1).unflatten(1, weight.shape[1:])
     return projection(single).flatten(1).unflatten(0, patches.shape[:2])

@@ -1,14 +1,15 @@
-"""The README of a shared model: what it is, what it learned from, how to load it.
+"""The README of a shared model: what it is, what it was trained on, how to load it.
 
-Written from the model itself and from what is known of its training (`Run.facts`); what is not
-known is not said. Walk-through: notebooks/05_checkpoints.ipynb.
+It is written from the model itself and what is known of its training (`Run.metadata`).
+Walk-through: notebooks/05_checkpoints.ipynb.
 """
 
 import json
 
 from ..data.openmoji.images import ATTRIBUTION
+from ..older_names import current_keys
 
-# What a hub reads of a card: its search, and the button that says how to load the model.
+# What a hub reads in a card, for its search and for the button that says how to load the model.
 _HEADER = """---
 library_name: mmkit
 pipeline_tag: zero-shot-image-classification
@@ -22,35 +23,35 @@ tags:
 _CHOICES = (
     "num_epochs max_steps batch_size optimizer learning_rate loss image_mask image_mask_ratio "
     "image_mask_mode image_mask_schedule image_mask_final_ratio text_mask text_mask_ratio "
-    "text_mask_mode text_mask_schedule text_mask_final_ratio contrastive_weight pixels_weight "
-    "words_weight matching_weight contrastive_view cross_modal pixel_error norm_pix_loss "
+    "text_mask_mode text_mask_schedule text_mask_final_ratio contrastive_weight mim_weight "
+    "mlm_weight itm_weight contrastive_view cross_modal pixel_error norm_pix_loss "
     "unmasked_epochs ema_decay seed"
 ).split()
 
 
-def training_facts(facts: dict | None) -> dict:
-    """What is worth passing on of a checkpoint or of `Run.facts`: plain values, no paths.
+def training_metadata(metadata: dict | None) -> dict:
+    """What a card and config.json keep of a checkpoint or `Run.metadata`: plain values, no paths.
 
-    Keys, each only where known: "data" (the data set's name), "config" (what was chosen), "epoch"
-    (from 0), "best" (the validation record the weights were saved at).
+    Keys, each only if known: "data" (name of the data set), "config" (settings), "epoch" (from 0),
+    "best" (the validation record for which the weights were saved).
     """
-    facts = facts or {}
-    config, data = facts.get("config") or {}, facts.get("data") or {}
+    metadata = metadata or {}
+    config, data = current_keys(metadata.get("config") or {}), metadata.get("data") or {}
     known = {
         "data": data.get("name") if isinstance(data, dict) else data,
         "config": {name: config[name] for name in _CHOICES if config.get(name) is not None},
-        "epoch": facts.get("epoch"),
-        "best": {k: v for k, v in (facts.get("best") or {}).items() if k != "path"},
+        "epoch": metadata.get("epoch"),
+        "best": {k: v for k, v in (metadata.get("best") or {}).items() if k != "path"},
     }
     return json.loads(json.dumps({k: v for k, v in known.items() if v not in (None, "", {})}))
 
 
 def model_card(model, name: str, training: dict) -> str:
-    """The text of README.md. name: what `from_pretrained` is called with."""
+    """The text of README.md. name: the name that `from_pretrained` is called with."""
     parts = [
         f"{_HEADER}\n# {name}",
-        "A ViT and a BERT that share one space for pictures and texts, trained with mmkit. The "
-        "cosine of two\nunit-length features says how well a picture and a text go together.",
+        "A ViT and a BERT that share one space for images and texts, trained with mmkit. The "
+        "cosine of two\nunit-length features says how well an image and a text go together.",
         f"## Load it\n\n{_example(model, name)}",
         f"## What it is\n\n{_sizes(model)}",
         f"## What it learned from\n\n{_training(training)}",
@@ -67,7 +68,7 @@ def _example(model, name: str) -> str:
         f'model = mm.MultimodalEncoder.from_pretrained("{name}")\n'
         f'mm.embed_texts(model, ["a red house"])  # features (1, {model.embed_dim})\n'
         "```\n\n"
-        "`model.encode_image` takes uint8 pictures (B, 3, "
+        "`model.encode_image` takes uint8 images (B, 3, "
         f"{model.image_size}, {model.image_size}); `mm.zero_shot`, `mm.Index` and `mm.evaluate` "
         "take the model as it is."
     )
@@ -78,10 +79,10 @@ def _sizes(model) -> str:
     count = sum(parameter.numel() for parameter in model.parameters())
     pooling = {"mean": "mean of all tokens", "cls": "the first token"}[model.pooling]
     rows = {
-        "picture": f"{model.image_size} x {model.image_size} pixels, patches of "
+        "image": f"{model.image_size} x {model.image_size} pixels, patches of "
         f"{model.patch_size}: {model.num_patches}",
         "ViT": _tower(vit),
-        "BERT": f"{_tower(bert)}; captions of up to {model.max_length} pieces, "
+        "BERT": f"{_tower(bert)}; captions of up to {model.max_length} tokens, "
         f"{len(model.tokenizer):,} known in all",
         "common space": f"{model.embed_dim} numbers",
         "pooling": pooling,
@@ -98,7 +99,7 @@ def _tower(config) -> str:
 
 
 def _training(training: dict) -> str:
-    """Tables of what is known, or that nothing is."""
+    """Tables of what is known, or a sentence that nothing is."""
     if not training:
         return "Nothing was recorded with this model."
     rows = {"data": training["data"]} if "data" in training else {}
@@ -109,7 +110,10 @@ def _training(training: dict) -> str:
     for way in ("image_to_text", "text_to_image"):
         if (recall := best.get(f"{way}_R@1")) is not None:
             rows[f"{way.replace('_', ' ')} R@1, validation"] = f"{100 * recall:.1f} %"
-    return _table(rows) + "\n\nPatches and words were hidden in training only, not when it encodes."
+    return (
+        _table(rows)
+        + "\n\nPatches and tokens are masked in training only, not when the model encodes."
+    )
 
 
 def _table(rows: dict) -> str:
@@ -124,9 +128,9 @@ def _cell(value) -> str:
 _FILES = """- `model.safetensors`: `vit.*` are the tensors of transformers' `ViTModel` and `bert.*`
   those of `BertModel` (both with `add_pooling_layer=False`); `image_projection.*` and
   `text_projection.*` a layer norm (`0`) and a matrix without bias (`2`) into the common space;
-  `image_mask_token` and `text_mask_token` stand where something is hidden; `logit_scale` is the log
-  of the inverse temperature, `logit_bias` the sigmoid loss's; `pixel_stats` the mean and deviation
-  of each channel, of pixels in [0, 1]; `decoder.*`, where there is one, puts back what is hidden.
+  `image_mask_token` and `text_mask_token` replace masked tokens; `logit_scale` is the log of the
+  inverse temperature, `logit_bias` that of the sigmoid loss; `pixel_stats` the mean and deviation
+  of each channel, of pixels in [0, 1]; `decoder.*`, if present, reconstructs what is masked.
 - `config.json`: under `architecture`, `vit` and `bert` are what `ViTConfig` and `BertConfig` take.
 - `tokenizer.json`, `tokenizer_config.json`: a fast tokenizer, for `tokenizers` and transformers.
 
@@ -134,7 +138,7 @@ None of them can hold code."""
 
 
 def _licences(training: dict) -> str:
-    words = "mmkit, the code, is under the MIT licence."
+    text = "The code, mmkit, is under the MIT licence."
     if str(training.get("data", "")).startswith("openmoji"):
-        words += f"\n\nThe pictures it learned from are OpenMoji's, CC BY-SA 4.0: {ATTRIBUTION}"
-    return words
+        text += f"\n\nThe training images are OpenMoji's, CC BY-SA 4.0: {ATTRIBUTION}"
+    return text

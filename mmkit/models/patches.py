@@ -1,4 +1,4 @@
-"""Cut pictures into patches, pick some of them, put pictures together again.
+"""Split images into patches, pick some of them, and join patches to images.
 
 Shapes: B batch, N patches, K kept, D width. Walk-through: notebooks/02_masking.ipynb.
 """
@@ -9,13 +9,13 @@ from torch import Tensor
 
 from ..masking.core import patch_grid
 
-HIDDEN = 208  # the grey of a hidden patch
+MASKED = 208  # the grey of a masked patch
 
 
 def patchify(pixels: Tensor, patch_size: int) -> Tensor:
-    """(B, 3, H, W) -> (B, N, 3 * patch_size**2), rows of patches first, channels first in a patch.
+    """(B, 3, H, W) -> (B, N, 3 * patch_size**2), patches row by row, channels first in each.
 
-    That order is the one of a flattened convolution kernel. Raises ValueError where H or W is not a
+    This is the order of a flattened convolution kernel. Raises ValueError if H or W is not a
     multiple of patch_size.
     """
     _, _, height, width = pixels.shape
@@ -45,9 +45,9 @@ def pick_tokens(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def resize_positions(positions: Tensor, side: int) -> Tensor:
-    """Position embeddings (1, N, D) of a square grid, between which others of side x side lie.
+    """Interpolate the position embeddings (1, N, D) of a square grid: (1, side**2, D).
 
-    Bicubic, with antialiasing where there are to be fewer: (1, side**2, D).
+    Bicubic, with antialiasing if the new grid is smaller.
     """
     old = round(positions.shape[1] ** 0.5)
     plane = positions.transpose(1, 2).unflatten(2, (old, old)).float()  # (1, D, h, w)
@@ -56,6 +56,14 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
 
 
 def paint_mask(pixels: Tensor, mask: Tensor, patch_size: int) -> Tensor:
-    """Pictures (B, 3, H, W) uint8 with the hidden patches grey; mask (B, N) True = hidden."""
-    patches = patchify(pixels, patch_size).masked_fill(mask[..., None], HIDDEN)
+    """Paint the masked patches of images grey.
+
+    Args:
+        pixels: (B, 3, H, W) uint8.
+        mask: (B, N) bool, True = masked.
+        patch_size: side of a patch, in pixels.
+    Returns:
+        The images, (B, 3, H, W) uint8.
+    """
+    patches = patchify(pixels, patch_size).masked_fill(mask[..., None], MASKED)
     return unpatchify(patches, patch_size, patch_grid(pixels, patch_size))

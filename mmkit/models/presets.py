@@ -1,4 +1,4 @@
-"""Encoders of tabled sizes, with new weights.
+"""Encoders of preset sizes, with new weights.
 
 Walk-through: notebooks/03_training.ipynb.
 """
@@ -37,16 +37,16 @@ def build_preset(
     width = size["embed_dim"]
     model = model_class(vit, bert, tokenizer, width, dropout, temperature, pooling)
     parts = model.bert.embeddings
-    with torch.no_grad():  # what all captions share must not drown what tells them apart
+    with torch.no_grad():  # what all captions share must not outweigh their differences
         for part in (parts.position_embeddings, parts.token_type_embeddings):
             part.weight.mul_(0.25)
     return model
 
 
 def new_vit(backbone, dropout: float):
-    """The config of a ViT without weights: a preset's, or one that is given; None = a checkpoint's.
+    """The config of a new ViT: a preset's, or a given one; None if backbone is a checkpoint.
 
-    A folder that is called like a preset is meant by "./tiny".
+    For a folder with the name of a preset, write "./tiny".
     """
     from transformers import ViTConfig
 
@@ -62,7 +62,7 @@ def _preset_vit(name: str, dropout: float):
     size = PRESETS[name]
     sides = dict(image_size=size["image"], patch_size=size["patch"])
     tower = _tower(*size["vit"])
-    # The usual 0.02 is that of width 768: narrower towers would hardly add to their input at first.
+    # The usual 0.02 is for width 768: narrower towers would hardly change their input at first.
     start = dict(initializer_range=tower["hidden_size"] ** -0.5)
     return ViTConfig(**sides, **tower, **start, **_drop(dropout))
 

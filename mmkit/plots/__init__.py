@@ -1,22 +1,23 @@
-"""Every figure of the kit, as f(data) -> Figure."""
+"""All figures of the kit, each a function of its data that returns a matplotlib Figure."""
 
-from ..models.patches import HIDDEN
+from ..models.patches import MASKED
+from ..older_names import older_functions
 from .charts import (
     bars,
     confusion_matrix,
     differences,
     grouped_bars,
     histogram,
+    image_grid,
+    images,
     lines,
-    picture_grid,
-    pictures,
     probes,
     repeats,
     save,
     search_results,
     similarity_matrix,
 )
-from .data import same_pictures, source_report
+from .data import same_images, source_report
 from .figures import (
     BLUE,
     COLOURS,
@@ -31,23 +32,36 @@ from .masks import (
     mask_statistics,
     masked_caption,
     masked_captions,
-    masked_pictures,
+    masked_images,
     masking_gallery,
     paint_mask,
-    patch_word_map,
+    patch_token_map,
     ratio_vs_cost,
     shuffle_diagram,
     token_table,
     what_the_model_sees,
 )
-from .reconstruction import over_training, put_back_grid, read_strips, strip, word_guesses
+from .reconstruction import over_training, read_strips, reconstruction_grid, strip, token_guesses
 from .runs import gradient_agreement, loss_terms, same_or_not, term_gradients, training_curves
+
+__getattr__ = older_functions(
+    __name__,
+    "mm.plots",
+    HIDDEN="MASKED",
+    masked_pictures="masked_images",
+    patch_word_map="patch_token_map",
+    picture_grid="image_grid",
+    pictures="images",
+    put_back_grid="reconstruction_grid",
+    same_pictures="same_images",
+    word_guesses="token_guesses",
+)
 
 __all__ = [
     "BLUE",
     "COLOURS",
     "GREEN",
-    "HIDDEN",
+    "MASKED",
     "ORANGE",
     "PURPLE",
     "RED",
@@ -59,25 +73,25 @@ __all__ = [
     "gradient_agreement",
     "grouped_bars",
     "histogram",
+    "image_grid",
+    "images",
     "lines",
     "loss_terms",
     "mask_statistics",
     "masked_caption",
     "masked_captions",
-    "masked_pictures",
+    "masked_images",
     "masking_gallery",
     "over_training",
     "paint_mask",
-    "patch_word_map",
-    "picture_grid",
-    "pictures",
+    "patch_token_map",
     "probes",
-    "put_back_grid",
     "ratio_vs_cost",
     "read_strips",
+    "reconstruction_grid",
     "repeats",
+    "same_images",
     "same_or_not",
-    "same_pictures",
     "save",
     "search_results",
     "shuffle_diagram",
@@ -85,8 +99,8 @@ __all__ = [
     "source_report",
     "strip",
     "term_gradients",
+    "token_guesses",
     "token_table",
     "training_curves",
     "what_the_model_sees",
-    "word_guesses",
 ]

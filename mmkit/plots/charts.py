@@ -1,8 +1,8 @@
-"""Every picture of the kit, as f(data) -> Figure.
+"""Charts and image grids: functions of data that return a Figure.
 
 Colours are safe for colour-blind readers (Okabe & Ito 2008). A figure is returned, never shown: in
-a notebook the last expression of a cell displays it, elsewhere `figure.savefig(...)` writes it.
-Used by every notebook.
+a notebook the last expression of a cell displays it, elsewhere `figure.savefig(...)` writes it. The
+argument `caption` is a text below the figure. Used by every notebook.
 """
 
 import math
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..data.dataset import MultimodalDataset
-from ..evaluation.retrieval import Features
+from ..evaluation.features import Features
 from ..evaluation.search import Index
+from ..older_names import older_arguments
 from .figures import (
     BLUE,
     COLOURS,
@@ -25,14 +26,14 @@ from .figures import (
     new_figure,
     of_a_whole,
     plain_axes,
-    show_picture,
+    reference_lines,
+    show_image,
     take_away,
     wrap,
-    yardstick_lines,
 )
 
 
-def picture_grid(
+def image_grid(
     images: Sequence[Tensor],
     titles: Sequence[str],
     columns: int = 6,
@@ -40,7 +41,21 @@ def picture_grid(
     caption: str = "",
     title_lines: int = 3,
 ):
-    """Pictures (3, H, W) uint8 with titles; frames: a colour for each, or None."""
+    """Show images in a grid, each with a title.
+
+    Args:
+        images: tensors (3, H, W) uint8.
+        titles, title_lines: a text per image, and how many lines of it are shown.
+        columns: images per row.
+        frames: a colour or None per image; None: no frames.
+        caption: text below the figure.
+    Returns:
+        A Figure.
+    Example:
+        >>> batch = data.batch(range(7))
+        >>> figure = mm.plots.image_grid(batch.pixel_values, [f"row {i}" for i in range(7)])
+        >>> path = mm.plots.save(figure, "images.png")
+    """
     lines = math.ceil(len(images) / columns)
     figure = new_figure(1.55 * columns, (1.63 + 0.14 * title_lines) * lines)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
@@ -49,15 +64,22 @@ def picture_grid(
     for ax, image, title, frame in zip(
         axes, images, titles, frames or [None] * len(images), strict=False
     ):
-        show_picture(ax, image, wrap(title, most=title_lines), frame)
+        show_image(ax, image, wrap(title, most=title_lines), frame)
     take_away(figure, caption)
     return figure
 
 
-def pictures(dataset: MultimodalDataset, rows: Sequence[int], columns: int = 6, caption: str = ""):
-    """Pictures of a data set with their canonical captions."""
+def images(dataset: MultimodalDataset, rows: Sequence[int], columns: int = 6, caption: str = ""):
+    """Show images of a data set with their canonical captions.
+
+    Args:
+        dataset, rows: which images.
+        columns, caption: as in `image_grid`.
+    Returns:
+        A Figure.
+    """
     items = [dataset[int(row)] for row in rows]
-    return picture_grid(
+    return image_grid(
         [i["image"] for i in items], [i["text"] for i in items], columns, None, caption
     )
 
@@ -69,10 +91,17 @@ def bars(
     caption: str = "",
     intervals: dict[str, tuple[float, float]] | None = None,
 ):
-    """Named values as horizontal bars, each with its number; chance as a dotted line.
+    """Draw named values as horizontal bars, each with its number.
 
-    intervals: (low, high) of each name, drawn as a line over its bar and written beside it. Where
-    label says % and no value is above 100, intervals and axis end at 100.
+    Args:
+        values: name -> value, from top to bottom.
+        label: of the axis, with the unit. Where it says % and all values are within 0 and 100,
+            intervals and axis end at 100.
+        chance: the level of a dotted line, or None.
+        caption: text below the figure.
+        intervals: name -> (low, high), drawn as a line over its bar and written beside it, or None.
+    Returns:
+        A Figure.
     """
     figure = new_figure(7, 0.42 * len(values) + 0.9)
     ax = figure.subplots()
@@ -86,8 +115,8 @@ def bars(
         ax.errorbar(widths, names, xerr=[widths - low, high - widths], fmt="none", color="0.2",
                     capsize=3)  # fmt: skip
         for name, width, a, b in zip(names, widths, low, high, strict=True):
-            words = f"{width:.1f} [{a:.1f}, {b:.1f}]"
-            ax.annotate(words, (b, name), (6, 0), textcoords="offset points", va="center",
+            number = f"{width:.1f} [{a:.1f}, {b:.1f}]"
+            ax.annotate(number, (b, name), (6, 0), textcoords="offset points", va="center",
                         fontsize=8)  # fmt: skip
     else:
         drawn = ax.barh(names, widths, color=BLUE, height=0.65)
@@ -106,11 +135,16 @@ def bars(
 
 
 def probes(results: dict[str, dict], method: str = "linear", caption: str = ""):
-    """Balanced accuracy of probes, {model: what `probe.probe` gave}, a bar with its 95 % interval
-    for each way of seeing.
+    """Draw the balanced accuracy of probes with its 95 % interval, a bar per model and mask.
 
-    method: "linear" or "knn". Dotted: always giving one answer. Raises ValueError where results
-    tell different numbers of classes apart, so that no one chance line fits them all.
+    Args:
+        results: name of a model -> what `probe.probe` returned.
+        method: "linear" or "knn".
+        caption: text below the figure.
+    Returns:
+        A Figure; the dotted line is the accuracy of always giving one answer.
+    Raises:
+        ValueError: the results have different numbers of classes, so that no chance line fits all.
     """
     rows = {
         f"{model}, {name}": read[method]
@@ -121,29 +155,37 @@ def probes(results: dict[str, dict], method: str = "linear", caption: str = ""):
     if len(chances) != 1:
         counts = sorted(round(1 / chance) for chance in chances)
         raise ValueError(f"results with {counts} classes; draw those of one test set and one label")
-    told = " / ".join(sorted({result["by"] for result in results.values()}))
+    classes = " / ".join(sorted({result["by"] for result in results.values()}))
     figure = bars(
         {name: 100 * row["balanced_accuracy"] for name, row in rows.items()},
-        f"balanced accuracy of {told}, {method} probe (%), 95 % interval",
+        f"balanced accuracy of {classes}, {method} probe (%), 95 % interval",
         100 * chances.pop(),
         caption,
         {name: (100 * row["interval"][0], 100 * row["interval"][1]) for name, row in rows.items()},
     )
-    above = dict(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)  # off the lowest number
+    above = dict(loc="lower right", bbox_to_anchor=(1, 1), frameon=False)  # clear of the numbers
     figure.axes[0].legend(fontsize=8, **above)
     return figure
 
 
 def histogram(values: dict[str, Sequence[float]], label: str, caption: str = ""):
-    """Whole-number values of one or several sets as step histograms (share of each set)."""
+    """Draw integer values of one or several sets as step histograms.
+
+    Args:
+        values: name of a set -> its values; the histogram is in per cent of the set.
+        label: of the horizontal axis, with the unit.
+        caption: text below the figure.
+    Returns:
+        A Figure.
+    """
     figure = new_figure(6.5, 3)
     ax = figure.subplots()
     top = int(max(max(v) for v in values.values()))
     for colour, (name, numbers) in zip(COLOURS, values.items(), strict=False):
-        share = np.full(len(numbers), 100 / len(numbers))
-        ax.hist(numbers, np.arange(-0.5, top + 1.5), weights=share, histtype="step",
+        fraction = np.full(len(numbers), 100 / len(numbers))
+        ax.hist(numbers, np.arange(-0.5, top + 1.5), weights=fraction, histtype="step",
                 linewidth=1.8, color=colour, label=f"{name} ({len(numbers):,})")  # fmt: skip
-    ax.set(xlabel=label, ylabel="share of the set (%)")
+    ax.set(xlabel=label, ylabel="fraction of the set (%)")
     ax.legend(fontsize=8)
     plain_axes(ax)
     take_away(figure, caption)
@@ -153,7 +195,15 @@ def histogram(values: dict[str, Sequence[float]], label: str, caption: str = "")
 def similarity_matrix(
     features: Features, rows: Sequence[int], texts: Sequence[str], caption: str = ""
 ):
-    """Cosines between pictures (rows) and their canonical captions (columns)."""
+    """Show the cosines between images (rows) and their canonical captions (columns).
+
+    Args:
+        features: of a data set, from `embed`.
+        rows, texts: which images, and their names on both axes.
+        caption: text below the figure.
+    Returns:
+        A Figure.
+    """
     picked = torch.as_tensor(rows)
     captions = features.text_features[features.first_caption[picked]]
     scores = (features.image_features[picked] @ captions.T).numpy()
@@ -164,16 +214,22 @@ def similarity_matrix(
     ticks = range(len(rows))
     ax.set_xticks(ticks, [wrap(t, 40) for t in texts], rotation=90, fontsize=8)
     ax.set_yticks(ticks, [wrap(t, 40) for t in texts], fontsize=8)
-    ax.set(xlabel="caption", ylabel="picture of")
+    ax.set(xlabel="caption", ylabel="image of")
     figure.colorbar(drawn, ax=ax, label="cosine", shrink=0.7)
     take_away(figure, caption)
     return figure
 
 
 def search_results(index: Index, queries: Sequence, k: int = 6, caption: str = ""):
-    """One line per query: the query, then its k best pictures; green frame = a correct caption.
+    """Show each query and, beside it, its k best images with their cosines.
 
-    A query is a text, or a picture (uint8 tensor (3, H, W)).
+    Args:
+        index: the images that are searched.
+        queries: texts or images (uint8 tensors (3, H, W)).
+        k: results per query.
+        caption: text below the figure.
+    Returns:
+        A Figure; an image has a green frame where the query is one of its captions.
     """
     figure = new_figure(1.45 * (k + 1.4), 1.95 * len(queries))
     axes = figure.subplots(len(queries), k + 1, squeeze=False, width_ratios=[1.4] + [1] * k)
@@ -182,18 +238,26 @@ def search_results(index: Index, queries: Sequence, k: int = 6, caption: str = "
             line[0].text(0.98, 0.5, wrap(f"“{query}”", 20, 6), ha="right", va="center", fontsize=9)
             line[0].axis("off")
         else:
-            show_picture(line[0], query, "query")
+            show_image(line[0], query, "query")
         for ax, hit in zip(line[1:], index.search(query, k), strict=True):
             own = [caption.casefold() for caption in index.dataset.texts[hit.row]]
-            right = isinstance(query, str) and query.casefold() in own
+            correct = isinstance(query, str) and query.casefold() in own
             title = wrap(f"{hit.score:.2f} {hit.text}", 20)
-            show_picture(ax, index.dataset[hit.row]["image"], title, GREEN if right else None)
+            show_image(ax, index.dataset[hit.row]["image"], title, GREEN if correct else None)
     take_away(figure, caption)
     return figure
 
 
 def grouped_bars(values: dict[str, dict[str, float]], label: str, caption: str = ""):
-    """One cluster of bars per outer name, one bar per inner name, each with its number."""
+    """Draw groups of bars, each bar with its number.
+
+    Args:
+        values: name of a group -> {name of a bar: value}.
+        label: of the vertical axis, with the unit.
+        caption: text below the figure.
+    Returns:
+        A Figure.
+    """
     figure = new_figure(7.2, 3.3)
     ax = figure.subplots()
     names = list(next(iter(values.values())))
@@ -215,34 +279,35 @@ def grouped_bars(values: dict[str, dict[str, float]], label: str, caption: str =
 
 
 def repeats(
-    x: Sequence[float],
-    values: dict[str, Sequence[Sequence[float]]],
-    xlabel: str,
-    ylabel: str,
-    chance: Sequence[float] | None = None,
-    log_x: bool = False,
-    caption: str = "",
-):
-    """Quantities measured several times at each x: each a short bar, a line through the means.
+    x: Sequence[float], values: dict[str, Sequence[Sequence[float]]], xlabel: str, ylabel: str,
+    chance: Sequence[float] | None = None, log_x: bool = False, caption: str = "",
+):  # fmt: skip
+    """Draw quantities measured several times at each x, and a line through their means.
 
-    values: for each name one sequence of measurements per x. chance: the yardstick at each x.
+    Args:
+        x, values: positions, and name -> one sequence of measurements per position.
+        xlabel, ylabel, log_x: of the axes, with the unit; a logarithmic horizontal axis.
+        chance: the reference line at each x, or None.
+        caption: text below the figure.
+    Returns:
+        A Figure.
     """
     figure = new_figure(6.5, 3.4)
     ax = figure.subplots()
     for colour, (name, columns) in zip(COLOURS, values.items(), strict=False):
         means = [float(np.mean(column)) for column in columns]
-        for place, column in zip(x, columns, strict=True):
-            ax.plot([place] * len(column), column, "_", color=colour, alpha=0.4, markersize=13)
+        for position, column in zip(x, columns, strict=True):
+            ax.plot([position] * len(column), column, "_", color=colour, alpha=0.4, markersize=13)
         ax.plot(x, means, "-o", color=colour, linewidth=1.8, markersize=4, label=name)
-        for place, mean in zip(x, means, strict=True):
-            ax.annotate(f"{mean:.0f}", (place, mean), (5, 5), textcoords="offset points",
+        for position, mean in zip(x, means, strict=True):
+            ax.annotate(f"{mean:.0f}", (position, mean), (5, 5), textcoords="offset points",
                         fontsize=8, color=colour)  # fmt: skip
     if chance is not None:
         ax.plot(x, chance, ":", color=RED, label="chance")
     if log_x:
         ax.set_xscale("log")
         ax.minorticks_off()
-    ax.set_xticks(x, [f"{place:,}" for place in x])
+    ax.set_xticks(x, [f"{position:,}" for position in x])
     ax.set(xlabel=xlabel, ylabel=ylabel, ylim=(0, None))
     ax.legend(fontsize=8)
     plain_axes(ax)
@@ -251,28 +316,44 @@ def repeats(
 
 
 def confusion_matrix(counts: Tensor, names: Sequence[str], caption: str = ""):
-    """Counts (true class, predicted class): colours are shares of the row, numbers pictures."""
+    """Draw a confusion matrix: the numbers are images, the colours fractions of the row.
+
+    Args:
+        counts: (C, C), true class by predicted class.
+        names: of the C classes.
+        caption: text below the figure.
+    Returns:
+        A Figure.
+    """
     counts = torch.as_tensor(counts)
-    shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+    fractions = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
     figure = new_figure(6.6, 5)
     ax = figure.subplots()
-    drawn = ax.imshow(shares.numpy(), cmap="cividis", vmin=0, vmax=100)
+    drawn = ax.imshow(fractions.numpy(), cmap="cividis", vmin=0, vmax=100)
     for i, row in enumerate(counts.tolist()):
         for j, count in enumerate(row):
-            colour = "black" if shares[i, j] > 55 else "white"
+            colour = "black" if fractions[i, j] > 55 else "white"
             ax.text(j, i, f"{count:.0f}", ha="center", va="center", fontsize=8, color=colour)
     ticks = range(len(names))
     ax.set_xticks(ticks, names, rotation=35, ha="right", fontsize=8)
     sizes = counts.sum(1).tolist()
     ax.set_yticks(ticks, [f"{n} ({s:.0f})" for n, s in zip(names, sizes, strict=True)], fontsize=8)
-    ax.set(xlabel="predicted", ylabel="true (pictures)")
-    figure.colorbar(drawn, ax=ax, label="share of the row (%)", shrink=0.8)
+    ax.set(xlabel="predicted", ylabel="true (images)")
+    figure.colorbar(drawn, ax=ax, label="fraction of the row (%)", shrink=0.8)
     take_away(figure, caption)
     return figure
 
 
 def differences(arrays: dict[str, Tensor], xlabel: str, ylabel: str, caption: str = ""):
-    """|difference| of two computations, each (rows, columns), side by side on one colour scale."""
+    """Show absolute differences of computations side by side, on one colour scale.
+
+    Args:
+        arrays: name -> differences (rows, columns).
+        xlabel, ylabel: of the axes.
+        caption: text below the figure.
+    Returns:
+        A Figure.
+    """
     figure = new_figure(4.2 * len(arrays) + 0.6, 2.9)
     axes = figure.subplots(1, len(arrays), squeeze=False)[0]
     top = max(float(array.abs().max()) for array in arrays.values()) or 1.0
@@ -286,13 +367,20 @@ def differences(arrays: dict[str, Tensor], xlabel: str, ylabel: str, caption: st
 
 
 def save(figure, path: str | Path) -> Path:
-    """Write a figure (PNG, 130 dots per inch); returns the path."""
+    """Write a figure as a file, at 130 dots per inch.
+
+    Args:
+        figure, path: what to write, and where; missing folders are made.
+    Returns:
+        The path.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     return path
 
 
+@older_arguments(yardsticks="references")
 def lines(  # noqa: PLR0913 (by name)
     curves: dict[str, tuple[Sequence[float], Sequence[float]]],
     xlabel: str,
@@ -303,14 +391,22 @@ def lines(  # noqa: PLR0913 (by name)
     from_zero: bool = True,
     reference: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     intervals: dict[str, tuple[Sequence[float], Sequence[float]]] | None = None,
-    yardsticks: dict[str, float] | None = None,
+    references: dict[str, float] | None = None,
     bands: bool = False,
 ):
-    """Named curves {name: (xs, ys)} on one pair of axes.
+    """Draw named curves on one pair of axes.
 
-    level: a named dotted yardstick, in the legend. yardsticks: several, with their names on them.
-    reference: curves to compare with, dotted and grey. intervals: (low, high) of the curves of
-    these names, drawn as bars, or as areas if `bands`; parts of a whole in per cent end at 100.
+    Args:
+        curves: name -> (xs, ys).
+        xlabel, ylabel, from_zero: of the axes, with the unit; the vertical axis begins at 0.
+        level, references: a dotted horizontal line (name, value) in the legend, or several with
+            their names on them.
+        caption: text below the figure.
+        reference: curves to compare with, dotted and grey.
+        intervals, bands: name of a curve -> (low, high), drawn as bars or as areas; parts of a
+            whole in per cent end at 100.
+    Returns:
+        A Figure.
     """
     many = len(curves) > 6
     figure = new_figure(8 if many else 6.5, 4 if many else 3.2)
@@ -327,7 +423,7 @@ def lines(  # noqa: PLR0913 (by name)
         _curve(ax, xs, ys, interval, bands, aside, whole, style)
     if level:
         ax.axhline(level[1], color="0.5", linestyle=":", label=level[0])
-    yardstick_lines(ax, yardsticks)
+    reference_lines(ax, references)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     if from_zero:
         ax.set_ylim(bottom=0)
@@ -340,7 +436,7 @@ def lines(  # noqa: PLR0913 (by name)
 
 
 def _curve(ax, xs, ys, interval, bands: bool, aside: float, whole: bool, style: dict) -> None:
-    """One curve; its interval (low, high) as an area, or as bars `aside`, to be told apart."""
+    """One curve; its interval (low, high) as an area, or as bars shifted by `aside`."""
     if interval is None:
         ax.plot(xs, ys, **style)
         return

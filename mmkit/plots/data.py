@@ -1,6 +1,6 @@
-"""Pictures of what a source holds: what was skipped, sizes, captions, duplicates.
+"""Figures of a data source: skipped rows, image sizes, caption lengths, duplicates.
 
-Used by notebooks/08_your_own_pictures.ipynb and `python -m mmkit inspect`.
+Used by notebooks/08_your_own_images.ipynb and `python -m mmkit inspect`.
 """
 
 from collections.abc import Sequence
@@ -9,34 +9,43 @@ import numpy as np
 
 from ..data.dataset import MultimodalDataset
 from ..data.report import Report
-from .figures import BLUE, GREEN, ORANGE, RED, new_figure, plain_axes, show_picture, take_away, wrap
+from .figures import BLUE, GREEN, ORANGE, RED, new_figure, plain_axes, show_image, take_away, wrap
 
 ASPECTS = (0.05, 0.1, 0.2, 0.33, 0.5, 0.75, 1, 1.33, 2, 3, 5, 10, 20)  # marked on their axis
 
 
 def source_report(report: Report, caption: str = ""):
-    """A `Report` at a glance: rows by what became of them, sizes, shapes, lengths of captions."""
+    """Summarise a `Report`: rows by outcome, image sizes, aspect ratios and caption lengths.
+
+    Args:
+        report: what `mm.inspect` returns.
+        caption: text below the figure.
+    Returns:
+        A Figure.
+    """
     figure = new_figure(9.5, 5.4)
     axes = figure.subplots(2, 2)
     _rows(axes[0, 0], report)
     _histogram(axes[0, 1], np.minimum(report.widths, report.heights), "shorter side (px)", BLUE)
     _histogram(axes[1, 0], report.aspects, "width / height", GREEN, log=True)
     ax = axes[1, 1]
-    if len(report.caption_pieces):
-        _whole_numbers(ax, report.caption_pieces, "caption, word pieces with both ends", ORANGE)
+    if len(report.caption_tokens):
+        _whole_numbers(
+            ax, report.caption_tokens, "caption length (tokens, [CLS] and [SEP] included)", ORANGE
+        )
         ax.axvline(report.max_length + 0.5, color=RED, linestyle=":")
-        words = f" limit {report.max_length}: {report.cut_captions:,} are cut "
+        text = f" limit {report.max_length}: {report.cut_captions:,} are cut "
         right = report.max_length > np.mean(ax.get_xlim())
         where = dict(rotation=90, va="top", ha="right" if right else "left", fontsize=8, color=RED)
-        ax.text(report.max_length + 0.5, ax.get_ylim()[1], words, **where)
+        ax.text(report.max_length + 0.5, ax.get_ylim()[1], text, **where)
     else:
-        _whole_numbers(ax, report.caption_words, "caption, words", ORANGE)
+        _whole_numbers(ax, report.caption_words, "caption length (words)", ORANGE)
     take_away(figure, caption)
     return figure
 
 
 def _rows(ax, report: Report):
-    """One bar per reason; loaded rows first."""
+    """A bar for the loaded rows and for each reason of skipping."""
     kinds = {"loaded": report.loaded} | dict(
         sorted(report.skipped.items(), key=lambda pair: -pair[1])[:8]
     )
@@ -44,8 +53,8 @@ def _rows(ax, report: Report):
     counts = [kinds[name] for name in names]
     colours = [BLUE if name == "loaded" else RED for name in names]
     ax.barh(names, counts, color=colours, height=0.65)
-    for place, count in enumerate(counts):
-        ax.annotate(f"{count:,}", (count, place), (3, 0), textcoords="offset points", va="center",
+    for y, count in enumerate(counts):
+        ax.annotate(f"{count:,}", (count, y), (3, 0), textcoords="offset points", va="center",
                     fontsize=8)  # fmt: skip
     ax.margins(x=0.15)
     plain_axes(ax)
@@ -65,7 +74,7 @@ def _histogram(ax, values, label: str, colour: str, log: bool = False):
         ticks = [tick for tick in ASPECTS if low <= tick <= high]
         ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         ax.minorticks_off()
-    ax.set(xlabel=label, ylabel="pictures")
+    ax.set(xlabel=label, ylabel="images")
     plain_axes(ax)
 
 
@@ -77,10 +86,19 @@ def _whole_numbers(ax, values, label: str, colour: str):
     plain_axes(ax)
 
 
-def same_pictures(
+def same_images(
     dataset: MultimodalDataset, groups: Sequence[Sequence[int]], caption: str = "", most: int = 6
 ):
-    """Groups of rows that show (nearly) the same, a line each: at most `most` pictures of each."""
+    """Show groups of rows with the same or nearly the same image, a line per group.
+
+    Args:
+        dataset: the images.
+        groups: rows of each group.
+        caption: text below the figure.
+        most: images shown of a group, at most.
+    Returns:
+        A Figure.
+    """
     figure = new_figure(1.6 * most, 1.9 * max(1, len(groups)))
     axes = figure.subplots(max(1, len(groups)), most, squeeze=False)
     for ax in axes.ravel():
@@ -89,6 +107,6 @@ def same_pictures(
         for ax, row in zip(line, rows, strict=False):
             ax.axis("on")
             item = dataset[int(row)]
-            show_picture(ax, item["image"], wrap(item["text"], 24, most=2))
+            show_image(ax, item["image"], wrap(item["text"], 24, most=2))
     take_away(figure, caption)
     return figure

@@ -1,7 +1,7 @@
-"""Pictures of runs, of their loss terms and gradients: are two the same, do they pull apart?
+"""Figures of training runs, of their loss terms and of their gradients.
 
-Each is f(data) -> Figure; `mm.plots` has them all. Used by notebooks/03_training.ipynb,
-05_checkpoints and 06_many_processes.
+Each is a function of data that returns a Figure; `mm.plots` has them all. The argument `caption` is
+a text below the figure. Used by notebooks/03_training.ipynb, 05_checkpoints and 06_many_processes.
 """
 
 import math
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..older_names import older_arguments
 from .figures import (
     BLUE,
     COLOURS,
@@ -20,30 +21,38 @@ from .figures import (
     RED,
     new_figure,
     plain_axes,
+    reference_lines,
     take_away,
-    yardstick_lines,
 )
 
 TOWERS = ("image", "text")
-TERMS = {"contrastive": BLUE, "pixels": ORANGE, "words": GREEN, "matching": PURPLE}
+TERMS = {"contrastive": BLUE, "mim": ORANGE, "mlm": GREEN, "itm": PURPLE}
 LABELS = {  # of the axes of loss_terms
     "loss": "loss, all terms",
     "contrastive_loss": "contrastive loss (nats)",
-    "pixels_loss": "pixel loss (squared error, normalised)",
-    "words_loss": "word loss (nats)",
-    "matching_loss": "matching loss (nats)",
-    "pixel_error": "squared error of hidden pixels",
-    "words_accuracy": "hidden words right (share)",
+    "mim_loss": "pixel loss (squared error, normalised)",
+    "mlm_loss": "token loss (nats)",
+    "itm_loss": "matching loss (nats)",
+    "pixel_error": "squared error of masked pixels",
+    "mlm_accuracy": "accuracy on masked tokens (fraction)",
 }
 
 
 def training_curves(
     runs: dict, x: str = "step", k: int = 1, chance_negatives: int | None = None, caption: str = ""
 ):
-    """Loss and Recall@K of runs ({name: Run}) beside their yardsticks: ln(negatives) and chance.
+    """Draw the loss (left) and Recall@K (right) of training runs.
 
-    x: "step" or "minutes". chance_negatives: pairs in a training batch; its logarithm is the loss
-    of guessing. Thin: training loss; thick: validation (one pool, so its chance line is another).
+    Thin: training loss; thick: validation loss, over one pool, so that its chance level differs.
+
+    Args:
+        runs: name -> Run.
+        x: "step" or "minutes".
+        k: the K of Recall@K.
+        chance_negatives: pairs in a training batch; its logarithm, the loss of guessing, is marked.
+        caption: text below the figure.
+    Returns:
+        A Figure.
     """
     figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
@@ -86,11 +95,17 @@ def same_or_not(
     caption: str = "",
     log: bool = False,
 ):
-    """Curves over steps on top of each other (left), and how far they are from the first (right).
+    """Draw curves over steps (left) and their differences from a reference (right).
 
-    reference: (name, steps, values); others: name -> (steps, values) at some of the same steps.
-    events: steps to mark with a vertical line, by name. log: the sizes of the differences on a
-    logarithmic axis, where equal bits have no place.
+    Args:
+        reference: (name, steps, values).
+        others: name -> (steps, values), at some of the same steps.
+        ylabel: of the left axis, with the unit.
+        events: name -> step to mark with a vertical line, or None.
+        caption: text below the figure.
+        log: draw absolute differences on a logarithmic axis, which cannot show equal values.
+    Returns:
+        A Figure.
     """
     figure = new_figure(9, 3.4)
     left, right = figure.subplots(1, 2)
@@ -117,7 +132,7 @@ def same_or_not(
     left.set(ylabel=ylabel)
     right.set(ylabel="difference (nats)")
     if log:
-        right.set(yscale="log", ylabel="size of the difference (nats)")
+        right.set(yscale="log", ylabel="absolute difference (nats)")
         right.set_ylim(bottom=right.get_ylim()[0] / 100)  # room for the legend
     take_away(figure, caption)
     return figure
@@ -129,13 +144,20 @@ def gradient_agreement(
     mark: str = "logit_scale",
     caption: str = "",
 ):
-    """How far gradients are from a reference: parameter by parameter (left), in all (right).
+    """Compare gradients with a reference: for each parameter (left) and overall (right).
 
-    reference, and each of others: {parameter: gradient}. Left: each point is a parameter, its
-    gradient's norm against the norm of the error; dotted: errors of 1, 1e-3 and 1e-6 of the
-    gradient; errors that are smaller still lie on the floor. The parameter `mark` is a star. Right:
-    cosine to the reference and length (a multiple of the reference's), both without `mark`, and
-    `mark` as a multiple of the reference's. A gradient that is missing in others is zero.
+    Left: each point is a parameter, the norm of its error over the norm of its gradient; dotted:
+    errors of 1, 1e-3 and 1e-6 of the gradient; errors below 1e-10 of the largest gradient are drawn
+    at that floor. The parameter `mark` is a star. Right: cosine with the reference and length (a
+    multiple of the reference's), both without `mark`, and `mark` as a multiple of the reference's.
+
+    Args:
+        reference: parameter name -> gradient.
+        others: name -> {parameter name: gradient}; a missing gradient is zero.
+        mark: name of a scalar parameter.
+        caption: text below the figure.
+    Returns:
+        A Figure.
     """
     figure = new_figure(9.8, 3.7)
     left, right = figure.subplots(1, 2, width_ratios=[1, 1.25])
@@ -152,18 +174,20 @@ def gradient_agreement(
         star = dict(color=colour, markersize=13, markeredgecolor="black", zorder=3)
         left.plot(size[mark], error[mark], "*", **star)
         values = _agreement(reference, grads, mark)
-        places = np.arange(3) + (i - (len(others) - 1) / 2) * width
-        drawn = right.bar(places, values, 0.94 * width, color=colour, label=way)
+        positions = np.arange(3) + (i - (len(others) - 1) / 2) * width
+        drawn = right.bar(positions, values, 0.94 * width, color=colour, label=way)
         right.bar_label(drawn, [f"{v:.3g}" for v in values], fontsize=8, padding=2)
         tallest = max(tallest, *values)
-    for share in (1, 1e-3, 1e-6):
-        left.plot([floor, top], [share * floor, share * top], ":", color="0.5", linewidth=1)
-        left.annotate(f" × {share:g}", (top, share * top), fontsize=8, color="0.4", va="center")
+    for fraction in (1, 1e-3, 1e-6):
+        left.plot([floor, top], [fraction * floor, fraction * top], ":", color="0.5", linewidth=1)
+        left.annotate(
+            f" × {fraction:g}", (top, fraction * top), fontsize=8, color="0.4", va="center"
+        )
     left.set(xscale="log", yscale="log", ylim=(floor / 2, 20 * top),
              xlabel="norm of a parameter's gradient", ylabel="norm of its error")  # fmt: skip
     left.set_title(f"star: {mark}", fontsize=9)
     right.set_xticks(range(3), ["cosine", "length", mark])
-    right.set(ylabel="compared with the true gradient", ylim=(0, 1.1 * tallest))
+    right.set(ylabel="relative to the reference", ylim=(0, 1.1 * tallest))
     for ax in (left, right):
         plain_axes(ax)
     figure.legend(loc="outside upper center", ncols=len(others), fontsize=8, frameon=False)
@@ -172,28 +196,39 @@ def gradient_agreement(
 
 
 def _agreement(reference: dict[str, Tensor], grads: dict[str, Tensor], mark: str) -> list[float]:
-    """(cosine, length, marked parameter) of gradients, the last two as multiples."""
+    """(cosine, length, marked parameter) of gradients, the last two relative to the reference."""
     names = [name for name in reference if name != mark]
     true, ours = (torch.cat([g[n].flatten().double() for n in names]) for g in (reference, grads))
     cosine = torch.cosine_similarity(true, ours, dim=0)
     return [float(x) for x in (cosine, ours.norm() / true.norm(), grads[mark] / reference[mark])]
 
 
+@older_arguments(yardsticks="references")
 def loss_terms(
     runs: dict,
     keys: Sequence[str] | dict[str, str] = tuple(LABELS)[:5],
-    yardsticks: dict[str, dict[str, float]] | None = None,
+    references: dict[str, dict[str, float]] | None = None,
     caption: str = "",
 ):
-    """Each term of the loss over the steps, in its own panel, of runs ({name: Run}).
+    """Draw each term of the loss over the steps, in a panel of its own.
 
-    keys: of the records, or {key: label of its axis, with the unit}. One that no run has is left
-    out. yardsticks: {key: {name: value}}. Thin: training; thick, with points: validation.
+    Thin: training; thick, with points: validation.
+
+    Args:
+        runs: name -> Run.
+        keys: keys of the records, or {key: label of its axis, with the unit}. A key that no run
+            has is left out.
+        references: key -> {name: value} of dotted reference lines, or None.
+        caption: text below the figure.
+    Returns:
+        A Figure.
+    Raises:
+        ValueError: no record has any of the keys.
     """
     labels = keys if isinstance(keys, dict) else {key: LABELS.get(key, key) for key in keys}
     given = [k for k in labels if any(k in r for run in runs.values() for r in run.history)]
     if not given:
-        raise ValueError(f"no record has one of {list(labels)}; see the keys in run.history[-1]")
+        raise ValueError(f"no record has any of {list(labels)}; see the keys in run.history[-1]")
     wide = 2 if len(given) in (2, 4) else min(3, len(given))
     lines = -(-len(given) // wide)
     figure = new_figure(3.3 * wide, 2.5 * lines + 0.6)
@@ -202,7 +237,7 @@ def loss_terms(
         ax.axis("off")
     for ax, key in zip(axes, given, strict=False):
         _draw_term(ax, runs, key)
-        yardstick_lines(ax, (yardsticks or {}).get(key))
+        reference_lines(ax, (references or {}).get(key))
         ax.set(xlabel="step", ylabel=labels[key])
         ax.tick_params(labelbottom=True)
         plain_axes(ax)
@@ -218,7 +253,7 @@ def _draw_term(ax, runs: dict, key: str) -> None:
 
 
 def _run_legend(figure, runs: dict) -> None:
-    """A line above all panels: which colour is which run, which line is which split."""
+    """A legend above all panels: colours of the runs, line styles of the splits."""
     from matplotlib.lines import Line2D
 
     named = zip(COLOURS, runs, strict=False)
@@ -227,16 +262,22 @@ def _run_legend(figure, runs: dict) -> None:
     train = Line2D([], [], color=shade, linewidth=0.8, label="training")
     val = Line2D([], [], color=shade, linewidth=2, marker=".", label="validation")
     handles = [*runs_as, train, val]
-    place = dict(loc="outside upper center", frameon=False, fontsize=8)
-    figure.legend(handles=handles, ncols=min(6, len(handles)), **place)
+    above = dict(loc="outside upper center", frameon=False, fontsize=8)
+    figure.legend(handles=handles, ncols=min(6, len(handles)), **above)
 
 
 def term_gradients(records: Sequence[dict], caption: str = ""):
-    """Do the terms of the loss pull a tower in the same direction? A row for each tower.
+    """Draw how large the gradients of the loss terms are, and whether they agree, for each tower.
 
-    records: of a run's metrics.jsonl, with "gradient_norm/<tower>/<term>" (left) and
-    "gradient_cosine/<tower>/<term>·<term>" (right, -1 to 1) at "step". Of many records the running
-    mean is drawn as well, thick.
+    Args:
+        records: lines of a run's metrics.jsonl, with "gradient_norm/<tower>/<term>" (left) and
+            "gradient_cosine/<tower>/<term>·<term>" (right, -1 to 1) at "step". With more than 60
+            values the running mean is drawn as well, thick.
+        caption: text below the figure.
+    Returns:
+        A Figure, a row of panels for each tower.
+    Raises:
+        ValueError: no record has such a key.
     """
     towers = [t for t in TOWERS if any(f"/{t}/" in key for r in records for key in r)]
     if not towers:
@@ -263,15 +304,15 @@ def term_gradients(records: Sequence[dict], caption: str = ""):
 
 
 def _curves_of(records: Sequence[dict], prefix: str) -> dict[str, tuple[list, list]]:
-    """{what follows the prefix: (steps, values)}."""
+    """{the key without the prefix: (steps, values)}."""
     names = dict.fromkeys(k.removeprefix(prefix) for r in records for k in r if prefix in k)
-    # A gradient that is zero has no angle; one that is not finite no length.
+    # The value is None where a gradient is zero (no angle) or not finite (no length).
     held = {name: [r for r in records if r.get(prefix + name) is not None] for name in names}
     return {n: ([r["step"] for r in rs], [r[prefix + n] for r in rs]) for n, rs in held.items()}
 
 
 def _draw_terms(ax, curves: dict[str, tuple[list, list]], colours: dict[str, str]) -> None:
-    """Curves with points; of more than 60 values thin, under their running mean."""
+    """Curves with points; with more than 60 values thin lines under their running mean."""
     for name, (steps, values) in curves.items():
         colour, width = colours.get(name, RED), len(values) // 25
         if len(values) <= 60:
@@ -286,12 +327,12 @@ def _draw_terms(ax, curves: dict[str, tuple[list, list]], colours: dict[str, str
 
 
 def _mark_opposition(ax, cosines: dict[str, tuple[list, list]]) -> None:
-    """The zero line, what is below it, and limits that are equal on both sides."""
+    """Draw the zero line, shade what is below it, and make the limits symmetric."""
     largest = max((abs(v) for _, values in cosines.values() for v in values), default=0.0)
     top = min(1.05, max(0.1, 1.25 * largest))
     ax.axhspan(-top, 0, color="0.93", zorder=0)
     ax.axhline(0, color="0.2", linewidth=1.2, zorder=1.5)
     style = dict(xycoords="axes fraction", ha="left", fontsize=8, color="0.35")
-    ax.annotate("below 0: they pull apart", (0.01, 0.02), va="bottom", **style)
-    ax.annotate("above 0: they agree", (0.01, 0.98), va="top", **style)
+    ax.annotate("below 0: the terms conflict", (0.01, 0.02), va="bottom", **style)
+    ax.annotate("above 0: the terms agree", (0.01, 0.98), va="top", **style)
     ax.set_ylim(-top, top)

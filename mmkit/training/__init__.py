@@ -1,4 +1,4 @@
-"""The exact step, and the run around it: optimizers, files, resume, reports."""
+"""The exact training step, and the run around it: optimizers, files, resuming, reports."""
 
 from .run import Run
 from .summary import describe

@@ -1,8 +1,8 @@
 """Is it the same experiment? What a run's result depends on, as plain values to store and compare.
 
-Images are told by the names, sizes and times of their files, and where these differ by their
-contents; functions by their code, constants and all that they refer to, wherever they are written.
-A run that is another experiment is refused in resume.py.
+Images are compared by the names, sizes and times of their files and, where these differ, by their
+contents; functions by their code, constants and everything that they refer to, wherever they are
+defined. resume.py refuses a run that is another experiment.
 Walk-through: notebooks/05_checkpoints.ipynb.
 """
 
@@ -18,22 +18,23 @@ from torch import Tensor, nn
 from ..data.clusters import number
 from ..data.dataset import HASH_BYTES, MultimodalDataset
 from ..data.image_cache import content_hashes
+from ..older_names import current_keys
 from .function_identity import FUNCTIONS, function_identity
 
-_SAMPLE = 10_000  # so many images are compared by content where all of them would be too much
-# Of a tower's configuration: what does not change what it computes.
+_SAMPLE = 10_000  # images that are compared by content where all of them would take too long
+# Entries of a tower's configuration that do not change what it computes.
 _NO_MATTER = set(
     "transformers_version _name_or_path architectures dtype torch_dtype use_cache id2label "
     "label2id return_dict output_attentions output_hidden_states initializer_range problem_type "
     "model_type _attn_implementation attn_implementation".split()
 )
-Differences = tuple[list[str], list[str]]  # what differs; what could not be compared
+Differences = tuple[list[str], list[str]]  # messages: what differs; what could not be compared
 
 
 def of_run(trainer) -> dict[str, Any]:
-    """All that a run's result depends on beside its configuration, but for the contents of files.
+    """Everything that a run's result depends on besides its configuration, as plain values.
 
-    `add_contents` looks at those, too.
+    The contents of files are left out; `add_contents` adds them.
     """
     model, config = trainer.model, trainer.config
     found: dict[str, Any] = {"architecture": _architecture(model), "functions": {}, "tokens": {}}
@@ -44,21 +45,21 @@ def of_run(trainer) -> dict[str, Any]:
     found["tokens"]["vocabulary"] = _digest(vocabulary)
     for name, known in FUNCTIONS.items():
         value = getattr(config, name)
-        words = f"function {getattr(value, '__name__', type(value).__name__)}"
+        shown = f"function {getattr(value, '__name__', type(value).__name__)}"
         identity = function_identity(value if callable(value) else known.get(value, value))
-        found["functions"][name] = {"name": words if callable(value) else value, "is": identity}
+        found["functions"][name] = {"name": shown if callable(value) else value, "is": identity}
     found["computed"] = f"{trainer.precision or torch.float32} on {trainer.device.type}"
     return found
 
 
 def _architecture(model) -> dict[str, Any]:
-    """What the encoder computes, weights aside: {"vit.num_attention_heads": 3, …}."""
+    """What the encoder computes, apart from its weights: {"vit.num_attention_heads": 3, …}."""
     spec: dict[str, Any] = {"pooling": model.pooling, "embed_dim": model.embed_dim}
     for name in ("vit", "bert"):
         values = json.loads(json.dumps(getattr(model, name).config.to_dict(), default=str))
         spec |= {f"{name}.{k}": value for k, value in values.items() if k not in _NO_MATTER}
     spec["decoder"] = None if model.decoder is None else json.dumps(model.decoder.spec)
-    for name, part in model.named_modules():  # set by hand, perhaps
+    for name, part in model.named_modules():  # it may have been set by hand
         if isinstance(part, nn.modules.dropout._DropoutNd):
             spec[f"dropout of {name}"] = part.p
     fixed = [name for name, weight in model.named_parameters() if not weight.requires_grad]
@@ -67,7 +68,7 @@ def _architecture(model) -> dict[str, Any]:
 
 
 def _digest(*parts) -> str:
-    """16 hex digits of tensors, and of anything else that its repr tells from all others."""
+    """16 hex digits of tensors, and of other values that their repr identifies."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         if isinstance(part, Tensor):
@@ -83,27 +84,27 @@ def _digest(*parts) -> str:
 
 
 def of_data(data: MultimodalDataset) -> dict[str, Any]:
-    """What tells a data set from others: its ids and captions, its images and how they are read."""
-    # A transform of one's own may have drawn what is kept in memory.
+    """What identifies a data set: its ids and captions, its images and how they are read."""
+    # A user's transform may have drawn the pixels that are kept in memory.
     in_memory = data._store is None or (data.resident and data.side is None)
     images: dict[str, Any] = {"in_memory": in_memory, "files": "", "sizes": "", "cut": ""}
     if data._store is not None:
         own = "" if data.side else function_identity(data.transform)
         images["cut"] = own or f"squares of {data.side} pixels"
         images["background"] = list(data.reading.background)
-    images["one_image"] = _digest(number(data.image_ids.tolist()))  # which rows show the same one
-    if hasattr(data._store, "order"):  # shards are dealt out in an order of their own
+    images["one_image"] = _digest(number(data.image_ids.tolist()))  # rows with the same image
+    if hasattr(data._store, "order"):  # shards are read in an order of their own
         images["order"] = _digest(data.epoch_rows(0, 0, 1)[0])
     if in_memory:
         images |= {"every": 1, "contents": _pixels(data)}
     else:
         images |= {"every": _every(data), "contents": ""} | _files(data)
-    facts = {"name": data.name, "count": len(data), "fingerprint": data.fingerprint()}
-    return facts | {"images": images}
+    metadata = {"name": data.name, "count": len(data), "fingerprint": data.fingerprint()}
+    return metadata | {"images": images}
 
 
 def _files(data: MultimodalDataset) -> dict[str, str]:
-    """Digests of names below their common folder with sizes, and of these with times.
+    """Digests of file names (below their common folder) with sizes, and of these with times.
 
     {} where a store does not know them.
     """
@@ -119,14 +120,14 @@ def _files(data: MultimodalDataset) -> dict[str, str]:
 
 
 def _every(data: MultimodalDataset) -> int:
-    """Contents are compared of every so many-th image: 1 = of all, 0 = of none."""
+    """The interval of images whose contents are compared: 1 = all images, 0 = none."""
     if data.report is not None and data.report.checked == "none":
-        return 0  # nobody shall look at them
+        return 0  # images were not to be opened
     return -(-len(data) // _SAMPLE) if data.expensive else 1
 
 
 def _contents(data: MultimodalDataset, every: int) -> str:
-    """Digest of the bytes of every so many-th image; they are read once and remembered."""
+    """Digest of the bytes of each `every`-th image; they are read once and cached."""
     if not every:
         return ""
     assert data._store is not None
@@ -134,7 +135,7 @@ def _contents(data: MultimodalDataset, every: int) -> str:
 
 
 def _pixels(data: MultimodalDataset) -> str:
-    """Digest of the pixels; of an even sample, where all are more than `HASH_BYTES`."""
+    """Digest of the pixels, or of an even sample of images where all exceed `HASH_BYTES`."""
     size = len(data) * data._take(np.array([0])).nbytes
     rows = np.arange(0, len(data), -(-size // HASH_BYTES))
     parts = [rows[start : start + 256] for start in range(0, len(rows), 256)]
@@ -142,71 +143,85 @@ def _pixels(data: MultimodalDataset) -> str:
 
 
 def add_contents(identity: dict, trainer) -> None:
-    """Put the contents of files that are not known yet into what `of_run` gave."""
+    """Add the contents of files, where they are unknown yet, to the result of `of_run`."""
     for name in ("train", "val"):
         if identity[name] and not identity[name]["images"]["contents"]:
             images = identity[name]["images"]
             images["contents"] = _contents(getattr(trainer, name), images["every"])
 
 
-# ---- compared ------------------------------------------------------------------------------------
+# ---- comparison ----------------------------------------------------------------------------------
 
 
 def compare(then: dict, now: dict, trainer) -> Differences:
-    """In words, how what `of_run` gives now differs from what was stored."""
+    """Compare the result of `of_run` now with the stored one.
+
+    Args:
+        then: the stored result.
+        now: the present result; contents that had to be read are added to it.
+        trainer: a MaskedMultimodalTrainer, whose images may be read.
+    Returns:
+        Messages on what differs, and on what could not be compared.
+    """
     differs: list[str] = []
     unsure: list[str] = []
-    for name, words in (("train", "training"), ("val", "validation")):
+    for name, label in (("train", "training"), ("val", "validation")):
         old, new, data = then[name], now[name], getattr(trainer, name)
         if old is not None and new is not None:
             found = compare_data(old, new, data)
-            differs += [f"{words} {difference}" for difference in found[0]]
-            unsure += [f"{words} {difference}" for difference in found[1]]
+            differs += [f"{label} {difference}" for difference in found[0]]
+            unsure += [f"{label} {difference}" for difference in found[1]]
         elif old is not new:
             counts = [f"{one['count']:,} images" if one else "none" for one in (old, new)]
-            differs.append(f"{words} set: {' -> '.join(counts)}")
+            differs.append(f"{label} set: {' -> '.join(counts)}")
     old, new = then["architecture"], now["architecture"]
     changed = [name for name in old if name in new and old[name] != new[name]]
     differs += [f"{name}: {old[name]!r} -> {new[name]!r}" for name in changed[:5]]
     differs += [f"{len(changed) - 5} more settings of the model"] if changed[5:] else []
     if other_tokens(then, now):
         differs.append("tokenizer: it gives other tokens")
+    functions = current_keys(then["functions"])
     for name, new in now["functions"].items():
-        old = then["functions"].get(name, new)
+        old = functions.get(name, new)
         same = _same_function(old["is"], new["is"])
         if same is None:
             why = next((f["is"] for f in (old, new) if f["is"].startswith("?")), "? another Python")
             unsure.append(f"{name} ({new['name']}) cannot be compared: {why[2:]}")
-        elif not same and ("mask" not in name or old["name"] == new["name"]):  # else: config
-            also = " (another of that name)" if old["name"] == new["name"] else ""
+        elif not same and ("mask" not in name or old["name"] == new["name"]):  # else see config
+            also = " (another one of this name)" if old["name"] == new["name"] else ""
             differs.append(f"{name}: {old['name']} -> {new['name']}{also}")
     return differs, unsure
 
 
 def other_tokens(then: dict, now: dict) -> bool:
-    """Whether the tokenizer is another: other ids for a token, or other tokens for a caption."""
+    """Whether the tokenizer differs: in the ids of tokens, or in the tokens of a caption."""
     sets = [name for name in ("train", "val") if then[name] and now[name]]
     alike = [name for name in sets if then[name]["fingerprint"] == now[name]["fingerprint"]]
     return any(then["tokens"][name] != now["tokens"][name] for name in ["vocabulary", *alike])
 
 
 def _same_function(old: str, new: str) -> bool | None:
-    """None where they cannot be compared: one is not known, or byte code is of two Pythons."""
+    """Whether two identities are equal; None where one is unknown or the Pythons differ."""
     unknown = old.startswith("?") or new.startswith("?")
     pythons = [one.partition(":")[0] for one in (old, new) if ":" in one]
     return None if unknown or len(set(pythons)) == 2 else old == new
 
 
 def compare_data(then: dict, now: dict, data: MultimodalDataset) -> Differences:
-    """In words, how a data set, of which `of_data` gave now, differs from a stored one.
+    """Compare the result of `of_data` now with a stored one.
 
-    then: also of an older version, which stored name and fingerprint only.
+    Args:
+        then: the stored result; older versions stored name and fingerprint only.
+        now: the present result; contents that had to be read are added to it.
+        data: the data set now.
+    Returns:
+        Messages on what differs, and on what could not be compared.
     """
     if then.get("fingerprint") != now["fingerprint"]:
         was = f"{then['count']:,} images" if "count" in then else then.get("name") or "unnamed"
         return [f"captions or sample ids: {was} -> {now['count']:,} images"], []
     if "images" not in then:
-        return [], ["images were not checked: the version that saved this did not note them"]
+        return [], ["images were not checked: the version that saved this did not record them"]
     old, new = then["images"], now["images"]
     if old["in_memory"] != new["in_memory"]:
         where = {True: "in memory", False: "in files"}
@@ -216,29 +231,29 @@ def compare_data(then: dict, now: dict, data: MultimodalDataset) -> Differences:
         unsure.append(f"transform cannot be compared: {new['cut'].removeprefix('? ')}")
     elif not same:
         differs.append("images are cut by another image_size or transform")
-    for name, words in (
+    for name, message in (
         ("background", "images have another background"),
-        ("order", "shards hold other images each"),
+        ("order", "images are in other shards"),
         ("one_image", "which rows count as the same image"),
     ):
         if old.get(name) != new.get(name):
-            differs.append(words)
+            differs.append(message)
     if not old["files"] or old["files"] != new["files"]:
         differs += _compare_contents(old, new, data, unsure)
-    else:  # so their contents need not be read
+    else:  # the contents need not be read
         new |= {"every": old["every"], "contents": old["contents"]}
     return differs, unsure
 
 
 def _compare_contents(old: dict, new: dict, data: MultimodalDataset, unsure: list) -> list[str]:
-    """The images' difference, in words, or none; reads them where that was done before."""
+    """A message on how the images differ, or none; reads them where that was done before."""
     if not old["contents"]:
         if old["sizes"] and old["sizes"] == new["sizes"]:
-            unsure.append("images were compared by names and sizes alone, their times differ")
+            unsure.append("images were compared by names and sizes only, since their times differ")
             return []
         if old["sizes"]:
             return ["images: names or sizes of their files"]
-        unsure.append("images were not checked: nothing tells their state without reading them")
+        unsure.append("images were not checked: that would mean reading them all")
         return []
     if not old["in_memory"]:
         new |= {"every": old["every"], "contents": _contents(data, old["every"])}

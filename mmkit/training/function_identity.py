@@ -1,7 +1,7 @@
-"""What a function computes, as a short text: equal texts, equal functions.
+"""A short text that identifies what a function computes: equal texts mean equal functions.
 
-By byte code, constants, defaults, closure and the global values it refers to; never by file, line,
-module or name. Walk-through: notebooks/05_checkpoints.ipynb.
+It depends on byte code, constants, defaults, closure and the global values that the function refers
+to, never on file, line, module or name. Walk-through: notebooks/05_checkpoints.ipynb.
 """
 
 import builtins
@@ -24,7 +24,7 @@ from ..masking.image import IMAGE_MASKERS
 from ..masking.text import TEXT_MASKERS
 from ..schedules import RATIO_SCHEDULES, SCHEDULES, TERM_SCHEDULES
 
-# Fields of the configuration that are functions, or the names of registered ones.
+# Fields of the configuration that are functions, or names of registered ones.
 FUNCTIONS: dict[str, dict] = {
     "schedule": SCHEDULES,
     **{f"{term}_schedule": TERM_SCHEDULES for term in TERMS},
@@ -34,22 +34,25 @@ FUNCTIONS: dict[str, dict] = {
     "image_mask_schedule": RATIO_SCHEDULES,
     "text_mask_schedule": RATIO_SCHEDULES,
 }
-# The kit's own by their names. A user's that is registered later is not among them.
+# mmkit's own functions, by name. Those that a user registers later are not among them.
 _BUILT_IN = {id(f): name for known in FUNCTIONS.values() for name, f in known.items()}
 _PLAIN: tuple = (bool, int, float, complex, str, bytes, type(None), type(...))
 _PLAIN += (type(NotImplemented), torch.dtype, torch.device)
 _CYTHON = type(np.random.rand.__func__)  # type: ignore[attr-defined]
-# Their states move on; what they are seeded with says how they begin.
+# Their states change with each draw and are not compared.
 _GENERATORS = (random.Random, np.random.RandomState, np.random.Generator, torch.Generator)
-_MOST = 10_000  # values that a function may refer to, directly or not
+_MOST = 10_000  # most values that a function may refer to, directly or indirectly
 _ARGUMENTS = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS | inspect.CO_GENERATOR
 
 
 def function_identity(value) -> str:
-    """What tells a function (or another callable, or a name) from others.
+    """A text that identifies a function, another callable, or a name.
 
-    "built-in NAME", "3.11:DIGITS" (byte code is comparable within a version of Python), or "? WHY"
-    where it cannot be told.
+    Args:
+        value: a callable, or any other value, which is identified by its repr.
+    Returns:
+        "built-in NAME", "3.11:DIGITS" (byte code can only be compared within a version of Python),
+        or "? WHY" where the function cannot be identified.
     """
     if not callable(value):
         return f"{value!r}"
@@ -65,35 +68,37 @@ def function_identity(value) -> str:
 
 
 class _Unknown(Exception):
-    """A value that cannot be told from others; says which."""
+    """A value that cannot be identified; the message says which."""
 
 
 class _Walk:
-    """Digests of values and all that they refer to; each object once."""
+    """Digests of values and everything that they refer to; each object is visited once."""
 
     def __init__(self):
         self.found: dict[int, str] = {}
-        self.kept: list = []  # so that no id is used again
+        self.kept: list = []  # keeps the objects alive, so that no id is reused
         self.depth = 0
 
     def of(self, value) -> str:
+        """The digest of a value."""
         if isinstance(value, _PLAIN):
             return _digest(type(value).__name__, repr(value))
         if id(value) not in self.found:
             if len(self.kept) == _MOST:
                 raise _Unknown(f"it refers to more than {_MOST:,} values")
             self.kept.append(value)
-            self.found[id(value)] = f"within {self.depth}"  # for what refers to itself
+            self.found[id(value)] = f"within {self.depth}"  # for values that refer to themselves
             self.depth += 1
             self.found[id(value)] = _digest(type(value).__name__, *self.parts(value))
             self.depth -= 1
         return self.found[id(value)]
 
     def each(self, values) -> Iterator[str]:
+        """The digests of several values."""
         return (self.of(value) for value in values)
 
     def parts(self, value) -> Iterator[str | bytes]:
-        """What an object is made of."""
+        """The texts and digests that identify an object."""
         if id(value) in _BUILT_IN:
             yield _BUILT_IN[id(value)]
         elif isinstance(value, types.ModuleType):
@@ -109,7 +114,7 @@ class _Walk:
             yield from (str(array.dtype), str(array.shape), array.tobytes())
         elif isinstance(value, types.CodeType):
             yield from self.code(value)
-        elif _of_library(value) and self.depth > 1:  # a function that was given is looked into
+        elif _of_library(value) and self.depth > 1:  # a given function is looked into
             yield f"{value.__module__}.{value.__qualname__}"
         elif isinstance(value, types.FunctionType):
             yield from self.function(value)
@@ -133,7 +138,7 @@ class _Walk:
             yield from self.instance(value)
 
     def instance(self, value) -> Iterator[str]:
-        """By its class and by its state, as it would be copied."""
+        """Identify an object by its class and its state, as copying it would read them."""
         if isinstance(value, nn.Module) and next(value.parameters(), None) is not None:
             raise _Unknown(f"it refers to a model ({type(value).__name__}), which changes")
         name = getattr(value, "__name__", "")
@@ -152,6 +157,7 @@ class _Walk:
             yield self.of(None if items is None else list(items))
 
     def function(self, value: types.FunctionType) -> Iterator[str]:
+        """Identify a function by its code without the docstring, its defaults and what it reads."""
         code = value.__code__
         if value.__doc__ is not None and code.co_consts[:1] == (value.__doc__,):
             code = code.replace(co_consts=(None, *code.co_consts[1:]))
@@ -159,6 +165,7 @@ class _Walk:
         yield from self.each(_reads(value.__code__, value))
 
     def code(self, code: types.CodeType) -> Iterator[str | bytes]:
+        """Identify byte code, with its constants and the names that it uses."""
         counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount)
         yield from (code.co_code, str(counts), str(code.co_flags & _ARGUMENTS))
         yield from (code.co_exceptiontable, repr(code.co_names))
@@ -173,7 +180,7 @@ def _digest(*parts: str | bytes) -> str:
     return digest.hexdigest()
 
 
-# Of a class: what says where it is written, not what it does.
+# Attributes of a class that say where it is defined, not what it does.
 _ABOUT = set(
     "__module__ __qualname__ __doc__ __dict__ __weakref__ __firstlineno__ __static_attributes__ "
     "__annotations__ __annotate_func__ _abc_impl".split()
@@ -185,8 +192,8 @@ def _is_slot(value) -> bool:
 
 
 def _of_library(value) -> bool:
-    """Whether it is a function or class of Python or of an installed package, known by its name."""
-    if isinstance(value, types.FunctionType):  # `__module__` may be that of what it wraps
+    """Whether a function or class of Python or an installed package is known by its name."""
+    if isinstance(value, types.FunctionType):  # `__module__` may be that of a wrapped function
         module = value.__globals__.get("__name__", "")
     elif isinstance(value, type):
         module = value.__module__
@@ -202,9 +209,9 @@ def _name_of_library(value: type) -> str:
 
 
 def _reads(code: types.CodeType, function: types.FunctionType) -> Iterator:
-    """The values outside of it that a function reads: global ones and those of its closure.
+    """The values from outside that a function reads: global ones and those of its closure.
 
-    Of `config.seed` or `math.cos` it is the attribute that is read, whatever else is there.
+    Of `config.seed` or `math.cos` only the attribute counts as read.
     """
     around = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
     value = missing = object()
@@ -220,7 +227,7 @@ def _reads(code: types.CodeType, function: types.FunctionType) -> Iterator:
             builtin = getattr(builtins, step.argval, None)
             value = function.__globals__.get(step.argval, builtin)
         elif step and "DEREF" in step.opname and step.argval in around:
-            with contextlib.suppress(ValueError):  # nothing is there yet
+            with contextlib.suppress(ValueError):  # the cell is still empty
                 value = around[step.argval].cell_contents
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):

@@ -1,4 +1,4 @@
-"""The run around the steps: epochs, validations, records, files.
+"""The training loop around the steps: epochs, validations, records, files.
 
 Walk-through: notebooks/03_training.ipynb.
 """
@@ -14,26 +14,33 @@ import torch
 from ..data.loader import load_batches
 from ..data.splits import overlap
 from ..distributed import all_reduce_sum
-from ..evaluation.reconstruction import example_pictures
-from ..evaluation.retrieval import embed
+from ..evaluation.features import embed
+from ..evaluation.reconstruction import example_images
 from ..files import shown
 from ..joint_calls import each_alone, meet
 from . import fingerprint
 from . import resume as resuming
 from .optim import freeze, unfreeze
 from .random_state import random_state, set_random_state
-from .records import as_json, epoch_words, step_record
+from .records import as_json, epoch_text, step_record
 from .run import Run, RunWriter, check_folder, held
 from .summary import describe
 from .validation import validate
 
 
 def fit(trainer) -> Run:
-    """Train to the end; returns the `Run`.
+    """Train to the end and return the `Run`.
 
-    What can be checked is, before anything of an earlier run is removed. `InUse` where another
-    process writes the run's folder. An interrupt ends the run after its step and saves
-    it; a second one ends it at once.
+    All checks are made before files of an earlier run are removed. An interrupt ends the run after
+    the present step and saves it; a second one ends it at once.
+
+    Args:
+        trainer: a MaskedMultimodalTrainer.
+    Returns:
+        The `Run`, read from its folder.
+    Raises:
+        InUse: another process writes the run's folder.
+        RuntimeError: not all processes see that folder.
     """
     with contextlib.ExitStack() as stack:
         trainer.path = trainer.path.with_name(
@@ -46,15 +53,15 @@ def fit(trainer) -> Run:
         _warn_of_overlap(trainer)
         _try_out(trainer)
         resuming.on_rank_0(lambda: _start_writing(trainer))
-        trainer.resumed = True  # whoever calls `fit` once more goes on
+        trainer.resumed = True  # another call of `fit` continues this run
         seen = resuming.seen_by(trainer, trainer.path / "config.json")
         if seen < trainer.processes:
             raise RuntimeError(
-                f"{shown(trainer.path)}, which process 0 has made, is seen by {seen} of "
+                f"{shown(trainer.path)}, which process 0 has created, is seen by {seen} of "
                 f"{trainer.processes} processes; output_dir must be a folder that all machines "
                 "share"
             )
-        if trainer.forked:  # killed before its first epoch, it can go on, too
+        if trainer.forked:  # so that it can be resumed even from before its first epoch
             resuming.save_last(trainer)
         stack.enter_context(resuming.interrupts_wait(trainer))
         _train(trainer)
@@ -65,7 +72,7 @@ def fit(trainer) -> Run:
 
 
 def _hold_folder(trainer, stack: contextlib.ExitStack) -> str:
-    """The name of the run's folder, which from now on is ours alone."""
+    """Lock the run's folder for this process and return its name."""
     unnamed = not (trainer.resumed or trainer.config.run_name)
     path = stack.enter_context(held(trainer.path, new=unnamed))
     check_folder(path, not trainer.resumed, resuming.needed_bytes(trainer))
@@ -73,8 +80,8 @@ def _hold_folder(trainer, stack: contextlib.ExitStack) -> str:
 
 
 def _try_out(trainer):
-    """A few pairs of each set through what will read them: what does not fit says so now."""
-    before = random_state()  # a transform of one's own may draw
+    """Embed and validate a few pairs of each set, so that errors show before training."""
+    before = random_state()  # a user's transform may draw
     eager = torch.compiler.set_stance("force_eager") if trainer.config.compile else None
     with eager or contextlib.nullcontext():
         few = trainer.train.subset(range(min(len(trainer.train), 16)))
@@ -93,7 +100,7 @@ def _start_writing(trainer):
 
 
 def _train(trainer):
-    """All epochs that are left; what ends them early is saved, where that can be."""
+    """Run all remaining epochs; where they end early, the state is saved if possible."""
     trainer.mark, trainer.stopping, trainer.asked_to_stop = time.perf_counter(), False, False
     trainer.in_step = trainer.interrupted = False
     modes = {part: part.training for part in trainer.net.modules()}
@@ -106,7 +113,7 @@ def _train(trainer):
     except BaseException:
         resuming.save_what_is_done(trainer)
         raise
-    finally:  # the model may go on to another training
+    finally:  # the model may be used in another training run
         for tower in [*trainer.frozen]:
             unfreeze(trainer.frozen.pop(tower))
         for part, mode in modes.items():
@@ -161,54 +168,55 @@ def _run_epoch(trainer, epoch: int, bar):
 
 
 def write_record(trainer, split: str, epoch: int, record: dict):
+    """Write a record to the run's files and call the callbacks with it."""
     head = {"split": split, "step": trainer.step, "epoch": epoch}
     record = head | {"seconds": round(trainer.seconds, 3)} | record
     record = {k: as_json(v) for k, v in record.items()}
     if trainer.writer:
         trainer.writer.write(record)
     for callback in trainer.callbacks:
-        with trainer.own_state.outside(), each_alone():  # the run goes on as if it had not been
+        with trainer.own_state.outside(), each_alone():  # callbacks do not change the run
             callback(trainer, record)
     meet("training, after the callbacks")
-    # All processes stop where one asks for it, whether or not the others have callbacks.
+    # All processes stop when one asks for it, whether or not the others have callbacks.
     asked = trainer.epoch_loss.new_tensor(float(trainer.asked_to_stop))
     trainer.stopping = bool(all_reduce_sum(asked))
 
 
 def _end_epoch(trainer, epoch: int):
-    """Write last/, validate, keep the best, write last/ anew."""
+    """Write last/, validate, save the best model, and write last/ again."""
     config = trainer.config
     last = trainer.stopping or trainer.step == trainer.total_steps
     validated = (epoch + 1) % config.eval_every == 0 or last
-    if validated and trainer.val is not None:  # whatever goes wrong in it, no step is lost
+    if validated and trainer.val is not None:  # a failing validation then loses no step
         resuming.save_last(trainer)
-    # No step of the epoch may have been applied: then there is no loss to speak of.
+    # Where no step of the epoch was applied, there is no training loss.
     total = float(all_reduce_sum(trainer.epoch_loss))
     train_loss = total / trainer.epoch_steps if trainer.epoch_steps else None
     if validated:
         record: dict[str, Any] = {"loss": train_loss, "train_loss": train_loss}
-        record["waiting_for_data"] = trainer.epoch_waited  # share of the epoch's training time
+        record["waiting_for_data"] = trainer.epoch_waited  # fraction of the training time
         if trainer.val is not None:
             record |= validate(trainer.validated, trainer.val, config)
-            _keep_pictures(trainer)
+            _keep_images(trainer)
         better = _keep_best(trainer, epoch, record)
         trainer.clock()
     trainer.epoch_loss, trainer.epoch_steps = torch.zeros_like(trainer.epoch_loss), 0
     trainer.ending = None
     if validated:
         write_record(trainer, "val", epoch, record | {"best": better})
-        trainer.say(epoch_words(trainer, epoch, record, better))
+        trainer.say(epoch_text(trainer, epoch, record, better))
     resuming.save_last(trainer)
 
 
 def _keep_best(trainer, epoch: int, record: dict) -> bool:
-    """Write best_model.pth, where this record is the best one yet."""
+    """Write best_model.pth if this record is the best one so far; True where it is."""
     before, loss = trainer.best_loss, record["loss"]
-    # Until there is a finite loss the newest model is kept: better than none.
+    # Until there is a finite loss, the newest model is saved rather than none.
     better = loss is not None and (loss < before or not math.isfinite(before))
     if trainer.val is None and trainer.config.terms_change and record["train_loss"] is not None:
-        better = True  # its sums are of other terms than before: the last one is kept
-    # Process 0 decides: on another kind of CPU the last bit of the loss may be another.
+        better = True  # losses of changing terms are not comparable: the last model is saved
+    # Process 0 decides: on another type of CPU the last bit of the loss may differ.
     better = bool(all_reduce_sum(trainer.epoch_loss.new_tensor(better * (not trainer.rank))))
     if better:
         trainer.best_loss = loss if math.isfinite(loss) else math.inf
@@ -220,15 +228,15 @@ def _keep_best(trainer, epoch: int, record: dict) -> bool:
     return better
 
 
-def _keep_pictures(trainer):
-    """Original, masked and put back, of the same few pictures each time."""
-    if trainer.writer and trainer.val is not None and "pixels" in trainer.config.terms:
-        pictures = example_pictures(trainer.validated, trainer.val, trainer.config)
-        trainer.writer.write_pictures(*pictures, step=trainer.step)
+def _keep_images(trainer):
+    """Save the same few images each time: original, masked, reconstructed."""
+    if trainer.writer and trainer.val is not None and "mim" in trainer.config.terms:
+        images = example_images(trainer.validated, trainer.val, trainer.config)
+        trainer.writer.write_images(*images, step=trainer.step)
 
 
 def _warn_of_overlap(trainer):
-    """Say what training and validation set share: scores on it flatter."""
+    """Warn of what training and validation set share, since it makes scores too good."""
     if (
         trainer.val is None
         or trainer.rank
@@ -240,7 +248,7 @@ def _warn_of_overlap(trainer):
 
 
 def _progress(trainer):
-    """A progress bar in a terminal or a notebook, on rank 0; nothing of it stays at the end."""
+    """A progress bar in a terminal or a notebook, on rank 0; it disappears at the end."""
     from tqdm import tqdm
 
     if trainer.rank or not (sys.stderr.isatty() or "ipykernel" in sys.modules):

@@ -1,8 +1,9 @@
-"""Which parameter is updated by which rule, how fast, and from when on.
+"""The optimizer, learning rate and weight decay of each parameter, and frozen towers.
 
-Muon (Jordan et al. 2024; torch.optim.Muon) orthogonalises the update of the hidden matrices of both
-towers; everything else goes to AdamW. Never decayed: biases, norms, position embeddings, class and
-mask tokens, logit_scale and logit_bias. Walk-through: notebooks/03_training.ipynb.
+Muon (Jordan et al. 2024; torch.optim.Muon) orthogonalises the updates of the layers' weight
+matrices in both towers; AdamW updates everything else. Never decayed: biases, norms, position
+embeddings, class and mask tokens, logit_scale and logit_bias.
+Walk-through: notebooks/03_training.ipynb.
 """
 
 import re
@@ -18,12 +19,19 @@ from .own_optimizer import own_optimizer
 from .threads import MOST_AT_ONCE, side_by_side
 
 _NEVER_DECAYED = ("position_embeddings", "cls_token", "mask_token", "logit_", "token_type")
-_QUINTIC = (3.4445, -4.7750, 2.0315)  # of one iteration: a x + b (x x^T) x + c (x x^T)^2 x
-_LAYER = re.compile(r"(vit|bert)\..*\blayers?\.(\d+)\.")  # of a tower, and its number
+_QUINTIC = (3.4445, -4.7750, 2.0315)  # one iteration is a x + b (x x^T) x + c (x x^T)^2 x
+_LAYER = re.compile(r"(vit|bert)\..*\blayers?\.(\d+)\.")  # tower and number of a layer
 
 
 def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Trainable parameters by role: "matrices" (hidden, 2-d), "decayed", "plain" (no decay)."""
+    """Trainable parameters by role.
+
+    Args:
+        model: an encoder, or a part of one.
+    Returns:
+        {"matrices": the layers' weight matrices (2-d), "decayed": other weights, "plain": those
+        without weight decay}, each {name: parameter}.
+    """
     groups: dict[str, dict[str, nn.Parameter]] = {"matrices": {}, "decayed": {}, "plain": {}}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -41,9 +49,17 @@ def parameter_groups(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 def layer_multiplier(model: Any, name: str, layer_decay: float) -> float:
     """The learning rate of a parameter as a fraction of the full one.
 
-    layer_decay to the power of the layers above it: embeddings and mask token of a tower of depth L
-    have L + 1 of them, its first layer L, its last norm and the projections none (Clark et al.
-    2020, ELECTRA, arXiv:2003.10555; BEiT). Nor has the decoder.
+    As in ELECTRA (Clark et al. 2020, arXiv:2003.10555) and BEiT, it is layer_decay to the
+    power of the number of layers above the parameter. In a tower of depth L that number is L + 1
+    for embeddings and mask token, L for the first layer, and 0 for the last norm; it is 0 for the
+    projections and the decoder.
+
+    Args:
+        model: the encoder.
+        name: name of the parameter in it.
+        layer_decay: factor from a layer to the one below it, in (0, 1].
+    Returns:
+        A factor in (0, 1].
     """
     if layer := _LAYER.search(name):
         above = getattr(model, layer[1]).config.num_hidden_layers - int(layer[2])
@@ -58,12 +74,16 @@ def layer_multiplier(model: Any, name: str, layer_decay: float) -> float:
 
 
 class Muon(torch.optim.Muon):
-    """torch's Muon: equal matrices are orthogonalised together, and shared out over processes.
+    """torch's Muon, batched over matrices of equal shape and divided among processes.
 
-    A batch of matrices keeps all cores busy where one of 192 x 192 does not. Each process
-    orthogonalises its part and sends the others the new weights; all of them doing all of it would
-    cost each process what one process pays. The momentum lives where its matrix is updated;
-    `share_memory` brings it everywhere.
+    A batch of matrices keeps all cores busy; a single one of 192 x 192 does not. Each process
+    orthogonalises its part of the matrices and sends the new weights to the others, so that the
+    cost per process falls with their number. The momentum of a matrix is kept only by the process
+    that updates it; `share_memory` copies it to all.
+
+    Args:
+        groups: parameter groups of matrices.
+        options: of torch.optim.Muon (lr, weight_decay, momentum, …).
     """
 
     def __init__(self, groups: list[dict], **options):
@@ -72,7 +92,7 @@ class Muon(torch.optim.Muon):
         self.parts: list[list[nn.Parameter]] = [[] for _ in range(processes)]
         work = [0] * processes
         matrices = [p for group in self.param_groups for p in group["params"]]
-        for matrix in sorted(matrices, key=_work, reverse=True):  # the next to the least busy
+        for matrix in sorted(matrices, key=_work, reverse=True):  # to the least busy process
             owner = work.index(min(work))
             self.parts[owner].append(matrix)
             work[owner] += _work(matrix)
@@ -92,7 +112,7 @@ class Muon(torch.optim.Muon):
         on_cpu = all(matrix.device.type == "cpu" for matrix in mine)
         count = min(MOST_AT_ONCE, torch.get_num_threads()) if on_cpu else 1
 
-        def update(number: int) -> None:  # each has a share of every shape
+        def update(number: int) -> None:  # each thread updates a part of every shape
             for matrices, group in jobs:
                 if own := matrices[number::count]:
                     self._update(own, group)
@@ -104,26 +124,26 @@ class Muon(torch.optim.Muon):
 
     @torch.no_grad()
     def _update(self, matrices: list[Tensor], group: dict):
-        """The step of matrices of one shape."""
+        """Update matrices of one shape."""
         rate, momentum = group["lr"], group["momentum"]
-        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]  # all have
-        memory = []
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]  # all have one
+        buffers = []
         for matrix in matrices:
             state = self.state[matrix]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(matrix)
-            memory.append(state["momentum_buffer"])
-        torch._foreach_lerp_(memory, gradients, 1 - momentum)
-        ahead = torch._foreach_lerp(gradients, memory, momentum)  # Nesterov's
+            buffers.append(state["momentum_buffer"])
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        ahead = torch._foreach_lerp(gradients, buffers, momentum)  # Nesterov
         update = orthogonalize(torch.stack(ahead), group["ns_coefficients"], group["ns_steps"])
         torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
         height, width = matrices[0].shape
-        step = rate * max(1, height / width) ** 0.5  # torch's "original" adjustment
+        step = rate * max(1, height / width) ** 0.5  # "original" adjustment in torch
         torch._foreach_add_(matrices, list(update.to(matrices[0].dtype)), alpha=-step)
 
     @torch.no_grad()
     def share_memory(self):
-        """Bring every matrix's momentum to every process; for a checkpoint."""
+        """Copy the momentum of every matrix to every process, for a checkpoint."""
         rank, processes = rank_and_world_size()
         if processes == 1:
             return
@@ -139,9 +159,9 @@ class Muon(torch.optim.Muon):
 
 
 def orthogonalizing_type(device: torch.device) -> torch.dtype:
-    """What `orthogonalize` computes in: bfloat16 where the device has units for it, else float32.
+    """The type of `orthogonalize`: bfloat16 where the device has units for it, else float32.
 
-    Its iterations forgive rounding, so that the faster type is always the better one.
+    The iterations tolerate rounding, so that the faster type is always preferred.
     """
     return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
 
@@ -149,11 +169,18 @@ def orthogonalizing_type(device: torch.device) -> torch.dtype:
 def orthogonalize(
     stack: Tensor, coefficients=_QUINTIC, steps: int = 5, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """Matrices (M, R, C) made nearly orthogonal, each by itself: (M, R, C) of type dtype.
+    """Make each matrix of a stack nearly orthogonal, by Newton-Schulz iterations.
 
-    Newton-Schulz iterations (Jordan et al. 2024) as in torch.optim.Muon, which always takes
-    bfloat16: singular values end near 1 (0.7 to 1.2), not at it. dtype: what it computes in; None =
-    `orthogonalizing_type` of the device.
+    As in torch.optim.Muon (Jordan et al. 2024), which always uses bfloat16. Singular values end
+    near 1 (0.7 to 1.2), not at 1.
+
+    Args:
+        stack: (M, R, C) matrices.
+        coefficients: (a, b, c) of the quintic polynomial.
+        steps: number of iterations.
+        dtype: type to compute in; None = `orthogonalizing_type` of the device.
+    Returns:
+        (M, R, C) of that type.
     """
     a, b, c = coefficients
     x = stack.to(dtype or orthogonalizing_type(stack.device))
@@ -167,12 +194,12 @@ def orthogonalize(
 
 
 def _work(matrix: Tensor) -> int:
-    """Operations of one step of the iteration, up to a factor: n^2 m of an n x m matrix, n <= m."""
+    """Operations of one iteration up to a factor: n^2 m for an n x m matrix, n <= m."""
     return matrix.numel() * min(matrix.shape)
 
 
 def _split_by_rate(model, parameters: dict[str, nn.Parameter], layer_decay, peak, decay) -> list:
-    """Groups of an optimizer, one per learning rate, the parameters' order kept."""
+    """Parameter groups of an optimizer, one per learning rate, in the order of the parameters."""
     by_rate: dict[float, list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         rate = peak * layer_multiplier(model, name, layer_decay)
@@ -184,12 +211,19 @@ def _split_by_rate(model, parameters: dict[str, nn.Parameter], layer_decay, peak
 
 
 def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all, Muon on the hidden matrices and AdamW on the rest, or the caller's own.
+    """The optimizers of a run: AdamW, Muon with AdamW, or the user's own.
 
-    A function is given a list of parameter groups ("params", "lr", "weight_decay") and returns one
-    optimizer over them. What it sets itself holds, see `_keep_own_values`. Each group carries its
-    peak learning rate as `peak_lr`. Raises ValueError where the function returns anything but an
-    optimizer, or one that leaves weights out.
+    With "muon", Muon updates the layers' weight matrices and AdamW the rest. A function as
+    `config.optimizer` gets a list of parameter groups ("params", "lr", "weight_decay") and returns
+    one optimizer over them; values that it sets take precedence, see `_keep_own_values`.
+
+    Args:
+        model: the encoder; frozen parameters are left out.
+        config: optimizer, learning rates, weight decay and layer decay.
+    Returns:
+        One or two optimizers, whose groups hold their peak learning rates as `peak_lr`.
+    Raises:
+        ValueError: the function returns anything but an optimizer, or one that leaves weights out.
     """
     roles = parameter_groups(model)
     muon = config.optimizer == "muon" and roles["matrices"]
@@ -213,9 +247,14 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], fraction: float) -> None:
-    """Set every group to `fraction` of its peak.
+    """Set the learning rate of every group to a fraction of its peak.
 
-    By hand: accelerate steps a prepared scheduler once per process, so that it would end early.
+    A scheduler is not used: accelerate steps a prepared one once per process, so that it would
+    end early.
+
+    Args:
+        optimizers: those of `build_optimizers`.
+        fraction: of the peak, in [0, 1].
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -223,11 +262,16 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], fraction: float) 
 
 
 def freeze(model: Any, kind: str) -> list[nn.Parameter]:
-    """Leave a tower as it is (Zhai et al. 2022, LiT, arXiv:2111.07991); what `unfreeze` takes.
+    """Freeze a tower (Zhai et al. 2022, LiT, arXiv:2111.07991); call it after `model.train()`.
 
-    kind: "image" or "text". A frozen tower gets no gradient, no weight decay and no dropout, and
-    its activations are not kept. Projections, logit_scale and logit_bias always learn. Call it
-    after `model.train()`. Returns the parameters that were not frozen before.
+    A frozen tower gets no gradient, no weight decay and no dropout, and its activations are not
+    kept. Projections, logit_scale and logit_bias always learn.
+
+    Args:
+        model: the encoder.
+        kind: "image" or "text".
+    Returns:
+        The parameters that were not frozen before, for `unfreeze`.
     """
     tower = model.vit if kind == "image" else model.bert
     token = getattr(model, f"{kind}_mask_token")
@@ -239,6 +283,6 @@ def freeze(model: Any, kind: str) -> list[nn.Parameter]:
 
 
 def unfreeze(parameters: list[nn.Parameter]) -> None:
-    """Let parameters learn again."""
+    """Let parameters learn again that `freeze` returned."""
     for parameter in parameters:
         parameter.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Generators and global flags of a run, apart from those of whoever calls it.
+"""Generators and global flags of a run, separate from those of its caller.
 
 Walk-through: notebooks/05_checkpoints.ipynb.
 """
@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..joint_calls import joint
 
@@ -25,13 +26,13 @@ def random_state() -> dict:
         "numpy": [name, torch.from_numpy(np.asarray(keys, np.int64)), position, has_gauss, cached],
         "python": [version, list(internal), gauss],
     }
-    if torch.cuda.is_initialized():  # asking would start it, on the first GPU
+    if torch.cuda.is_initialized():  # reading the state would start CUDA, on the first GPU
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
 def set_random_state(state: dict) -> None:
-    """Put back what `random_state` saved."""
+    """Restore what `random_state` saved."""
     torch.set_rng_state(state["torch"].cpu())
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
@@ -43,7 +44,7 @@ def set_random_state(state: dict) -> None:
 
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Whatever is drawn in here, the generators stand afterwards where they stood before."""
+    """A context that restores the state of the generators at its end."""
     before = random_state()
     try:
         yield
@@ -52,16 +53,19 @@ def random_state_kept() -> Iterator[None]:
 
 
 class OwnState:
-    """Generators and global flags of a training run, apart from those of whoever calls it.
+    """Generators and global flags of a training run, separate from those of its caller.
 
-    `inside()` puts the run's in their place, `outside()` (for callbacks) the caller's again; both
-    put back what they found, and do nothing where that is there already.
+    `inside()` puts the run's state in place, `outside()` (for callbacks) the caller's. Both restore
+    what they found, and do nothing where the right state is in place already.
+
+    Args:
+        deterministic: use deterministic algorithms inside.
     """
 
     def __init__(self, deterministic: bool):
         self._deterministic = deterministic
         self._inside = False
-        self._other: dict | None = None  # of the generators: what is not in place now
+        self._other: dict | None = None  # the state of the generators that is not in place
 
     def inside(self) -> contextlib.AbstractContextManager:
         """A context in which the run's own state is in place."""
@@ -80,7 +84,7 @@ class OwnState:
             self._swap()
 
     def cuda_has_started(self) -> None:
-        """Its generators, too, are the caller's until the run seeds them."""
+        """Note the state of CUDA's generators, just started, as the caller's."""
         if self._other is not None and "every cuda" not in self._other:
             self._other |= self._cuda()
 
@@ -95,7 +99,7 @@ class OwnState:
             if "every cuda" in self._other:
                 torch.cuda.set_rng_state_all(self._other["every cuda"])
         self._other, self._inside = now, not self._inside
-        if not self._deterministic:  # what the caller has asked for holds in the run, too
+        if not self._deterministic:  # the caller's setting holds in the run, too
             return
         if self._inside:
             self._asked = torch.are_deterministic_algorithms_enabled()
@@ -108,9 +112,9 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def with_own_state(method: Method) -> Method:
-    """A method that draws from the run's own generators and leaves the caller's as they were.
+    """Decorate a method to draw from the run's own generators and not from the caller's.
 
-    All processes must call it.
+    All processes must call the method.
     """
 
     @functools.wraps(method)
@@ -119,3 +123,16 @@ def with_own_state(method: Method) -> Method:
             return method(self, *args, **kwargs)
 
     return cast(Method, run)
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """The state of the generators that dropout draws from."""
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def set_random_states(states: list[Tensor], device: torch.device):
+    """Restore what `random_states` returned."""
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)

@@ -1,4 +1,4 @@
-"""What a training run records and says of a step and of an epoch.
+"""What a training run records and prints about a step and an epoch.
 
 Walk-through: notebooks/03_training.ipynb.
 """
@@ -15,25 +15,33 @@ from ..masking.text import maskable_tokens
 
 
 def as_json(value: Any) -> Any:
-    """The value; None for a float that JSON does not have."""
+    """The value, or None for a float that JSON cannot express."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def step_record(
     trainer, batch: Batch, loss: Tensor, norm: float, steps_per_second: float, waited: float
 ) -> dict[str, Any]:
-    """The record of the step that was taken last, over all processes.
+    """The record of the last step, over all processes.
 
-    waited: the fraction of the time that went by without a batch.
+    Args:
+        trainer: a MaskedMultimodalTrainer after the step.
+        batch: this process's part of the batch.
+        loss: this process's part of the loss.
+        norm: norm of the gradient before clipping.
+        steps_per_second: since the last record.
+        waited: fraction of the time spent waiting for data, since the last record.
+    Returns:
+        Plain values by name.
     """
     model = trainer.model
-    words = maskable_tokens(batch.input_ids, batch.valid, model.special_ids).sum()
-    hidden = [
+    maskable = maskable_tokens(batch.input_ids, batch.valid, model.special_ids).sum()
+    masked = [
         sum(float(drawn[i].mask.sum()) for drawn in trainer.drawn if drawn[i] is not None)
         for i in (0, 1)
     ]
-    sums = [float(loss), *hidden, len(batch) * model.num_patches, float(words)]
-    total, patches_hidden, words_hidden, patches, words = all_reduce_sum(
+    sums = [float(loss), *masked, len(batch) * model.num_patches, float(maskable)]
+    total, patches_masked, tokens_masked, patches, tokens = all_reduce_sum(
         torch.tensor(sums, dtype=torch.float64).to(trainer.device)
     ).tolist()
     return {
@@ -41,8 +49,8 @@ def step_record(
         **_terms_in_all(trainer),
         "learning_rate": trainer.optimizers[-1].param_groups[0]["lr"],
         "logit_scale": model.logit_scale.item(),
-        "image_mask_ratio": patches_hidden / patches,
-        "text_mask_ratio": words_hidden / max(1, words),
+        "image_mask_ratio": patches_masked / patches,
+        "text_mask_ratio": tokens_masked / max(1, tokens),
         "grad_norm": norm,
         "skipped_steps": trainer.skipped,
         "samples_per_second": steps_per_second * len(trainer.train) / trainer.steps_per_epoch,
@@ -51,7 +59,7 @@ def step_record(
 
 
 def _terms_in_all(trainer) -> dict[str, float]:
-    """Each term of the last step, not weighted, over all processes; {} for contrast alone."""
+    """Each term of the last step, unweighted, over all processes; {} for contrast alone."""
     terms = sorted(trainer.terms)
     if trainer.config.terms == ["contrastive"] or not terms:
         return {}
@@ -60,15 +68,15 @@ def _terms_in_all(trainer) -> dict[str, float]:
 
 
 def likely_cause(model, scaler, batch: Batch) -> str:
-    """Why no gradient is finite, and what to do, in words."""
+    """A message: why no gradient is finite, and what to do."""
     pixels = batch.pixel_values.flatten(1)
     bad = ~torch.isfinite(pixels).all(1) if pixels.is_floating_point() else None
     if bad is not None and bad.any():
         ids = ", ".join(str(int(i)) for i in batch.sample_ids[bad][:5])
-        return f"a picture is not finite (sample ids {ids}): check the transform"
+        return f"an image has values that are not finite (sample ids {ids}): check the transform"
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
-            return f"the weights were not finite to begin with ({name}): take another model"
+            return f"the weights were not finite from the start ({name}): take another model"
     if scaler.is_enabled() and scaler.get_scale() < 1:
         return (
             f"fp16 overflows even at a loss scale of {scaler.get_scale():.0e}: take "
@@ -80,19 +88,19 @@ def likely_cause(model, scaler, batch: Batch) -> str:
     )
 
 
-def epoch_words(trainer, epoch: int, record: dict, better: bool) -> str:
-    """What is printed at the end of an epoch."""
-    words, train_loss = f"epoch {epoch + 1:3d}/{trainer.num_epochs}  ", record["train_loss"]
-    words += "no step applied" if train_loss is None else f"train loss {train_loss:.3f}"
+def epoch_text(trainer, epoch: int, record: dict, better: bool) -> str:
+    """The line that is printed at the end of an epoch."""
+    text, train_loss = f"epoch {epoch + 1:3d}/{trainer.num_epochs}  ", record["train_loss"]
+    text += "no step applied" if train_loss is None else f"train loss {train_loss:.3f}"
     if trainer.val is not None:
-        words += f"  val loss {record['loss']:.3f}"
+        text += f"  val loss {record['loss']:.3f}"
     if "image_to_text_R@1" in record:
         recalls = [record[f"{way}_R@1"] for way in ("image_to_text", "text_to_image")]
-        words += f"  R@1 {50 * sum(recalls):5.1f} %"
+        text += f"  R@1 {50 * sum(recalls):5.1f} %"
     if "pixel_error" in record:
-        words += f"  pixel error {record['pixel_error']:.4f}"
-    for term in ("words", "matching"):
+        text += f"  pixel error {record['pixel_error']:.4f}"
+    for term in ("mlm", "itm"):
         if f"{term}_accuracy" in record:
-            words += f"  {term} {100 * record[f'{term}_accuracy']:4.1f} %"
+            text += f"  {term} {100 * record[f'{term}_accuracy']:4.1f} %"
     waited = f"  waited for data {100 * trainer.epoch_waited:.1f} %"
-    return f"{words}  {trainer.seconds:6.1f} s{waited}{'  best' if better else ''}"
+    return f"{text}  {trainer.seconds:6.1f} s{waited}{'  best' if better else ''}"

@@ -1,7 +1,7 @@
-"""Save where a run stands (best_model.pth, last/state.pth), resume or fork it, or refuse to.
+"""Save the state of a run (best_model.pth, last/state.pth), and resume or fork a run.
 
-A run's standing is its step, its weights, the optimizers' memory, the scaler, the running means and
-the state of every generator; order, masks and captions are pure functions and need no storing.
+The state holds the step, the weights, the optimizer state, the scaler, the running means (EMA) and
+every generator; order, masks and captions are pure functions and need no storing.
 Walk-through: notebooks/05_checkpoints.ipynb.
 """
 
@@ -21,11 +21,12 @@ from ..distributed import all_reduce_sum, rank_and_world_size
 from ..files import shown, write_atomically
 from ..models.checkpoint import load_weights, read_checkpoint
 from ..models.layers import draws_dropout
+from ..older_names import current_keys
 from . import fingerprint
 from .optim import Muon
 from .random_state import random_state, set_random_state
 
-# On resume these may differ freely: they change what is written, not what is learned …
+# Fields that may differ freely on resume: they change what is written, not what is learned.
 _FREE = {
     "output_dir",
     "run_name",
@@ -36,18 +37,18 @@ _FREE = {
     "max_skipped_steps",
     "term_gradients_every",
 }
-# … and these give the same gradient up to float summation, where nothing is drawn on the way …
+# Fields that keep the gradient up to float summation, unless dropout is drawn.
 _SUMMATION = {"gradient_accumulation_steps", "exchange", "gradient_checkpointing", "compile"}
-# … for dropout is then drawn in another order.
+# Fields that change the order in which dropout is drawn.
 _DRAWN_OTHERWISE = {"gradient_accumulation_steps", "compile"}
-_NEEDED = (  # entries of last/state.pth without which nothing can go on
+_NEEDED = (  # entries of last/state.pth that resuming needs
     "model_state_dict optimizer_state_dict scaler random config data "
     "epoch_loss best_loss step skipped seconds"
 ).split()
 
 
 def on_rank_0(work: Callable):
-    """What `work()` returns in process 0, in all processes; what it raises is raised in all."""
+    """Call `work()` in process 0; its result, or its error, reaches all processes."""
     from accelerate.utils import broadcast_object_list
 
     answer: list = [None, None]
@@ -65,19 +66,19 @@ def on_rank_0(work: Callable):
 
 
 def _of_run(trainer) -> dict:
-    """What both files say of the run beside its standing."""
+    """The entries about the run that both files hold besides its state."""
     return {"config": trainer.recorded_config(), "data": trainer.identity["train"]}
 
 
 def _share_memory(trainer):
-    """Bring what an optimizer keeps in other processes to this one."""
+    """Copy the optimizer state that other processes hold to this one."""
     for optimizer in trainer.optimizers:
         if isinstance(optimizer, Muon):
             optimizer.share_memory()
 
 
 def save_best(trainer, epoch: int):
-    """Write best_model.pth: the model that was validated (the running mean, where there is one)."""
+    """Write best_model.pth: the validated model, which is the EMA where there is one."""
     _share_memory(trainer)
     if trainer.rank == 0:
         model = trainer.validated
@@ -93,14 +94,14 @@ def save_best(trainer, epoch: int):
 
 
 def save_last(trainer):
-    """Write last/state.pth, and keep as many as `keep_last` says."""
+    """Write last/state.pth, and keep the `keep_last` newest states."""
     _share_memory(trainer)
     states = [random_state()]
     if trainer.processes > 1:
         from accelerate.utils import gather_object
 
         states = gather_object(states)
-    # An equal part to each, here and after a resume, so that both sum up the same numbers.
+    # Each process gets an equal part, here and after resuming, so that the sums are the same.
     total = all_reduce_sum(trainer.epoch_loss)
     trainer.epoch_loss = total / trainer.processes
     trainer.clock()
@@ -114,9 +115,9 @@ def save_last(trainer):
 
 @contextlib.contextmanager
 def interrupts_wait(trainer) -> Iterator[None]:
-    """An interrupt waits for the end of a step (`trainer.in_step`), unless it is the second one.
+    """Delay a first interrupt until the end of the step (`trainer.in_step`).
 
-    Of one process: several are ended together, by whoever started them.
+    Only for a single process: several are ended together, by whoever started them.
     """
     usual = signal.default_int_handler
 
@@ -138,8 +139,8 @@ def interrupts_wait(trainer) -> Iterator[None]:
 
 
 def save_what_is_done(trainer):
-    """After an error: write last/ where a run stands between two steps, and say how to go on."""
-    if trainer.processes > 1:  # the others may be anywhere
+    """After an error between two steps: write last/, and print how to resume."""
+    if trainer.processes > 1:  # the others may be at any point
         return
     where = "within a step, which is lost" if trainer.in_step else "between two steps"
     with contextlib.suppress(OSError):  # the disk itself may be at fault
@@ -149,20 +150,20 @@ def save_what_is_done(trainer):
     if state.is_file():
         trainer.say(
             f"ended at step {trainer.step} of {trainer.total_steps}, {where}; {shown(state)} is "
-            "saved: go on with resume=True"
+            "saved: continue with resume=True"
         )
 
 
 def _keep(path: Path, step: int, count: int):
-    """A second name, state-STEP.pth, for the file just written; the newest `count` stay."""
+    """Link the file just written as state-STEP.pth, and remove all but the newest `count`."""
     named = path.with_name(f"state-{step:08d}.pth")
     if count > 1:
         named.unlink(missing_ok=True)
         try:
             os.link(path, named)  # the same bytes on the disk, until state.pth is replaced
-        except OSError:  # a file system without links
+        except OSError:  # the file system has no links
             shutil.copyfile(path, named)
-    # Later ones are of a future that a resume has left.
+    # Later ones were written before the run was resumed from an earlier state.
     names = {old: re.fullmatch(r"state-(\d{8,})\.pth", old.name) for old in path.parent.iterdir()}
     numbers = {old: int(found[1]) for old, found in names.items() if found}
     kept = sorted(old for old, number in numbers.items() if number <= step)[-count:]
@@ -172,9 +173,9 @@ def _keep(path: Path, step: int, count: int):
 
 
 def seen_by(trainer, path: Path) -> int:
-    """How many processes see this file.
+    """The number of processes that see this file.
 
-    A network file system may repeat for half a minute that a name does not exist; opening the
+    A network file system may report for half a minute that a new file does not exist; opening the
     folders above it makes it ask the server again.
     """
     for folder in reversed(path.absolute().parents):
@@ -184,26 +185,36 @@ def seen_by(trainer, path: Path) -> int:
 
 
 def needed_bytes(trainer) -> int:
-    """What best_model.pth and last/ will take on the disk at least, and one of them once more."""
+    """Least bytes on the disk for best_model.pth, last/, and a second copy of one while writing."""
 
     def size(module) -> int:
         return sum(x.nbytes for x in module.state_dict().values())
 
-    memory = 0
+    state = 0
     for optimizer in trainer.optimizers:
-        values = {Muon: 1, torch.optim.AdamW: 2}.get(type(optimizer), 0)  # kept for each weight
-        memory += values * sum(p.nbytes for g in optimizer.param_groups for p in g["params"])
-    best = size(trainer.model) + memory
-    means = [mean.module for mean in (trainer.ema, trainer.attention_ema) if mean is not None]
+        values = {Muon: 1, torch.optim.AdamW: 2}.get(type(optimizer), 0)  # per weight
+        state += values * sum(p.nbytes for g in optimizer.param_groups for p in g["params"])
+    best = size(trainer.model) + state
+    means = [ema.module for ema in (trainer.ema, trainer.attention_ema) if ema is not None]
     last = best + sum(map(size, means))
     return best + trainer.config.keep_last * last + max(best, last)
 
 
 def resume(trainer, path: Path) -> bool:
-    """Put everything back as `save_last` left it; False where there is nothing."""
+    """Restore a run from the state that `save_last` wrote.
+
+    Args:
+        trainer: a MaskedMultimodalTrainer that has not trained.
+        path: of last/state.pth.
+    Returns:
+        False where there is no state.
+    Raises:
+        ValueError: the state is of another experiment.
+        RuntimeError: not all processes see the file.
+    """
     found, folder = seen_by(trainer, path), shown(trainer.path)
     if not found:
-        trainer.say(f"nothing to resume in {folder}: starting anew")
+        trainer.say(f"nothing to resume in {folder}: starting a new run")
         return False
     if found < trainer.processes:
         raise RuntimeError(
@@ -211,66 +222,66 @@ def resume(trainer, path: Path) -> bool:
             "be a folder that all machines share"
         )
     state = read_checkpoint(path, _NEEDED)
-    words = on_rank_0(lambda: _check_same(trainer, state))
-    _put_back(trainer, state, path, forked=False)
+    notes = on_rank_0(lambda: _check_same(trainer, state))
+    _restore(trainer, state, path, forked=False)
     resuming = f"resuming {folder} at step {trainer.step} of {trainer.total_steps}"
-    trainer.say("\n".join([resuming, *words]))
+    trainer.say("\n".join([resuming, *notes]))
     return True
 
 
 def _check_same(trainer, state: dict) -> list[str]:
-    """ValueError where a state is of another experiment; else what is to be said of going on."""
+    """ValueError where a state is of another experiment; else notes on how the rest may differ."""
     differing, folder = _differing(trainer, state), shown(trainer.path)
     soft = {k: v for k, v in differing.items() if _keeps_the_gradient(trainer.config, k)}
     hard = {k: v for k, v in differing.items() if k not in soft}
     others, unsure = _others(trainer, state)
     if not hard and not others:
-        return [f"beware      {words}" for words in unsure] + _moved(trainer, state, soft)
-    data = [words for words in others if words.startswith("training ")]
-    rest = [words for words in others if words not in data]
-    parts = [f"its configuration differs ({_in_words(hard)})"] if hard else []
+        return [f"beware      {note}" for note in unsure] + _moved(trainer, state, soft)
+    data = [difference for difference in others if difference.startswith("training ")]
+    rest = [difference for difference in others if difference not in data]
+    parts = [f"its configuration differs ({_listed(hard)})"] if hard else []
     parts += [f"it was trained on other images or captions ({'; '.join(data)})"] if data else []
     parts += [f"this differs: {'; '.join(rest)}"] if rest else []
     remedy = (
-        "or fork it, which starts a run of its own from where this one stands: another run_name, "
+        "or fork it, which starts another run from its state: give another run_name "
         f"and resume={folder!r} (command line: --fork {folder})"
     )
     if why := _no_fork(trainer, state):
         remedy = f"or give another run_name (a fork cannot have {why})"
-    up_to = "float summation" + (" and draws of dropout" if draws_dropout(trainer.model) else "")
+    up_to = "float summation" + (" and dropout" if draws_dropout(trainer.model) else "")
     raise ValueError(
-        f"cannot resume {folder}: {', and '.join(parts)}; use the same ones, {remedy}. May differ: "
-        f"{', '.join(sorted(_FREE))}; and, up to {up_to}: {', '.join(sorted(_SUMMATION))} and the "
-        "number of processes"
+        f"cannot resume {folder}: {', and '.join(parts)}; use the same ones, {remedy}. These may "
+        f"differ: {', '.join(sorted(_FREE))}; and, up to {up_to}: {', '.join(sorted(_SUMMATION))} "
+        "and the number of processes"
     )
 
 
 def _others(trainer, state: dict) -> fingerprint.Differences:
-    """In words: what differs beside the configuration, and what could not be compared."""
+    """Messages on what differs besides the configuration, and on what could not be compared."""
     now = trainer.identity
     if "identity" in state:
         return fingerprint.compare(state["identity"], now, trainer)
     differs, unsure = fingerprint.compare_data(state["data"], now["train"], trainer.train)
-    unsure = [f"training {words}" for words in unsure]
+    unsure = [f"training {note}" for note in unsure]
     if not differs:
         unsure.append("nor were the validation set, the model, its tokenizer and functions")
-    return [f"training {words}" for words in differs], unsure
+    return [f"training {difference}" for difference in differs], unsure
 
 
 def _no_fork(trainer, state: dict) -> str:
-    """ "" where a run may start from this state, else what it differs in, in words."""
+    """A message on why no run may start from this state; "" where one may."""
     size, ours = state["config"]["batch_size"], trainer.config.batch_size
     if size != ours:
-        return f"another batch_size ({size} -> {ours}): its epoch is cut into other batches"
+        return f"another batch_size ({size} -> {ours}): its epoch is divided into other batches"
     then, now = state.get("identity"), trainer.identity
     old = state["data"].get("count")
     if old is None and state["data"]["fingerprint"] != now["train"]["fingerprint"]:
         return "other images or captions"
     if old not in (None, count := now["train"]["count"]):
-        return f"{count:,} images instead of {old:,}: its epoch is cut into other batches"
+        return f"{count:,} images instead of {old:,}: its epoch is divided into other batches"
     if then and fingerprint.other_tokens(then, now):
         return "another tokenizer, for which its weights mean nothing"
-    shapes = [  # a decoder may be another one: it then starts anew
+    shapes = [  # the decoder may differ: it then starts untrained
         {name: x.shape for name, x in weights.items() if not name.startswith("decoder.")}
         for weights in (state["model_state_dict"], trainer.model.state_dict())
     ]
@@ -278,40 +289,47 @@ def _no_fork(trainer, state: dict) -> str:
 
 
 def _moved(trainer, state: dict, soft: dict) -> list[str]:
-    """In words: what will not be as it was, or only up to float summation."""
-    config, words = trainer.config, []
+    """Messages on what will differ from the run so far, or be equal only up to float summation."""
+    config, notes = trainer.config, []
     draws = ["dropout"] if draws_dropout(trainer.model) else []
     drawn = {k: v for k, v in soft.items() if draws and k in _DRAWN_OTHERWISE}
     if same := {k: v for k, v in soft.items() if k not in drawn}:
-        words.append(f"other than before, up to float summation the same: {_in_words(same)}")
+        notes.append(f"changed, the same up to float summation: {_listed(same)}")
     if drawn:
-        words.append(f"other than before, other dropout from here on: {_in_words(drawn)}")
+        notes.append(f"changed, with other dropout from here on: {_listed(drawn)}")
     if (saved := len(state["random"])) != trainer.processes:
-        draws += ["the wrong pairs of matching"] if config.matching_weight else []
+        draws += ["the mismatched pairs"] if config.itm_weight else []
         if config.accumulation == "naive" and config.gradient_accumulation_steps > 1:
             draws.append("each micro-batch's negatives")
         how = "the same up to float summation"
         how = f"other draws of {' and '.join(draws)} from here on" if draws else how
-        words.append(f"saved by {saved} processes, now {trainer.processes}: {how}")
+        notes.append(f"saved by {saved} processes, now {trainer.processes}: {how}")
     then, now = state.get("identity", {}).get("computed"), trainer.identity["computed"]
     if then not in (None, now):
         other = "rounding and dropout" if draws_dropout(trainer.model) else "rounding"
-        words.append(f"computed in {then} before, now in {now}: other {other} from here on")
-    return words
+        notes.append(f"computed in {then} before, now in {now}: other {other} from here on")
+    return notes
 
 
 def fork(trainer, source: Path):
-    """Start a run of its own from where another one stands (its folder, or a state.pth in it).
+    """Start a new run from the state of another one.
 
-    Anything may differ but `batch_size` and the number of images (with another one "the batches
-    still to come" has no meaning) and the tokenizer. Where other terms need other heads, the
-    decoder starts anew (or is gone).
+    Anything may differ except the tokenizer, `batch_size` and the number of images (with other
+    numbers "the remaining batches" of an epoch are undefined). Where other terms need other heads,
+    the decoder starts untrained (or is dropped).
+
+    Args:
+        trainer: a MaskedMultimodalTrainer that has not trained.
+        source: the other run's folder, or a state.pth in it.
+    Raises:
+        ValueError: the source is this run itself, differs in one of these, or is at or after this
+            run's last step.
     """
     source = source.expanduser()
     path = source if source.is_file() else source / "last" / "state.pth"
     if path.resolve().is_relative_to(trainer.path.resolve()):
         raise ValueError(
-            f"{shown(source)} cannot be forked into itself; to go on with it take resume=True, to "
+            f"{shown(source)} cannot be forked into itself; to continue it take resume=True, to "
             "fork it give another run_name"
         )
     state = read_checkpoint(path, _NEEDED)
@@ -321,91 +339,94 @@ def fork(trainer, source: Path):
             "model=mm.load('…/best_model.pth')"
         )
     others, unsure = on_rank_0(lambda: _others(trainer, state))
-    differing = _in_words(_differing(trainer, state))
-    _put_back(trainer, state, path, forked=True)
+    differing = _listed(_differing(trainer, state))
+    _restore(trainer, state, path, forked=True)
     if trainer.step >= trainer.total_steps:
         raise ValueError(
-            f"{shown(source)} stands at step {trainer.step} and this run ends at "
+            f"{shown(source)} is at step {trainer.step} and this run ends at "
             f"{trainer.total_steps}: nothing is left to do; raise num_epochs (or max_steps)"
         )
-    trainer.best_loss = float("inf")  # of another recipe, perhaps on another scale
-    if trainer.ending is not None:  # an epoch that is over, and not this run's
+    trainer.best_loss = float("inf")  # the other run's loss may be on another scale
+    if trainer.ending is not None:  # the epoch that ends is the other run's
         trainer.ending, trainer.epoch_steps = None, 0
         trainer.epoch_loss = torch.zeros_like(trainer.epoch_loss)
     trainer.say(
         f"{shown(trainer.path)} starts as a fork of {shown(source)} at step {trainer.step} of "
-        f"{trainer.total_steps}; other than there: "
-        f"{'; '.join(filter(None, [differing, *others])) or 'nothing'}"
+        f"{trainer.total_steps}; differences: "
+        f"{'; '.join(filter(None, [differing, *others])) or 'none'}"
     )
-    for words in unsure:
-        trainer.say(f"beware      {words}")
+    for note in unsure:
+        trainer.say(f"beware      {note}")
 
 
 def _differing(trainer, state: dict) -> dict[str, tuple]:
-    """{field: (then, now)} of the settings that differ, but for those that may freely."""
-    ours, theirs = trainer.config.to_dict(), state["config"]
-    # What a model that was given is, it is by itself, whatever the configuration says.
+    """{field: (then, now)} of the settings that differ, except those that may differ freely."""
+    ours = trainer.config.to_dict()
+    # The settings of a given model are its own, whatever the configuration says.
     free = _FREE | trainer.model_settings.keys()
     if "identity" in state:  # functions are compared by what they compute
         free |= {name for name in fingerprint.FUNCTIONS if "mask" not in name}
-    theirs = TrainingConfig().to_dict() | theirs  # a field it does not have yet did not matter
+    # A field that an older version did not have is at its default.
+    theirs = TrainingConfig().to_dict() | current_keys(state["config"])
     return {k: (theirs[k], v) for k, v in ours.items() if theirs[k] != v and k not in free}
 
 
 def _keeps_the_gradient(config: TrainingConfig, name: str) -> bool:
-    if name == "gradient_accumulation_steps" and config.matching_weight:
-        return False  # the wrong pairs are drawn from a micro-batch
+    if name == "gradient_accumulation_steps" and config.itm_weight:
+        return False  # mismatched pairs are drawn within a micro-batch
     return name in _SUMMATION and config.accumulation == "exact"
 
 
-def _in_words(differing: dict[str, tuple]) -> str:
+def _listed(differing: dict[str, tuple]) -> str:
     return ", ".join(f"{k}: {then!r} -> {now!r}" for k, (then, now) in differing.items())
 
 
 def _other_heads(weights: dict, module) -> dict:
-    """Weights for `module` whose decoder is its own where the file has none, or another one."""
+    """Weights for `module`, with its own decoder where the file has none or another one."""
     own = {k: v for k, v in module.state_dict().items() if k.startswith("decoder.")}
     theirs = {k: v for k, v in weights.items() if k.startswith("decoder.")}
     same = {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in theirs.items()}
     return weights if same else {k: v for k, v in weights.items() if k not in theirs} | own
 
 
-def _put_back(trainer, state: dict, path: Path, forked: bool):
-    memories, saved = trainer.optimizers, state["optimizer_state_dict"]
+def _restore(trainer, state: dict, path: Path, forked: bool):
+    optimizers, saved = trainer.optimizers, state["optimizer_state_dict"]
     other_heads = forked and _take_own_heads(trainer, state)
     same = not other_heads
-    same &= [_shape(m) for m in saved] == [_shape(o.state_dict()) for o in memories]
+    same &= [_shape(s) for s in saved] == [_shape(o.state_dict()) for o in optimizers]
     if not same and not forked:
         raise ValueError(
             f"cannot resume {shown(path.parent.parent)} with another optimizer than it was saved "
             "with; give the same one, or fork the run"
         )
     if not same:  # a fork may have another optimizer, or other groups
-        trainer.say("the optimizer starts without memory: it was another one")
-        state["optimizer_state_dict"] = [None] * len(memories)
+        trainer.say("the optimizer starts without state: the saved one is of another optimizer")
+        state["optimizer_state_dict"] = [None] * len(optimizers)
     elif forked:
-        for optimizer, memory in zip(memories, saved, strict=True):
-            _take_own_rates(optimizer, memory)
+        for optimizer, saved_state in zip(optimizers, saved, strict=True):
+            _take_own_rates(optimizer, saved_state)
     trainer.load_state_dict(state, path)
     if trainer.epoch_steps is None:  # a state that an older version wrote
         trainer.epoch_steps = trainer.step % trainer.steps_per_epoch
     trainer.epoch_loss = state["epoch_loss"].to(trainer.device) / trainer.processes
-    trainer.trained_before = 0  # it goes on from what was saved
+    trainer.trained_before = 0  # the saved run is continued
     states = state["random"]
     if trainer.rank < len(states):
         set_random_state(states[trainer.rank])
-    else:  # a rank more than before draws its own dropout, not what another one draws
+    else:  # an additional rank draws dropout of its own
         trainer.seed_own_draws()
 
 
 def _take_own_heads(trainer, state: dict) -> bool:
-    """Give the state of a fork the decoder and running means of its own that it may lack; True
-    where the decoder is another one."""
+    """Add the decoder and running means that a fork's state lacks; True where the decoder differs.
+
+    Both are then those of the trainer's own model.
+    """
     own, theirs = trainer.model, state["model_state_dict"]
     weights = _other_heads(theirs, own)
     if weights is not theirs:
-        trainer.say("the decoder is not taken over: other heads are wanted here")
-    # What is loaded now, running means begin with.
+        trainer.say("the decoder is not taken over: this run needs other heads")
+    # Running means start with the weights that are loaded now.
     load_weights(own, weights)
     state["model_state_dict"] = weights
     if trainer.attention_ema is not None and not state.get("ema"):
@@ -416,12 +437,12 @@ def _take_own_heads(trainer, state: dict) -> bool:
     return weights is not theirs
 
 
-def _shape(memory: dict) -> list[tuple]:
-    """What tells one kind of optimizer from another: settings and number of weights by group."""
-    return [(sorted(group), len(group["params"])) for group in memory["param_groups"]]
+def _shape(state: dict) -> list[tuple]:
+    """Settings and number of weights of each group, by which kinds of optimizers are compared."""
+    return [(sorted(group), len(group["params"])) for group in state["param_groups"]]
 
 
-def _take_own_rates(optimizer, memory: dict):
-    """A fork keeps the rates and decays of its own configuration."""
-    for own, group in zip(optimizer.param_groups, memory["param_groups"], strict=True):
+def _take_own_rates(optimizer, state: dict):
+    """Keep the rates and decays of a fork's own configuration."""
+    for own, group in zip(optimizer.param_groups, state["param_groups"], strict=True):
         group |= {k: own[k] for k in ("lr", "peak_lr", "weight_decay") if k in own}

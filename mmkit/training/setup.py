@@ -1,4 +1,4 @@
-"""What is checked and prepared before a training run starts.
+"""Checks and preparations before a training run starts.
 
 Walk-through: notebooks/03_training.ipynb.
 """
@@ -25,7 +25,7 @@ from .run import newest_run
 
 
 def check_arguments(config: Any, model: Any = None, callbacks: Any = (), resume: Any = False):
-    """ValueError for an argument of another kind than `train_model` takes, or an unknown name."""
+    """Check types and names of the arguments of `train_model`; ValueError where one is wrong."""
     if not isinstance(config, TrainingConfig):
         hint = "TrainingConfig(**config)" if isinstance(config, dict) else "TrainingConfig(...)"
         raise ValueError(f"config is a {type(config).__name__}; give mm.{hint}")
@@ -51,20 +51,21 @@ def check_arguments(config: Any, model: Any = None, callbacks: Any = (), resume:
 
 
 def check_batches(config: TrainingConfig, count: int, processes: int):
-    """ValueError where a batch of an epoch of so many images cannot be cut, or has no negatives.
+    """Check the batches of an epoch of `count` images; ValueError where one has no negatives.
 
-    A true pair without a wrong one beside it has loss 0 and no gradient.
+    A matching pair without a mismatched one has loss 0 and no gradient. ValueError also where a
+    batch is too small for the processes and micro-batches.
     """
     cut = config.gradient_accumulation_steps
     smallest = _smallest(count, config.batch_size)
     if smallest < processes * cut:
         raise ValueError(
-            f"batches of {smallest} pairs cannot be cut for {processes} processes and "
+            f"batches of {smallest} pairs cannot be divided among {processes} processes and "
             f"{cut} micro-batches; take a larger batch_size"
         )
-    parts = {  # into how many a batch is cut, each of which a term sees by itself
+    parts = {  # number of parts of a batch, in each of which the term has its own negatives
         "contrastive": 1 if config.accumulation == "exact" else cut,
-        "matching": processes * cut,
+        "itm": processes * cut,
     }
     for term in filter(parts.get, config.terms):
         if smallest < 2 * parts[term]:
@@ -74,8 +75,8 @@ def check_batches(config: TrainingConfig, count: int, processes: int):
             remedy += ", or fewer micro-batches" if parts[term] > 1 else ""
             raise ValueError(
                 f"batch_size={config.batch_size} leaves {term} a single pair at a time ({count} "
-                f"images, micro-batches: {cut}, processes: {processes}): without a wrong pair "
-                f"beside it there is nothing to learn; take {remedy}"
+                f"images, micro-batches: {cut}, processes: {processes}): without a mismatched pair "
+                f"there is nothing to learn; take {remedy}"
             )
 
 
@@ -85,11 +86,11 @@ def _smallest(count: int, batch_size: int) -> int:
 
 
 def check_sets(config: TrainingConfig, train: MultimodalDataset, val: MultimodalDataset | None):
-    """ValueError where the data cannot serve the configuration."""
+    """Check the data against the configuration; ValueError where they do not fit."""
     if config.batch_size > len(train):
         raise ValueError(
             f"batch_size={config.batch_size} is larger than the training set ({len(train)} "
-            f"pictures); take at most {len(train)}"
+            f"images); take at most {len(train)}"
         )
     check_maskers(config, train, val)
     check_restarts(config)
@@ -98,7 +99,7 @@ def check_sets(config: TrainingConfig, train: MultimodalDataset, val: Multimodal
 def float32_model(
     config: TrainingConfig, model: MultimodalEncoder | None, tokenizer
 ) -> MultimodalEncoder:
-    """The given model, or a new one of the preset; ValueError for weights of another type."""
+    """The given model, or a new one of the preset; ValueError unless its weights are float32."""
     if model is None:
         return MultimodalEncoder.preset(
             config.preset,
@@ -108,14 +109,14 @@ def float32_model(
         )
     if odd := {p.dtype for p in model.parameters()} - {torch.float32}:
         raise ValueError(
-            f"the model has weights of type {', '.join(map(str, odd))}; training keeps float32 "
-            "ones and computes by mixed_precision: call model.float()"
+            f"the model has weights of type {', '.join(map(str, odd))}; training needs float32 "
+            "weights and computes in mixed_precision: call model.float()"
         )
     return model
 
 
 def encoded_for(model: MultimodalEncoder, data: MultimodalDataset, name: str) -> MultimodalDataset:
-    """The data as the model reads it: a foreign tokenizer would give silent nonsense."""
+    """The data, tokenized for the model; ValueError where it was given another tokenizer."""
     ours, theirs = model.tokenizer, data.tokenizer
     if data.given_tokenizer and theirs is not ours and theirs.get_vocab() != ours.get_vocab():
         raise ValueError(
@@ -126,11 +127,14 @@ def encoded_for(model: MultimodalEncoder, data: MultimodalDataset, name: str) ->
 
 
 def prepare_layers(model: MultimodalEncoder, config: TrainingConfig, device: torch.device):
-    """What was asked of the transformer layers: to keep less, to be compiled."""
+    """Turn on gradient checkpointing and compilation of the layers where they are asked for.
+
+    Raises RuntimeError where compile=True finds no C++ compiler on a CPU.
+    """
     if config.gradient_checkpointing:
         for tower in (model.vit, model.bert):
-            tower.config.use_cache = False  # else transformers says so
-            # The older name, about which newer versions of transformers warn.
+            tower.config.use_cache = False  # else transformers warns
+            # Newer versions of transformers warn about the older name.
             older = tower.gradient_checkpointing_enable
             enable = getattr(tower, "activation_checkpointing_enable", older)
             enable({"use_reentrant": False})
@@ -146,7 +150,7 @@ def prepare_layers(model: MultimodalEncoder, config: TrainingConfig, device: tor
 
 
 def run_name(config: TrainingConfig, resume: bool, processes: int) -> str:
-    """The name of the run's folder: as configured, of the newest run, or date and time."""
+    """The name of the run's folder: the configured one, the newest run's, or date and time."""
     name, root = config.run_name, Path(config.output_dir).expanduser()
     if not name and resume:
         name = newest_run(root)
@@ -163,18 +167,18 @@ def run_name(config: TrainingConfig, resume: bool, processes: int) -> str:
 
 
 def max_restarts() -> int:
-    """How often torchrun may restart its workers (--max-restarts); 0 without torchrun."""
+    """The number of times torchrun may restart its workers (--max-restarts); 0 without torchrun."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
 
 
 def check_restarts(config: TrainingConfig):
-    """ValueError where restarted workers could not go on."""
+    """Check that restarted workers could resume the run; ValueError where they could not."""
     if max_restarts() and not config.run_name:
         raise ValueError(
             "run_name='' is the time of the start, which workers that torchrun restarts cannot "
             "know; give a run_name, or no --max-restarts"
         )
-    # They would find what the dead ones have left in the store, and wait for them
+    # They would find the keys of the dead workers in the store and wait for these
     # (https://github.com/pytorch/pytorch/issues/135712).
     if max_restarts() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise ValueError(
@@ -187,11 +191,11 @@ def check_restarts(config: TrainingConfig):
 def check_maskers(
     config: TrainingConfig, train: MultimodalDataset, val: MultimodalDataset | None = None
 ):
-    """ValueError for a masker that these pictures cannot serve."""
-    seen = [train] if val is None or "pixels" not in config.terms else [train, val]
-    if config.image_mask == "layers" and any(data.layers is None for data in seen):
+    """Check that the images have what the masker needs; ValueError where they have not."""
+    masked = [train] if val is None or "mim" not in config.terms else [train, val]
+    if config.image_mask == "layers" and any(data.layers is None for data in masked):
         raise ValueError(
-            "image_mask='layers' needs drawings that know their layers, and these pictures do not; "
+            "image_mask='layers' needs drawings with layers, and these images have none; "
             "use the built-in ones (mm.openmoji), or another of "
             f"{', '.join(name for name in IMAGE_MASKERS if name != 'layers')}"
         )

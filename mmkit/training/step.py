@@ -1,8 +1,8 @@
-"""The exact step: the gradient of the whole batch, in micro-batches, and the update by it.
+"""The exact step: the gradient of the whole batch, computed in micro-batches, and the update.
 
-Whatever the number of micro-batches and of processes, the gradient is the one of the global batch
-(Gao et al. 2021, arXiv:2101.06983): features first, then one loss over all of them, then each
-micro-batch again, its masks and dropout replayed. Walk-through: notebooks/03_training.ipynb.
+For any number of micro-batches and processes, the gradient is that of the global batch (Gao et al.
+2021, arXiv:2101.06983): first all features, then one loss over all of them, then each micro-batch
+again with the same masks and dropout. Walk-through: notebooks/03_training.ipynb.
 """
 
 import contextlib
@@ -20,7 +20,8 @@ from ..data.partners import correct_pairs
 from ..distributed import all_gather_with_grad, neighbour_exchange, rank_and_world_size, row_counts
 from ..losses import check_loss, info_nce_rows, sigmoid_block, sigmoid_rows
 from ..models.encoder import EncoderOutput, MultimodalEncoder
-from .threads import side_by_side
+from .random_state import random_states, set_random_states
+from .threads import add_gradients, side_by_side
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's: a temperature below 0.01 makes training unstable
 _LOGITS = 2**22  # entries of a similarity matrix held at once (16 MB in float32)
@@ -31,7 +32,7 @@ def _in_chunks(
 ) -> Tensor:
     """Sum of loss_of(slice) over slices of `rows`, each at most `_LOGITS` logits.
 
-    Where there are several (or not keep), the backward pass computes a slice's logits again instead
+    With several slices, or keep=False, the backward pass recomputes the logits of a slice instead
     of keeping them.
     """
     size = max(1, _LOGITS // max(1, columns))
@@ -42,7 +43,7 @@ def _in_chunks(
     return torch.stack([checkpoint(loss_of, part, **options) for part in parts]).sum()
 
 
-def contrastive_share(
+def contrastive_fraction(
     image: Tensor,
     text: Tensor,
     logit_scale: Tensor,
@@ -51,12 +52,24 @@ def contrastive_share(
     kind: str,
     exchange: str = "gather",
 ) -> Tensor:
-    """This process's rows against the candidates of all processes: its part of the global mean.
+    """This process's part of the contrastive loss of the global batch.
 
-    image, text (R, D), partners: of these rows, see `Batch.partners`; the parts of all processes
-    add up to `info_nce` (or `sigmoid_loss`) of the joined batch. Memory for logits is at most
-    (R, C), never (C, C), and from 4 million on a slice of that. exchange: "gather", or "neighbours"
-    (sigmoid only).
+    Its rows are compared with the candidates of all processes; the parts of all processes add up to
+    `info_nce` (or `sigmoid_loss`) of the joined batch. The logits take (R, C), never (C, C); beyond
+    4 million entries, only a slice of that is held at once.
+
+    Args:
+        image: (R, D) unit features of this process's rows.
+        text: (R, D) unit features of the captions of these rows.
+        logit_scale: scalar, the logarithm of the factor of the cosines.
+        logit_bias: scalar, for the sigmoid loss.
+        partners: of these rows, see `Batch.partners`; None = images and captions are one to one.
+        kind: "info_nce" or "sigmoid".
+        exchange: "gather", or "neighbours" (sigmoid only), around a ring of processes.
+    Returns:
+        A scalar with gradients for all four tensors.
+    Raises:
+        ValueError: kind is not the name of a loss.
     """
     check_loss(kind)
     rank, _ = rank_and_world_size()
@@ -82,7 +95,7 @@ def contrastive_share(
 
 
 def _joined(partners: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, Tensor] | None:
-    """The partners of several batches as those of one; None where they are one to one."""
+    """Join the partners of several batches; None where images and captions are one to one."""
     found = [part for part in partners if part is not None]
     if not found:
         return None
@@ -91,14 +104,14 @@ def _joined(partners: Sequence[tuple[Tensor, Tensor] | None]) -> tuple[Tensor, T
 
 
 def _padded(tables: Sequence[Tensor], width: int = 0) -> Tensor:
-    """Tables of captions, (B, K) each, below each other; -1 where one is narrower."""
+    """Stack tables of captions, (B, K) each; narrower ones are padded with -1."""
     width = max(width, *(table.shape[1] for table in tables))
     pad = torch.nn.functional.pad
     return torch.cat([pad(table, (0, width - table.shape[1]), value=-1) for table in tables])
 
 
 def _partners_of_all(partners: tuple[Tensor, Tensor] | None, counts: list[int]):
-    """Those of all processes, whose data is one to one either everywhere or nowhere."""
+    """The partners of all processes, whose data is one to one either everywhere or nowhere."""
     if partners is None or len(counts) == 1:
         return partners
     captions, table = partners
@@ -111,7 +124,7 @@ def _partners_of_all(partners: tuple[Tensor, Tensor] | None, counts: list[int]):
 def _ring_of_texts(
     image: Tensor, text: Tensor, scale: Tensor, logit_bias: Tensor, partners, counts: list[int]
 ) -> Tensor:
-    """Summed sigmoid loss of our pictures against each process's texts in turn."""
+    """Summed sigmoid loss of this process's images and the texts of each process in turn."""
     rank, rows = rank_and_world_size()[0], torch.arange(len(image), device=image.device)
     captions_of = None if partners is None else partners[0].split(counts)
     own_captions = None if partners is None else partners[1].split(counts)[rank]
@@ -130,43 +143,32 @@ def _ring_of_texts(
     return total
 
 
-def random_states(device: torch.device) -> list[Tensor]:
-    """State of the generators that dropout draws from."""
-    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *cuda]
-
-
-def set_random_states(states: list[Tensor], device: torch.device):
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
-
-
 @dataclass
 class Contrast:
-    """Which contrastive loss, how processes exchange features for it, and its weight."""
+    """The contrastive loss, its weight, and how processes exchange features for it."""
 
     kind: str = "info_nce"  # | "sigmoid"
-    exchange: str = "gather"  # | "neighbours", see `contrastive_share`
-    weight: float = 1.0  # 0 = nothing is contrasted, and nothing runs twice
+    exchange: str = "gather"  # | "neighbours", see `contrastive_fraction`
+    weight: float = 1.0  # 0 = no contrastive term, and each micro-batch runs only once
 
 
 @dataclass
 class Mechanics:
-    """How gradients get to the parameters; by default those of one process in float32."""
+    """How gradients reach the parameters; the defaults are for one process in float32."""
 
     grad_scale: Callable[[Tensor], Tensor] = lambda loss: loss  # an fp16 scaler's `scale`
     # keeps DDP from summing gradients before the last micro-batch
     no_sync: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    at_once: int = 1  # micro-batches computed side by side (threads.py; one process, no dropout) …
-    parameters: Sequence[nn.Parameter] = ()  # … and then those that learn
+    at_once: int = 1  # micro-batches computed in parallel (threads.py; one process, no dropout)
+    parameters: Sequence[nn.Parameter] = ()  # the trainable ones; needed where at_once > 1
 
 
 class Part(Protocol):
-    """What the loss needs of a part of a batch, a `Batch` or a `MicroBatch`."""
+    """What the loss needs to know about a part of a batch, a `Batch` or a `MicroBatch`."""
 
     @property
-    def partners(self) -> tuple[Tensor, Tensor] | None: ...
+    def partners(self) -> tuple[Tensor, Tensor] | None:
+        """See `Batch.partners`."""
 
     def __len__(self) -> int: ...
 
@@ -188,16 +190,20 @@ def backward(
     """Add the gradient of ONE loss over all these micro-batches to every parameter.
 
     With several micro-batches all but the last are computed twice, so that memory grows with the
-    micro-batch and not with the batch. Returns this process's part of the contrastive loss, a
-    global mean, not weighted.
+    micro-batch and not with the batch.
 
     Args:
-        encode: the masked forward pass that gives features, the same each time it is called.
+        encode: the masked forward pass that returns features, the same at each call.
+        micro_batches: the parts of this process's batch, in order.
         scale_parameters: logit_scale and logit_bias.
-        whole: the forward pass with all that hangs on it, run once for each micro-batch with a
-            graph: (output, its part of the other terms, weighted; None = there are none).
-        weight: multiplies the gradient of the contrast, as does its own.
+        contrast: the contrastive loss and its weight.
+        whole: the forward pass with the other terms, run once per micro-batch with a graph;
+            returns (output, weighted sum of the other terms, or None where there are none).
+        how: how gradients reach the parameters; None = `Mechanics()`.
+        weight: another factor of the contrastive gradient, besides that of `contrast`.
         synchronize: whether processes sum their gradients at the end.
+    Returns:
+        This process's part of the contrastive loss, a global mean, unweighted and detached.
     """
     how, whole = how or Mechanics(), whole or (lambda micro: (encode(micro), None))
     device = scale_parameters[0].device
@@ -213,7 +219,7 @@ def backward(
         with torch.no_grad():
             features += side_by_side(lambda micro: _features(encode(micro)), micros)
     alone = synchronize and not others
-    # The last ones' graph is kept: a second pass would only repeat it.
+    # The graph of the last round is kept: a second pass would only repeat it.
     with contextlib.nullcontext() if alone else how.no_sync():
         kept = side_by_side(whole, last)
     afterwards = random_states(device)
@@ -237,11 +243,11 @@ def backward(
 
 
 def _loss_and_gradients(features, micro_batches, scale_parameters, contrast: Contrast, weight):
-    """The loss over all features; its gradient at those of each micro-batch, and at the scales."""
+    """The loss over all features, and its gradients by micro-batch and for the scales."""
     image, text = (torch.cat(parts) for parts in zip(*features, strict=True))
     leaves = [leaf.detach().requires_grad_() for leaf in (image, text, *scale_parameters)]
     partners = _joined([micro.partners for micro in micro_batches])
-    loss = contrastive_share(
+    loss = contrastive_fraction(
         leaves[0], leaves[1], leaves[2], leaves[3], partners, contrast.kind, contrast.exchange
     )
     # DDP averages over processes; each holds its part of a sum.
@@ -256,47 +262,32 @@ def _loss_and_gradients(features, micro_batches, scale_parameters, contrast: Con
 
 def _pull(
     outputs: Sequence[tuple[EncoderOutput, Tensor | None]],
-    pieces: Sequence[tuple[Tensor, Tensor]],
+    feature_gradients: Sequence[tuple[Tensor, Tensor]],
     scale_grads: list[Tensor] | None,
     how: Mechanics,
 ):
-    """Send the loss's gradient at the features of micro-batches on into the parameters.
+    """Propagate the gradient at the features of micro-batches to the parameters.
 
-    outputs: of each, with its other terms. scale_grads: of logit_scale and logit_bias, which have
-    ONE gradient per step (once per micro-batch would multiply it); None in all rounds but one.
+    outputs: of each micro-batch, with its other terms. scale_grads: of logit_scale and logit_bias,
+    which get ONE gradient per step (one per micro-batch would multiply it); None in all rounds but
+    one.
     """
     surrogates = []
-    for i, ((out, rest), piece) in enumerate(zip(outputs, pieces, strict=True)):
-        surrogate = (out.image_features * piece[0]).sum() + (out.text_features * piece[1]).sum()
+    for i, ((out, rest), gradient) in enumerate(zip(outputs, feature_gradients, strict=True)):
+        surrogate = (out.image_features * gradient[0]).sum() + (
+            out.text_features * gradient[1]
+        ).sum()
         scales = (out.logit_scale, out.logit_bias)
         once = scale_grads if scale_grads and i == 0 else [torch.zeros_like(x) for x in scales]
         surrogate = surrogate + out.logit_scale * once[0] + out.logit_bias * once[1]
         if rest is not None:
             surrogate = surrogate + rest * rank_and_world_size()[1]
         surrogates.append(how.grad_scale(surrogate))
-    _add_gradients(surrogates, how.parameters)
-
-
-def _add_gradients(losses: list[Tensor], parameters: Sequence[nn.Parameter]):
-    """Add the gradients of these losses to the parameters, always in the same order."""
-    if len(losses) == 1:
-        return losses[0].backward()
-    if len(losses) == 2 and all(parameter.grad is None for parameter in parameters):
-        side_by_side(torch.Tensor.backward, losses)  # a + b is b + a, to the bit
-        return None
-    each = side_by_side(
-        lambda loss: torch.autograd.grad(loss, parameters, allow_unused=True), losses
-    )
-    for parameter, *gradients in zip(parameters, *each, strict=True):
-        found = [gradient for gradient in (parameter.grad, *gradients) if gradient is not None]
-        if len(found) > 1:  # a new tensor: autograd may give one to two parameters
-            parameter.grad = functools.reduce(torch.Tensor.add_, found[2:], found[0] + found[1])
-        elif found and parameter.grad is None:
-            parameter.grad = found[0].clone()
+    add_gradients(surrogates, how.parameters)
 
 
 def _backward_of_parts(whole, rounds: list[Sequence], how: Mechanics, synchronize: bool):
-    """The gradient of terms that are sums over samples: each micro-batch by itself, once."""
+    """Add the gradient of terms that are sums over samples; each micro-batch runs once."""
     for i, micros in enumerate(rounds):
         final = synchronize and i == len(rounds) - 1
         with contextlib.nullcontext() if final else how.no_sync():
@@ -307,16 +298,19 @@ def _backward_of_parts(whole, rounds: list[Sequence], how: Mechanics, synchroniz
                 if rest is not None
             ]
             if losses:
-                _add_gradients(losses, how.parameters)
+                add_gradients(losses, how.parameters)
 
 
 def _features(out: EncoderOutput) -> tuple[Tensor, Tensor]:
-    """What the loss needs of an output; its token states would grow with the batch."""
+    """The detached features of an output; keeping its token states would cost more memory."""
     return out.image_features.detach(), out.text_features.detach()
 
 
 def naive_backward(encode, micro_batches, scale_parameters, *args, **options) -> Tensor:
-    """Plain accumulation, for comparison: each micro-batch sees only its own negatives."""
+    """Plain gradient accumulation, for comparison: each micro-batch has only its own negatives.
+
+    Arguments and result are those of `backward`.
+    """
     rows, last = sum(map(len, micro_batches)), len(micro_batches) - 1
     loss = torch.zeros((), device=scale_parameters[0].device)
     for i, micro in enumerate(micro_batches):
@@ -333,10 +327,15 @@ def update(
     scaler: torch.amp.GradScaler,
     max_norm: float,
 ) -> float:
-    """Clip the gradients that are there, and let the optimizers take their step.
+    """Clip the gradients, take a step of each optimizer, and clamp logit_scale at ln(100), as CLIP.
 
-    max_norm: of the whole gradient; 0 = no clipping. logit_scale is then kept at or below ln(100),
-    CLIP's clamp. Returns the norm before clipping; where it is not finite, no weight has changed.
+    Args:
+        model: the encoder with its gradients.
+        optimizers: those of all its parameters.
+        scaler: the fp16 loss scaler; disabled in other types.
+        max_norm: largest norm of the whole gradient; 0 = no clipping.
+    Returns:
+        The norm before clipping; where it is not finite, no weight has changed.
     """
     active = [o for o in optimizers if _has_gradients(o)]  # a frozen part has none
     for optimizer in active:  # before clipping, or the norm is 65,536 times too large

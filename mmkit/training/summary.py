@@ -1,7 +1,8 @@
-"""What a run says before it starts: the effective configuration.
+"""The effective configuration, which a run prints before it starts.
 
-Read from the running model and its first batch, not from the settings: a mask that hides nothing,
-or an accumulation that loses negatives, shows here. Walk-through: notebooks/03_training.ipynb.
+It is read from the model and its first batch, not from the settings, so that a mask that masks
+nothing, or an accumulation that loses negatives, shows here.
+Walk-through: notebooks/03_training.ipynb.
 """
 
 import math
@@ -23,44 +24,48 @@ from ..models.layers import dropouts
 from ..noise import mask_noise
 from ..objective import PAIR_ENTROPY
 from .optim import Muon, orthogonalizing_type
+from .threads import parts_at_once
 
 
 def effective_configuration(trainer) -> dict:
     """Parameters, tokens encoded per pair, realised ratios, negatives, FLOPs, precision, machine.
 
-    trainer: a MaskedMultimodalTrainer. Ratios are fractions of patches and of real words; FLOPs are
-    per pair and training step.
+    Args:
+        trainer: a MaskedMultimodalTrainer.
+    Returns:
+        Plain values by name. Ratios are fractions of patches and of maskable tokens; FLOPs are per
+        pair and training step; "words" is the mean number of tokens of a caption.
     """
     config, model = trainer.config, trainer.model
     batch = trainer.first_batch()
     image, text = trainer.maskings(batch, epoch=0)
     patches, padded = model.num_patches, batch.valid.shape[1]
     encoded_patches = patches
-    words = encoded_words = batch.valid.sum(1).float().mean().item()
+    tokens = encoded_tokens = batch.valid.sum(1).float().mean().item()
     if image is not None and config.image_mask_mode == "drop":
-        encoded_patches = image.ids_keep.shape[1]  # with the filler, where ratios differ
+        encoded_patches = image.ids_keep.shape[1]  # including padding, where ratios differ
     if text is not None and config.text_mask_mode == "drop":
-        encoded_words = text.keep_valid.sum(1).float().mean().item()
+        encoded_tokens = text.keep_valid.sum(1).float().mean().item()
         padded = text.ids_keep.shape[1]
     maskable = maskable_tokens(batch.input_ids, batch.valid, model.special_ids).sum().item()
     pairs = len(trainer.train) / trainer.steps_per_epoch
     look = 0.0 if trainer.attention_ema is None else tower_flops(model.vit.config, patches / 4 + 1)
-    encoded, whole = (encoded_patches, encoded_words), (patches, words)
+    encoded, whole = (encoded_patches, encoded_tokens), (patches, tokens)
     flops = objective_flops(config, model, encoded, whole, padded) + look
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "optimizer": " + ".join(map(_optimizer, trainer.optimizers)),
         "rates": "; ".join(map(_rates, trainer.optimizers)),
         "dropout": _dropout(model),
-        "pictures": len(trainer.train),
+        "images": len(trainer.train),
         "captions": sum(map(len, trainer.train.texts)),
         "steps": trainer.total_steps,
         "pairs_per_step": pairs,
         "patches": patches,
         "patches_encoded": encoded_patches,
         "image_mask_ratio": 0.0 if image is None else image.mask.float().mean().item(),
-        "words": words,
-        "words_encoded": encoded_words,
+        "words": tokens,
+        "tokens_encoded": encoded_tokens,
         "text_mask_ratio": 0.0 if text is None else text.mask.sum().item() / max(1, maskable),
         **_negatives(trainer),
         "gflop_per_pair": flops / 1e9,
@@ -70,19 +75,22 @@ def effective_configuration(trainer) -> dict:
         "processes": trainer.processes,
         "threads": torch.get_num_threads(),
         "not_normalised": as_if_not_normalised(batch.pixel_values, model.pixel_stats),
-        "side_by_side": trainer.at_once(round(pairs / config.gradient_accumulation_steps)),
+        "side_by_side": parts_at_once(trainer, round(pairs / config.gradient_accumulation_steps)),
     }
 
 
 def _negatives(trainer) -> dict[str, float]:
-    """Counted in the run's first batch, of all processes: negatives of a pair (mean of both
-    directions), pairs compared with it, and what guessing costs, the mean of ln(1 + negatives)."""
+    """Negatives in the run's first batch, over all processes.
+
+    "negatives" of a pair (mean of both directions), number of pairs "compared" with it, and
+    "guessing_costs", the loss of guessing: the mean of ln(1 + negatives).
+    """
     config, train = trainer.config, trainer.train
     rows = train.epoch_rows(config.seed, 0, trainer.steps_per_epoch)[0]
     if config.accumulation != "exact":  # each micro-batch by itself
         parts = config.gradient_accumulation_steps
-        shares = rows.tensor_split(trainer.processes)
-        rows = torch.cat([share.tensor_split(min(parts, len(share)))[0] for share in shares])
+        by_rank = rows.tensor_split(trainer.processes)
+        rows = torch.cat([own.tensor_split(min(parts, len(own)))[0] for own in by_rank])
     noise = mask_noise(config.seed, 0, train.sample_ids[rows], 1, "caption")[:, 0]
     captions, images = train.partners(rows, train.drawn_captions(rows, noise))
     negatives = len(rows) - torch.cat(partner_counts(images, captions)).double()
@@ -94,14 +102,14 @@ def _negatives(trainer) -> dict[str, float]:
 
 
 def _pool(data) -> tuple[float, float]:
-    """(what guessing costs in a validation, chance of R@1), both counted with all partners."""
+    """(loss of guessing in a validation, chance level of R@1), with all partners."""
     captions, images = data.partners(None, data.correct_captions.rarest())
     negatives = len(data) - torch.cat(partner_counts(images, captions)).double()
     return negatives.log1p().mean().item(), sum(chance_of_recall(data)) / 2
 
 
 def _guessing(config, costs: float) -> str:
-    """What guessing costs, in words; the sigmoid loss has no such yardstick."""
+    """A text with the loss of guessing; "" for the sigmoid loss, which has no such reference."""
     if config.loss != "info_nce":
         return ""
     among = math.exp(costs)
@@ -110,7 +118,21 @@ def _guessing(config, costs: float) -> str:
 
 
 def describe(trainer) -> str:
-    """The effective configuration in words, with the yardsticks of the curves to come."""
+    """Describe the effective configuration, with the reference lines of the training curves.
+
+    Args:
+        trainer: a MaskedMultimodalTrainer.
+    Returns:
+        A text of several lines: run, model, peak rates, data, masks, negatives, cost, machine,
+        validation, and under "beware" settings that are likely mistakes.
+    Example:
+        >>> config = mm.TrainingConfig(batch_size=8, max_steps=1, image_mask_ratio=0.5)
+        >>> text = mm.describe(mm.MaskedMultimodalTrainer(config, data, model=model))
+        >>> for line in text.splitlines()[3:5]:
+        ...     print(line)
+        data        23 images, ...
+        image mask  random, ...
+    """
     e, config = effective_configuration(trainer), trainer.config
     left_out = e["compared"] - e["negatives"]
     count = f"{e['negatives']:.1f} of {e['compared']}" if left_out else f"{e['compared']}"
@@ -119,38 +141,36 @@ def describe(trainer) -> str:
         "model": f"{e['parameters'] / 1e6:.2f} M parameters, {e['optimizer']}, dropout "
         f"{e['dropout']}",
         "peak rates": e["rates"],
-        "data": f"{e['pictures']:,} pictures, {e['captions']:,} captions; "
+        "data": f"{e['images']:,} images, {e['captions']:,} captions; "
         f"{e['steps']:,} steps of {e['pairs_per_step']:.1f} pairs",
-        "image mask": f"{config.image_mask}, {100 * e['image_mask_ratio']:.1f} % hidden "
+        "image mask": f"{config.image_mask}, {100 * e['image_mask_ratio']:.1f} % masked "
         f"({config.image_mask_mode}{_schedule(config, 'image')}): {e['patches_encoded']} of "
         f"{e['patches']} patches encoded",
-        "text mask": f"{config.text_mask}, {100 * e['text_mask_ratio']:.1f} % hidden "
+        "text mask": f"{config.text_mask}, {100 * e['text_mask_ratio']:.1f} % masked "
         f"({config.text_mask_mode}{_schedule(config, 'text')}): "
-        f"{e['words_encoded']:.1f} of {e['words']:.1f} tokens encoded",
+        f"{e['tokens_encoded']:.1f} of {e['words']:.1f} tokens encoded",
         "terms": _terms(trainer),
         "negatives": f"{count} per pair{_guessing(config, e['guessing_costs'])}",
         "cost": f"{e['gflop_per_pair']:.2f} GFLOP per pair and step",
         "machine": f"{e['device']}, {e['precision']} ({e['why_precision']}), "
         f"processes: {e['processes']}, threads: {e['threads']}"
-        + (f", {e['side_by_side']} parts side by side" if e["side_by_side"] > 1 else ""),
+        + (f", {e['side_by_side']} parts in parallel" if e["side_by_side"] > 1 else ""),
     }
     if cut := trainer.train.cut_captions():
-        lines["data"] += (
-            f"; {cut:,} captions are longer than {trainer.train.max_length} word pieces"
-        )
+        lines["data"] += f"; {cut:,} captions are longer than {trainer.train.max_length} tokens"
         lines["data"] += " and are cut"
     if left_out:
-        lines["negatives"] += "; the others are correct, too"
+        lines["negatives"] += "; the others match, too"
     if common := trainer.train.common_captions():
-        named = ", ".join(f"“{caption}” ({n:,} pictures)" for caption, n in common[:3])
+        named = ", ".join(f"“{caption}” ({n:,} images)" for caption, n in common[:3])
         more = f" and {len(common) - 3:,} more" if len(common) > 3 else ""
-        share = 100 * trainer.train.correct_captions.left_out()
+        fraction = 100 * trainer.train.correct_captions.left_out()
         lines["negatives"] += (
-            f"; over all batches {share:.1f} % are, mainly for captions that very many pictures "
-            f"share: {named}{more}"
+            f"; over all batches {fraction:.1f} % do, mainly because very many images share a "
+            f"caption: {named}{more}"
         )
     if config.terms == ["contrastive"]:
-        del lines["terms"]  # as everybody expects
+        del lines["terms"]  # the default
     if "contrastive" not in config.terms:
         del lines["negatives"]
     lines["validation"] = _validation(trainer)
@@ -158,24 +178,24 @@ def describe(trainer) -> str:
         lines["tools"] = "; ".join(tools)
     if beware := _beware(trainer, e):
         lines["beware"] = "; ".join(beware)
-    return "\n".join(f"{name:11} {words}" for name, words in lines.items())
+    return "\n".join(f"{name:11} {text}" for name, text in lines.items())
 
 
 def _validation(trainer) -> str:
-    """What best_model.pth is chosen by, in words."""
+    """A text on how best_model.pth is chosen."""
     config, val = trainer.config, trainer.val
     if val is None:
-        judged = "judged on the training loss"
+        chosen = "chosen by the training loss"
         if config.terms_change:
-            judged = "the last one (the terms of the training loss change)"
-        return f"none: best_model.pth is {judged}"
-    words = f"{len(val):,} pictures"
+            chosen = "the last one (the terms of the training loss change)"
+        return f"none: best_model.pth is {chosen}"
+    text = f"{len(val):,} images"
     if cut := val.cut_captions():
-        words += f", {cut:,} captions cut"
+        text += f", {cut:,} captions cut"
     if "contrastive" in config.terms:
         costs, chance = _pool(val)
-        words += f" as one pool{_guessing(config, costs)}; chance of R@1 {100 * chance:.1f} %"
-    return words
+        text += f" as one pool{_guessing(config, costs)}; chance of R@1 {100 * chance:.1f} %"
+    return text
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -183,7 +203,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _optimizer(optimizer: torch.optim.Optimizer) -> str:
-    """The optimizer's name, and the type that Muon multiplies in."""
+    """The optimizer's name, with the type that Muon computes in."""
     kind = type(optimizer).__name__
     if not isinstance(optimizer, Muon):
         return kind
@@ -191,33 +211,33 @@ def _optimizer(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _rates(optimizer: torch.optim.Optimizer) -> str:
-    """An optimizer's peak learning rates and weight decays, in words."""
-    words = []
+    """A text with an optimizer's peak learning rates and weight decays."""
+    texts = []
     for key in ("peak_lr", "weight_decay"):
         values = sorted({float(group.get(key, 0.0)) for group in optimizer.param_groups})
-        words.append(f"{values[0]:g}" + (f" to {values[-1]:g}" if len(values) > 1 else ""))
-    return f"{type(optimizer).__name__} {words[0]}, decay {words[1]}"
+        texts.append(f"{values[0]:g}" + (f" to {values[-1]:g}" if len(values) > 1 else ""))
+    return f"{type(optimizer).__name__} {texts[0]}, decay {texts[1]}"
 
 
 def _beware(trainer, e: dict) -> list[str]:
-    """What is likely not meant, each with its remedy, in words."""
+    """Texts on what is likely a mistake, each with its remedy."""
     config, beware = trainer.config, _settings_without_use(trainer, e)
     if trainer.trained_before:
         beware.append(
             f"the model has been trained before ({trainer.trained_before:,} steps) and this run "
-            "goes on from its weights; for a new start build it anew, or leave model= out"
+            "starts from its weights; for a new start build a new model, or leave model= out"
         )
     if config.warmup_steps > e["steps"] / 2:
         beware.append(
             f"the warmup takes {config.warmup_steps} of {e['steps']} steps, so that the learning "
-            "rate hardly falls; lower warmup_steps, or train longer"
+            "rate hardly decays; lower warmup_steps, or train longer"
         )
     if e["not_normalised"]:
         beware.append(e["not_normalised"])
     slow = trainer.precision == torch.float16 and trainer.device.type == "cpu"
     if slow or (trainer.precision == torch.bfloat16 and not multiplies_bfloat16(trainer.device)):
         beware.append(
-            f"{e['device']} has no units for {e['precision']}, which is slower there than float32; "
+            f"{e['device']} has no units for {e['precision']}, which is slower than float32 there; "
             "take mixed_precision='auto'"
         )
     return beware
@@ -227,7 +247,7 @@ def _learns(term: str) -> Callable[[TrainingConfig], bool]:
     return lambda config: term in config.terms
 
 
-# field -> what it needs to play a part, in words and as a test
+# field -> what it needs in order to have an effect, as a text and as a test
 _NEEDS: dict[str, tuple[str, Callable[[TrainingConfig], bool]]] = {
     "matrix_learning_rate": ("optimizer='muon'", lambda c: c.optimizer == "muon"),
     "image_mask": ("image_mask_ratio above 0", lambda c: _masks(c, "image")),
@@ -235,8 +255,8 @@ _NEEDS: dict[str, tuple[str, Callable[[TrainingConfig], bool]]] = {
     "text_mask_mode": ("text_mask_ratio above 0", lambda c: _masks(c, "text")),
     "ema_momentum": ("an attentive masker", lambda c: c.image_mask in ATTENTION_MASKERS),
     "cross_modal_ratio": ("cross_modal=True", lambda c: c.cross_modal),
-    "pixel_error": ("pixels_weight above 0", _learns("pixels")),
-    "norm_pix_loss": ("pixels_weight above 0", _learns("pixels")),
+    "pixel_error": ("mim_weight above 0", _learns("mim")),
+    "norm_pix_loss": ("mim_weight above 0", _learns("mim")),
     "decoder_width": ("a term that reconstructs", lambda c: c.terms != ["contrastive"]),
     "decoder_depth": ("a term that reconstructs", lambda c: c.terms != ["contrastive"]),
     **{f"{term}_schedule": (f"{term}_weight above 0", _learns(term)) for term in TERMS},
@@ -244,24 +264,24 @@ _NEEDS: dict[str, tuple[str, Callable[[TrainingConfig], bool]]] = {
 
 
 def _masks(config: TrainingConfig, kind: str) -> bool:
-    """Whether masks of a modality are asked for at all."""
+    """Whether the configuration masks a modality at all."""
     ratios = [getattr(config, f"{kind}_mask_{which}") for which in ("ratio", "final_ratio")]
     return any(ratios) or (kind == "image" and config.painted_mask is not None)
 
 
 def _settings_without_use(trainer, e: dict) -> list[str]:
-    """Settings that were chosen and change nothing in this run, in words."""
+    """Texts on settings that were chosen and have no effect in this run."""
     config, found = trainer.config, []
     default = TrainingConfig()
     for name, (need, used) in _NEEDS.items():
         if (value := getattr(config, name)) != getattr(default, name) and not used(config):
-            found.append(f"{name}={value!r} plays no part without {need}")
+            found.append(f"{name}={value!r} has no effect without {need}")
     given = dict(trainer.model_settings)
     if given and trainer.model.decoder is not None:
         given["decoder_width"] = trainer.model.decoder.spec["width"]
-    for name, real in given.items():
-        if (asked := getattr(config, name)) not in (real, getattr(default, name), "own"):
-            found.append(f"{name}={asked!r} is for a new model; the given one has {real!r}")
+    for name, actual in given.items():
+        if (asked := getattr(config, name)) not in (actual, getattr(default, name), "own"):
+            found.append(f"{name}={asked!r} is for a new model; the given one has {actual!r}")
     masked = [kind for kind in ("image", "text") if _masks(config, kind)]
     if config.unmasked_epochs >= trainer.num_epochs and masked:
         found.append(
@@ -269,10 +289,10 @@ def _settings_without_use(trainer, e: dict) -> list[str]:
             "masked in this run; lower it, or take ratios of 0"
         )
         masked = []
-    for kind in masked:  # what was drawn is the first epoch
+    for kind in masked:  # by the masks of the first epoch
         ratio = getattr(config, f"{kind}_mask_ratio")
         if ratio and not e[f"{kind}_mask_ratio"]:
-            found.append(f"{kind}_mask_ratio={ratio!r} masks nothing so short; raise it, or take 0")
+            found.append(f"{kind}_mask_ratio={ratio!r} masks nothing; raise it, or take 0")
     for term in trainer.idle_terms:
         found.append(
             f"{term}_weight={getattr(config, f'{term}_weight'):g} has nothing to learn from in any "
@@ -284,7 +304,7 @@ def _settings_without_use(trainer, e: dict) -> list[str]:
 
 
 def _dropout(model) -> str:
-    """What the model drops in training, in words: one number, or the parts that differ."""
+    """A text with the model's dropout: one number, or one for each part where they differ."""
     projections = nn.ModuleList([model.image_projection, model.text_projection])
     parts = {"ViT": model.vit, "BERT": model.bert, "projections": projections}
     if model.decoder is not None:
@@ -296,51 +316,52 @@ def _dropout(model) -> str:
 
 
 def _terms(trainer) -> str:
-    """The weighted terms of the loss and what each costs who knows nothing, in words."""
-    config, words = trainer.config, []
+    """A text with the weighted terms of the loss, the decoder, and the loss of guessing a match."""
+    config, texts = trainer.config, []
     for term in config.terms:
         schedule = getattr(config, f"{term}_schedule")
         name = "own schedule" if callable(schedule) else schedule
         how = "" if schedule == "constant" else f" ({name})"
-        words.append(f"{getattr(config, f'{term}_weight'):g} x {term}{how}")
-    line = " + ".join(words)
+        texts.append(f"{getattr(config, f'{term}_weight'):g} x {term}{how}")
+    line = " + ".join(texts)
     if "contrastive" in config.terms and config.contrastive_view == "unmasked":
         line += "; contrast on an unmasked view"
     if (decoder := trainer.model.decoder) is not None:
-        depths = {"pixel": decoder.pixel_layers, "word": decoder.word_layers}
-        layers = [f"{decoder.spec[f'{k}_depth']} for {k}s" for k, part in depths.items() if part]
+        parts = {"pixel": decoder.pixel_layers, "token": decoder.word_layers}
+        depths = {"pixel": decoder.spec["pixel_depth"], "token": decoder.spec["word_depth"]}
+        layers = [f"{depths[k]} for {k}s" for k, part in parts.items() if part]
         line += f"; decoder layers: {', '.join(layers) or 'none'}, {decoder.spec['width']} wide"
         if decoder.across:
-            share = 100 * config.cross_modal_ratio
-            line += f", look at the other modality in {share:.0f} % of the pairs"
-    if "matching" in config.terms:
+            fraction = 100 * config.cross_modal_ratio
+            line += f", with the other modality as context in {fraction:.0f} % of the pairs"
+    if "itm" in config.terms:
         line += f"; guessing a match costs {PAIR_ENTROPY:.2f}"
     return line
 
 
 def _tools(trainer) -> list[str]:
-    """What else was asked of this run, in words."""
+    """Texts on the other features that this run uses."""
     config, tools = trainer.config, []
     for kind, tower in (("image", "ViT"), ("text", "BERT")):
         if epochs := getattr(config, f"frozen_{kind}_epochs"):
             tools.append(f"{tower} frozen for {min(epochs, trainer.num_epochs)} epochs")
     if config.layer_decay < 1:
-        tools.append(f"each layer learns at {config.layer_decay:g} of the rate of the one above")
+        tools.append(f"each layer learns at {config.layer_decay:g} times the rate of the one above")
     if config.ema_decay:
         tools.append(f"a running mean of the weights (decay {config.ema_decay:g}) is validated")
     if config.gradient_checkpointing:
-        tools.append("activations computed again in the backward pass")
+        tools.append("activations recomputed in the backward pass")
     if config.compile:
         tools.append("layers compiled (the first steps are slow)")
     return tools
 
 
 def _schedule(config, kind: str) -> str:
-    """What becomes of a ratio after the first epoch, in words."""
+    """A text on how a ratio changes after the first epoch."""
     schedule = getattr(config, f"{kind}_mask_schedule")
     if schedule == "constant":
         return ""
     start, final = (100 * getattr(config, f"{kind}_mask_{x}") for x in ("ratio", "final_ratio"))
     if schedule == "uniform":
-        return f", {start:.0f} to {final:.0f} % at random; filled up to the longest"
+        return f", {start:.0f} to {final:.0f} % at random; padded to the longest"
     return f", now; {schedule} to {final:.0f} %"

@@ -1,7 +1,8 @@
-"""What the terms of an objective do to each other: lengths and angles of their gradients.
+"""How the terms of an objective interact: norms and cosines of their gradients.
 
-A cosine below 0 says that a step down one term goes up the other (Yu et al. 2020, "Gradient surgery
-for multi-task learning", arXiv:2001.06782). Walk-through: notebooks/07_reconstruction.ipynb.
+A cosine below 0 means that a step that lowers one term raises the other (Yu et al. 2020, "Gradient
+surgery for multi-task learning", arXiv:2001.06782).
+Walk-through: notebooks/07_reconstruction.ipynb.
 """
 
 from itertools import combinations
@@ -10,13 +11,20 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from .step import random_states, set_random_states
+from .random_state import random_states, set_random_states
 
-TOWERS = {"image": "vit.", "text": "bert."}  # what several terms have in common, by its name
+TOWERS = {"image": "vit.", "text": "bert."}  # parts that several terms share, and their names
 
 
 def tower_gradients(model: torch.nn.Module, scale: float = 1.0) -> dict[str, Tensor]:
-    """The gradient that is there now, flat, of each tower that has one; divided by `scale`."""
+    """The present gradient of each tower that has one, as a flat vector.
+
+    Args:
+        model: the encoder.
+        scale: divisor of the gradients, such as an fp16 loss scale.
+    Returns:
+        {tower: (P,) float32}.
+    """
     found = {}
     for tower, prefix in TOWERS.items():
         parts = [(p, p.grad) for n, p in model.named_parameters() if n.startswith(prefix)]
@@ -27,10 +35,13 @@ def tower_gradients(model: torch.nn.Module, scale: float = 1.0) -> dict[str, Ten
 
 
 def compare_terms(gradients: dict[str, dict[str, Tensor]]) -> dict[str, float]:
-    """Norms and cosines of {term: {tower: flat gradient}}.
+    """Norms and pairwise cosines of the terms' gradients.
 
-    "gradient_norm/TOWER/TERM", and "gradient_cosine/TOWER/TERM·TERM" for each two that both reach a
-    tower (NaN where one of them is zero there).
+    Args:
+        gradients: {term: {tower: flat gradient}}.
+    Returns:
+        {"gradient_norm/TOWER/TERM": norm, "gradient_cosine/TOWER/TERM·TERM": cosine}, the latter
+        for each two terms that both reach a tower (NaN where one gradient is zero).
     """
     found = {}
     for tower in TOWERS:
@@ -45,10 +56,17 @@ def compare_terms(gradients: dict[str, dict[str, Tensor]]) -> dict[str, float]:
 
 
 def measure_terms(trainer, batch: Batch, epoch: int) -> dict[str, float]:
-    """What `compare_terms` gives of a training run's next step.
+    """Compare the terms' gradients in a training run's next step, without changing the run.
 
-    The gradient of each term alone, weighted as in the loss, on the towers that they share. The
-    run goes on as if this had not been: no draw is used up, nothing is updated.
+    The gradient of each term alone, weighted as in the loss, on the towers that the terms share. No
+    random number is used up and no weight is updated.
+
+    Args:
+        trainer: a MaskedMultimodalTrainer.
+        batch: this process's part of the next batch, on the device.
+        epoch: index of the epoch, from 0.
+    Returns:
+        The result of `compare_terms`.
     """
     model, device, scaler = trainer.model, trainer.device, trainer.scaler
     weights = trainer.objective.weights(trainer.step, trainer.total_steps)

@@ -1,7 +1,7 @@
 """Train the encoder: one loop for one process or many.
 
-Order, masks and choice of caption are pure functions of (seed, epoch, sample id), and where a run
-stands is one number, its step; so a run that was killed goes on as if it had not been.
+Order, masks and choice of captions are pure functions of (seed, epoch, sample id), and a run's
+position is one number, its step; so a run that was killed resumes exactly.
 Walk-through: notebooks/03_training.ipynb.
 """
 
@@ -31,7 +31,6 @@ from ..models.checkpoint import load_weights
 from ..models.decoder import ForwardSpec
 from ..models.ema import EMA
 from ..models.encoder import EncoderOutput, MultimodalEncoder
-from ..models.layers import draws_dropout
 from ..noise import mask_noise
 from ..objective import MicroBatch, Objective
 from . import fingerprint, loop
@@ -52,9 +51,10 @@ from .setup import (
 )
 from .step import Contrast, Mechanics, backward, naive_backward, update
 from .term_gradients import measure_terms
-from .threads import MOST_AT_ONCE
+from .terms import check_steps, prepare_heads
+from .threads import parts_at_once
 
-_STANDING = {  # plain values of a run's state, and those of a state that an older version wrote
+_STANDING = {  # plain values in a run's state, with defaults for states of older versions
     "step": 0,
     "skipped": 0,
     "skipped_in_a_row": 0,
@@ -63,18 +63,22 @@ _STANDING = {  # plain values of a run's state, and those of a state that an old
     "best_loss": math.inf,
     "ending": None,
 }
-SMALLEST_PART = 16  # pairs: with fewer, to prepare the work takes longer than the work
 Callback = Callable[["MaskedMultimodalTrainer", dict], None]
 
 
 class MaskedMultimodalTrainer:
-    """Everything of one run: data, model, optimizers, the step, validation, files.
+    """One training run: data, model, optimizers, step, validation, files (none before `fit`).
 
-    model None builds `config.preset` with the training set's tokenizer. val None: "best" is judged
-    on the training loss, and the run says so. resume: True goes on from last/state.pth of the same
-    run; the folder of another run (or a state.pth) starts this one from where that one stands.
-    callbacks: functions f(trainer, record), called in every process after each record of
-    metrics.jsonl; `trainer.stop()` in one of them ends the run.
+    Args:
+        config, train, val, model, resume, callbacks: as in `train_model`.
+    Raises:
+        ValueError, RuntimeError: data, model, config, state and machine do not fit together.
+    Example:
+        >>> config = mm.TrainingConfig(batch_size=8, max_steps=1)
+        >>> trainer = mm.MaskedMultimodalTrainer(config, data, model=model)
+        >>> loss, norm = trainer.train_step(trainer.first_batch(), epoch=0)
+        >>> trainer.steps_per_epoch, bool(loss > 0), norm > 0
+        (3, True, True)
     """
 
     def __init__(
@@ -96,20 +100,20 @@ class MaskedMultimodalTrainer:
 
         self.train = as_dataset(train, "train")
         self.val = None if val is None else as_dataset(val, "val")
-        # A copy, its rules checked anew: what is set in the caller's later changes no running run.
+        # A copy, checked again: later changes to the caller's object do not affect the run.
         self.config = config = dataclasses.replace(config)
         self.callbacks, self.stopping, self.asked_to_stop = list(callbacks), False, False
         self.in_step = self.interrupted = False
-        self.ending: int | None = None  # the epoch whose steps are done, but not its end
-        self.frozen: dict[str, list] = {}  # what the run has frozen, by tower
+        self.ending: int | None = None  # epoch whose steps are done, but not its validation
+        self.frozen: dict[str, list] = {}  # parameters that the run has frozen, by tower
         resume = resume or False
         check_sets(config, self.train, self.val)
-        # Of a model that is given, when the run starts; what holds in place of the configuration.
+        # Settings of a given model at the start; they replace those of the configuration.
         self.model_settings = {} if model is None else model.settings()
         ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
-        with warnings.catch_warnings():  # it shares out the cores; the run says how many
+        with warnings.catch_warnings():  # it divides the cores; the run prints how many
             warnings.filterwarnings("ignore", "OMP_NUM_THREADS")
-            # Without a GPU every rank must be told so, or it trains an independent copy of its own.
+            # Without a GPU every rank must be told so, or it trains an independent copy.
             self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
         self.rank, self.processes = rank_and_world_size()
         self.device = self.accelerator.device
@@ -119,9 +123,9 @@ class MaskedMultimodalTrainer:
         model = float32_model(config, model, self.train.tokenizer)
         self.trained_before = model.trained_steps
         self.objective = Objective(config, model)
-        self.objective.prepare_model()
+        prepare_heads(model, config)
         self.model = model.to_device(self.device)
-        self.model.loss = config.loss  # by which `evaluate` then judges it
+        self.model.loss = config.loss  # `evaluate` uses this loss
         for name in ("train", "val"):
             if (data := getattr(self, name)) is not None:
                 setattr(self, name, encoded_for(self.model, data, name))
@@ -133,17 +137,17 @@ class MaskedMultimodalTrainer:
         self.optimizers = build_optimizers(self.model, config)
         self.net = self.accelerator.prepare_model(self.model)  # DDP where there are several
         if self.processes > 1:
-            self.net.broadcast_buffers = False  # they are constants; as an argument DDP warns of it
+            self.net.broadcast_buffers = False  # constants; DDP warns of it as an argument
         fp16 = self.precision == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=fp16)
         self._count()
         self.path = run_folder(config.output_dir, run_name(config, resume is True, self.processes))
         self.forked = False
         self.resumed = self._go_on(resume)
-        self.writer: RunWriter | None = None  # a trainer that is only looked at writes nothing
+        self.writer: RunWriter | None = None  # made by `fit`; until then nothing is written
 
     def _count(self):
-        """How many steps there are, what they mask, and where the run stands: at the first."""
+        """Count the steps, plan their masks, and set the run to its first step."""
         config = self.config
         self.steps_per_epoch = math.ceil(len(self.train) / config.batch_size)
         check_batches(config, len(self.train), self.processes)
@@ -153,22 +157,20 @@ class MaskedMultimodalTrainer:
         self.seed_own_draws()
         self.best_loss, self.seconds, self.mark = math.inf, 0.0, time.perf_counter()
         self.epoch_loss, self.epoch_steps = torch.zeros((), device=self.device), 0
-        self.epoch_waited = 0.0  # share of this epoch's training that went by without a batch
+        self.epoch_waited = 0.0  # fraction of this epoch's time spent waiting for data
         self.plan = MaskPlan(config, self._token_info(), self.num_epochs, self.train.layers)
-        self.idle_terms = self.objective.check_steps(
-            self.total_steps, self.steps_per_epoch, self.plan
-        )
-        self.terms: dict[str, Tensor] = {}  # this process's parts of the last step's terms
+        self.idle_terms = check_steps(config, self.total_steps, self.steps_per_epoch, self.plan)
+        self.terms: dict[str, Tensor] = {}  # this process's part of each term of the last step
         self.drawn: list = []  # the (image, text) maskings of the step's micro-batches
 
     def seed_own_draws(self):
-        """Seed torch (dropout), NumPy and Python, so that what is drawn differs between ranks."""
+        """Seed torch (dropout), NumPy and Python, differently on every rank."""
         from accelerate.utils import set_seed
 
         set_seed((self.config.seed + 1000003 * (self.rank + 1) + self.step) % 2**32)
 
     def _token_info(self) -> TokenInfo:
-        """The model's; attentive maskers look with a running mean, at half the resolution."""
+        """The model's token info; attentive maskers use the EMA, at half the resolution."""
         tokens, ema = self.model.token_info, self.attention_ema
         if ema is not None:
 
@@ -181,15 +183,14 @@ class MaskedMultimodalTrainer:
         return tokens
 
     def recorded_config(self) -> dict:
-        """The configuration as files record it: with what a given model is, not what was asked."""
+        """The configuration as files record it, with the settings of a given model."""
         return self.config.to_dict() | self.model_settings
 
     def _go_on(self, resume: bool | str | os.PathLike) -> bool:
-        """Resume this run or fork another, as asked; True where there was something to go on from.
+        """Resume this run or fork another, as asked; True if a state was resumed.
 
-        Workers that torchrun may restart resume whatever the command says, for it is the same one.
-        They cannot know better: TORCHELASTIC_RESTART_COUNT stays 0 on a machine whose workers had
-        to stop only because another's died, or because a machine joined.
+        Workers that torchrun may restart always resume: they cannot tell a restart from a start,
+        as TORCHELASTIC_RESTART_COUNT stays 0 where only those of another machine have died.
         """
         own = self.path / "last" / "state.pth"
         restarts = max_restarts() > 0
@@ -201,7 +202,7 @@ class MaskedMultimodalTrainer:
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the run stands, but for the loss of an unfinished epoch and what draws."""
+        """The state of the run, without the loss of an unfinished epoch and the generators."""
         return {
             "model_state_dict": self.model.state_dict(),
             "optimizer_state_dict": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -213,21 +214,20 @@ class MaskedMultimodalTrainer:
         }
 
     def load_state_dict(self, state: dict, path: str | os.PathLike = "the state") -> None:
-        """Go on from what `state_dict` gave; path: of its file, for messages.
+        """Restore what `state_dict` returned.
 
-        An optimizer whose state is None starts without. Raises ValueError for another architecture.
+        path: its file, for messages. An optimizer whose state is None starts without one. Raises
+        ValueError for another architecture, or where the run needs an EMA that the state lacks.
         """
         load_weights(self.model, state["model_state_dict"], path)
-        for optimizer, memory in zip(self.optimizers, state["optimizer_state_dict"], strict=True):
-            if memory is not None:
-                optimizer.load_state_dict(memory)
-        if state["scaler"]:  # empty where "auto" took another type, on another machine
+        for optimizer, saved in zip(self.optimizers, state["optimizer_state_dict"], strict=True):
+            if saved is not None:
+                optimizer.load_state_dict(saved)
+        if state["scaler"]:  # empty where "auto" chose another type on another machine
             self.scaler.load_state_dict(state["scaler"])
         for ema, name in ((self.attention_ema, "ema"), (self.ema, "weights_ema")):
             if ema is not None and not state.get(name):
-                raise ValueError(
-                    "the checkpoint has no running mean to resume from; start a new run"
-                )
+                raise ValueError("the checkpoint has no EMA to resume from; start a new run")
             if ema is not None:
                 ema.load_state_dict(state[name])
         for name, default in _STANDING.items():
@@ -237,25 +237,22 @@ class MaskedMultimodalTrainer:
     # -- pure functions of (seed, epoch, sample) ---------------------------------------------
 
     def epoch_batches(self, epoch: int) -> list[tuple[Tensor, Tensor]]:
-        """This process's (rows, caption noise) of each batch of an epoch.
+        """This process's (rows, caption noise) of each batch of an epoch, (R,) each.
 
-        Every picture once, in an order that depends on seed and epoch alone; batches of nearly
-        equal size, so that no step sees only a handful of negatives.
+        Every image occurs once, in an order that depends on seed and epoch alone. The batches are
+        of nearly equal size, so that no step has only a handful of negatives.
         """
         seed, batches = self.config.seed, self.steps_per_epoch
         captions = mask_noise(seed, epoch, self.train.sample_ids, 1, "caption")[:, 0]
-        shares = [rank_slice(rows)[0] for rows in self.train.epoch_rows(seed, epoch, batches)]
-        return [(rows, captions[rows]) for rows in shares]
+        own = [rank_slice(rows)[0] for rows in self.train.epoch_rows(seed, epoch, batches)]
+        return [(rows, captions[rows]) for rows in own]
 
     def first_batch(self) -> Batch:
-        """This process's part of the very first batch, on the device."""
+        """This process's part of the first batch of the run, on the device."""
         return self.train.batch(*self.epoch_batches(0)[0]).to(self.device)
 
     def maskings(self, batch: Batch, epoch: int):
-        """(image, text) `Masking` of a batch in an epoch; None where nothing is hidden.
-
-        batch: as it comes from the data set. "attentive" also depends on the running mean.
-        """
+        """(image, text) `Masking` of a data set's batch; None where nothing is masked."""
         return self.plan.draw(self.plan.augmented(batch, epoch), epoch)
 
     # -- the step ----------------------------------------------------------------------------
@@ -269,34 +266,32 @@ class MaskedMultimodalTrainer:
     def gradients(
         self, batch: Batch, epoch: int, weights: dict[str, float] | None = None
     ) -> Tensor:
-        """Add the gradient of a batch to the parameters; returns its share of the loss.
+        """Add the gradient of a batch to the parameters.
 
-        Dropout draws from torch's generator as it stands: the run's own within `train_step`.
-        weights: of the terms; None = what the schedules say. `self.terms` then holds each term's
-        share, not weighted.
+        Dropout draws from torch's current generator, which is the run's own within `train_step`.
+        weights: of the terms; None = as the schedules say. Returns this process's part of the
+        loss; `self.terms` then holds its part of each term, unweighted.
         """
         config, objective = self.config, self.objective
         if weights is None:
             weights = objective.weights(self.step, self.total_steps)
-        at_once = self.at_once(len(batch) // config.gradient_accumulation_steps)
-        parts = self.plan.augmented(batch, epoch).split(
-            config.gradient_accumulation_steps * at_once
-        )
-        # Drawn once: the replay of a micro-batch must hide the same, and attention costs a look.
+        at_once = parts_at_once(self, len(batch) // config.gradient_accumulation_steps)
+        count = config.gradient_accumulation_steps * at_once
+        parts = self.plan.augmented(batch, epoch).split(count)
+        # Drawn once: the second pass must mask the same, and attentive masks cost a forward pass.
         self.drawn = [self.plan.draw(part, epoch) for part in parts]
         micro_batches = [
             MicroBatch(part, drawn, objective.wanted(part, drawn, epoch, weights))
             for part, drawn in zip(parts, self.drawn, strict=True)
         ]
         counts = objective.counts(micro_batches)
-        # What hides nothing in this step is not a term that costs nothing: it is none.
+        # A term without any masked token in this step is absent, which is not a loss of 0.
         active = [term for term in weights if counts.get(term, 1)]
         self.terms = {term: torch.zeros((), device=self.device) for term in active}
 
         def features(micro: MicroBatch) -> EncoderOutput:
-            return self.encode(
-                micro.batch, micro.maskings, ForwardSpec(view=config.contrastive_view)
-            )
+            spec = ForwardSpec(view=config.contrastive_view)
+            return self.encode(micro.batch, micro.maskings, spec)
 
         def whole(micro: MicroBatch) -> tuple[EncoderOutput, Tensor | None]:
             out = self.encode(micro.batch, micro.maskings, micro.wanted)
@@ -314,7 +309,7 @@ class MaskedMultimodalTrainer:
             whole=whole,
             how=self._mechanics(at_once),
         )
-        for micro in micro_batches:  # not as they came: sums of floats go by their order
+        for micro in micro_batches:  # in a fixed order: a sum of floats depends on it
             for term in micro.terms.keys() & self.terms.keys():
                 self.terms[term] += micro.terms[term]
         if "contrastive" in weights:
@@ -327,29 +322,11 @@ class MaskedMultimodalTrainer:
         no_sync = functools.partial(self.accelerator.no_sync, self.net)
         return Mechanics(self.scaler.scale, no_sync, at_once, learning)
 
-    def at_once(self, size: int) -> int:
-        """Into how many parts, computed side by side, a micro-batch of so many pairs is cut.
-
-        One, unless a CPU has several threads for one process and nothing is drawn on the way; what
-        is compiled or compared within a micro-batch needs it whole.
-        """
-        config = self.config
-        if (
-            self.device.type != "cpu"
-            or self.net is not self.model  # DDP counts on one backward pass, whatever the world
-            or config.compile
-            or config.accumulation != "exact"
-            or "matching" in config.terms
-            or draws_dropout(self.model)
-        ):
-            return 1
-        return max(1, min(MOST_AT_ONCE, torch.get_num_threads(), size // SMALLEST_PART))
-
     @with_own_state
     def train_step(self, batch: Batch, epoch: int) -> tuple[Tensor, float]:
         """One optimizer step: (this process's part of the loss, gradient norm before clipping)."""
         config = self.config
-        self.model.zero_grad(set_to_none=True)  # of a step that was interrupted, too
+        self.model.zero_grad(set_to_none=True)  # also after an interrupted step
         set_learning_rate(self.optimizers, config.lr_fraction(self.step, self.total_steps))
         loss = self.gradients(batch, epoch)
         norm = update(self.model, self.optimizers, self.scaler, config.max_grad_norm)
@@ -372,47 +349,45 @@ class MaskedMultimodalTrainer:
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= self.config.max_skipped_steps:
             raise RuntimeError(
-                f"{self.skipped_in_a_row} steps in a row had no finite gradient (step "
-                f"{self.step}); none of them was applied. Likely "
-                f"{likely_cause(self.model, self.scaler, batch)}"
+                f"{self.skipped_in_a_row} steps in a row had no finite gradient (at step "
+                f"{self.step}). Likely cause: {likely_cause(self.model, self.scaler, batch)}"
             )
 
     # -- the run -----------------------------------------------------------------------------
 
     @with_own_state
     def fit(self) -> Run:
-        """Train to the end; returns the `Run`. See `loop.fit`."""
+        """Train to the end and return the `Run`; see `loop.fit`."""
         return loop.fit(self)
 
     @functools.cached_property
     def identity(self) -> dict:
-        """What the run's result depends on beside its configuration: see fingerprint.py."""
+        """What the run's result depends on besides its configuration: see fingerprint.py."""
         return fingerprint.of_run(self)
 
     def stop(self):
-        """End the run after this record, validated and saved; for callbacks, on any process."""
+        """End the run after this record, validated and saved; for callbacks, in any process."""
         self.asked_to_stop = True
 
     def clock(self):
-        """Bring `self.seconds` up to now; it goes on where a resumed run was saved."""
+        """Bring `self.seconds` up to date; a resumed run counts on from the saved value."""
         now = time.perf_counter()
         self.seconds, self.mark = self.seconds + now - self.mark, now
 
     @property
     def validated(self) -> MultimodalEncoder:
-        """The model that is validated and kept as the best: the running mean, or the model."""
+        """The model that is validated and saved as the best: the EMA if there is one."""
         return self.model if self.ema is None else self.ema.module
 
     @with_own_state
     def measure_terms(self, batch: Batch, epoch: int) -> dict[str, float]:
-        """What the terms do to each other: see `term_gradients.measure_terms`."""
+        """Norms and cosines of the terms' gradients: see `term_gradients.measure_terms`."""
         return measure_terms(self, batch, epoch)
 
-    # -- words -------------------------------------------------------------------------------
-
-    def say(self, words: str):
+    def say(self, message: str):
+        """Print a message, on rank 0 only."""
         if self.rank == 0:
-            print(words, flush=True)
+            print(message, flush=True)
 
 
 def train_model(
@@ -423,15 +398,32 @@ def train_model(
     resume: bool | str | os.PathLike = False,
     callbacks: Sequence[Callback] = (),
 ) -> Run:
-    """Train a masked multimodal encoder and return the `Run`.
+    """Train a masked multimodal encoder; within `mm.launch` or torchrun in all processes together.
 
-    train, val: data sets of ours, or `torch.utils.data.Subset`s of them. model None builds
-    `config.preset`; of one that is given the config's preset, dropout and temperature are not
-    asked. The training set's tokenizer is given to the validation set.
-    resume=True goes on from the last checkpoint of the same run; with nothing to resume it starts
-    anew and says so. resume="runs/other" starts this run from where that one stands, under another
-    configuration. callbacks: functions f(trainer, record), called after each record that is
-    written (record["split"] is "train", "val", or "terms": their gradients); `trainer.stop()` in
-    one ends the run. Runs inside `mm.launch` or torchrun with as many processes as there are.
+    Args:
+        config: every choice of the run.
+        train: training set, a data set of mmkit or a `torch.utils.data.Subset` of one.
+        val: validation set, which gets the tokenizer of train; None = the best model is chosen by
+            the training loss.
+        model: encoder to train, for which the config's preset, dropout and temperature are unused;
+            None = a new one of `config.preset`, with the training set's tokenizer.
+        resume: True resumes the run of this name from its last/state.pth, if there is one;
+            "runs/other", or a state.pth, forks that run: it is continued under this config.
+        callbacks: functions f(trainer, record), called in every process after each record of
+            metrics.jsonl (record["split"] is "train", "val", or "terms", the gradients of the
+            terms); `trainer.stop()` in one of them ends the run.
+    Returns:
+        The `Run`, read from its folder.
+    Raises:
+        ValueError: data, model, config and the state to resume or fork do not fit together.
+        RuntimeError: many steps in a row without a finite gradient; another run in the folder.
+        OSError: the folder cannot be written, or the disk has too little room.
+    Example:
+        >>> config = mm.TrainingConfig(batch_size=8, max_steps=2, run_name="first")
+        >>> run = mm.train_model(config, data, model=model)
+        run         runs/first
+        ...
+        >>> run.best["step"], run.best_file.name
+        (2, 'best_model.pth')
     """
     return MaskedMultimodalTrainer(config, train, val, model, resume, callbacks).fit()

@@ -1,7 +1,7 @@
-"""What a run is judged by: the whole validation set as one pool, and what is put back of it.
+"""Validation of a run: retrieval from the whole validation set, and reconstruction.
 
-Contrast sees everything; pixels and words are hidden as in training, by masks that are the same at
-each validation (but "attentive" ones, which go by the model that is validated).
+For the contrastive term nothing is masked. Pixels and tokens are masked as in training, with the
+same masks at each validation (except "attentive" ones, which depend on the validated model).
 Walk-through: notebooks/03_training.ipynb, 07_reconstruction.
 """
 
@@ -9,8 +9,9 @@ from typing import Any
 
 from ..config import TrainingConfig
 from ..data.dataset import MultimodalDataset
+from ..evaluation.features import embed
 from ..evaluation.reconstruction import evaluate_reconstruction
-from ..evaluation.retrieval import embed, score
+from ..evaluation.retrieval import score
 from ..masking.plan import validation_masks
 from ..models.encoder import MultimodalEncoder
 
@@ -18,11 +19,16 @@ from ..models.encoder import MultimodalEncoder
 def validate(
     model: MultimodalEncoder, dataset: MultimodalDataset, config: TrainingConfig
 ) -> dict[str, Any]:
-    """The record of a validation.
+    """Validate a model and return the record.
 
-    "loss" is the sum of the terms, each with its full weight whatever the schedules say, so that
-    the epochs of a run can be compared; Recall@K where there is contrast; what
-    `evaluate_reconstruction` gives where something is put back.
+    Args:
+        model: the encoder, with its decoder where a term needs one.
+        dataset: the validation set.
+        config: the terms, their weights and the masks.
+    Returns:
+        "loss", the sum of the terms, each with its full weight whatever the schedules say, so that
+        the epochs of a run can be compared; Recall@K where there is a contrastive term; and the
+        result of `evaluate_reconstruction` where something is reconstructed.
     """
     record: dict[str, Any] = {"loss": 0.0}
     if "contrastive" in config.terms:
@@ -45,7 +51,7 @@ def validate(
             pixel_error=config.pixel_error,
         )
         record |= found
-        for term in config.terms:  # in their order: a sum of floats goes by it
+        for term in config.terms:  # in this order: a sum of floats depends on it
             if term != "contrastive":
                 record["loss"] += getattr(config, f"{term}_weight") * found.get(f"{term}_loss", 0)
     return record

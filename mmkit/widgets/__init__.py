@@ -1,4 +1,4 @@
-"""Explorers for notebooks: the masking lab."""
+"""Widgets for notebooks: the masking lab."""
 
 from .mask_lab import MaskLab
 

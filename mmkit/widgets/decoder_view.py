@@ -1,7 +1,7 @@
-"""What the masking lab shows of a model's decoder: the picture and the hidden words it puts back.
+"""The decoder in the masking lab: the image and the masked tokens that it reconstructs.
 
-All of it is what `reconstruct.put_back` returns for the row shown; `mask` is True where a token is
-HIDDEN. The lab itself is in mask_lab.py. Walk-through: notebooks/07_reconstruction.ipynb.
+All of it is what `mm.reconstruct` returns for the row shown; `mask` is True where a token is
+MASKED. The lab itself is in mask_lab.py. Walk-through: notebooks/07_reconstruction.ipynb.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,27 +14,30 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..data.dataset import MultimodalDataset
 from ..data.partners import correct_pairs
-from ..evaluation.reconstruction import PutBack, guesses, put_back
+from ..evaluation.reconstruction import Reconstruction, guesses, reconstruct
 from ..masking.core import Masking
 from ..models.encoder import MultimodalEncoder
-from ..plots.figures import BLUE, new_figure, show_picture, wrap
-from .parts import Piece, caption_on, png
+from ..plots.figures import BLUE, new_figure, show_image, wrap
+from .parts import Token, caption_on, png
 
 Masked = tuple[Batch, Masking | None, Masking | None]
-MOST = 12  # hidden words in a still figure
+MOST = 12  # masked tokens in a still figure
 
 # -- what is computed ------------------------------------------------------------------------
 
 
 def heads_of(model: MultimodalEncoder | None) -> set[str]:
-    """Which of "pixels" and "words" a model puts back."""
+    """The heads of a model's decoder, out of "pixels" and "words" (the tokens of captions)."""
     if model is None or model.decoder is None:
         return set()
     return {name for name in ("pixels", "words") if model.decoder.spec[name]}
 
 
 def another_row(dataset: MultimodalDataset, row: int) -> int | None:
-    """A row whose partner is wrong for this one, half a data set away: neighbours are alike."""
+    """A row whose partner is wrong for this one, half a data set away: neighbours are similar.
+
+    Returns None where every other row has a correct partner.
+    """
     count = len(dataset)
     for i in range(count):
         pair = torch.tensor([row, (row + count // 2 + i) % count])
@@ -45,19 +48,26 @@ def another_row(dataset: MultimodalDataset, row: int) -> int | None:
     return None
 
 
-def put_back_first(
-    model: MultimodalEncoder, masked: Masked, image_mode: str, text_mode: str, sees: str
-) -> tuple[PutBack, dict[str, str]]:
-    """The first row of a batch put back, and by "pixels" or "words" why it cannot be.
+def reconstruct_first(
+    model: MultimodalEncoder, masked: Masked, image_mode: str, text_mode: str, context: str
+) -> tuple[Reconstruction, dict[str, str]]:
+    """Reconstruct the first row of a batch; also returns for each head why it cannot.
 
-    A decoder that does not look across is asked for each modality alone: one head may refuse a mode
-    that the other takes.
+    A decoder without cross-attention is called for each modality alone, because one head may refuse
+    a mode that the other accepts.
+
+    Args:
+        model: an encoder with a decoder.
+        masked: the batch and its image and text maskings.
+        image_mode, text_mode, context: as in `reconstruct`.
+    Returns:
+        The reconstruction, and "pixels" or "words" -> the message of the refusal.
     """
     batch, *maskings = masked
-    ask = partial(put_back, model, batch, image_mode=image_mode, text_mode=text_mode)
-    back, refused = PutBack(*[None] * 6), {}
+    ask = partial(reconstruct, model, batch, image_mode=image_mode, text_mode=text_mode)
+    back, refused = Reconstruction(*[None] * 6), {}
     if model.decoder is not None and model.decoder.across:
-        back = ask(*maskings, sees=sees)
+        back = ask(*maskings, context=context)
     else:
         for name, masking in zip(("pixels", "words"), maskings, strict=True):
             alone = (masking, None) if name == "pixels" else (None, masking)
@@ -72,133 +82,138 @@ def put_back_first(
     return _first_row(back), refused
 
 
-def _first_row(back: PutBack) -> PutBack:
+def _first_row(back: Reconstruction) -> Reconstruction:
     first = slice(0, 1)
     parts = {name: value[first] for name, value in vars(back).items()
-             if value is not None and not name.startswith("word")}  # fmt: skip
-    if back.word_places is not None:
-        rows = back.word_places[:, 0] == 0
-        parts |= {n: v[rows] for n, v in vars(back).items() if n.startswith("word")}
-    return PutBack(**dict.fromkeys(vars(back)) | parts)
+             if value is not None and not name.startswith("token")}  # fmt: skip
+    if back.token_positions is not None:
+        rows = back.token_positions[:, 0] == 0
+        parts |= {n: v[rows] for n, v in vars(back).items() if n.startswith("token")}
+    return Reconstruction(**dict.fromkeys(vars(back)) | parts)
 
 
 # -- what is shown ---------------------------------------------------------------------------
 
 
-def told(name: str, across: bool, sees: str, wrong: str | None) -> str:
-    """What the decoder knows of the other modality. name: what it is, "caption" or "picture".
+def told(name: str, across: bool, context: str, wrong: str | None) -> str:
+    """Describe the context of the decoder.
 
-    wrong: whose it is where it is another pair's; None where there is no other.
+    Args:
+        name: the other modality, "caption" or "image".
+        across: whether the decoder has cross-attention.
+        context: "matched", "none" or "mismatched".
+        wrong: whose caption or image a mismatched one is; None where there is no other.
+    Returns:
+        The end of a sentence that begins with "the decoder".
     """
     if not across:
-        return f"sees no {name} (it does not look across)"
-    if sees == "wrong" and wrong is None:
-        return f"sees no {name} (there is no other one)"
+        return f"sees no {name} (it has no cross-attention)"
+    if context == "mismatched" and wrong is None:
+        return f"sees no {name} (there is no mismatched one)"
     return {
-        "right": f"sees the {name}, with its own mask",
+        "matched": f"sees the matched {name} under its mask",
         "none": f"sees no {name}",
-        "wrong": f"sees a wrong {name}, {wrong}",
-    }[sees]
+        "mismatched": f"sees a mismatched {name}, {wrong}",
+    }[context]
 
 
-def picture_words(back: PutBack, num_hidden: int, knows: str, norm_pix_loss: bool) -> str:
-    """What is said of a picture put back, of `num_hidden` hidden patches."""
-    if not num_hidden or back.pixel_errors is None:
-        return "No patch is hidden: this is the picture itself."
-    patches = "patch" if num_hidden == 1 else "patches"
-    words = f"Put back: mean squared error {float(back.pixel_errors[0]):.4f} of {num_hidden} hidden"
-    words += f" {patches} (black 0, white 1). The decoder {knows}."
+def image_words(back: Reconstruction, num_masked: int, knows: str, norm_pix_loss: bool) -> str:
+    """The text below a reconstructed image with `num_masked` masked patches."""
+    if not num_masked or back.pixel_errors is None:
+        return "No patch is masked: this is the image itself."
+    patches = "patch" if num_masked == 1 else "patches"
+    text = f"Reconstructed: mean squared error {float(back.pixel_errors[0]):.4f} of {num_masked}"
+    text += f" masked {patches} (black 0, white 1). The decoder {knows}."
     if norm_pix_loss:
-        words += (
-            " Brightness and contrast of each hidden patch are the true ones:"
+        text += (
+            " Each masked patch has its true brightness and contrast:"
             " this decoder predicts patches without them (norm_pix_loss)."
         )
-    return words
+    return text
 
 
-def hidden_words(model: MultimodalEncoder, batch: Batch, back: PutBack) -> list[dict]:
-    """`reconstruct.guesses` of a batch of one row, with "rank" and "chance" of the right word."""
-    if back.word_log_probs is None or back.word_labels is None:
+def masked_tokens(model: MultimodalEncoder, batch: Batch, back: Reconstruction) -> list[dict]:
+    """The `guesses` of a batch of one row, with "rank" and "chance" of each true token."""
+    if back.token_log_probs is None or back.token_labels is None:
         return []
     found = guesses(model, batch, back)[0]["guesses"]
-    right = back.word_log_probs.gather(1, back.word_labels[:, None])
-    ranks = 1 + (back.word_log_probs > right).sum(1)
-    for word, rank, chance in zip(found, ranks.tolist(), right.exp()[:, 0].tolist(), strict=True):
-        word |= {"rank": rank, "chance": chance}
+    true = back.token_log_probs.gather(1, back.token_labels[:, None])
+    ranks = 1 + (back.token_log_probs > true).sum(1)
+    for entry, rank, chance in zip(found, ranks.tolist(), true.exp()[:, 0].tolist(), strict=True):
+        entry |= {"rank": rank, "chance": chance}
     return found
 
 
-def per_cent(share: float) -> str:
-    """As in "37 %"; "0.4 %" below one."""
-    return f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.1f} %"
+def per_cent(fraction: float) -> str:
+    """A text such as "37 %"; below 1 % such as "0.4 %"."""
+    return f"{100 * fraction:.0f} %" if fraction >= 0.01 else f"{100 * fraction:.1f} %"
 
 
 def guesses_html(found: Sequence[dict], knows: str) -> str:
-    """A table of hidden words (of `hidden_words`) and the best guesses of each.
+    """A table of masked tokens (from `masked_tokens`) and the best guesses for each.
 
-    The right one has a sign and is bold, for colour-blind readers.
+    The correct one has a sign and is bold, for colour-blind readers.
     """
     if not found:
-        return "<p>No word is hidden: there is none to guess.</p>"
+        return "<p>No token is masked: there is none to guess.</p>"
     lines = []
-    for word in found:
-        behind = f"<small>rank {word['rank']}<br>{per_cent(word['chance'])}</small>"
-        behind = behind if word["rank"] > len(word["top"]) else ""  # else it is in the table
-        line = f'<tr><th scope="row">{escape(word["truth"])}{behind}</th>'
-        for piece, chance in word["top"]:
-            right = piece == word["truth"]
+    for entry in found:
+        rank = f"<small>rank {entry['rank']}<br>{per_cent(entry['chance'])}</small>"
+        rank = rank if entry["rank"] > len(entry["top"]) else ""  # else it is in the table
+        line = f'<tr><th scope="row">{escape(entry["truth"])}{rank}</th>'
+        for token, chance in entry["top"]:
+            correct = token == entry["truth"]
             line += (
-                f'<td{" class=right" if right else ""} style="--share: {100 * chance:.1f}%">'
-                f"{'✓ ' if right else ''}{escape(piece)}<br>{per_cent(chance)}</td>"
+                f'<td{" class=right" if correct else ""} style="--fraction: {100 * chance:.1f}%">'
+                f"{'✓ ' if correct else ''}{escape(token)}<br>{per_cent(chance)}</td>"
             )
         lines.append(line + "</tr>")
-    head = "".join(f'<th scope="col">{n}</th>' for n in ("hidden", *_places(found)))
+    head = "".join(f'<th scope="col">{n}</th>' for n in ("masked", *_ordinals(found)))
     return (
-        f"<p><b>Hidden words, and the model's best guesses</b> (✓ the right one). The decoder "
+        f"<p><b>Masked tokens and the model's best guesses</b> (✓ the correct one). The decoder "
         f'{escape(knows)}.</p><div class="mmkit-guesses" tabindex="0"><table><thead><tr>{head}</tr>'
         f"</thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
-def _places(found: Sequence[dict]) -> list[str]:
-    return ["1st", "2nd", "3rd", "4th", "5th"][: max(len(word["top"]) for word in found)]
+def _ordinals(found: Sequence[dict]) -> list[str]:
+    return ["1st", "2nd", "3rd", "4th", "5th"][: max(len(entry["top"]) for entry in found)]
 
 
 def back_figure(
-    pictures: Sequence[Tensor],
+    images: Sequence[Tensor],
     titles: Sequence[str],
-    pieces: Sequence[Piece],
+    tokens: Sequence[Token],
     words: str,
     found: Sequence[dict],
     below: str,
 ):
-    """`lab_parts.still_figure` with the picture put back and a table of guesses below."""
+    """`parts.still_figure` with the reconstructed image, and a table of guesses below."""
     lines = min(len(found), MOST)
     deep = 0.34 * (lines + 1) + 0.3 if lines else 0.3
-    figure = new_figure(5.2 + 2 * len(pictures), 2.9 + deep)
-    wide = [1.0] * len(pictures) + [1.9]
+    figure = new_figure(5.2 + 2 * len(images), 2.9 + deep)
+    wide = [1.0] * len(images) + [1.9]
     grid = figure.add_gridspec(2, len(wide), width_ratios=wide, height_ratios=[2.9, deep])
-    for column, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-        show_picture(figure.add_subplot(grid[0, column]), picture, title)
-    caption_on(figure.add_subplot(grid[0, -1]), pieces, words)
+    for column, (image, title) in enumerate(zip(images, titles, strict=True)):
+        show_image(figure.add_subplot(grid[0, column]), image, title)
+    caption_on(figure.add_subplot(grid[0, -1]), tokens, words)
     _table_on(figure.add_subplot(grid[1, :]), found, below)
     return figure
 
 
 def _table_on(ax, found: Sequence[dict], below: str):
-    """Hidden words in the first column, their guesses in the others, each with a bar."""
+    """Masked tokens in the first column, their guesses in the others, each with a bar."""
     style = dict(fontsize=8, va="center", parse_math=False)
-    for y, word in enumerate(found[:MOST], 1):
-        place = f" (rank {word['rank']})"
-        ax.text(0, y, word["truth"] + place, weight="bold", **style)
-        for x, (piece, chance) in enumerate(word["top"], 1):
-            right = piece == word["truth"]
-            colour, weight = (BLUE, "bold") if right else ("0.3", "normal")
-            label = f"{'✓ ' if right else ''}{piece}  {per_cent(chance)}"
+    for y, entry in enumerate(found[:MOST], 1):
+        ax.text(0, y, f"{entry['truth']} (rank {entry['rank']})", weight="bold", **style)
+        for x, (token, chance) in enumerate(entry["top"], 1):
+            correct = token == entry["truth"]
+            colour, weight = (BLUE, "bold") if correct else ("0.3", "normal")
+            label = f"{'✓ ' if correct else ''}{token}  {per_cent(chance)}"
             ax.text(x, y, label, color=colour, weight=weight, **style)
             ax.plot([x, x + 0.9 * chance], [y + 0.4] * 2, color=colour, linewidth=2)
     if found:
-        for x, name in enumerate(("hidden word", *_places(found))):
+        for x, name in enumerate(("masked token", *_ordinals(found))):
             ax.text(x, 0, name, color="0.4", **style)
     more = f"… and {len(found) - MOST} more. " if len(found) > MOST else ""
     end = min(len(found), MOST) + 1 if found else 0
@@ -211,11 +226,17 @@ def _table_on(ax, found: Sequence[dict], below: str):
 
 
 class DecoderView:
-    """What a `MaskLab` shows of a model that has a decoder.
+    """The part of a `MaskLab` that shows the decoder of its model.
 
-    `sees`: the choice of what the decoder looks at ("right", "none", "wrong"), None where it does
-    not look across. `canvas`: the picture put back, None without that head; `guesses`: HTML, hidden
-    without a word head. `back`: the `PutBack` shown, of one row; `found`: of `hidden_words`.
+    `context` is the choice of what the decoder sees ("matched", "none" or "mismatched"), None
+    without cross-attention; `canvas` the reconstructed image, None without that head; `guesses` the
+    HTML of the guessed tokens, not displayed without that head; `back` the `Reconstruction` shown,
+    of one row; `found` the result of `masked_tokens`.
+
+    Args:
+        model, dataset: an encoder with a decoder, and the pairs to show.
+        grid: (rows, columns) of patches.
+        style: keyword arguments of the ipywidgets control.
     """
 
     def __init__(
@@ -223,21 +244,21 @@ class DecoderView:
     ):
         import ipywidgets as w
 
-        from .canvas import PictureCanvas
+        from .canvas import ImageCanvas
 
         self.model, self.dataset, self.heads = model, dataset, heads_of(model)
         assert model.decoder is not None
-        self.sees = self.canvas = None
+        self.context = self.canvas = None
         self.found: list[dict] = []
         if model.decoder.across:
-            both = len(self.heads) == 2  # pixels look at a caption, words at a picture
-            what = "pair" if both else "caption" if "pixels" in self.heads else "picture"
-            options = [(f"its own {what} (right)", "right"), ("nothing (none)", "none"),
-                       (f"another {what} (wrong)", "wrong")]  # fmt: skip
-            words = "decoder looks at"
-            self.sees = w.Dropdown(options=options, description=words, tooltip=words, **style)
+            both = len(self.heads) == 2  # pixels see a caption, tokens see an image
+            what = "pair" if both else "caption" if "pixels" in self.heads else "image"
+            options = [(f"its own {what} (matched)", "matched"), ("nothing (none)", "none"),
+                       (f"another {what} (mismatched)", "mismatched")]  # fmt: skip
+            text = "decoder sees"
+            self.context = w.Dropdown(options=options, description=text, tooltip=text, **style)
         if "pixels" in self.heads:
-            self.canvas = PictureCanvas(rows=grid[0], columns=grid[1])
+            self.canvas = ImageCanvas(rows=grid[0], columns=grid[1])
         self.guesses = w.HTML(layout=w.Layout(display=None if "words" in self.heads else "none"))
 
     def update(
@@ -246,45 +267,49 @@ class DecoderView:
         masked: Callable[[list[int]], Masked],
         now: Masked,
         modes: tuple[str, str],
-        pictures: tuple[Tensor, Tensor],
+        images: tuple[Tensor, Tensor],
     ):
-        """Put back a row and show it.
+        """Reconstruct a row and show it.
 
-        masked: rows to their batch and maskings; now: those of `row`. modes: of the picture, of the
-        caption. pictures: the whole one and the masked one, (3, H, W) uint8.
+        Args:
+            row: of the data set.
+            masked: a function from rows to their batch and maskings.
+            now: its result for this row.
+            modes: what is done with masked patches and with masked tokens.
+            images: the whole image and the masked one, (3, H, W) uint8.
         """
-        sees, other, batch = self.sees.value if self.sees else "right", None, now
-        if sees == "wrong":
+        context, other, batch = self.context.value if self.context else "matched", None, now
+        if context == "mismatched":
             other = another_row(self.dataset, row)
             batch = now if other is None else masked([row, other])
-        self.back, self.refused = put_back_first(self.model, batch, *modes, sees)
-        self._say(sees, other, now)
-        self.picture = self._shown(*pictures)
+        self.back, self.refused = reconstruct_first(self.model, batch, *modes, context)
+        self._say(context, other, now)
+        self.image = self._shown(*images)
         if self.canvas is not None:
             with self.canvas.hold_sync():  # one message
                 self.canvas.words = self.words
-                self.canvas.picture = png(self.picture)
+                self.canvas.image = png(self.image)
         if "words" in self.heads:
-            self.found = hidden_words(self.model, now[0], self.back)
+            self.found = masked_tokens(self.model, now[0], self.back)
             why = self.refused.get("words", "")
             self.guesses.value = (
-                f'<p class="warning">No words are put back: {escape(why)}</p>'
+                f'<p class="warning">No tokens are reconstructed: {escape(why)}</p>'
                 if why
                 else guesses_html(self.found, self.knows["words"])
             )
 
-    def figure(self, pictures: list[Tensor], titles: Sequence[str], pieces, words: str):
-        """`back_figure` of what is shown. pictures, titles: of the whole and of the masked one."""
+    def figure(self, images: list[Tensor], titles: Sequence[str], tokens, words: str):
+        """The `back_figure` of what is shown; images, titles: of the whole and the masked image."""
         below = []
         if self.canvas is not None:
-            pictures, titles = [*pictures, self.picture], (*titles, "put back")
+            images, titles = [*images, self.image], (*titles, "reconstructed")
             below.append(self.words)
         if "words" in self.heads:
-            below.append(self.refused.get("words") or f"Words: the decoder {self.knows['words']}.")
-        return back_figure(pictures, titles, pieces, words, self.found, " ".join(below))
+            below.append(self.refused.get("words") or f"Tokens: the decoder {self.knows['words']}.")
+        return back_figure(images, titles, tokens, words, self.found, " ".join(below))
 
-    def _say(self, sees: str, other: int | None, now: Masked):
-        """Fill `knows`, by head what it sees across, and `words`, what is said of the picture."""
+    def _say(self, context: str, other: int | None, now: Masked):
+        """Set `knows`, what each head sees of the other modality, and `words`, the image's text."""
         assert self.model.decoder is not None
         across = self.model.decoder.across
         whose: dict[str, str | None] = {"pixels": None, "words": None}
@@ -292,20 +317,20 @@ class DecoderView:
             text = self.dataset.texts[other][0]
             whose = {"pixels": f"“{text}” (row {other})", "words": f"that of row {other}, “{text}”"}
         self.knows = {
-            head: told(name, across, sees, whose[head])
-            for head, name in (("pixels", "caption"), ("words", "picture"))
+            head: told(name, across, context, whose[head])
+            for head, name in (("pixels", "caption"), ("words", "image"))
         }
-        num_hidden = 0 if now[1] is None else int(now[1].mask.sum())
+        num_masked = 0 if now[1] is None else int(now[1].mask.sum())
         why = self.refused.get("pixels")
         norm = self.model.decoder.norm_pix_loss
         self.words = (
-            f"Nothing is put back: {why}"
+            f"Nothing is reconstructed: {why}"
             if why
-            else picture_words(self.back, num_hidden, self.knows["pixels"], norm)
+            else image_words(self.back, num_masked, self.knows["pixels"], norm)
         )
 
     def _shown(self, whole: Tensor, masked: Tensor) -> Tensor:
-        """The picture put back; the masked one where that is refused."""
+        """The reconstructed image; the masked one where the head refuses."""
         if "pixels" in self.refused:
             return masked
-        return whole if self.back.pictures is None else self.back.pictures[0].cpu()
+        return whole if self.back.images is None else self.back.images[0].cpu()

@@ -1,4 +1,4 @@
-"""Widgets that live no longer than what they show: weak handlers, and closing all parts.
+"""Lifetime of widgets: handlers that hold no reference, and closing a widget with all its parts.
 
 ipywidgets keeps every widget that is not closed, for as long as the kernel runs.
 Walk-through: notebooks/02_masking.ipynb.
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def weakly(method: Callable[[dict], None]) -> Callable[[dict], None]:
-    """A bound method as a handler that does not keep its object alive."""
+    """Make a handler of a bound method that does not keep its object alive."""
     held = weakref.WeakMethod(method)
 
     def handle(change: dict):
@@ -21,7 +21,7 @@ def weakly(method: Callable[[dict], None]) -> Callable[[dict], None]:
 
 
 def close_all(widget: Any):
-    """Close a widget and all that it holds, with their layouts and styles."""
+    """Close a widget and all its children, with their layouts and styles."""
     for child in getattr(widget, "children", ()):
         close_all(child)
     for part in (getattr(widget, "layout", None), getattr(widget, "style", None), widget):

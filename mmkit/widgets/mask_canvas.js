@@ -1,22 +1,22 @@
-// The picture of a MaskLab: shows it with its hidden patches and lets the reader paint them.
+// The image of a MaskLab: shows it with its masked patches and lets the reader paint the mask.
 //
-// From Python: `picture` (PNG bytes), `rows`, `columns` (of patches), `mode` ("drop", "replace").
-// Both ways: `mask`, one byte per patch, 1 = hidden. A stroke is drawn at once and sent at most once
-// per frame. `data-drawn` counts drawings and `data-hidden` patches, for tests.
+// From Python: `image` (PNG bytes), `rows`, `columns` (of patches), `mode` ("drop", "replace").
+// Both ways: `mask`, one byte per patch, 1 = masked. A stroke is drawn at once and sent at most once
+// per frame. `data-drawn` counts drawings and `data-masked` patches, for tests.
 const SIDE = 336; // CSS pixels of the longer side, at most
-const GREY = "#d0d0d0"; // mmkit.plots.HIDDEN
+const GREY = "#d0d0d0"; // mmkit.plots.MASKED
 const KEYS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 const HELP = "Paint with the mouse; or with Tab, arrow keys and space.";
 
 function render({ model, el }) {
-  const rows = model.get("rows"), columns = model.get("columns"), dense = devicePixelRatio;
-  const cell = Math.max(2, Math.floor((SIDE * dense) / Math.max(rows, columns)));
+  const rows = model.get("rows"), columns = model.get("columns"), density = devicePixelRatio;
+  const cell = Math.max(2, Math.floor((SIDE * density) / Math.max(rows, columns)));
   const canvas = document.createElement("canvas"), hint = document.createElement("div");
   const pen = canvas.getContext("2d");
   Object.assign(canvas, { width: columns * cell, height: rows * cell, tabIndex: 0 });
-  canvas.style.width = `${canvas.width / dense}px`;
+  canvas.style.width = `${canvas.width / density}px`;
   canvas.setAttribute("role", "application");
-  canvas.setAttribute("aria-label", `The picture, ${rows} by ${columns} patches. ${HELP}`);
+  canvas.setAttribute("aria-label", `The image, ${rows} by ${columns} patches. ${HELP}`);
   canvas.setAttribute("data-lm-suppress-shortcuts", "true"); // JupyterLab's own use of these keys
   hint.style.width = canvas.style.width;
   hint.setAttribute("aria-live", "polite");
@@ -24,24 +24,24 @@ function render({ model, el }) {
   el.classList.add("mmkit-canvas");
   el.append(canvas, hint);
 
-  let mask = new Uint8Array(rows * columns), picture = null, drawn = 0, frame = 0;
-  let cursor = [0, 0], showCursor = false; // the keyboard's place
-  let stroke = null, last = null; // while dragging: hide (1) or show (0), and from where
+  let mask = new Uint8Array(rows * columns), image = null, drawn = 0, frame = 0;
+  let cursor = [0, 0], showCursor = false; // the patch that the keyboard is on
+  let stroke = null, last = null; // while dragging: mask (1) or unmask (0), and the last patch
 
-  function hide(x, y, page) {
-    if (model.get("mode") === "replace") { // the mask token stands there
+  function drawMasked(x, y, page) {
+    if (model.get("mode") === "replace") { // the mask token takes its position
       pen.fillStyle = GREY;
       pen.fillRect(x, y, cell, cell);
       pen.fillStyle = "#707070";
       pen.beginPath();
       pen.arc(x + cell / 2, y + cell / 2, cell / 10, 0, 7);
       pen.fill();
-    } else { // nothing stands there: paper, lightly hatched
+    } else { // removed: the background, lightly hatched
       pen.fillStyle = page;
       pen.fillRect(x, y, cell, cell);
       pen.beginPath();
-      for (const share of [0.5, 1, 1.5]) { // diagonals that meet those of the next patch
-        const from = Math.max(0, share - 1) * cell, to = Math.min(1, share) * cell;
+      for (const fraction of [0.5, 1, 1.5]) { // diagonals that meet those of the next patch
+        const from = Math.max(0, fraction - 1) * cell, to = Math.min(1, fraction) * cell;
         pen.moveTo(x + from, y + to);
         pen.lineTo(x + to, y + from);
       }
@@ -51,15 +51,15 @@ function render({ model, el }) {
   }
 
   function draw() {
-    if (!picture) return; // a new one is on its way
+    if (!image) return; // a new one is being decoded
     const page = getComputedStyle(el).getPropertyValue("--jp-layout-color0").trim() || "#fff";
-    pen.imageSmoothingEnabled = canvas.width < 2 * picture.width; // large pixels stay sharp
+    pen.imageSmoothingEnabled = canvas.width < 2 * image.width; // large pixels stay sharp
     pen.imageSmoothingQuality = "high";
-    pen.drawImage(picture, 0, 0, canvas.width, canvas.height);
+    pen.drawImage(image, 0, 0, canvas.width, canvas.height);
     pen.strokeStyle = "rgba(128, 128, 128, 0.35)";
     pen.lineWidth = 1;
-    mask.forEach((hidden, i) => {
-      if (hidden) hide((i % columns) * cell, Math.floor(i / columns) * cell, page);
+    mask.forEach((masked, i) => {
+      if (masked) drawMasked((i % columns) * cell, Math.floor(i / columns) * cell, page);
     });
     if (showCursor) {
       for (const [colour, width] of [["#fff", 7], ["#0072b2", 4]]) {
@@ -68,7 +68,7 @@ function render({ model, el }) {
         pen.strokeRect(cursor[1] * cell + 3.5, cursor[0] * cell + 3.5, cell - 7, cell - 7);
       }
     }
-    canvas.dataset.hidden = mask.reduce((sum, hidden) => sum + hidden, 0);
+    canvas.dataset.masked = mask.reduce((sum, masked) => sum + masked, 0);
     canvas.dataset.drawn = ++drawn;
   }
 
@@ -79,11 +79,11 @@ function render({ model, el }) {
   }
 
   async function load() {
-    const bytes = model.get("picture");
-    picture = null;
+    const bytes = model.get("image");
+    image = null;
     const loaded = await createImageBitmap(new Blob([bytes], { type: "image/png" }));
-    if (bytes !== model.get("picture")) return; // overtaken by another one
-    picture = loaded;
+    if (bytes !== model.get("image")) return; // another one has arrived since
+    image = loaded;
     draw();
   }
 
@@ -93,21 +93,21 @@ function render({ model, el }) {
     model.save_changes();
   }
 
-  function paint([row, column], hidden) {
-    mask[row * columns + column] = hidden;
+  function paint([row, column], masked) {
+    mask[row * columns + column] = masked;
     if (!frame) frame = requestAnimationFrame(send);
   }
 
   function patchAt(event) {
     const box = canvas.getBoundingClientRect();
-    const place = (share, count) => Math.min(count - 1, Math.max(0, Math.floor(share * count)));
+    const index = (fraction, count) => Math.min(count - 1, Math.max(0, Math.floor(fraction * count)));
     return [
-      place((event.clientY - box.top) / box.height, rows),
-      place((event.clientX - box.left) / box.width, columns),
+      index((event.clientY - box.top) / box.height, rows),
+      index((event.clientX - box.left) / box.width, columns),
     ];
   }
 
-  function drag(event) { // all patches from the last place to this one: fast strokes have no gaps
+  function drag(event) { // all patches from the last one to this one, so that fast strokes have no gaps
     const to = patchAt(event), steps = Math.max(...to.map((x, i) => Math.abs(x - last[i])), 1);
     for (let step = 1; step <= steps; step++)
       paint(to.map((x, i) => Math.round(last[i] + ((x - last[i]) * step) / steps)), stroke);
@@ -136,7 +136,7 @@ function render({ model, el }) {
       const inside = (x, count) => Math.min(count - 1, Math.max(0, x));
       cursor = [inside(cursor[0] + move[0], rows), inside(cursor[1] + move[1], columns)];
     } else paint(cursor, 1 - mask[cursor[0] * columns + cursor[1]]);
-    const state = mask[cursor[0] * columns + cursor[1]] ? "hidden" : "seen";
+    const state = mask[cursor[0] * columns + cursor[1]] ? "masked" : "visible";
     hint.textContent = `Row ${cursor[0] + 1}, column ${cursor[1] + 1}: ${state}. Space changes it.`;
     showCursor = true;
     draw();
@@ -144,18 +144,18 @@ function render({ model, el }) {
   canvas.addEventListener("focus", () => { showCursor = canvas.matches(":focus-visible"); draw(); });
   canvas.addEventListener("blur", () => { showCursor = false; hint.textContent = HELP; draw(); });
 
-  function arrive() { // in the page, with the rest of the lab around it
+  function arrive() { // the canvas is in the page, within the lab
     const before = el.closest(".jp-OutputArea-child")?.previousElementSibling, tail = model.get("still");
     if (tail && before?.querySelector("img")?.src.endsWith(tail)) before.style.display = "none";
     const lab = el.closest(".mmkit-lab");
     if (lab) arrived.observe(lab);
-    for (const slider of lab?.querySelectorAll(".widget-slider") ?? []) // ipywidgets names none
+    for (const slider of lab?.querySelectorAll(".widget-slider") ?? []) // ipywidgets does not name them
       slider.querySelector(".noUi-handle")?.setAttribute("aria-label", slider.querySelector("label").textContent);
   }
   const arrived = new ResizeObserver(arrive);
   arrived.observe(canvas);
 
-  const listeners = { "change:mask": adopt, "change:picture": load, "change:mode": draw };
+  const listeners = { "change:mask": adopt, "change:image": load, "change:mode": draw };
   for (const [name, listener] of Object.entries(listeners)) model.on(name, listener);
   adopt();
   load();

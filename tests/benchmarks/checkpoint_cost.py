@@ -1,13 +1,13 @@
-"""What share of a training goes into writing checkpoints: one save per epoch, as in `make train`.
+"""The fraction of a training run spent on writing checkpoints, one per epoch as in `make train`.
 
     python -m tests.benchmarks.checkpoint_cost       # about a minute on two CPU cores
 
-A trainer with the default configuration on the built-in pictures; eleven rounds, each of four
+A trainer with the default configuration on the built-in images; eleven rounds, each of four
 training steps, one validation and one write of best_model.pth and of last/state.pth (collecting the
-state, writing, fsync of file and folder). The share is both writes over an epoch: its steps, its
-validation and both writes, all at the pace of the same round, so that a machine that is busy with
-other things slows all alike. Reported are medians over the rounds. An epoch that is not the best so
-far writes one file only, and costs half. Writes results/checkpoint_cost.json.
+state, writing, fsync of file and folder). The fraction is both writes over an epoch: its steps, its
+validation and both writes, all at the pace of the same round, so that other load on the machine
+slows all alike. Medians over the rounds are reported. An epoch that is not the best so far writes
+one file only, and costs half. Writes results/checkpoint_cost.json.
 """
 
 import argparse
@@ -83,21 +83,21 @@ def measure(folder: str) -> dict:
         trainer.steps_per_epoch * r["step"] + r["validation"] + write
         for r, write in zip(found, writes, strict=True)
     ]
-    shares = [100 * write / epoch for write, epoch in zip(writes, epochs, strict=True)]
-    share = statistics.median(shares)
+    fractions = [100 * write / epoch for write, epoch in zip(writes, epochs, strict=True)]
+    fraction = statistics.median(fractions)
     return {
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "rounds": ROUNDS,
         "epoch_seconds": round(statistics.median(epochs), 2),
         "milliseconds": {key: summary([r[key] for r in found]) for key in found[0]},
         "megabytes": {f: round((trainer.path / f).stat().st_size / 1e6, 1) for f in FILES},
-        "share_of_training_%": {
-            "median": round(share, 2),
-            "smallest": round(min(shares), 2),
-            "largest": round(max(shares), 2),
+        "fraction_of_training_%": {
+            "median": round(fraction, 2),
+            "smallest": round(min(fractions), 2),
+            "largest": round(max(fractions), 2),
         },
         "goal_%": GOAL,
-        "verdict": "reached" if share < GOAL else "missed",
+        "verdict": "reached" if fraction < GOAL else "missed",
     }
 
 

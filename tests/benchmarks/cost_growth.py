@@ -1,15 +1,16 @@
-"""How the cost of a step grows, and how well `mm.cost.predict` knows it.
+"""How the cost of a step grows, and how well `mm.cost.predict` predicts it.
 
     python -m tests.benchmarks.cost_growth            # about six minutes on two CPU cores
     python -m tests.benchmarks.cost_growth --quick    # fewer and smaller cells, under a minute
 
-Whole train_steps (Muon, AdamW, clipping) of the tiny towers on made-up pictures: time over the
-share hidden, the picture's side, the captions' length, the batch, and one or two processes; memory
-over the batch, each cell in a fresh process. All cells of a part take turns, in another order each
-round; medians. Every second cell fits the model, the others say how wrong it is. Two processes are
-compared with one on a thread each, see cost_processes.py. Then FLIP's published times (1.00, 0.50,
-0.33 at 0, 50, 75 % hidden; ViT-L/16): what is measured here, and from which picture on the fitted
-model reaches them, tower by tower. Writes results/cost_growth.json and .png.
+Whole train_steps (Muon, AdamW, clipping) of the tiny towers on made-up images: time over the
+fraction masked, the image's side, the captions' length, the batch, and one or two processes; memory
+over the batch, each cell in a fresh process. All cells of a part are measured in turns, in another
+order each round; medians. Every second cell fits the model, the others measure its error. Two
+processes are compared with one, each on one thread, see cost_processes.py. Then FLIP's published
+times (1.00, 0.50, 0.33 at 0, 50, 75 % masked; ViT-L/16) are compared with those measured here, and
+the image size from which the fitted model reaches them is found for each tower. Writes
+results/cost_growth.json and .png.
 """
 
 import argparse
@@ -35,14 +36,14 @@ from tests.benchmarks.draw_masks import FOLDER, machine, show, tiny
 from tests.benchmarks.exact_step import rounded, spread
 from tests.benchmarks.step_memory import WORDS, resident
 
-FLIP = {0.0: 1.0, 0.5: 0.5, 0.75: 0.33}  # share hidden -> time; Li et al. 2023, table 1a
-TOWERS: dict[str, tuple] = {  # picture, patch; width, depth, heads of each; pairs, word pieces
+FLIP = {0.0: 1.0, 0.5: 0.5, 0.75: 0.33}  # fraction masked -> time; Li et al. 2023, table 1a
+TOWERS: dict[str, tuple] = {  # image, patch; width, depth, heads of each; pairs, tokens
     "tiny (192 wide, patch 8)": (64, 8, (192, 6, 3), (192, 4, 3), 128, 10),
     "small (384 wide, patch 16)": (224, 16, (384, 12, 6), (384, 6, 6), 128, 10),
     "base (768 wide, patch 16)": (224, 16, (768, 12, 12), (768, 12, 12), 1024, 10),
     "FLIP's (1024 wide, patch 16)": (224, 16, (1024, 24, 16), (768, 12, 12), 16384, 32),
 }
-BASE = dict(ratio=0.5, side=64, words=10, batch=128)  # each axis leaves the others here
+BASE = dict(ratio=0.5, side=64, words=10, batch=128)  # each axis keeps the others at these
 AXES: dict[str, list] = {
     "ratio": [0.0, 0.25, 0.5, 0.75, 0.9],
     "side": [32, 48, 64, 96, 128],
@@ -54,7 +55,7 @@ MEMORY = [(ratio, batch) for ratio in (0.0, 0.75) for batch in (32, 64, 128, 256
 
 
 def cells(quick: bool) -> list[dict]:
-    """Every cell once: each axis through `BASE`, and large pictures nothing and most hidden."""
+    """Every cell once: each axis through `BASE`, and large images with nothing or most masked."""
     base, axes, beside = BASE, AXES, BESIDE
     if quick:
         base, beside = BASE | dict(batch=32), []
@@ -68,7 +69,7 @@ def cells(quick: bool) -> list[dict]:
 
 
 def made_up(count: int, side: int, words: int, tokenizer=None) -> mm.MultimodalDataset:
-    """Noise, and captions of so many word pieces, both ends among them."""
+    """Noise, and captions of `words` tokens each, [CLS] and [SEP] included."""
     pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8)
     rng = random.Random(0)
     texts = [" ".join(rng.choices(WORDS, k=words - 2)) for _ in range(count)]
@@ -76,7 +77,7 @@ def made_up(count: int, side: int, words: int, tokenizer=None) -> mm.MultimodalD
 
 
 def trainer_of(side: int, words: int, count: int, folder: str) -> mm.MaskedMultimodalTrainer:
-    """The tiny towers for pictures of that side; all of the data is one batch."""
+    """The tiny towers for images of that side; all of the data is one batch."""
     tokenizer = mm.train_wordpiece([" ".join(WORDS)] * 3)
     data = made_up(count, side, words, tokenizer)
     config = mm.TrainingConfig(batch_size=count, output_dir=folder, run_name="run")
@@ -86,7 +87,7 @@ def trainer_of(side: int, words: int, count: int, folder: str) -> mm.MaskedMulti
 
 
 def set_to(trainer, cell: dict) -> mm.Batch:
-    """The batch of a cell, the trainer set to its share hidden and its size."""
+    """The batch of a cell, with the trainer set to its masked fraction and its size."""
     trainer.config.image_mask_ratio = cell["ratio"]
     trainer.config.batch_size = cell["batch"]
     return trainer.batch[: cell["batch"]]
@@ -116,7 +117,7 @@ def measure_time(chosen: list[dict], rounds: int) -> list[dict]:
 
 
 def fit(rows: list[dict]) -> cost.Rates:
-    """From every second cell; the others are judged. Notes the predicted seconds in all."""
+    """Rates from every second cell; adds the predicted seconds and the error to all rows."""
     for i, row in enumerate(rows):
         row["fitted"] = i % 2 == 0
     used = [row for row in rows if row["fitted"]]
@@ -130,7 +131,7 @@ def fit(rows: list[dict]) -> cost.Rates:
 
 
 def errors(rows: list[dict], name: str = "error") -> dict[str, float]:
-    """Median and worst, in per cent, of what is wrong."""
+    """Median and largest error in per cent."""
     wrong = [100 * abs(row[name]) for row in rows]
     return {"median": statistics.median(wrong), "worst": max(wrong), "cells": len(wrong)}
 
@@ -141,8 +142,8 @@ def errors(rows: list[dict], name: str = "error") -> dict[str, float]:
 def memory_cell(ratio: float, batch_size: int) -> dict:
     """Megabytes of a step, in this process; call it once per process.
 
-    A small step comes first: libraries that are loaded then, and the optimizers' numbers, are not
-    what differs between cells. The kernel then forgets the highest memory so far.
+    A small step comes first, so that libraries loaded by it and the optimizer state are already in
+    memory. Then the kernel's record of the highest memory is reset.
     """
     with tempfile.TemporaryDirectory() as folder:
         trainer = trainer_of(64, 10, batch_size, folder)
@@ -163,16 +164,16 @@ def memory_cell(ratio: float, batch_size: int) -> dict:
 def measure_memory(quick: bool) -> list[dict]:
     """A row per cell: what a step adds, as counted and as measured, and the model of it.
 
-    An allocator holds more than is asked for: a constant and a factor are fitted to every second
-    cell, and the others judge them.
+    An allocator holds more than is requested: a constant and a factor are fitted to every second
+    cell, and tested on the others.
     """
     rows = []
     for ratio, batch_size in [(0.0, 32), (0.0, 128), (0.75, 128)] if quick else MEMORY:
         command = [sys.executable, "-m", "tests.benchmarks.cost_growth", "--cell"]
-        words = [*command, str(ratio), str(batch_size)]
-        done = subprocess.run(words, capture_output=True, text=True)
+        arguments = [*command, str(ratio), str(batch_size)]
+        done = subprocess.run(arguments, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
+            raise RuntimeError(f"{' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
         row = {"ratio": ratio, "batch": batch_size} | json.loads(done.stdout.splitlines()[-1])
         row["counted error"] = row["counted"] / row["added"] - 1
         rows.append(row | {"fitted": len(rows) % 2 == 0})
@@ -183,7 +184,7 @@ def measure_memory(quick: bool) -> list[dict]:
         row["model"] = constant + factor * row["counted"]
         row["error"] = row["model"] / row["added"] - 1
     show([{k: float(v) if k != "fitted" else v for k, v in row.items()} for row in rows])
-    print(f"memory of a step = {constant:.0f} MB + {factor:.2f} x what is counted")
+    print(f"memory of a step = {constant:.0f} MB + {factor:.2f} x the counted memory")
     return rows
 
 
@@ -191,7 +192,7 @@ def measure_memory(quick: bool) -> list[dict]:
 
 
 def towers(name: str) -> MultimodalEncoder:
-    """An encoder of `TOWERS` whose weights are nowhere."""
+    """An encoder of `TOWERS` on the meta device, without weights in memory."""
     from transformers import BertConfig, ViTConfig
 
     side, patch, vit, bert, *_ = TOWERS[name]
@@ -209,24 +210,24 @@ def towers(name: str) -> MultimodalEncoder:
 def beside_flip(rates: cost.Rates, rows: list[dict]) -> dict:
     """Time at 0, 50 and 75 % over that at 0: published, measured (tiny), and by the model.
 
-    For each tower also the side in pixels from which 50 % (75 %) hidden takes FLIP's share.
+    For each tower also the side in pixels from which 50 % (75 %) masked takes FLIP's fraction.
     """
     at = {row["ratio"]: row["seconds"]["median"] for row in on_axis(rows, "ratio")}
     found: dict = {"published": FLIP, "measured": {r: at[r] / at[0.0] for r in FLIP if r in at}}
-    for name, (*_, pairs, words) in TOWERS.items():
-        model, share, reached = towers(name), {}, {}
-        given: dict = dict(caption_length=words, rates=rates)
+    for name, (*_, pairs, tokens) in TOWERS.items():
+        model, took, reached = towers(name), {}, {}
+        given: dict = dict(caption_length=tokens, rates=rates)
         for ratio, published in FLIP.items():
             optimizer = "adamw" if name.startswith("FLIP") else "muon"
             settings = dict(batch_size=pairs, image_mask_ratio=ratio, optimizer=optimizer)
             config = mm.TrainingConfig(**settings)
-            share[ratio] = cost.predict(config, model, **given).seconds
+            took[ratio] = cost.predict(config, model, **given).seconds
             if ratio:
                 reached[ratio] = cost.crossover(
-                    config, model, caption_length=words, rates=rates, gain=1 / published
+                    config, model, caption_length=tokens, rates=rates, gain=1 / published
                 )
-        share = {ratio: seconds / share[0.0] for ratio, seconds in share.items()}
-        row = {"batch": pairs, "word pieces": words, "at its own size": share}
+        fraction = {ratio: seconds / took[0.0] for ratio, seconds in took.items()}
+        row = {"batch": pairs, "tokens": tokens, "at its own size": fraction}
         row["reached from (px)"] = reached
         found[name] = row
     return found
@@ -236,25 +237,25 @@ def beside_flip(rates: cost.Rates, rows: list[dict]) -> dict:
 
 
 def on_axis(rows: list[dict], axis: str) -> list[dict]:
-    """The cells that differ from the base in this alone, in its order."""
+    """The cells that differ from the base in this axis alone, sorted by it."""
     base = BASE | {"batch": statistics.mode(row["batch"] for row in rows)}
     others = [name for name in base if name != axis]
     same = [row for row in rows if all(row[name] == base[name] for name in others)]
     return sorted(same, key=lambda row: row[axis])
 
 
-def draw_time(ax, rows: list[dict], axis: str, label: str, factor: float = 1.0) -> None:
+def draw_time(ax, rows: list[dict], axis: str, xlabel: str, factor: float = 1.0) -> None:
     """Measured points (filled: the rates were fitted to them), and the model's line."""
-    for shown, colour, words in ((True, BLUE, "measured, fitted to"), (False, ORANGE, "measured")):
-        own = [row for row in rows if row["fitted"] == shown]
+    for fitted, colour, label in ((True, BLUE, "used for the fit"), (False, ORANGE, "not used")):
+        own = [row for row in rows if row["fitted"] == fitted]
         middle = [1000 * row["seconds"]["median"] for row in own]
         ends = [[1000 * abs(row["seconds"][end] - row["seconds"]["median"]) for row in own]
                 for end in ("lower", "upper")]  # fmt: skip
         ax.errorbar([factor * row[axis] for row in own], middle, ends, fmt="o", color=colour,
-                    markersize=5, capsize=2, label=words)  # fmt: skip
+                    markersize=5, capsize=2, label=f"measured, {label}")  # fmt: skip
     ax.plot([factor * row[axis] for row in rows], [1000 * row["predicted"] for row in rows],
             color="0.4", linewidth=1.4, zorder=1, label="model")  # fmt: skip
-    ax.set(xlabel=label, ylabel="step (ms, median)", ylim=(0, None))
+    ax.set(xlabel=xlabel, ylabel="step (ms, median)", ylim=(0, None))
     ax.legend(fontsize=7)
 
 
@@ -263,21 +264,21 @@ def draw_memory(ax, rows: list[dict]) -> None:
         own = [row for row in rows if row["ratio"] == ratio]
         batch = [row["batch"] for row in own]
         ax.plot(batch, [row["added"] for row in own], "o", color=colour,
-                label=f"measured, {100 * ratio:.0f} % hidden")  # fmt: skip
+                label=f"measured, {100 * ratio:.0f} % masked")  # fmt: skip
         ax.plot(batch, [row["counted"] for row in own], color=colour, linewidth=1, linestyle=":",
-                label=f"counted, {100 * ratio:.0f} % hidden")  # fmt: skip
+                label=f"counted, {100 * ratio:.0f} % masked")  # fmt: skip
         ax.plot(batch, [row["model"] for row in own], color=colour, linewidth=1.4,
-                label=f"model, {100 * ratio:.0f} % hidden")  # fmt: skip
+                label=f"model, {100 * ratio:.0f} % masked")  # fmt: skip
     ax.set(xlabel="batch (pairs)", ylabel="memory that a step adds (MB)", ylim=(0, None))
     ax.legend(fontsize=7)
 
 
-def picture(rows: list[dict], memory: list[dict]):
-    """Time over share hidden, side and batch; memory over batch."""
+def draw_figure(rows: list[dict], memory: list[dict]):
+    """Time over masked fraction, side and batch; memory over batch."""
     figure = new_figure(9.5, 6.2)
     (over_ratio, over_side), (over_batch, of_memory) = figure.subplots(2, 2)
-    draw_time(over_ratio, on_axis(rows, "ratio"), "ratio", "hidden patches (%)", 100)
-    draw_time(over_side, on_axis(rows, "side"), "side", "side of a picture (pixels)")
+    draw_time(over_ratio, on_axis(rows, "ratio"), "ratio", "masked patches (%)", 100)
+    draw_time(over_side, on_axis(rows, "side"), "side", "side of an image (pixels)")
     draw_time(over_batch, on_axis(rows, "batch"), "batch", "batch (pairs)")
     draw_memory(of_memory, memory)
     for ax in (over_ratio, over_side, over_batch, of_memory):
@@ -289,7 +290,7 @@ def picture(rows: list[dict], memory: list[dict]):
 
 
 def plain(row: dict) -> dict:
-    """A row for JSON: what was predicted, in plain numbers."""
+    """A row for JSON, its prediction as plain numbers."""
     if "prediction" in row:
         work = zip(("passes", "gflop", "moved_gb", "exchanged_gb"), row["prediction"].work(),
                    strict=True)  # fmt: skip
@@ -299,8 +300,8 @@ def plain(row: dict) -> dict:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a look at whether all of it works")
-    parser.add_argument("--rounds", type=int, help="medians are over so many (7; quick: 2)")
+    parser.add_argument("--quick", action="store_true", help="a short test that everything runs")
+    parser.add_argument("--rounds", type=int, help="rounds for the medians (7; quick: 2)")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the results")
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -344,7 +345,7 @@ def main():
         },
     }
     path.write_text(json.dumps(record, indent=1) + "\n")
-    picture(rows, memory).savefig(path.with_suffix(".png"), dpi=110)
+    draw_figure(rows, memory).savefig(path.with_suffix(".png"), dpi=110)
     print(f"written: {path} and {path.with_suffix('.png')}")
 
 

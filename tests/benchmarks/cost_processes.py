@@ -1,9 +1,9 @@
 """Step times of one and of two processes, each with one thread, cell by cell; see cost_growth.py.
 
-Both arms live at once and take turns; an arm is a Python process that calls `mm.launch` and is told
-by a small store which cell comes next (as in two_processes.py, which races whole recipes). One
-process's cells fit its rates, the first of two processes' cells what exchanging costs, and the
-others are judged.
+Both arms run at once and are measured in turns; an arm is a Python process that calls `mm.launch`
+and reads from a small store which cell comes next (as in two_processes.py, which compares whole
+recipes). The cells of one process fit its rates, every third cell of two processes fits the cost of
+the exchange, and the others test the prediction.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ WORLDS = (1, 2)
 
 
 def cells(quick: bool) -> list[tuple[float, int]]:
-    """(share hidden, pairs of one process)."""
+    """(masked fraction, pairs of one process)."""
     if quick:
         return [(ratio, size) for ratio in (0.0, 0.5, 0.75) for size in (16, 32)]
     return [(ratio, size) for ratio in (0.0, 0.5, 0.75) for size in (32, 64, 128)]
 
 
 def work(port: int, most: int):
-    """What every process of an arm runs: a step of the cell that is asked for."""
+    """What every process of an arm runs: a step of each cell that is requested."""
     from tests.benchmarks import cost_growth
 
     torch.set_num_threads(1)
@@ -44,23 +44,23 @@ def work(port: int, most: int):
         batch, me = trainer.first_batch(), f"{world}: {trainer.rank}"
         store.set(f"{me} is ready", "yes")
         for turn in count():
-            words = store.get(f"{world}: turn {turn}").decode()
-            if words == "end":
+            message = store.get(f"{world}: turn {turn}").decode()
+            if message == "end":
                 return
-            ratio, size = json.loads(words)
+            ratio, size = json.loads(message)
             trainer.config.image_mask_ratio = ratio
             trainer.config.batch_size = size * world
             took = cost.step_time(trainer, batch[:size])
-            told = cost.predict_batch(trainer, batch[:size])
-            answer = {"seconds": took, "prediction": dataclasses.asdict(told)}
+            predicted = cost.predict_batch(trainer, batch[:size])
+            answer = {"seconds": took, "prediction": dataclasses.asdict(predicted)}
             store.set(f"{me} did turn {turn}", json.dumps(answer))
 
 
 def ask(store: TCPStore, world: int, turn: int, cell: tuple[float, int]) -> dict:
     """The slowest process's answer."""
     store.set(f"{world}: turn {turn}", json.dumps(cell))
-    told = [json.loads(store.get(f"{world}: {rank} did turn {turn}")) for rank in range(world)]
-    return max(told, key=lambda answer: answer["seconds"])
+    answers = [json.loads(store.get(f"{world}: {rank} did turn {turn}")) for rank in range(world)]
+    return max(answers, key=lambda answer: answer["seconds"])
 
 
 def measure(quick: bool, rounds: int) -> dict:
@@ -72,8 +72,8 @@ def measure(quick: bool, rounds: int) -> dict:
     try:
         for world in WORLDS:
             command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.cost_processes"]
-            words = [*command, str(store.port), str(most), str(world)]
-            started.append(subprocess.Popen(words, start_new_session=True))
+            arguments = [*command, str(store.port), str(most), str(world)]
+            started.append(subprocess.Popen(arguments, start_new_session=True))
             for rank in range(world):
                 store.get(f"{world}: {rank} is ready")
         turn = 0
@@ -91,7 +91,7 @@ def measure(quick: bool, rounds: int) -> dict:
             if process.poll() is None:  # something went wrong
                 process.terminate()  # mm.launch ends what it has started
                 process.wait()
-    return judged([row(*key, found[1:]) for key, found in answers.items()])
+    return with_errors([row(*key, found[1:]) for key, found in answers.items()])
 
 
 def row(world: int, cell: tuple[float, int], answers: list[dict]) -> dict:
@@ -101,19 +101,19 @@ def row(world: int, cell: tuple[float, int], answers: list[dict]) -> dict:
             "seconds": seconds, "prediction": prediction}  # fmt: skip
 
 
-def judged(rows: list[dict]) -> dict:
-    """One process fits its rates, every third cell of two what exchanging costs."""
+def with_errors(rows: list[dict]) -> dict:
+    """One process fits its rates, every third cell of two processes the cost of the exchange."""
     alone = [row for row in rows if row["processes"] == 1]
     both = [row for row in rows if row["processes"] > 1]
     rates = cost.fit_rates([r["prediction"] for r in alone], [r["seconds"] for r in alone])
     for i, row_ in enumerate(rows):
         row_["fitted"] = row_["processes"] == 1 or i % 3 == 0
-    left = [
+    exchange = [
         (r["seconds"] - r["prediction"].time(rates)) / (r["prediction"].exchanged / 1e9)
         for r in both
         if r["fitted"]
     ]
-    rates.seconds_per_exchanged_gigabyte = max(0.0, statistics.median(left))
+    rates.seconds_per_exchanged_gigabyte = max(0.0, statistics.median(exchange))
     for row_ in rows:
         row_["predicted"] = row_["prediction"].time(rates)
         row_["error"] = row_["predicted"] / row_["seconds"] - 1

@@ -1,16 +1,17 @@
-"""What drawing masks costs: beside a training step of the tiny encoder, and beside other kits.
+"""What drawing masks costs, compared with a training step of the tiny encoder and with other kits.
 
     python -m tests.benchmarks.draw_masks      # about four minutes on two CPU cores
-    pip install -e ".[bench]"                  # the other kits; without them they are left out
+    pip install -e ".[bench]"                  # the other kits; if missing, they are left out
 
-One run times everything in turn, round after round, in another order each, and takes medians: a
-busy machine then slows all alike, and what counts is ratios. 1,024 real pictures of 14 x 14 patches
-and their captions; masks are drawn through `mm.masking.draw_maskings`, noise and all, at once and
-as the trainer does, in 8 batches of 128. A share is the SLOWEST of a masker's timings (any ratio,
-either way) over 8 training steps: a = tiny as it is (64 px, so that masks of 196 patches stand
-beside a step of 64: stricter than real), b = the same towers on 112 px, 196 patches. Maskers that
-look at a model do so as in the trainer (its running mean, half resolution), at the step's own size,
-and the update of the running mean is theirs to pay. Writes results/draw_masks.json and .png.
+One run times everything in turns, round after round, in another order each, and takes medians: a
+busy machine then slows all alike, and only ratios count. There are 1,024 real images of 14 x 14
+patches and their captions; masks are drawn by `mm.masking.draw_maskings`, noise included, at once
+and, as in the trainer, in 8 batches of 128. A fraction is the SLOWEST of a masker's timings (any
+ratio, either way) over 8 training steps: a = tiny as it is (64 px, so that masks of 196 patches are
+compared with a step of 64: stricter than in use), b = the same towers on 112 px, 196 patches.
+Maskers that use a model do so as in the trainer (its moving average, half resolution), at the
+step's own size, and the update of the moving average counts for them. Writes
+results/draw_masks.json and .png.
 """
 
 import argparse
@@ -44,12 +45,12 @@ from mmkit.models.patches import pick_tokens
 from mmkit.models.presets import PRESETS
 from mmkit.plots.figures import BLUE, ORANGE, RED, SKY
 
-NUM_PICTURES, BATCH = 1024, 128
-STEPS = NUM_PICTURES // BATCH
+NUM_IMAGES, BATCH = 1024, 128
+STEPS = NUM_IMAGES // BATCH
 SIDES = {"64 px": "a", "112 px": "b"}
 VARIED = "50 to 75 %"
-RATIOS = {"50 %": 0.5, "75 %": 0.75, VARIED: None}  # the last: each picture a ratio of its own
-ANY = "any ratio"  # of the maskers that do not go by one
+RATIOS = {"50 %": 0.5, "75 %": 0.75, VARIED: None}  # the last: each image has its own ratio
+ANY = "any ratio"  # of the maskers that use none
 AT_ONCE, IN_BATCHES = "1,024 at once", "8 x 128"
 TIMES_8 = "1 x 128, times 8"  # slow ones: one batch per round, counted 8 times
 GOALS = {"random": 2, "cluster": 15, "attentive": 20, "inattentive": 20}  # % of a step; others 10
@@ -62,7 +63,7 @@ Calls = dict[tuple[str, ...], Callable[[], object]]
 
 
 def tiny(side: int, tokenizer) -> mm.MultimodalEncoder:
-    """The tiny encoder for pictures of another side: more patches, the same towers."""
+    """The tiny encoder for images of another side: more patches, the same towers."""
     from transformers import ViTConfig
 
     model = mm.MultimodalEncoder.preset("tiny", tokenizer=tokenizer)
@@ -71,7 +72,7 @@ def tiny(side: int, tokenizer) -> mm.MultimodalEncoder:
 
 
 def trainers(side: int, data, folder: str) -> dict[str, mm.MaskedMultimodalTrainer]:
-    """Two of one recipe, half of the patches hidden: by noise, and by the running mean."""
+    """Two trainers of one recipe, half of the patches masked: by noise, or by attention."""
     model = tiny(side, data.tokenizer)
     settings = dict(batch_size=BATCH, image_mask_ratio=0.5, output_dir=folder)
     return {
@@ -83,14 +84,14 @@ def trainers(side: int, data, folder: str) -> dict[str, mm.MaskedMultimodalTrain
 
 
 def ratio_of(label: str, sample_ids: Tensor) -> float | Tensor:
-    """The ratio of that name; drawing one per picture is part of what is timed."""
+    """The ratio of that name; drawing one per image is timed, too."""
     if label != VARIED:
         return RATIOS[label]
     return mask_ratios("uniform", 0.5, 0.75, 0.0, sample_ids, seed=0, epoch=0)
 
 
 def both_ways(draw: Callable, name: str, label: str, batch: mm.Batch) -> Calls:
-    """draw(batch) for all pictures at once, and batch by batch as in training."""
+    """draw(batch) for all images at once, and batch by batch as in training."""
     batches = batch.split(STEPS)
     return {
         (name, label, AT_ONCE): lambda: draw(batch),
@@ -99,7 +100,7 @@ def both_ways(draw: Callable, name: str, label: str, batch: mm.Batch) -> Calls:
 
 
 def image_calls(model, batch: mm.Batch, layers) -> Calls:
-    """Every image masker that looks at no model."""
+    """Every image masker that uses no model."""
     painted = torch.zeros(14, 14, dtype=torch.bool)
     painted[2:12, 2:12] = True  # 100 of 196
     calls: Calls = {}
@@ -120,7 +121,7 @@ def image_calls(model, batch: mm.Batch, layers) -> Calls:
 
 
 def text_calls(model, batch: mm.Batch, frequency: Tensor) -> Calls:
-    """Every text masker; and BERT's 80/10/10, which draws what takes a word's place, too."""
+    """Every text masker; and BERT's 80/10/10, which also draws what replaces a token."""
     calls: Calls = {}
     tokens = dataclasses.replace(model.token_info, frequency=frequency)
     choices = [(name, label, "replace") for name in TEXT_MASKERS for label in RATIOS]
@@ -135,7 +136,7 @@ def text_calls(model, batch: mm.Batch, frequency: Tensor) -> Calls:
 
 
 def attention_calls(trainer: mm.MaskedMultimodalTrainer, batch: mm.Batch) -> Calls:
-    """What the attentive maskers do in the trainer, and what the full resolution would cost."""
+    """The work of the attentive maskers in the trainer, and its cost at full resolution."""
     model, ema, batches = trainer.model, trainer.attention_ema, itertools.cycle(batch.split(STEPS))
     side = f"{model.image_size} px"
 
@@ -182,7 +183,7 @@ def open_clip_calls(batch: mm.Batch, model) -> Calls:
     from open_clip.transformer import PatchDropout
 
     calls: Calls = {}
-    wide, narrow = torch.randn(NUM_PICTURES, 197, 192), torch.randn(NUM_PICTURES, 197, 1)
+    wide, narrow = torch.randn(NUM_IMAGES, 197, 192), torch.randn(NUM_IMAGES, 197, 1)
     for label in ("50 %", "75 %"):
         drop = PatchDropout(RATIOS[label]).train()
         calls["open_clip PatchDropout, width 1", label] = partial(drop, narrow)
@@ -192,17 +193,17 @@ def open_clip_calls(batch: mm.Batch, model) -> Calls:
         )
     # Captions are looked up, not encoded, so that only the masking is timed.
     special = model.special_ids.tolist()
-    pieces = [[i for i in row if i not in special] for row in batch.input_ids.tolist()]
-    length = 2 + round(statistics.mean(map(len, pieces)) / 2)
+    tokens = [[i for i in row if i not in special] for row in batch.input_ids.tolist()]
+    length = 2 + round(statistics.mean(map(len, tokens)) / 2)
     for name, mask in (("random", random_mask_tokenize), ("simple", simple_mask_tokenize)):
         calls[f"open_clip {name}_mask_tokenize", "50 %"] = partial(
-            mask, range(NUM_PICTURES), length, 0, 1, pieces.__getitem__
+            mask, range(NUM_IMAGES), length, 0, 1, tokens.__getitem__
         )
     return calls
 
 
 def drop_tokens(batch: mm.Batch, model, mask_ratio: float, tokens: Tensor) -> Tensor:
-    """What PatchDropout does, by mmkit's means: class token and kept patches of (B, 1 + N, D)."""
+    """What PatchDropout does, done by mmkit: class token and kept patches of (B, 1 + N, D)."""
     masking, _ = draw_maskings(
         batch, model.token_info, seed=0, epoch=0, image=("random", mask_ratio)
     )
@@ -210,11 +211,11 @@ def drop_tokens(batch: mm.Batch, model, mask_ratio: float, tokens: Tensor) -> Te
 
 
 def lightly_calls() -> Calls:
-    """lightly's generators; blocks and inverse blocks are drawn picture by picture there."""
+    """lightly's generators; blocks and inverse blocks are drawn image by image there."""
     from lightly.models import utils
 
     calls: Calls = {}
-    size, grid = (NUM_PICTURES, 197), (NUM_PICTURES, 14, 14)
+    size, grid = (NUM_IMAGES, 197), (NUM_IMAGES, 14, 14)
     for label in ("50 %", "75 %"):
         by = RATIOS[label]
         calls["lightly random_token_mask", label] = partial(utils.random_token_mask, size, by)
@@ -230,7 +231,7 @@ def lightly_calls() -> Calls:
     return calls
 
 
-# the other kit's -> ours, and in what the two differ
+# the other kit's -> ours, and how the two differ
 COMPARED = {
     "open_clip PatchDropout, width 1": (
         "image random",
@@ -240,11 +241,11 @@ COMPARED = {
         "random + pick_tokens, width 192",
         "indices and the gather of (1024, 197, 192) float32, on both sides",
     ),
-    "lightly random_token_mask": ("image random", "kept and hidden indices by one argsort"),
-    "lightly random_block_mask": ("image block", "DINOv2's rectangles, a loop over pictures"),
+    "lightly random_token_mask": ("image random", "kept and masked indices by one argsort"),
+    "lightly random_block_mask": ("image block", "DINOv2's rectangles, a loop over images"),
     "lightly random_inverse_block_mask": (
         "image inverse_block",
-        "CAPI's, one rectangle kept, a loop over pictures; ours keeps many of 3 x 3",
+        "CAPI's, one rectangle kept, a loop over images; ours keeps many of 3 x 3",
     ),
     "lightly random_grid_token_mask": (
         "image grid",
@@ -256,7 +257,7 @@ COMPARED = {
 
 
 def peers(batch: mm.Batch, model) -> tuple[Calls, dict[str, str]]:
-    """The calls of the kits that are installed; every kit's version, or that it is left out."""
+    """The calls of the installed kits; every kit's version, or why it is left out."""
     calls, versions = {}, {}
     for package, make in (
         ("open_clip_torch", lambda: open_clip_calls(batch, model)),
@@ -274,7 +275,7 @@ def peers(batch: mm.Batch, model) -> tuple[Calls, dict[str, str]]:
 
 
 def time_all(calls: Calls, rounds: int) -> dict[tuple[str, ...], list[float]]:
-    """Milliseconds per 1,024 pictures of every call in every round, in another order each."""
+    """Milliseconds per 1,024 images of every call in every round, in another order each."""
     times: dict[tuple[str, ...], list[float]] = {name: [] for name in calls}
     for number in range(-1, rounds):  # one more, to warm up
         order = random.Random(number).sample(list(calls), len(calls))
@@ -293,7 +294,7 @@ def time_all(calls: Calls, rounds: int) -> dict[tuple[str, ...], list[float]]:
 
 
 def masker_rows(ms: dict[tuple[str, ...], float]) -> list[dict]:
-    """One row per masker: milliseconds, shares of 8 training steps in per cent, the goal."""
+    """One row per masker: milliseconds, fractions of 8 training steps in per cent, the goal."""
     rows = []
     for name in dict.fromkeys(key[0] for key in ms if key[0].startswith(("image ", "text "))):
         row: dict = {"masker": name}
@@ -306,9 +307,9 @@ def masker_rows(ms: dict[tuple[str, ...], float]) -> list[dict]:
             if looks:
                 slowest += ms["EMA update", side, TIMES_8]
             step = ms["training step", "random", side, TIMES_8]
-            row |= {f"slowest, {letter}": slowest, f"share of {letter}": 100 * slowest / step}
+            row |= {f"slowest, {letter}": slowest, f"fraction of {letter}": 100 * slowest / step}
         row["goal"] = GOALS.get(re.split(r"[ ,]+", name)[1], 10)
-        reached = max(row[f"share of {letter}"] for letter in SIDES.values()) < row["goal"]
+        reached = max(row[f"fraction of {letter}"] for letter in SIDES.values()) < row["goal"]
         row["verdict"] = "reached" if reached else "not reached"
         rows.append(row)
     return rows
@@ -350,13 +351,13 @@ def rounded(row: dict) -> dict:
     }
 
 
-def picture(rows: list[dict], others: list[dict]):
-    """Shares of a training step with their goals; our times over those of other kits."""
+def draw_figure(rows: list[dict], others: list[dict]):
+    """Fractions of a training step with their goals; our times over those of other kits."""
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(12, 7), layout="constrained")
     axes = figure.subplots(1, 2 if others else 1, squeeze=False)[0]
-    draw_shares(axes[0], rows)
+    draw_fractions(axes[0], rows)
     if others:
         draw_ratios(axes[1], others)
     for ax in axes:
@@ -366,36 +367,36 @@ def picture(rows: list[dict], others: list[dict]):
     return figure
 
 
-def draw_shares(ax, rows: list[dict]) -> None:
-    """Two bars per masker, its share of either step in per cent, and a mark at the goal."""
-    places = range(len(rows))[::-1]
-    for letter, shift, colour, words in (
+def draw_fractions(ax, rows: list[dict]) -> None:
+    """Two bars per masker, its fraction of either step in per cent, and a mark at the goal."""
+    positions = range(len(rows))[::-1]
+    for letter, shift, colour, label in (
         ("a", 0.2, SKY, "of a: 64 px, 64 patches"),
         ("b", -0.2, BLUE, "of b: 112 px, 196 patches"),
     ):
-        shares = [row[f"share of {letter}"] for row in rows]
-        drawn = ax.barh([y + shift for y in places], shares, 0.38, color=colour, label=words)
+        fractions = [row[f"fraction of {letter}"] for row in rows]
+        drawn = ax.barh([y + shift for y in positions], fractions, 0.38, color=colour, label=label)
         ax.bar_label(drawn, fmt="%.2f", padding=3, fontsize=7)
     goals = [row["goal"] for row in rows]
-    ax.plot(goals, places, "|", color=RED, ms=13, mew=2, ls="", label="goal: stay left of it")
-    ax.set_yticks(places, [row["masker"] for row in rows], fontsize=8)
+    ax.plot(goals, positions, "|", color=RED, ms=13, mew=2, ls="", label="goal: at most this")
+    ax.set_yticks(positions, [row["masker"] for row in rows], fontsize=8)
     ax.set_ylim(-0.7, len(rows) - 0.3)
-    ax.set_xlabel(f"drawing masks for {NUM_PICTURES:,} pictures, % of {STEPS} training steps")
-    ax.set_title("Share of a training step (tiny encoder, batch 128)", fontsize=10)
+    ax.set_xlabel(f"drawing masks for {NUM_IMAGES:,} images, % of {STEPS} training steps")
+    ax.set_title("Fraction of a training step (tiny encoder, batch 128)", fontsize=10)
     ax.legend(fontsize=8, loc="lower right")
 
 
 def draw_ratios(ax, others: list[dict]) -> None:
-    """A bar from 1 for each generator of another kit: to the left where ours takes less time."""
-    places = range(len(others))[::-1]
-    for y, row in zip(places, others, strict=True):
+    """A bar from 1 for each generator of another kit, to the left if ours takes less time."""
+    positions = range(len(others))[::-1]
+    for y, row in zip(positions, others, strict=True):
         ratio = row["ours / theirs"]
         ax.barh(y, ratio - 1, 0.6, left=1, color=BLUE if ratio < 1 else ORANGE)
-        words = f"{ratio:.2g}  ({shown(row['our ms'])} : {shown(row['their ms'])} ms)"
-        ax.annotate(words, (max(ratio, 1), y), (4, 0), textcoords="offset points", va="center",
+        label = f"{ratio:.2g}  ({shown(row['our ms'])} : {shown(row['their ms'])} ms)"
+        ax.annotate(label, (max(ratio, 1), y), (4, 0), textcoords="offset points", va="center",
                     fontsize=7)  # fmt: skip
     ax.axvline(1, color="0.3", linewidth=0.8)
-    ax.set_yticks(places, [f"{row['theirs']}\n{row['ratio']}" for row in others], fontsize=7)
+    ax.set_yticks(positions, [f"{row['theirs']}\n{row['ratio']}" for row in others], fontsize=7)
     ax.set_ylim(-0.7, len(others) - 0.3)
     ax.set_xscale("log")
     ax.margins(x=0.25)
@@ -403,14 +404,14 @@ def draw_ratios(ax, others: list[dict]) -> None:
     ax.set_xticks(ticks, list(map(str, ticks)))
     ax.minorticks_off()
     ax.set_xlabel("mmkit's time / the other kit's time (log scale; below 1 mmkit is faster)")
-    ax.set_title("Beside other kits", fontsize=10)
+    ax.set_title("Compared with other kits", fontsize=10)
 
 
 # -- the run -----------------------------------------------------------------------------------
 
 
 def machine() -> dict:
-    """Where the numbers come from."""
+    """The machine that the numbers come from."""
     names = []
     with contextlib.suppress(OSError):
         names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
@@ -426,9 +427,9 @@ def machine() -> dict:
 
 
 def gather(folder: str) -> tuple[Calls, dict[str, str], str]:
-    """All that is timed, the versions of the other kits, and the steps' number type."""
+    """Everything that is timed, the versions of the other kits, and the steps' number type."""
     calls: Calls = {}
-    rows = torch.randperm(2800, generator=torch.Generator().manual_seed(0))[:NUM_PICTURES]
+    rows = torch.randperm(2800, generator=torch.Generator().manual_seed(0))[:NUM_IMAGES]
     for side in (64, 112):
         data = mm.openmoji(side)[0]
         both, batch = trainers(side, data, folder), data.batch(rows)
@@ -442,7 +443,7 @@ def gather(folder: str) -> tuple[Calls, dict[str, str], str]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=21, help="medians are over so many")
+    parser.add_argument("--rounds", type=int, default=21, help="rounds for the medians")
     parser.add_argument("--output", type=Path, default=FOLDER, help="folder of the results")
     options = parser.parse_args()
     about = machine()
@@ -451,12 +452,12 @@ def main():
         times = time_all(calls, options.rounds)
     ms = {key: statistics.median(values) for key, values in times.items()}
     rows, others = masker_rows(ms), peer_rows(ms)
-    print("\nMasks for 1,024 pictures of 196 patches and their captions: ms, and % of 8 steps\n")
+    print("\nMasks for 1,024 images of 196 patches and their captions: ms, and % of 8 steps\n")
     show(rows)
     if others:
-        print("\nBeside other kits, 1,024 pictures or captions at once\n")
+        print("\nCompared with other kits, 1,024 images or captions at once\n")
         show(others)
-    print("\nThe running mean, its attention, and whole training steps: ms\n")
+    print("\nThe moving average, its attention, and whole training steps: ms\n")
     rest = [key for key in ms if key[0] in ("training step", "attention", "EMA update")]
     show([{"what": ", ".join(key), "median ms": ms[key]} for key in sorted(rest)])
     print(f"\n{', '.join(f'{name}: {number}' for name, number in versions.items())}")
@@ -475,7 +476,7 @@ def main():
     }
     path = options.output / "draw_masks.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    picture(rows, others).savefig(path.with_suffix(".png"), dpi=110)
+    draw_figure(rows, others).savefig(path.with_suffix(".png"), dpi=110)
     print(f"written: {path} and {path.with_suffix('.png')}")
 
 

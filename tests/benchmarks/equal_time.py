@@ -1,11 +1,11 @@
-"""Does hiding patches pay in time? The same seconds of training for each hidden share.
+"""Does masking patches pay in time? Equal training time for each masked fraction.
 
     python -m tests.benchmarks.equal_time        # 10, 20 and 60 s, three seeds: about 15 minutes
 
-The tiny preset and its default recipe on the built-in pictures. The price of a step is measured
-first, all shares in turns; each run gets as many steps as its seconds hold, and its schedule ends
-with them. R@1 of the compose test, nothing hidden, mean of both directions; one training takes its
-turn after another, seed by seed. Writes results/equal_time.json.
+The tiny preset and its default recipe on the built-in images. The time of a step is measured
+first, all fractions in turns; each run gets as many steps as fit into its seconds, and its schedule
+ends with them. R@1 of the compose test, nothing masked, mean of both directions; the runs follow
+each other seed by seed. Writes results/equal_time.json.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main():
                     scores[ratio].append(trained(config(ratio, max_steps=steps, seed=seed), data))
             for ratio, found in scores.items():
                 recalls, took = map(list, zip(*found, strict=True))
-                row = {"seconds": seconds, "hidden": ratio, "ms of a step": 1000 * prices[ratio],
+                row = {"seconds": seconds, "masked": ratio, "ms of a step": 1000 * prices[ratio],
                        "steps": round(seconds / prices[ratio]), "took (s)": took,
                        "R@1, %": recalls, "mean": statistics.mean(recalls)}  # fmt: skip
                 rows.append(rounded(row))

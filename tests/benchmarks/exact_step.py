@@ -1,14 +1,14 @@
 """What the exact step costs and what it gives: memory, time, several processes, the gradient.
 
     python -m tests.benchmarks.exact_step             # about 20 minutes on two CPU cores
-    python -m tests.benchmarks.exact_step processes   # one part anew, the others stay as they were
+    python -m tests.benchmarks.exact_step processes   # one part again, the others are kept
 
 Parts: memory-no and memory-bf16 (peak of a step against its batch, see step_memory.py), time-no and
 time-bf16 (exact against naive accumulation, whole train_step, in turns in one process), processes
 (two against one, see two_processes.py), gradient (cosine of the naive gradient to the true one).
-Ratios are taken within a round and their median is given, with quartiles: a machine that is busy
-with other things slows all alike. The parts of bf16 are left
-out, unless named, on a machine without units for it. Writes results/exact_step.json and .png.
+Ratios are taken within a round and their median is given, with quartiles, so that other load on the
+machine slows all alike. The parts with bf16 are left out, unless named, on a machine without units
+for it. Writes results/exact_step.json and .png.
 """
 
 import argparse
@@ -28,9 +28,10 @@ import mmkit as mm
 from mmkit.device import multiplies_bfloat16
 from tests.benchmarks import step_memory, two_processes
 from tests.benchmarks.draw_masks import FOLDER, machine, show
-from tests.benchmarks.exact_step_figure import TARGETS, WORDS, picture
+from tests.benchmarks.exact_step_figure import PRECISIONS, TARGETS, draw_figure
+from tests.benchmarks.step_memory import MICRO
 
-PIECES = (2, 4, 8)  # micro-batches of a step, where time is measured
+MICRO_BATCHES = (2, 4, 8)  # of a step, where time is measured
 BATCHES = (128, 256)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CUTS = (1, 2, 4, 8, 16, 32)  # micro-batches of a step, where gradients are compared
@@ -59,10 +60,10 @@ class TimedTrainer(mm.MaskedMultimodalTrainer):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def timed_step(self, batch: mm.Batch, accumulation: str, pieces: int) -> tuple[float, float]:
-        """Seconds of a step cut into so many pieces: of its gradients, of all of it."""
+    def timed_step(self, batch: mm.Batch, accumulation: str, parts: int) -> tuple[float, float]:
+        """Seconds of a step in so many micro-batches: of its gradients, and of all of it."""
         self.config.accumulation = accumulation
-        self.config.gradient_accumulation_steps = pieces
+        self.config.gradient_accumulation_steps = parts
         start = time.perf_counter()
         self.train_step(batch, 0)
         self._wait()
@@ -70,7 +71,7 @@ class TimedTrainer(mm.MaskedMultimodalTrainer):
 
 
 def trainer_of(kind: type, folder: str, **settings) -> mm.MaskedMultimodalTrainer:
-    """A trainer of the built-in pictures, which writes into the folder."""
+    """A trainer on the built-in images that writes into the folder."""
     config = mm.TrainingConfig(output_dir=folder, run_name="run", **settings)
     trainer = kind(config, mm.openmoji(64)[0])
     trainer.net.train()
@@ -78,7 +79,7 @@ def trainer_of(kind: type, folder: str, **settings) -> mm.MaskedMultimodalTraine
 
 
 def measure_time(precision: str, rounds: int) -> list[dict]:
-    """A row per batch size and number of pieces: seconds and exact / naive."""
+    """A row per batch size and number of micro-batches: seconds and exact / naive."""
     rows = []
     for batch_size in BATCHES:
         with tempfile.TemporaryDirectory() as folder:
@@ -89,15 +90,15 @@ def measure_time(precision: str, rounds: int) -> list[dict]:
 
 
 def time_of_batch(trainer: TimedTrainer, batch: mm.Batch, rounds: int) -> list[dict]:
-    """All ways to cut one batch, in turn, in another order each round."""
-    ways = [(how, k) for k in PIECES for how in ("exact", "naive")] + [("exact", 1)]
+    """All ways to cut one batch, in turns, in another order each round."""
+    ways = [(how, k) for k in MICRO_BATCHES for how in ("exact", "naive")] + [("exact", 1)]
     seconds: dict[tuple, list] = {way: [] for way in ways}
     for number in range(rounds + 1):  # one more, to warm up
         for way in random.Random(number).sample(ways, len(ways)):
             seconds[way].append(trainer.timed_step(batch, *way))
     rows = []
-    for k in PIECES:
-        row: dict = {"batch": len(batch), "pieces": k}
+    for k in MICRO_BATCHES:
+        row: dict = {"batch": len(batch), "micro-batches": k}
         for i, what in enumerate(("gradients", "step")):
             times = {how: [t[i] for t in seconds[how, k][1:]] for how in ("exact", "naive")}
             whole = [t[i] for t in seconds["exact", 1][1:]]
@@ -106,7 +107,7 @@ def time_of_batch(trainer: TimedTrainer, batch: mm.Batch, rounds: int) -> list[d
             ratios = [a / b for a, b in zip(times["exact"], times["naive"], strict=True)]
             row |= {f"{what} exact/naive {name}": v for name, v in spread(ratios).items()}
         rows.append(row)
-        print(f"batch {len(batch)}, {k} pieces: exact {row['step exact']:.2f} s, naive "
+        print(f"batch {len(batch)}, {k} micro-batches: exact {row['step exact']:.2f} s, naive "
               f"{row['step naive']:.2f} s, ratio {row['step exact/naive median']:.2f}",
               flush=True)  # fmt: skip
     return rows
@@ -116,7 +117,7 @@ def time_of_batch(trainer: TimedTrainer, batch: mm.Batch, rounds: int) -> list[d
 
 
 def measure_processes(rounds: int) -> dict:
-    """Pictures per second of each arm, and two processes over one, for both optimizers."""
+    """Images per second of each arm, and two processes over one, for both optimizers."""
     speeds = two_processes.measure(rounds)
     found: dict = {arm: spread(values) for arm, values in speeds.items()}
     for optimizer in ("muon", "adamw"):
@@ -130,23 +131,23 @@ def measure_processes(rounds: int) -> dict:
 
 
 def gradient_of(model) -> Tensor:
-    """All gradients as one vector, float64; they are cleared."""
+    """All gradients as one float64 vector; the model's are cleared."""
     flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     model.zero_grad()
     return flat.double()
 
 
 def true_gradient(trainer, batch: mm.Batch) -> Tensor:
-    """By plain backpropagation of one loss over the whole batch, nothing of step.py in it."""
+    """By plain backpropagation of one loss over the whole batch, without step.py."""
     trainer.model.zero_grad()
     out = trainer.encode(batch, trainer.maskings(batch, 0))
     features = (out.image_features, out.text_features)
     loss = mm.info_nce(*features, out.logit_scale.exp(), batch.partners)
-    (loss + 0 * out.logit_bias).backward()  # which info_nce does not use, as a zero like ours
+    (loss + 0 * out.logit_bias).backward()  # unused by info_nce: a zero gradient, as ours
     return gradient_of(trainer.model)
 
 
-def gradient_rows(trainer, batches: list[mm.Batch], words: str) -> list[dict]:
+def gradient_rows(trainer, batches: list[mm.Batch], state: str) -> list[dict]:
     """Cosine and length of the accumulated gradient against the true one; means over batches."""
     found: dict[int, list[dict]] = {k: [] for k in CUTS}
     for batch in batches:
@@ -168,7 +169,7 @@ def gradient_rows(trainer, batches: list[mm.Batch], words: str) -> list[dict]:
         lowest = min(row["naive cosine"] for row in values)
         largest = max(row["exact error"] for row in values)
         ends = {"naive cosine, lowest": lowest, "exact error, largest": largest}
-        rows.append({"model": words, "pieces": k, **means, **ends})
+        rows.append({"model": state, "micro-batches": k, **means, **ends})
     return rows
 
 
@@ -194,34 +195,34 @@ def measure_gradient(batches: int) -> list[dict]:
 
 
 def verdicts(parts: dict) -> list[dict]:
-    """Each target with what was measured."""
+    """Each target with the measured value."""
     found: list[tuple[str, str, float]] = []
-    for precision, words in WORDS.items():
+    for precision, label in PRECISIONS.items():
         rows = parts.get(f"memory-{precision}", [])
-        cells = {r["batch"]: r for r in rows if r["batch"] == r["pieces"] * step_memory.MICRO}
+        cells = {r["batch"]: r for r in rows if r["batch"] == r["micro-batches"] * MICRO}
         for what in ("peak", "step") if cells else ():
             ratio = cells[4096][what] / cells[256][what]
-            found.append(("memory", f"{what} at 4,096 / at 256, {words}", ratio))
+            found.append(("memory", f"{what} at 4,096 / at 256, {label}", ratio))
         for row in parts.get(f"time-{precision}", []):
-            if row["pieces"] == 8:
-                name = f"exact / naive, 8 pieces, batch {row['batch']}, {words}"
+            if row["micro-batches"] == 8:
+                name = f"exact / naive, 8 micro-batches, batch {row['batch']}, {label}"
                 found.append(("time", name, row["step exact/naive median"]))
     if "processes" in parts:
         ratio = parts["processes"]["two / one, muon"]["median"]
-        found.append(("processes", "two / one, pictures per second", ratio))
+        found.append(("processes", "two / one, images per second", ratio))
     return [
         {
-            "what": f"{name}: {words}",
+            "what": f"{name}: {label}",
             "measured": ratio,
             "target": f"{'>=' if name == 'processes' else '<='} {TARGETS[name]}",
             "reached": (ratio >= TARGETS[name]) == (name == "processes") or ratio == TARGETS[name],
         }
-        for name, words, ratio in found
+        for name, label, ratio in found
     ]
 
 
 def rounded(value):
-    """Four figures are enough to read."""
+    """All numbers rounded to four significant digits."""
     if isinstance(value, dict):
         return {key: rounded(v) for key, v in value.items()}
     if isinstance(value, list):
@@ -231,8 +232,8 @@ def rounded(value):
 
 def measures() -> dict[str, Callable[[], list | dict]]:
     """Each part by its name."""
-    found: dict = {f"memory-{p}": partial(step_memory.measure, p) for p in WORDS}
-    found |= {f"time-{p}": partial(measure_time, p, rounds=9) for p in WORDS}
+    found: dict = {f"memory-{p}": partial(step_memory.measure, p) for p in PRECISIONS}
+    found |= {f"time-{p}": partial(measure_time, p, rounds=9) for p in PRECISIONS}
     found["processes"] = partial(measure_processes, rounds=15)
     found["gradient"] = partial(measure_gradient, batches=4)
     return found
@@ -261,7 +262,7 @@ def main():
     record = {"machine": about, "verdicts": rounded(verdicts(parts)), "parts": parts}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
-    picture(parts).savefig(path.with_suffix(".png"), dpi=110)
+    draw_figure(parts).savefig(path.with_suffix(".png"), dpi=110)
     print(f"written: {path} and {path.with_suffix('.png')}")
 
 

@@ -5,12 +5,12 @@ import random
 from mmkit.plots.figures import BLUE, GREEN, ORANGE, RED, SKY
 from tests.benchmarks.step_memory import BATCHES, MICRO
 
-WORDS = {"no": "float32", "bf16": "bf16"}
+PRECISIONS = {"no": "float32", "bf16": "bf16"}
 TARGETS = {"memory": 1.25, "time": 1.4, "processes": 0.9}
 
 
-def picture(parts: dict):
-    """Memory, time, processes, gradient: what there is of them."""
+def draw_figure(parts: dict):
+    """Memory, time, processes, gradient: those that were measured."""
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(12, 8.5), layout="constrained")
@@ -25,26 +25,26 @@ def picture(parts: dict):
 
 
 def draw_memory(ax, parts: dict) -> None:
-    """Peak memory over the batch, in micro-batches and in one piece; both start at one of 256."""
+    """Peak memory over the batch, in micro-batches and in one pass; both start at 256 pairs."""
     for precision, colours in (("no", (BLUE, ORANGE)), ("bf16", (SKY, RED))):
         rows = parts.get(f"memory-{precision}", [])
         for whole, colour in zip((False, True), colours, strict=True):
-            chosen = [r for r in rows if r["batch"] == MICRO or (r["pieces"] == 1) == whole]
-            words = "in one piece" if whole else f"in pieces of {MICRO}"
+            chosen = [r for r in rows if r["batch"] == MICRO or (r["micro-batches"] == 1) == whole]
+            label = "in one pass" if whole else f"in micro-batches of {MICRO}"
             ax.plot([r["batch"] for r in chosen], [r["peak"] / 1000 for r in chosen], "o-",
-                    color=colour, label=f"{WORDS[precision]}, {words}")  # fmt: skip
+                    color=colour, label=f"{PRECISIONS[precision]}, {label}")  # fmt: skip
     ax.set_xscale("log", base=2)
     ax.set_xticks(BATCHES, [f"{b:,}" for b in BATCHES])
     ax.set_ylim(bottom=0)
-    ax.set_xlabel("pictures per step (log scale)")
+    ax.set_xlabel("images per step (log scale)")
     ax.set_ylabel("peak memory of the process (GB)")
-    ax.set_title("Memory grows with the piece, not with the batch", fontsize=10)
+    ax.set_title("Memory grows with the micro-batch, not with the batch", fontsize=10)
     ax.legend(fontsize=8)
 
 
 def draw_time(ax, parts: dict) -> None:
     """Exact over naive accumulation, whole steps: median and quartiles."""
-    pieces = sorted({r["pieces"] for p in WORDS for r in parts.get(f"time-{p}", [])})
+    counts = sorted({r["micro-batches"] for p in PRECISIONS for r in parts.get(f"time-{p}", [])})
     styles = [("no", 128, BLUE), ("no", 256, SKY), ("bf16", 128, RED), ("bf16", 256, ORANGE)]
     for i, (precision, batch, colour) in enumerate(styles):
         rows = [r for r in parts.get(f"time-{precision}", []) if r["batch"] == batch]
@@ -53,14 +53,14 @@ def draw_time(ax, parts: dict) -> None:
             [m - r["step exact/naive lower"] for m, r in zip(middle, rows, strict=True)],
             [r["step exact/naive upper"] - m for m, r in zip(middle, rows, strict=True)],
         ]
-        places = [pieces.index(r["pieces"]) + 0.12 * (i - 1.5) for r in rows]
-        words = f"{WORDS[precision]}, batch {batch}"
-        ax.errorbar(places, middle, ends, fmt="o", color=colour, capsize=3, label=words)
+        positions = [counts.index(r["micro-batches"]) + 0.12 * (i - 1.5) for r in rows]
+        label = f"{PRECISIONS[precision]}, batch {batch}"
+        ax.errorbar(positions, middle, ends, fmt="o", color=colour, capsize=3, label=label)
     ax.axhline(TARGETS["time"], color=RED, linewidth=1, linestyle="--")
     ax.annotate("limit", (-0.35, TARGETS["time"]), (0, 3), textcoords="offset points", fontsize=8)
     ax.axhline(1, color="0.3", linewidth=0.8)
-    ax.set_xticks(range(len(pieces)), list(map(str, pieces)))
-    ax.set_xlim(-0.4, max(1, len(pieces)) - 0.6)
+    ax.set_xticks(range(len(counts)), list(map(str, counts)))
+    ax.set_xlim(-0.4, max(1, len(counts)) - 0.6)
     ax.set_ylim(0.9, 1.6)
     ax.set_xlabel("micro-batches per step")
     ax.set_ylabel("time of an exact step / of a naive one")
@@ -74,37 +74,37 @@ def draw_processes(ax, parts: dict) -> None:
         found = parts.get("processes", {}).get(f"two / one, {optimizer}")
         if found:
             shifts = random.Random(0).choices([i / 100 for i in range(-12, 13)], k=99)
-            places = [x + s for s, _ in zip(shifts, found["rounds"], strict=False)]
-            ax.plot(places, found["rounds"], "o", color=colour, alpha=0.4, ms=5)
+            positions = [x + s for s, _ in zip(shifts, found["rounds"], strict=False)]
+            ax.plot(positions, found["rounds"], "o", color=colour, alpha=0.4, ms=5)
             ax.plot([x - 0.25, x + 0.25], [found["median"]] * 2, color=colour, linewidth=2.5)
-            words = f"median {found['median']:.2f}"
-            ax.annotate(words, (x + 0.27, found["median"]), va="center", fontsize=9)
+            label = f"median {found['median']:.2f}"
+            ax.annotate(label, (x + 0.27, found["median"]), va="center", fontsize=9)
     ax.axhline(TARGETS["processes"], color=RED, linewidth=1, linestyle="--")
     ax.annotate("at least", (-0.45, TARGETS["processes"]), (0, 3), textcoords="offset points",
                 fontsize=8)  # fmt: skip
     ax.axhline(1, color="0.3", linewidth=0.8)
     ax.set_xticks((0, 1), ("Muon (the default)", "AdamW"))
     ax.set_xlim(-0.5, 1.7)
-    ax.set_ylabel("pictures per second, two processes / one")
-    ax.set_title("Two processes of one thread against one of two (a dot per round)", fontsize=10)
+    ax.set_ylabel("images per second, two processes / one")
+    ax.set_title("Two processes of one thread against one of two (one dot per round)", fontsize=10)
 
 
 def draw_gradient(ax, parts: dict) -> None:
     """Cosine to the true gradient over the number of micro-batches."""
     rows = parts.get("gradient", [])
     ax.set_xscale("log", base=2)
-    for words, colour in (("at the start", ORANGE), ("after one epoch", RED)):
-        chosen = [r for r in rows if r["model"] == words]
-        pieces = [r["pieces"] for r in chosen]
-        ax.plot(pieces, [r["naive cosine"] for r in chosen], "o-", color=colour,
-                label=f"naive, {words}")  # fmt: skip
+    for state, colour in (("at the start", ORANGE), ("after one epoch", RED)):
+        chosen = [r for r in rows if r["model"] == state]
+        counts = [r["micro-batches"] for r in chosen]
+        ax.plot(counts, [r["naive cosine"] for r in chosen], "o-", color=colour,
+                label=f"naive, {state}")  # fmt: skip
     if rows:
         largest = max(r["exact error, largest"] for r in rows)
-        ax.plot(pieces, [1] * len(pieces), "o-", color=BLUE,
+        ax.plot(counts, [1] * len(counts), "o-", color=BLUE,
                 label=f"exact (relative error at most {largest:.0e})")  # fmt: skip
-        ax.set_xticks(pieces, list(map(str, pieces)))
+        ax.set_xticks(counts, list(map(str, counts)))
     ax.set_ylim(0, 1.05)
     ax.set_xlabel("micro-batches of a batch of 128 (log scale)")
     ax.set_ylabel("cosine to the gradient of the whole batch")
-    ax.set_title("What plain accumulation loses", fontsize=10)
+    ax.set_title("What naive accumulation loses", fontsize=10)
     ax.legend(fontsize=8, loc="lower left")

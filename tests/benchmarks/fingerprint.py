@@ -1,8 +1,8 @@
-"""How long it takes to tell whether the images of a run are still the same.
+"""How long it takes to check whether the images of a run are still the same.
 
     python -m tests.benchmarks.fingerprint            # 50,000 files: about two minutes
 
-50,000 files of 6 kB in 100 folders (of any bytes: nothing is decoded), and as many images of 64
+50,000 files of 6 kB in 100 folders (random bytes: nothing is decoded), and as many images of 64
 pixels in memory. Each number is the best of three. Writes results/fingerprint.json.
 """
 
@@ -26,13 +26,13 @@ BYTES, SIDE, LONG_AGO = 6000, 64, 1e9
 
 
 def written(folder: Path, count: int) -> list[Path]:
-    """Files of different bytes, written long ago as far as they say."""
+    """Files of different bytes whose time of modification is long ago."""
     paths = [folder / f"{number % 100:03d}" / f"{number:06d}.jpg" for number in range(count)]
     for path in paths:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(os.urandom(BYTES))
         os.utime(path, (LONG_AGO, LONG_AGO))
-    time.sleep(3)  # what has just changed is read once more each time
+    time.sleep(3)  # files that have just changed are read again each time
     return paths
 
 
@@ -47,7 +47,7 @@ def best_of_three(work: Callable[[], object], prepare: Callable[[], object] = la
 
 
 def in_files(folder: Path, count: int) -> dict[str, float]:
-    """Seconds for each of the ways in which files are looked at."""
+    """Seconds for each of the ways in which files are checked."""
     captions, cache = [f"thing number {number}" for number in range(count)], folder / "cache"
     paths = written(folder, count)
     data = mm.MultimodalDataset(paths, captions)

@@ -1,17 +1,17 @@
 """A training step on a GPU: mmkit, open_clip and transformers, one cell after another.
 
-    pip install -e ".[bench]"                        # peers that are missing are rows that say so
+    pip install -e ".[bench]"                        # the row of a missing peer says so
     python -m tests.benchmarks.gpu                   # at most 5 minutes
-    python -m tests.benchmarks.gpu --minutes 2 --cells base    # those whose name has "base" in it
+    python -m tests.benchmarks.gpu --minutes 2 --cells base    # those whose name contains "base"
 
-A GPU keeps its pace, so that cells need not take turns; only one of them holds memory at a time.
-All batches lie on the device before the clock starts, ours as well as the peers'. Images are noise
-at the preset's size, captions those of the built-in set, each with a number. Each cell warms up for
-three steps and is the median of ten, synchronised. A cell that does not fit is a row with its batch
-and "out of memory", and is tried again with half the batch; one that fails says why; those that the
-time does not reach are rows, too. MFU is over the data sheet's dense bfloat16 rate, `share` over
-what this card multiplies at 8192 x 8192. Writes results/gpu.json, anew after every cell. Without a
-GPU it runs on the CPU, tiny cells first.
+A GPU keeps its speed, so that cells need not be measured in turns; only one of them holds memory at
+a time. All batches are on the device before the clock starts, for mmkit and for the peers. Images
+are noise at the preset's size, captions those of the built-in set, each with a number. Each cell
+warms up for three steps and is the median of ten, synchronised. A cell that does not fit gives a
+row with its batch and "out of memory", and is tried again with half the batch; the row of a cell
+that fails says why; cells for which no time is left are rows, too. "mfu" is relative to the data
+sheet's dense bfloat16 rate, "fraction" to the rate at which this card multiplies at 8192 x 8192.
+Writes results/gpu.json after every cell. Without a GPU it runs on the CPU, tiny cells first.
 """
 
 import argparse
@@ -59,7 +59,7 @@ class Cell:
 
 
 def cells() -> list[Cell]:
-    """All of them, what is asked first first."""
+    """All of them, the most important first."""
     compiled = dict(compile=True)
     return [
         *(Cell(who, "tiny", 0.5, 128) for who in ("mmkit", "open_clip")),
@@ -79,7 +79,7 @@ def cells() -> list[Cell]:
 
 
 def made_data(count: int, side: int, texts: list[str]) -> mm.MultimodalDataset:
-    """Noise with captions of real lengths, each its own."""
+    """Noise with different captions of realistic lengths."""
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=draw)
     captions = [f"{texts[i % len(texts)]} {i}" for i in range(count)]
@@ -92,7 +92,7 @@ def synchronize() -> None:
 
 
 def measure(cell: Cell, texts: list[str], precision: str, folder: str) -> dict:
-    """Milliseconds, pairs a second, peak memory and rate of one cell's step."""
+    """Milliseconds, pairs per second, peak memory and rate of one cell's step."""
     started = time.perf_counter()
     data = made_data(max(2 * cell.batch, 2048), PRESETS[cell.size]["image"], texts)
     options = cell.options | ({"output_dir": folder} if cell.who == "mmkit" else {})
@@ -114,7 +114,7 @@ def measure(cell: Cell, texts: list[str], precision: str, folder: str) -> dict:
         synchronize()
         took.append(time.perf_counter() - start)
     seconds = statistics.median(took)
-    facts = {
+    found = {
         "milliseconds": 1000 * seconds,
         "fastest and slowest": [1000 * min(took), 1000 * max(took)],
         "pairs_per_second": cell.batch / seconds,
@@ -124,15 +124,15 @@ def measure(cell: Cell, texts: list[str], precision: str, folder: str) -> dict:
     }
     if cell.who == "mmkit":
         model, train = peer.model, peer.trainer.train
-        words = float(train.encoded_captions()[1].float().mean())
+        tokens = float(train.encoded_captions()[1].float().mean())
         kept = max(1, round(model.num_patches * (1 - cell.masked)))
-        flops = cell.batch * cost.step_flops(model, kept, words, replay=False)
-        facts["tflop_per_second"] = flops / seconds / 1e12
-    return facts
+        flops = cell.batch * cost.step_flops(model, kept, tokens, replay=False)
+        found["tflop_per_second"] = flops / seconds / 1e12
+    return found
 
 
 def row(cell: Cell, texts: list[str], precision: str, folder: str) -> dict:
-    """The cell with what was measured, or with what stopped it."""
+    """The cell with its measurements, or with what stopped it."""
     try:
         return asdict(cell) | measure(cell, texts, precision, folder)
     except torch.OutOfMemoryError:
@@ -147,7 +147,7 @@ def row(cell: Cell, texts: list[str], precision: str, folder: str) -> dict:
 
 
 def rows(chosen: list[Cell], precision: str, minutes: float) -> Iterator[dict]:
-    """Each cell in turn; one that does not fit again with half the batch, down to a quarter."""
+    """Each cell in turn; one that does not fit again with half and a quarter of the batch."""
     built_in = mm.openmoji(64)[2]
     texts = [captions[0] for captions in built_in.texts]
     ends = time.perf_counter() + 60 * minutes
@@ -165,7 +165,7 @@ def rows(chosen: list[Cell], precision: str, minutes: float) -> Iterator[dict]:
 
 
 def matmul_rate(size: int) -> float:
-    """TFLOP a second of square products in bfloat16 (float32 on a CPU)."""
+    """TFLOP per second of square products in bfloat16 (float32 on a CPU)."""
     cuda = torch.cuda.is_available()
     kind = dict(device="cuda", dtype=torch.bfloat16) if cuda else {}
     a, b = (torch.randn(size, size, **kind) for _ in range(2))
@@ -181,8 +181,8 @@ def matmul_rate(size: int) -> float:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=5.0, help="no cell starts after so many")
-    parser.add_argument("--cells", nargs="*", default=[""], help="only those whose name has this")
+    parser.add_argument("--minutes", type=float, default=5.0, help="no cell starts after this time")
+    parser.add_argument("--cells", nargs="*", default=[""], help="only those with this in the name")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--output", type=Path, default=FOLDER)
     options = parser.parse_args()
@@ -196,7 +196,7 @@ def main():
     chosen = [cell for cell in cells() if any(word in str(cell) for word in options.cells)]
     for one in rows(chosen, options.precision, options.minutes):
         if reached := one.get("tflop_per_second"):
-            one["share"] = reached / rate
+            one["fraction"] = reached / rate
             one["mfu"] = peak and reached / peak
         found.append({k: round(v, 4) if isinstance(v, float) else v for k, v in one.items()})
         print(json.dumps(found[-1]), flush=True)

@@ -1,16 +1,16 @@
-"""How long the masking lab takes from a key press to the picture, in a real JupyterLab and browser.
+"""How long the masking lab takes from a key press to the image, in a real JupyterLab and browser.
 
     python -m tests.benchmarks.mask_lab_latency      # about two minutes and a half on two CPU cores
 
-Three labs: pictures of 224 px (14 x 14 patches) without a model; and pictures of 64 px (8 x 8),
-drawn at 336, with an untrained tiny encoder, which takes as long as a trained one, and once more
-with a decoder that looks across, whose picture is "put back". In each, 30
-key presses on the slider "patches hidden" that change the mask, and 30 moves of the mouse that
-paint one more patch. The clock is the page's own (performance.now), from the event's arrival. A key
-goes to Python and back before the canvas is redrawn; a stroke is drawn at once, so there the other
-columns matter: the words beside the picture and the ranking, which come from Python. "painted" is
-after the browser's next frame. A ranking may stay the same to the two digits shown; `events` says
-how often it changed. Writes results/mask_lab_latency.json.
+Three labs: images of 224 px (14 x 14 patches) without a model; images of 64 px (8 x 8), drawn at
+336, with an untrained tiny encoder, which takes as long as a trained one; and the same with a
+cross-modal decoder, whose image is timed as "reconstructed". In each, 30 key presses on the slider
+"patches masked" change the mask, and 30 moves of the mouse paint one more patch each. The clock is
+the page's own (performance.now), from the arrival of the event. A key press goes to Python and back
+before the canvas is redrawn; a stroke is drawn at once, so that for it the other columns matter:
+the caption beside the image and the ranking, which come from Python. "painted" is after the
+browser's next frame. A ranking may stay the same in the two digits shown; `events` says how often
+it changed. Writes results/mask_lab_latency.json.
 """
 
 import json
@@ -71,7 +71,7 @@ CLOCK = """() => {
   const names = texts.length === 3 ? ['words', 'guesses', 'ranking'] : ['words', 'ranking'];
   texts.forEach((text, i) => watch(text, names[i], {childList: true, subtree: true}));
   const back = document.querySelector('.mmkit-back canvas');
-  if (back) watch(back, 'put back', {attributeFilter: ['data-drawn']});
+  if (back) watch(back, 'reconstructed', {attributeFilter: ['data-drawn']});
 }"""
 
 
@@ -82,19 +82,19 @@ def kept(patches: int, percent: int) -> int:
 def wait(page) -> dict[str, float]:
     """The times of one event."""
     page.wait_for_function("'painted' in window.times && 'words' in window.times")
-    page.wait_for_timeout(400)  # milliseconds: nothing of this event is left to come
+    page.wait_for_timeout(400)  # milliseconds: nothing more of this event comes later
     return page.evaluate("window.times")
 
 
 def time_keys(page, patches: int) -> list[dict[str, float]]:
-    slider = page.get_by_role("slider", name="patches hidden (%)")
+    slider = page.get_by_role("slider", name="patches masked (%)")
     slider.press("Home")
     page.wait_for_timeout(1000)
     times, percent = [], 0
     while len(times) < WARM_UP + COUNT:
         slider.press("ArrowRight")
         percent += 1
-        if kept(patches, percent) != kept(patches, percent - 1):  # else there is nothing to draw
+        if kept(patches, percent) != kept(patches, percent - 1):  # else nothing is drawn
             times.append(wait(page))
         else:
             page.wait_for_timeout(200)
@@ -102,13 +102,13 @@ def time_keys(page, patches: int) -> list[dict[str, float]]:
 
 
 def time_strokes(page, side: int) -> list[dict[str, float]]:
-    page.get_by_role("slider", name="patches hidden (%)").press("Home")
+    page.get_by_role("slider", name="patches masked (%)").press("Home")
     page.wait_for_timeout(1000)
     box = page.locator(".mmkit-canvas canvas").bounding_box()
     times = []
     for number in range(WARM_UP + COUNT + 1):
         row, column = divmod(number, side)
-        column = side - 1 - column if row % 2 else column  # as an ox ploughs
+        column = side - 1 - column if row % 2 else column  # to and fro, row by row
         x = box["x"] + (column + 0.5) * box["width"] / side
         y = box["y"] + (row + 0.5) * box["height"] / side
         page.mouse.move(x, y)
@@ -122,7 +122,7 @@ def time_strokes(page, side: int) -> list[dict[str, float]]:
 
 
 def summary(times: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Median, 90th percentile and largest, in milliseconds, of each thing that changed."""
+    """Median, 90th percentile and largest, in milliseconds, of each part that changed."""
     found = {}
     for name in sorted({name for event in times for name in event}):
         values = sorted(event[name] for event in times if name in event)

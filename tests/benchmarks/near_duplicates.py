@@ -1,11 +1,11 @@
-"""Which changes of an image are recognised as the same image, and how often two images are joined.
+"""Which changed copies of an image are recognised, and how often different images are joined.
 
     python -m tests.benchmarks.near_duplicates    # half a minute
 
 Originals: every 13th built-in drawing, and photographs of scikit-image and scikit-learn with the
-four quarters of the large ones, among them textures and pages of text. Each is changed at 256
-pixels and loaded at 64, as a file would be. Recall: how many share a cluster with their original.
-False matches: pairs of different images in one cluster, of all built-in drawings, of the
+four quarters of the large ones, textures and pages of text among them. Each is changed at 256
+pixels and loaded at 64, as a file would be. Recall: how many are in one cluster with their
+original. False matches: pairs of different images in one cluster, of all built-in drawings, of the
 photographs and of the 200 small grey crops (half of them faces) that scikit-image ships. Writes
 results/near_duplicates.json.
 """
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from mmkit.data.image_duplicates import near_duplicates, picture_signature
+from mmkit.data.image_duplicates import image_signature, near_duplicates
 from mmkit.data.openmoji.drawings import read_table
 from mmkit.data.openmoji.images import render
 from tests.benchmarks.draw_masks import FOLDER, machine
@@ -88,7 +88,7 @@ def drawings() -> list[Image.Image]:
 
 
 def photographs() -> list[Image.Image]:
-    """Squares of 256 pixels: the middles of all, and the quarters of the large ones."""
+    """Squares of 256 pixels: the centres of all, and the quarters of the large ones."""
     import skimage
     import sklearn
 
@@ -115,7 +115,7 @@ def small_crops() -> torch.Tensor:
 
 def signatures(images: list[Image.Image]) -> torch.Tensor:
     loaded = [np.array(image.resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for image in images]
-    return picture_signature(torch.from_numpy(np.stack(loaded)).permute(0, 3, 1, 2))
+    return image_signature(torch.from_numpy(np.stack(loaded)).permute(0, 3, 1, 2))
 
 
 def recall(images: list[Image.Image], change: Change) -> float:
@@ -125,7 +125,7 @@ def recall(images: list[Image.Image], change: Change) -> float:
 
 
 def false_matches(signature: torch.Tensor) -> dict[str, float]:
-    """Of all pairs of different images, how many are in one cluster; and of images, how many."""
+    """How many pairs of different images are in one cluster, and how many images that concerns."""
     size = np.bincount(near_duplicates(signature))
     pairs = len(signature) * (len(signature) - 1) // 2
     joined = int((size * (size - 1) // 2).sum())
@@ -146,9 +146,9 @@ def main() -> None:
     }
     every = torch.from_numpy(np.array(render([e["codepoints"] for e in read_table()], SIZE)))
     sets = {
-        "built-in drawings": picture_signature(every),
+        "built-in drawings": image_signature(every),
         "photographs": signatures(originals["photographs"]),
-        "small grey crops": picture_signature(small_crops()),
+        "small grey crops": image_signature(small_crops()),
     }
     result = {
         "machine": machine(),

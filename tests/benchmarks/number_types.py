@@ -1,4 +1,4 @@
-"""Does Muon learn the same whether it orthogonalises in float32 or in bfloat16?
+"""Does Muon learn equally well if it orthogonalises in float32 or in bfloat16?
 
     python -m tests.benchmarks.number_types       # three seeds each: about 10 minutes
 
@@ -6,8 +6,8 @@
 masked, mean of both directions; means with their 95 % intervals over seeds (Student's t), and the
 difference of the pairs that share a seed. Writes results/number_types.json.
 
-A processor without bfloat16 units takes minutes for what is emulated value by value. There,
-products of bfloat16 are taken as such units take them: summed in float32, then rounded.
+A processor without bfloat16 units emulates them value by value, which takes minutes. There,
+products of bfloat16 are computed as such units do: summed in float32, then rounded.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 from scipy import stats
-
 from torch.overrides import TorchFunctionMode
 
 import mmkit as mm
@@ -87,7 +86,7 @@ def main():
 
 
 def summary(found: dict[str, list[float]], images: int) -> dict:
-    """What is written: R@1 of each run, means and their difference with intervals."""
+    """The record to write: R@1 of each run, means and their difference with intervals."""
     differences = [a - b for a, b in zip(*found.values(), strict=True)]
     return {
         "machine": machine(),

@@ -1,14 +1,14 @@
-"""The same towers, pictures and captions through mmkit and through what people would pick instead.
+"""The same towers, images and captions in mmkit and in the libraries that people use instead.
 
 Each peer is a class whose `step()` is one whole training step: forward, loss, backward, clipping,
-optimizer, clamp. All have towers of equal width and depth, the same pieces, batch and autocast
-precision, and torch's fused AdamW. What each does is what its own users would have, at its best:
+optimizer, clamp. All have towers of equal width and depth, the same tokens, batch and autocast
+precision, and torch's fused AdamW. Each runs as its own users would run it, at its best:
 
 - mmkit: `MaskedMultimodalTrainer.train_step`, patches dropped before the projection.
 - open_clip: `CLIP` with patch dropout, its `ClipLoss`, the step of `open_clip_train`; its context
   is as long as the longest caption of the training set (its default is 77).
 - transformers: `VisionTextDualEncoderModel` with its own loss, as in the contrastive-image-text
-  example; captions padded to the same length. It cannot leave patches out.
+  example; captions padded to the same length. It cannot drop patches.
 """
 
 import math
@@ -28,7 +28,7 @@ ADAMW: dict[str, Any] = dict(betas=(0.9, 0.98), eps=1e-6, fused=True)
 
 
 class Mmkit:
-    """`MaskedMultimodalTrainer` as it is; options: of the `TrainingConfig`."""
+    """`MaskedMultimodalTrainer` as it is. options: fields of `TrainingConfig`."""
 
     def __init__(self, size: str, ratio: float, data, batch_size: int, precision: str, **options):
         config = mm.TrainingConfig(
@@ -47,7 +47,7 @@ class Mmkit:
 
 
 class Peer:
-    """What the two others share: pictures as normalised floats, captions of one length."""
+    """What the other two share: images as normalised floats, captions of one length."""
 
     model: torch.nn.Module
 
@@ -56,7 +56,7 @@ class Peer:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.data = data = data.encoded_by(data.tokenizer, self.size["length"])
         self.length = int(data.encoded_captions()[1].max())
-        self.pieces = len(data.tokenizer)
+        self.vocab_size = len(data.tokenizer)
         self.end = data.tokenizer.sep_token_id
         batches = [data.batch(rows) for rows in rows_of(data, batch_size)]
         self.batches = [self.prepare(batch) for batch in batches]
@@ -67,7 +67,7 @@ class Peer:
         self.optimizer = torch.optim.AdamW(groups(self.model), lr=LEARNING_RATE, **ADAMW)
 
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Normalised floats (B, 3, H, W), pieces (B, L) padded by 0, and which are real."""
+        """Normalised floats (B, 3, H, W), tokens (B, L) padded with 0, and which are valid."""
         pixels = (batch.pixel_values.float() / 255 - 0.5) / 0.5
         room = self.length - batch.input_ids.shape[1]
         ids = torch.nn.functional.pad(batch.input_ids, (0, room))
@@ -109,7 +109,7 @@ class OpenClip(Peer):
             image_size=self.size["image"], patch_dropout=self.ratio,
         )  # fmt: skip
         text = open_clip.CLIPTextCfg(
-            context_length=self.length, vocab_size=self.pieces + 1, width=text_width,
+            context_length=self.length, vocab_size=self.vocab_size + 1, width=text_width,
             heads=text_heads, layers=text_depth,
         )  # fmt: skip
         self.model = open_clip.CLIP(self.size["embed_dim"], vision, text, output_dict=True)
@@ -117,8 +117,8 @@ class OpenClip(Peer):
 
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         pixels, ids, valid = super().prepare(batch)
-        # It reads the text at the piece of the highest number, which is its end.
-        return pixels, ids.masked_fill(ids == self.end, self.pieces), valid
+        # It takes the text's features at the token of the highest id, which marks the end.
+        return pixels, ids.masked_fill(ids == self.end, self.vocab_size), valid
 
     def loss(self, pixels: Tensor, ids: Tensor, valid: Tensor) -> Tensor:
         return self.clip_loss(**self.model(pixels, ids))
@@ -143,7 +143,7 @@ class Transformers(Peer):
             image_size=self.size["image"], patch_size=self.size["patch"], **vit, **none
         )
         text = BertConfig(
-            vocab_size=self.pieces, max_position_embeddings=self.size["length"], **bert, **none
+            vocab_size=self.vocab_size, max_position_embeddings=self.size["length"], **bert, **none
         )
         config = VisionTextDualEncoderConfig.from_vision_text_configs(
             vision, text, projection_dim=self.size["embed_dim"]
@@ -158,7 +158,7 @@ class Transformers(Peer):
 
 
 class OpenClipCompiled(OpenClip):
-    """All of its forward pass by torch.compile."""
+    """With its whole forward pass compiled by torch.compile."""
 
     def build(self) -> None:
         super().build()
@@ -177,7 +177,7 @@ def rows_of(data, batch_size: int, count: int = 4) -> list[list[int]]:
 
 
 def groups(model: torch.nn.Module) -> list[dict]:
-    """Matrices decay, biases, norms and the temperature do not."""
+    """Weight decay for matrices; none for biases, norms and the temperature."""
     learning = [p for p in model.parameters() if p.requires_grad]
     return [
         {"params": [p for p in learning if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},

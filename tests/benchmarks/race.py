@@ -1,32 +1,33 @@
-"""Time to quality: from picture files on the disk to R@1 of 45 %, by three recipes.
+"""Time to quality: from image files on the disk to R@1 of 45 %, by three recipes.
 
     pip install -e ".[bench]"
     python -m tests.benchmarks.race --quick             # does it run? less than a minute
     python -m tests.benchmarks.race --search --seeds 0  # the peers' learning rates
     python -m tests.benchmarks.race                     # three seeds of each, in turns
-    python -m tests.benchmarks.race --resume            # goes on where it was interrupted
+    python -m tests.benchmarks.race --resume            # continues where it was interrupted
 
-The built-in training pictures (64 px, compose split) are written once as PNG files with a table of
+The built-in training images (64 px, compose split) are written once as PNG files with a table of
 captions; that is not timed. Each run is a fresh process. Its clock starts when its packages are
-imported, counts loading and training, and stands still every `--every` seconds while the model is
-scored: R@1 of the compose test split, nothing hidden, mean of both directions, one code for all.
-All compute in bf16 where the machine does (`mixed_precision="auto"`), with towers of equal size.
+imported, counts loading and training, and stops every `--every` seconds while the model is scored:
+R@1 of the compose test split, nothing masked, mean of both directions, by the same code for all.
+All compute in bf16 if the machine does (`mixed_precision="auto"`), with towers of equal size.
 
 - mmkit: `mm.from_table` with an empty cache, then `TrainingConfig()` as it is. Reading and caching
-  pictures, training the tokenizer and the checkpoints of every epoch are on its clock.
+  images, training the tokenizer and the checkpoints of every epoch count.
 - open_clip: its `CLIP`, patch dropout 50 %, and its recipe: AdamW with betas 0.9 and 0.98, eps
   1e-6, weight decay 0.2, warmup (a tenth of the steps), cosine to 0, batch 128.
 - transformers: `VisionTextDualEncoderModel` and the recipe of its contrastive-image-text example:
   AdamW, weight decay 0.1, no warmup, linear to 0, batch 64.
 
-What is done for the peers beyond what their users would have: pictures are decoded once, into
-memory; captions become pieces before the training, by a tokenizer that is there already, padded to
-the longest one only; a picture with several captions comes once an epoch, with one of them;
-gradients are clipped (`peers.py`); there are no checkpoints. Their schedule ends at a horizon
-(`--minutes-open-clip`, `--minutes-transformers`; several are searched, too), in as many steps as a
-trial says, off the clock. `--search` runs each learning rate with seed 0; the first at 45 %, else
-the highest at the end, is used for the seeds. A run on a busy machine shows in `longest_step`
-(seconds) and in the loads, which stand beside its curve. Writes results/race.json and .png.
+The peers get some advantages that their users would not have: images are decoded once, into memory;
+captions become tokens before training, by a tokenizer that exists already, padded to the longest
+one only; an image with several captions comes once per epoch, with one of them; gradients are
+clipped (`peers.py`); there are no checkpoints. Their schedule ends at a horizon
+(`--minutes-open-clip`, `--minutes-transformers`; several can be searched), in as many steps as an
+untimed trial says. `--search` runs each learning rate with seed 0; the one that first reaches 45 %,
+otherwise the one that ends highest, is used for the seeds. Other load on the machine shows in
+`longest_step` (seconds) and in the loads, which are saved with the curve. Writes
+results/race.json and .png.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from pathlib import Path
 
 from tests.benchmarks.draw_masks import FOLDER, machine, show
 from tests.benchmarks.peers import PEERS
-from tests.benchmarks.race_figure import TARGET, picture, reached_at, table
+from tests.benchmarks.race_figure import TARGET, draw_figure, reached_at, table
 from tests.benchmarks.race_runs import RECIPES, write_files
 from tests.benchmarks.step_speed import versions
 
@@ -56,13 +57,13 @@ def key(work: dict) -> tuple:
 def run(work: dict, folder: Path) -> dict:
     """What `race_runs.one` found, in a fresh process."""
     out = folder / "found.json"
-    words = json.dumps(work | {"folder": str(folder), "out": str(out)})
-    subprocess.run([sys.executable, "-m", "tests.benchmarks.race_runs", words], check=True)
+    order = json.dumps(work | {"folder": str(folder), "out": str(out)})
+    subprocess.run([sys.executable, "-m", "tests.benchmarks.race_runs", order], check=True)
     return work | json.loads(out.read_text())
 
 
 class Results:
-    """race.json: every finished run is in it at once."""
+    """race.json: every run is written to it as soon as it is finished."""
 
     def __init__(self, path: Path):
         self.path, self.runs = path, []
@@ -81,17 +82,17 @@ class Results:
         unfinished.replace(self.path)
 
     def best(self, who: str, minutes: list[float]) -> tuple[float, float]:
-        """(learning rate, minutes) that the search found; first at the target, else highest."""
+        """(learning rate, minutes) of the search: first at the target, otherwise highest."""
         searched = [r for r in self.runs if r["phase"] == "search" and r["who"] == who]
         if not searched:
-            print(f"{who}: no search in {self.path.name}; learning rate 1e-3 is taken")
+            print(f"{who}: no search in {self.path.name}; the learning rate is 1e-3")
             return 1e-3, minutes[0]
         first = min(searched, key=lambda r: (reached_at(r) or math.inf, -r["curve"][-1][1]))
         return first["learning_rate"], first["minutes"]
 
 
 def searches(options) -> list[dict]:
-    """What is searched: learning rates, and horizons where several are given."""
+    """The runs of the search: learning rates, and horizons if several are given."""
     return [
         dict(phase="search", who=who, learning_rate=rate, minutes=minutes, seed=0)
         for who in options.who if who in RECIPES
@@ -100,7 +101,7 @@ def searches(options) -> list[dict]:
 
 
 def seeds(options, results: Results) -> list[dict]:
-    """The race: contenders take turns."""
+    """The runs of the race: contenders take turns."""
     plans = {
         who: results.best(who, options.minutes[who]) if who in RECIPES else (None, None)
         for who in (options.who if options.seeds else ())
@@ -113,7 +114,7 @@ def seeds(options, results: Results) -> list[dict]:
 
 
 def go(works: list[dict], options, results: Results, folder: Path) -> None:
-    """Run them one after the other; those that are there already are not repeated."""
+    """Run them one after the other, except those whose results exist already."""
     common = {"cap": options.cap, "every": options.every}
     there = {key(found) for found in results.runs}
     for work in works:
@@ -126,12 +127,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--who", nargs="+", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--seeds", type=int, default=3, help="0: no race, only the search")
     parser.add_argument("--search", action="store_true", help="the peers' learning rates first")
-    parser.add_argument("--rates", nargs="+", type=float, help="that are searched")
+    parser.add_argument("--rates", nargs="+", type=float, help="learning rates to search")
     parser.add_argument("--minutes-open-clip", nargs="+", type=float, default=[6.0])
     parser.add_argument("--minutes-transformers", nargs="+", type=float, default=[20.0])
     parser.add_argument("--cap", type=float, default=20.0, help="minutes after which a run ends")
     parser.add_argument("--every", type=float, default=10.0, help="seconds between two scores")
-    parser.add_argument("--resume", action="store_true", help="keep the runs that are there")
+    parser.add_argument("--resume", action="store_true", help="keep the finished runs")
     parser.add_argument("--draw", action="store_true", help="only table and figure")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes; a test")
     parser.add_argument("--output", type=Path, help="folder of the results")
@@ -166,7 +167,7 @@ def main():
         if rows := table(results.runs, phase):
             print(f"\n{phase}")
             show(rows)
-    picture(results.runs).savefig(results.path.with_suffix(".png"), dpi=110)
+    draw_figure(results.runs).savefig(results.path.with_suffix(".png"), dpi=110)
     print(f"\nwritten: {results.path} and {results.path.with_suffix('.png').name}")
 
 

@@ -12,7 +12,7 @@ TICKS = (2, 5, 10, 20, 30, 60, 120, 180, 300, 600, 1200)
 
 
 def reached_at(run: dict) -> float | None:
-    """Seconds of the first score at the target; None where there is none."""
+    """Seconds of the first score at the target; None if there is none."""
     return next((seconds for seconds, score in run["curve"] if score >= TARGET), None)
 
 
@@ -27,7 +27,7 @@ def raced(runs: list[dict]) -> dict[str, list[dict]]:
 
 
 def median_seconds(runs: list[dict]) -> tuple[float, bool]:
-    """(median seconds to the target, whether it was reached); else how long it was tried."""
+    """(median seconds to the target, True); if it was not reached, (seconds tried, False)."""
     times = [reached_at(run) or math.inf for run in runs]
     middle = statistics.median(times)
     if math.isinf(middle):
@@ -36,7 +36,7 @@ def median_seconds(runs: list[dict]) -> tuple[float, bool]:
 
 
 def ratio(who: str, groups: dict[str, list[dict]]) -> str:
-    """Their seconds over ours, in words: "3.1", "> 8.0" where they did not get there, ""."""
+    """Their seconds over ours as text: "3.1", "> 8.0" if they did not reach the target, or ""."""
     if "mmkit" not in groups or who == "mmkit":
         return ""
     (ours, there), (theirs, reached) = (median_seconds(groups[name]) for name in ("mmkit", who))
@@ -50,7 +50,7 @@ def table(runs: list[dict], phase: str) -> list[dict]:
     if phase == "search":
         return [
             {"who": run["who"], "learning rate": f"{run['learning_rate']:g}",
-             "minutes": run["minutes"], "steps": run["steps"], "seconds to 45 %": words_of(run),
+             "minutes": run["minutes"], "steps": run["steps"], "seconds to 45 %": seconds_text(run),
              "R@1 at the end, %": 100 * run["curve"][-1][1]}
             for run in runs if run["phase"] == "search"
         ]  # fmt: skip
@@ -61,14 +61,14 @@ def table(runs: list[dict], phase: str) -> list[dict]:
         rows.append(
             {"who": who, "learning rate": f"{rate:g}" if rate else "default",
              "seconds to 45 %, median": f"{middle:.0f}" if reached else f"> {middle:.0f}",
-             "of each seed": ", ".join(map(words_of, own)),
+             "of each seed": ", ".join(map(seconds_text, own)),
              "R@1 at the end, %": ", ".join(f"{100 * run['curve'][-1][1]:.0f}" for run in own),
              "over mmkit's": ratio(who, groups), "goal": GOALS.get(who)}
         )  # fmt: skip
     return rows
 
 
-def words_of(run: dict) -> str:
+def seconds_text(run: dict) -> str:
     """ "152", or "not reached in 360"."""
     seconds = reached_at(run)
     return f"not reached in {run['seconds']:.0f}" if seconds is None else f"{seconds:.0f}"
@@ -77,21 +77,21 @@ def words_of(run: dict) -> str:
 def label(who: str, groups: dict[str, list[dict]]) -> str:
     """ "open_clip: 310 s (3.1 x)"."""
     middle, reached = median_seconds(groups[who])
-    words = f"{who}: {middle:.0f} s" if reached else f"{who}: not reached in {middle:.0f} s"
+    text = f"{who}: {middle:.0f} s" if reached else f"{who}: not reached in {middle:.0f} s"
     times = ratio(who, groups)
-    return f"{words} ({times} ×)" if times else words
+    return f"{text} ({times} ×)" if times else text
 
 
-def picture(runs: list[dict]):
+def draw_figure(runs: list[dict]):
     """A line per seed, a colour per contender; a dot where 45 % was reached."""
     figure, groups = new_figure(7.5, 4.2), raced(runs)
     ax = figure.subplots()
     for who, own in groups.items():
         for number, run in enumerate(own):
             seconds, scores = zip(*run["curve"], strict=True)
-            words = None if number else label(who, groups)
+            text = None if number else label(who, groups)
             ax.plot(seconds, [100 * score for score in scores], color=COLOURS[who], linewidth=1.5,
-                    alpha=0.85, label=words)  # fmt: skip
+                    alpha=0.85, label=text)  # fmt: skip
             if at := reached_at(run):
                 score = 100 * dict(map(tuple, run["curve"]))[at]
                 ax.plot(at, score, "o", color=COLOURS[who], ms=5)
@@ -104,8 +104,8 @@ def picture(runs: list[dict]):
         ax.minorticks_off()
         figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     ax.set_ylim(bottom=0)
-    ax.set_xlabel("seconds of loading and training, from the picture files (log scale)")
+    ax.set_xlabel("seconds of loading and training, from the image files (log scale)")
     ax.set_ylabel("R@1 on new combinations, %")
-    ax.set_title("From picture files to R@1 of 45 %: median seconds of the seeds", fontsize=10)
+    ax.set_title("From image files to R@1 of 45 %: median seconds of the seeds", fontsize=10)
     plain_axes(ax)
     return figure

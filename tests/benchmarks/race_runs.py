@@ -1,6 +1,6 @@
-"""A run of race.py, in a process of its own: what is on the clock, and what each contender does.
+"""A run of race.py, in a process of its own: what is timed, and what each contender does.
 
-What is done for whom, and why, stands in race.py.
+race.py says what is done for each contender, and why.
 """
 
 import contextlib
@@ -29,20 +29,20 @@ from mmkit.schedules import cosine, linear
 from tests.benchmarks import peers
 
 SIZE, PRECISION = "tiny", "auto"
-TRIAL = 8  # steps that say how long one takes
+TRIAL = 8  # steps that measure how long one takes
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a peer's own documentation trains with."""
+    """The recipe of a peer's own documentation."""
 
     peer: type[peers.Peer]
-    hidden: float  # share of the patches that are left out in training
+    masked: float  # fraction of the patches dropped in training
     batch_size: int
     weight_decay: float
     adamw: dict  # what differs from torch's defaults
-    warmup: float  # share of the steps
-    shape: Callable[[float], float]  # of the learning rate after it, from 1 to 0
+    warmup: float  # fraction of the steps
+    shape: Callable[[float], float]  # of the learning rate after the warmup, from 1 to 0
     rates: tuple[float, ...]  # learning rates that a search tries
 
 
@@ -51,13 +51,13 @@ RECIPES = {
         peers.OpenClip, 0.5, 128, 0.2, dict(betas=(0.9, 0.98), eps=1e-6), 0.1, cosine,
         (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
     ),
-    # The example's own rate is 5e-5; at 5e-4 and above, five minutes taught it nothing (race.json).
+    # The example's own rate is 5e-5; at 5e-4 and above five minutes teach it nothing (race.json).
     "transformers": Recipe(
         peers.Transformers, 0.0, 64, 0.1, {}, 0.0, linear, (5e-5, 1e-4, 2e-4, 5e-4)
     ),
 }  # fmt: skip
 TOWERS = tuple(f"transformers.models.{name}.modeling_{name}" for name in ("vit", "bert"))
-IMPORTS = {  # off the clock
+IMPORTS = {  # not timed
     "mmkit": ("accelerate.utils", "torch.utils.tensorboard", *TOWERS),
     "open_clip": ("open_clip",),
     "transformers": ("transformers.models.vision_text_dual_encoder", *TOWERS),
@@ -68,7 +68,7 @@ IMPORTS = {  # off the clock
 
 
 def write_files(folder: Path) -> None:
-    """The training pictures as PNG files, and pairs.csv with a line per caption."""
+    """The training images as PNG files, and pairs.csv with a line per caption."""
     from PIL import Image
 
     data = mm.openmoji(64)[0]
@@ -83,7 +83,7 @@ def write_files(folder: Path) -> None:
 
 
 def read_captions(folder: Path) -> dict[str, list[str]]:
-    """The captions of each picture's file name."""
+    """The captions of each image's file name."""
     found: dict[str, list[str]] = {}
     with open(folder / "pairs.csv", newline="") as file:
         for row in csv.DictReader(file):
@@ -92,12 +92,12 @@ def read_captions(folder: Path) -> dict[str, list[str]]:
 
 
 def decoded(folder: Path, tokenizer) -> mm.MultimodalDataset:
-    """All pictures in memory: what the peers train on."""
+    """All images decoded into memory: the peers' training set."""
     from PIL import Image
 
     captions = read_captions(folder)
-    pictures = [np.asarray(Image.open(folder / name).convert("RGB")) for name in captions]
-    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+    images = [np.asarray(Image.open(folder / name).convert("RGB")) for name in captions]
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
     return mm.MultimodalDataset.from_pixels(pixels, list(captions.values()), tokenizer=tokenizer)
 
 
@@ -105,13 +105,13 @@ def decoded(folder: Path, tokenizer) -> mm.MultimodalDataset:
 
 
 class Clock:
-    """Seconds of loading and training, and the scores on the way."""
+    """Seconds of loading and training, and the scores in the course of it."""
 
-    def __init__(self, every: float, cap: float, words: str):
-        self.every, self.cap, self.words = every, cap, words
+    def __init__(self, every: float, cap: float, name: str):
+        self.every, self.cap, self.name = every, cap, name
         self.curve: list[tuple[float, float]] = []
-        self.steps, self.scored = 0, -1  # how many there were, and when the last score was taken
-        self.step_end, self.longest = math.inf, 0.0  # of a step, the way to it included
+        self.steps, self.scored = 0, -1  # so far, and at the last score
+        self.step_end, self.longest = math.inf, 0.0  # of a step, loading its batch included
         self.next, self.off, self.start = every, 0.0, time.perf_counter()
 
     @property
@@ -119,23 +119,23 @@ class Clock:
         return time.perf_counter() - self.start - self.off
 
     @contextlib.contextmanager
-    def standing_still(self) -> Iterator[None]:
+    def stopped(self) -> Iterator[None]:
         before = time.perf_counter()
         yield
         self.off += time.perf_counter() - before
 
     def note(self, score: Callable[[], float]) -> None:
-        """Scores the model as it is now, unless that has been done."""
+        """Score the model as it is now, unless that has been done."""
         if self.scored == self.steps:
             return
         self.scored, seconds = self.steps, self.seconds
-        with self.standing_still():
+        with self.stopped():
             self.curve.append((round(seconds, 2), score()))
-            print(f"{self.words}  {seconds:6.1f} s  R@1 {100 * self.curve[-1][1]:5.1f} %",
+            print(f"{self.name}  {seconds:6.1f} s  R@1 {100 * self.curve[-1][1]:5.1f} %",
                   flush=True)  # fmt: skip
 
     def after_step(self, score: Callable[[], float]) -> bool:
-        """Scores where that is due; False when the time is over."""
+        """Score the model if that is due; False when the time is over."""
         self.steps += 1
         self.longest, self.step_end = max(self.longest, self.seconds - self.step_end), self.seconds
         if self.seconds >= self.next:
@@ -165,7 +165,7 @@ def r_at_1(model, encode_image: Callable, encode_text: Callable, test) -> float:
 
 
 class Watched(mm.MaskedMultimodalTrainer):
-    """The trainer as it is, with a clock that it looks at after each step."""
+    """The trainer as it is, with a clock that it checks after each step."""
 
     def watch(self, clock: Clock, test: mm.MultimodalDataset) -> None:
         self.watching, model = clock, self.model
@@ -210,14 +210,14 @@ def encoders(peer: peers.Peer) -> tuple[Callable, Callable]:
         room = (0, peer.length - ids.shape[1])
         ids, valid = (torch.nn.functional.pad(x, room) for x in (ids, valid))
         if isinstance(peer, peers.OpenClip):
-            return model.encode_text(ids.masked_fill(ids == peer.end, peer.pieces))
+            return model.encode_text(ids.masked_fill(ids == peer.end, peer.vocab_size))
         return model.text_projection(model.text_model(ids, valid.long()).pooler_output)
 
     return image, text
 
 
 def start_anew(peer: peers.Peer, recipe: Recipe, seed: int, rate: float) -> None:
-    """New weights by the seed, and the recipe's optimizer."""
+    """New weights drawn by the seed, and the recipe's optimizer."""
     torch.manual_seed(seed)
     peer.build()
     peer.model.to(peer.device).train()
@@ -228,7 +228,7 @@ def start_anew(peer: peers.Peer, recipe: Recipe, seed: int, rate: float) -> None
 
 
 def batches_of(peer: peers.Peer, data, batch_size: int, seed: int) -> Iterator[list[Tensor]]:
-    """Batch after batch, without end; each epoch in another order, what is left over left out."""
+    """Batches without end; each epoch in another order, its incomplete last batch dropped."""
     draws = torch.Generator().manual_seed(seed)
     while True:
         for rows in torch.randperm(len(data), generator=draws).split(batch_size):
@@ -238,7 +238,7 @@ def batches_of(peer: peers.Peer, data, batch_size: int, seed: int) -> Iterator[l
 
 
 def step_seconds(peer: peers.Peer, batches: Iterator[list[Tensor]]) -> float:
-    """Median of a few steps, without the first ones."""
+    """Median seconds of a few steps, without the first two."""
     times = []
     for _ in range(TRIAL):
         before = time.perf_counter()
@@ -250,9 +250,9 @@ def step_seconds(peer: peers.Peer, batches: Iterator[list[Tensor]]) -> float:
 def run_peer(work: dict, clock: Clock, test, folder: Path, tokenizer) -> dict:
     recipe, seed, rate = RECIPES[work["who"]], work["seed"], work["learning_rate"]
     data = decoded(folder, tokenizer)
-    peer = recipe.peer(SIZE, recipe.hidden, data, recipe.batch_size, PRECISION)
+    peer = recipe.peer(SIZE, recipe.masked, data, recipe.batch_size, PRECISION)
     data = peer.data
-    with clock.standing_still():
+    with clock.stopped():
         start_anew(peer, recipe, seed, rate)
         of_step = step_seconds(peer, batches_of(peer, data, recipe.batch_size, seed))
         test = test.encoded_by(tokenizer, peer.length)
@@ -265,10 +265,10 @@ def run_peer(work: dict, clock: Clock, test, folder: Path, tokenizer) -> dict:
         return r_at_1(peer.model, *encode, test)
 
     for batch in itertools.islice(batches_of(peer, data, recipe.batch_size, seed), steps):
-        share = recipe.shape(max(0, done - warmup) / max(1, steps - 1 - warmup))
-        share = (done + 1) / warmup if done < warmup else share
+        fraction = recipe.shape(max(0, done - warmup) / max(1, steps - 1 - warmup))
+        fraction = (done + 1) / warmup if done < warmup else fraction
         for part in peer.optimizer.param_groups:
-            part["lr"] = rate * share
+            part["lr"] = rate * fraction
         loss, done = peer.train_step(*batch), done + 1
         if not clock.after_step(score) or math.isnan(loss):
             break
@@ -280,24 +280,28 @@ def run_peer(work: dict, clock: Clock, test, folder: Path, tokenizer) -> dict:
 
 
 def one(work: dict) -> None:
-    """One run; its facts go to the file that `work` names."""
+    """One run; its results are written to the file that `work` names."""
     who, folder = work["who"], Path(work["folder"])
-    for name in IMPORTS[who]:
-        importlib.import_module(name)
+    for module in IMPORTS[who]:
+        importlib.import_module(module)
     test, load = mm.openmoji(64)[2], os.getloadavg()[0]
-    words = f"{who}, seed {work['seed']}"
+    name = f"{who}, seed {work['seed']}"
     if who == "mmkit":
-        clock = Clock(work["every"], 60 * work["cap"], words)
-        facts = run_mmkit(work, clock, test, folder)
+        clock = Clock(work["every"], 60 * work["cap"], name)
+        found = run_mmkit(work, clock, test, folder)
     else:
         captions = read_captions(folder).values()
         tokenizer = mm.train_wordpiece([text for texts in captions for text in texts])
-        words += f", {work['learning_rate']:g}"
-        clock = Clock(work["every"], 60 * work["cap"], words)
-        facts = run_peer(work, clock, test, folder, tokenizer)
-    facts |= {"seconds": clock.curve[-1][0], "load_before": load, "load_after": os.getloadavg()[0]}
-    facts |= {"longest_step": clock.longest, "curve": clock.curve}
-    Path(work["out"]).write_text(json.dumps(facts))
+        name += f", {work['learning_rate']:g}"
+        clock = Clock(work["every"], 60 * work["cap"], name)
+        found = run_peer(work, clock, test, folder, tokenizer)
+    found |= {
+        "seconds": clock.curve[-1][0],
+        "load_before": load,
+        "load_after": os.getloadavg()[0],
+    }
+    found |= {"longest_step": clock.longest, "curve": clock.curve}
+    Path(work["out"]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

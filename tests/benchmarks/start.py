@@ -1,11 +1,11 @@
-"""Steps to R@1 of 45 %: where weights start, and how fast they learn.
+"""Steps to R@1 of 45 %, by initial weights and by learning rates.
 
-    python -m tests.benchmarks.start                        # two seeds: about 6 minutes
-    python -m tests.benchmarks.start --full default both    # and whole trainings of these: 5 more
+    python -m tests.benchmarks.start                      # two seeds: about 6 minutes
+    python -m tests.benchmarks.start --full default both  # and whole training runs: 5 more
 
-The tiny preset on the built-in pictures, 50 % hidden; R@1 of the compose test, nothing hidden, mean
-of both directions, every five steps, until it is 45 %. "transformers' start" is what ViTModel and
-BertModel draw by themselves. Writes results/start.json.
+The tiny preset on the built-in images, 50 % masked; R@1 of the compose test, nothing masked, mean
+of both directions, every five steps, until it is 45 %. "transformers' start" are the initial
+weights that ViTModel and BertModel draw by themselves. Writes results/start.json.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from tests.benchmarks.race_runs import r_at_1
 
 FORMER = dict(learning_rate=2e-3, matrix_learning_rate=6e-3, warmup_steps=30)
 ADAMW = dict(optimizer="adamw", learning_rate=5e-4)
-WAYS: dict[str, tuple[bool, dict]] = {  # -> whether transformers' start, what differs in the recipe
+WAYS: dict[str, tuple[bool, dict]] = {  # -> (transformers' start?, changes of the recipe)
     "default": (False, {}),
     "transformers' start": (True, {}),
     "other rates, longer warmup": (False, FORMER),
@@ -35,7 +35,7 @@ WAYS: dict[str, tuple[bool, dict]] = {  # -> whether transformers' start, what d
 
 
 def start_of_transformers(tokenizer) -> mm.MultimodalEncoder:
-    """The tiny towers as their own classes draw them."""
+    """The tiny towers with the initial weights that transformers' classes draw."""
     spec = mm.MultimodalEncoder.preset("tiny", tokenizer=tokenizer).architecture()
     del spec["vit"]["initializer_range"]
     return mm.MultimodalEncoder.from_architecture(spec)
@@ -62,7 +62,7 @@ class Scored(mm.MaskedMultimodalTrainer):
         return found
 
     def steps(self) -> float | None:
-        """Where the curve crosses 45 %, between two scores by a straight line."""
+        """Where the curve crosses 45 %, by linear interpolation between two scores."""
         *_, before, last = self.curve
         if last < 0.45:
             return None
@@ -71,9 +71,9 @@ class Scored(mm.MaskedMultimodalTrainer):
 
 def one(data, way: str, seed: int, folder: str, full: bool) -> dict:
     train, val, test = data
-    as_they_are, settings = WAYS[way]
+    theirs, settings = WAYS[way]
     torch.manual_seed(seed)
-    model = start_of_transformers(train.tokenizer) if as_they_are else None
+    model = start_of_transformers(train.tokenizer) if theirs else None
     config = mm.TrainingConfig(seed=seed, output_dir=folder, run_name="run", **settings)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         if full:

@@ -1,10 +1,11 @@
 """Peak memory of a training step against its batch, each cell in a fresh process.
 
-Real train_step (Muon, AdamW, clipping) of the tiny encoder on made-up pictures with captions of
-about ten word pieces, half of the patches hidden. All cells hold the same 4,096 pictures (uint8,
-50 MB), so that the data is not what differs; the batch is a copy of its rows. On a CPU the peak is
-the process's largest resident memory, libraries and all, and "step" what of it came after model,
-data and batch were there; on a GPU what torch has allocated. Run by exact_step.py.
+Real train_step (Muon, AdamW, clipping) of the tiny encoder on made-up images with captions of
+about ten tokens, half of the patches masked. All cells hold the same 4,096 images (uint8, 50 MB),
+so that the data makes no difference; the batch is a copy of its rows. On a CPU the peak is the
+process's largest resident memory, libraries included, and "step" the part of it that was added
+after model, data and batch existed; on a GPU both are what torch has allocated. Run by
+exact_step.py.
 """
 
 import gc
@@ -20,26 +21,26 @@ import torch
 
 import mmkit as mm
 
-MICRO, PICTURES = 256, 4096
+MICRO, IMAGES = 256, 4096
 BATCHES = (256, 512, 1024, 2048, 4096)
-MOST = 8e9  # bytes; a batch in one piece is not tried beyond
-STEPS = 2  # the first makes the optimizers' buffers
+MOST = 8e9  # bytes; above this no batch is tried in one pass
+STEPS = 2  # the first makes the optimizer state
 WORDS = "red green blue old new small big cat dog house tree boat star moon bread shoe".split()
 
 
 def made_up() -> mm.MultimodalDataset:
-    """Noise, and captions of eight words, each different."""
-    pixels = torch.randint(0, 256, (PICTURES, 3, 64, 64), dtype=torch.uint8)
+    """Noise, and different captions of eight words."""
+    pixels = torch.randint(0, 256, (IMAGES, 3, 64, 64), dtype=torch.uint8)
     rng = random.Random(0)
     texts = [
         " ".join([WORDS[i >> shift & 15] for shift in (0, 4, 8)] + rng.choices(WORDS, k=5))
-        for i in range(PICTURES)
+        for i in range(IMAGES)
     ]
     return mm.MultimodalDataset.from_pixels(pixels, texts)
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory now."""
+    """Bytes of this process that are resident in memory now."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmRSS:")[1].split()[0])
 
@@ -74,22 +75,22 @@ def cell(batch_size: int, parts: int, precision: str) -> dict[str, float]:
 
 def fresh_cell(batch_size: int, parts: int, precision: str) -> dict:
     """`cell` in a process of its own."""
-    words = ["-m", "tests.benchmarks.step_memory", str(batch_size), str(parts), precision]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    command = ["-m", "tests.benchmarks.step_memory", str(batch_size), str(parts), precision]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr[-2000:]}")
-    row = {"batch": batch_size, "pieces": parts} | json.loads(done.stdout.splitlines()[-1])
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    row = {"batch": batch_size, "micro-batches": parts} | json.loads(done.stdout.splitlines()[-1])
     print(precision, {key: round(value) for key, value in row.items()}, flush=True)
     return row
 
 
 def measure(precision: str) -> list[dict]:
-    """A row per batch: in micro-batches of 256, and in one piece as far as it fits."""
+    """A row per batch: in micro-batches of 256, and in one pass as far as it fits."""
     rows = []
     for batch_size in BATCHES:
         rows.append(fresh_cell(batch_size, batch_size // MICRO, precision))
     for batch_size in BATCHES[1:]:
-        last = rows[-1] if rows[-1]["pieces"] == 1 else rows[0]
+        last = rows[-1] if rows[-1]["micro-batches"] == 1 else rows[0]
         if last["before"] + 1e-6 + 2 * last["step"] > MOST / 1e6:
             break
         rows.append(fresh_cell(batch_size, 1, precision))

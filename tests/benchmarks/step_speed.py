@@ -2,15 +2,16 @@
 
     pip install -e ".[bench]"
     python -m tests.benchmarks.step_speed                 # tiny and small, about 15 minutes
-    python -m tests.benchmarks.step_speed --savings       # ours without a part of it; savings.py
+    python -m tests.benchmarks.step_speed --savings       # ours without one part each; savings.py
     python -m tests.benchmarks.step_speed --sizes base --rounds 4 --name step_speed_base
     python -m tests.benchmarks.step_speed --avx2 --sizes tiny --ratios 0.5 \
         --peers mmkit Muon open_clip --name step_speed_avx2    # as a CPU without bfloat16 units
 
-Every cell (who, size, share hidden) is a fresh process that says its highest memory; the cells of a
-size and share take turns step by step, so that a busy moment does not hit one of them alone. Ratios
-are taken within a round. `peers.py` says what each of them does. Writes results/step_speed.json and
-.png, or those of `--name`. For a CPU: on a GPU, gpu.py times one cell after another.
+Every cell (who, size, masked fraction) is a fresh process that reports its highest memory; the
+cells of a size and fraction take turns step by step, so that a busy moment of the machine does not
+affect one of them alone. Ratios are taken within a round. `peers.py` says what each of them does.
+Writes results/step_speed.json and .png, or those of `--name`. This is for a CPU: on a GPU, gpu.py
+times one cell after another.
 """
 
 import argparse
@@ -41,14 +42,14 @@ from tests.benchmarks.savings import SAVINGS
 BATCH = {"tiny": 128, "small": 32, "base": 16}
 ALL = PEERS | COMPILED | SAVINGS
 RATIOS = (0.0, 0.5, 0.75)
-GOALS = {  # (size, hidden at least this share) -> our speed over theirs
+GOALS = {  # (size, masked at least this fraction) -> our speed over theirs
     ("tiny", 0.5, "open_clip"): 1.5, ("tiny", 0.5, "transformers"): 3.0,
     ("small", 0.5, "open_clip"): 1.3, ("small", 0.5, "transformers"): 2.5,
     ("tiny", 0.0, "open_clip"): 1.15, ("small", 0.0, "open_clip"): 1.15,
 }  # fmt: skip
 
 
-# -- a cell: a process that makes one step whenever it is asked ---------------------------------
+# -- a cell: a process that makes one step on request -------------------------------------------
 
 
 def cell(who: str, size: str, ratio: float, batch_size: int, precision: str) -> None:
@@ -57,7 +58,7 @@ def cell(who: str, size: str, ratio: float, batch_size: int, precision: str) -> 
     with tempfile.TemporaryDirectory() as folder:
         options = {"output_dir": folder} if who in ("mmkit", *SAVINGS) else {}
         peer = ALL[who](size, ratio, data, batch_size, precision, **options)
-        for _ in range(2):  # warms up
+        for _ in range(2):  # warm up
             peer.step()
         say(parameters=sum(p.numel() for p in peer.model.parameters()))
         for line in sys.stdin:
@@ -74,18 +75,19 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def say(**facts) -> None:
-    print(json.dumps(facts), flush=True)
+def say(**message) -> None:
+    print(json.dumps(message), flush=True)
 
 
 class Cell:
-    """The other end of it."""
+    """A cell as seen by the process that starts it."""
 
-    def __init__(self, *words):
-        command = [sys.executable, "-m", "tests.benchmarks.step_speed", "--cell", *map(str, words)]
+    def __init__(self, *arguments):
+        command = [sys.executable, "-m", "tests.benchmarks.step_speed", "--cell"]
+        command += map(str, arguments)
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self.process = subprocess.Popen(command, text=True, bufsize=1, **pipes)  # type: ignore
-        self.facts = self.answer()
+        self.about = self.answer()
 
     def answer(self) -> dict:
         for line in self.process.stdout:  # type: ignore[union-attr]
@@ -93,8 +95,8 @@ class Cell:
                 return json.loads(line)
         raise RuntimeError(f"a cell ended: {self.process.args}")
 
-    def ask(self, word: str) -> dict:
-        self.process.stdin.write(f"{word}\n")  # type: ignore[union-attr]
+    def ask(self, request: str) -> dict:
+        self.process.stdin.write(f"{request}\n")  # type: ignore[union-attr]
         return self.answer()
 
 
@@ -111,7 +113,7 @@ def measure(
         for name, one in cells.items():
             found[name]["seconds"].append(one.ask("step")["seconds"])
     for name, one in cells.items():
-        found[name] |= one.facts | one.ask("end")
+        found[name] |= one.about | one.ask("end")
         one.process.wait()
     return found
 
@@ -119,71 +121,71 @@ def measure(
 def row(size: str, ratio: float, batch: int, found: dict) -> dict:
     """Medians, and our speed and memory over theirs."""
     ours = found["mmkit"]
-    facts: dict = {"size": size, "hidden": ratio, "batch": batch, "steps": {}}
+    entry: dict = {"size": size, "masked": ratio, "batch": batch, "steps": {}}
     for name, theirs in found.items():
         ratios = [b / a for a, b in zip(ours["seconds"], theirs["seconds"], strict=True)]
-        facts["steps"][name] = {
+        entry["steps"][name] = {
             "milliseconds": spread([1000 * s for s in theirs["seconds"]]),
             "peak_mb": theirs["peak_mb"],
             "parameters": theirs["parameters"],
             "our speed / theirs": spread(ratios),
             "our memory / theirs": ours["peak_mb"] / theirs["peak_mb"],
         }
-    return facts
+    return entry
 
 
 def limit(size: str, ratio: float, batch: int, milliseconds: float, precision: str) -> dict:
-    """Useful operations of our step over what the machine multiplies at the step's own shapes."""
+    """Rate of our step's useful operations over that of matrix products of the same shapes."""
     data, _, _ = mm.openmoji(PRESETS[size]["image"])
     model = mm.MultimodalEncoder.preset(size, tokenizer=data.tokenizer)
     data = data.encoded_by(model.tokenizer, model.max_length)
-    words = float(data.encoded_captions()[1].float().mean())
+    tokens = float(data.encoded_captions()[1].float().mean())
     kept = max(1, round(model.num_patches * (1 - ratio)))
-    gflop = batch * cost.step_flops(model, kept, words, replay=False) / 1e9
+    gflop = batch * cost.step_flops(model, kept, tokens, replay=False) / 1e9
     dtype = pick_precision(precision, torch.device("cpu")) or torch.float32
-    rate = cost.matmul_rate(model, batch, kept, words, dtype)
+    rate = cost.matmul_rate(model, batch, kept, tokens, dtype)
     reached = gflop / (milliseconds / 1000)
     return {
         "gflop": gflop, "gflop_per_second": reached, "matmul_rate": rate, "share": reached / rate
     }  # fmt: skip
 
 
-def picture(rows: list[dict]):
-    """Pictures a second of each, by size and share hidden."""
+def draw_figure(rows: list[dict]):
+    """Pairs per second of each peer, by size and masked fraction."""
     sizes = list(dict.fromkeys(row["size"] for row in rows))
     figure = new_figure(5 * len(sizes), 3.6)
     for ax, size in zip(figure.subplots(1, len(sizes), squeeze=False)[0], sizes, strict=True):
         own = [row for row in rows if row["size"] == size]
         for i, row in enumerate(own):
             width = 0.8 / len(row["steps"])
-            for j, (name, facts) in enumerate(row["steps"].items()):
-                place = i + width * (j - (len(row["steps"]) - 1) / 2)
-                speed = row["batch"] / facts["milliseconds"]["median"] * 1000
-                ax.bar(place, speed, 0.92 * width, color=COLOURS[j % len(COLOURS)],
+            for j, (name, step) in enumerate(row["steps"].items()):
+                x = i + width * (j - (len(row["steps"]) - 1) / 2)
+                speed = row["batch"] / step["milliseconds"]["median"] * 1000
+                ax.bar(x, speed, 0.92 * width, color=COLOURS[j % len(COLOURS)],
                        label=name if i == 0 else None)  # fmt: skip
-                ax.annotate(f"{speed:.0f}", (place, speed), ha="center", va="bottom",
+                ax.annotate(f"{speed:.0f}", (x, speed), ha="center", va="bottom",
                             fontsize=8)  # fmt: skip
-        ax.set_xticks(range(len(own)), [f"{100 * row['hidden']:.0f} %" for row in own])
-        ax.set(xlabel="patches hidden", ylabel="pairs a second", title=f"{size}, a training step")
+        ax.set_xticks(range(len(own)), [f"{100 * row['masked']:.0f} %" for row in own])
+        ax.set(xlabel="patches masked", ylabel="pairs per second", title=f"{size}, a training step")
         plain_axes(ax)
         ax.legend(fontsize=8)
     return figure
 
 
-def savings_picture(rows: list[dict]):
+def draw_savings(rows: list[dict]):
     """How many times as long a step takes without each part, with quartiles of the rounds."""
     names = [name for name in rows[0]["steps"] if name != "mmkit"][::-1]
     figure = new_figure(7, 0.8 + 0.4 * len(names))
     ax = figure.subplots()
     for number, (row, colour) in enumerate(zip(rows, (BLUE, ORANGE), strict=False)):
         of = [row["steps"][name]["our speed / theirs"] for name in names]
-        places = [i + 0.2 - 0.4 * number for i in range(len(names))]
+        positions = [i + 0.2 - 0.4 * number for i in range(len(names))]
         ends = [[abs(x[end] - x["median"]) for x in of] for end in ("lower", "upper")]
-        ax.barh(places, [x["median"] - 1 for x in of], 0.36, left=1, xerr=ends, color=colour,
-                label=f"{100 * row['hidden']:.0f} % of the patches hidden",
+        ax.barh(positions, [x["median"] - 1 for x in of], 0.36, left=1, xerr=ends, color=colour,
+                label=f"{100 * row['masked']:.0f} % of the patches masked",
                 error_kw=dict(ecolor="0.4", capsize=2, lw=1))  # fmt: skip
-        for place, x in zip(places, of, strict=True):
-            ax.annotate(f"{x['median']:.2f}", (max(1, x["upper"]), place), (4, 0),
+        for y, x in zip(positions, of, strict=True):
+            ax.annotate(f"{x['median']:.2f}", (max(1, x["upper"]), y), (4, 0),
                         textcoords="offset points", va="center", fontsize=7)  # fmt: skip
     ax.axvline(1, color="0.4", linewidth=1)
     ax.set_yticks(range(len(names)), names)
@@ -204,25 +206,29 @@ def versions() -> dict[str, str]:
 
 
 def goals(rows: list[dict]) -> list[dict]:
-    """Each goal with what was measured."""
+    """Each goal with the measured value."""
     table = []
     for row_ in rows:
-        for name, facts in row_["steps"].items():
-            hidden = 0.5 if row_["hidden"] >= 0.5 else 0.0
-            goal = GOALS.get((row_["size"], hidden, name))
+        for name, step in row_["steps"].items():
+            masked = 0.5 if row_["masked"] >= 0.5 else 0.0
+            goal = GOALS.get((row_["size"], masked, name))
             if goal:
-                speed = facts["our speed / theirs"]["median"]
-                what = f"{row_['size']}, {100 * row_['hidden']:.0f} % hidden, over {name}"
+                speed = step["our speed / theirs"]["median"]
+                what = f"{row_['size']}, {100 * row_['masked']:.0f} % masked, over {name}"
                 table.append({"what": what, "goal": goal, "speed": speed, "reached": speed >= goal})
             if name == "open_clip":
-                memory = facts["our memory / theirs"]
-                what = f"{row_['size']}, {100 * row_['hidden']:.0f} % hidden, memory of open_clip"
+                memory = step["our memory / theirs"]
+                what = f"{row_['size']}, {100 * row_['masked']:.0f} % masked, memory of open_clip"
                 table.append({"what": what, "goal": 0.8, "speed": memory, "reached": memory <= 0.8})
-        share = row_["limit"]["share"]
+        fraction = row_["limit"]["share"]
         goal = {"tiny": 0.6, "small": 0.7}.get(row_["size"])
-        if goal and row_["hidden"]:
-            what = f"{row_['size']}, {100 * row_['hidden']:.0f} % hidden, share of the matmul rate"
-            table.append({"what": what, "goal": goal, "speed": share, "reached": share >= goal})
+        if goal and row_["masked"]:
+            what = (
+                f"{row_['size']}, {100 * row_['masked']:.0f} % masked, fraction of the matmul rate"
+            )
+            table.append(
+                {"what": what, "goal": goal, "speed": fraction, "reached": fraction >= goal}
+            )
     return table
 
 
@@ -233,14 +239,14 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(ALL))
-    parser.add_argument("--batch", type=int, help="pairs of a step; else by size")
+    parser.add_argument("--batch", type=int, help="pairs per step; by default by size")
     parser.add_argument("--avx2", action="store_true", help="compute as a CPU with AVX2 alone")
-    parser.add_argument("--savings", action="store_true", help="ours without a part of it")
+    parser.add_argument("--savings", action="store_true", help="ours without one part each")
     parser.add_argument("--name", help="of the results (step_speed)")
     parser.add_argument("--output", type=Path, default=FOLDER)
     parser.add_argument("--cell", nargs=5, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.avx2 and not AVX2.items() <= os.environ.items():  # read when torch is loaded
+    if options.avx2 and not AVX2.items() <= os.environ.items():  # torch reads it when it is loaded
         os.execve(sys.executable, [*sys.orig_argv], os.environ | AVX2)
     if options.cell:
         who, size, ratio, batch_size, precision = options.cell
@@ -259,18 +265,18 @@ def main():
             rows.append(row(size, ratio, batch, found))
             ours = statistics.median(found["mmkit"]["seconds"]) * 1000
             rows[-1]["limit"] = limit(size, ratio, batch, ours, options.precision)
-            show([{"size": size, "hidden": ratio, "who": name,
-                   "ms": facts["milliseconds"]["median"], "peak MB": facts["peak_mb"],
-                   "our speed / theirs": facts["our speed / theirs"]["median"],
-                   "our memory / theirs": facts["our memory / theirs"]}
-                  for name, facts in rows[-1]["steps"].items()])  # fmt: skip
+            show([{"size": size, "masked": ratio, "who": name,
+                   "ms": step["milliseconds"]["median"], "peak MB": step["peak_mb"],
+                   "our speed / theirs": step["our speed / theirs"]["median"],
+                   "our memory / theirs": step["our memory / theirs"]}
+                  for name, step in rows[-1]["steps"].items()])  # fmt: skip
             print(rows[-1]["limit"], flush=True)
     if not options.savings:
         show(goals(rows))
     options.output.mkdir(parents=True, exist_ok=True)
     path = options.output / f"{options.name or 'step_speed'}.json"
     path.write_text(json.dumps({"machine": about, "rows": rows, "goals": goals(rows)}, indent=1))
-    figure = savings_picture(rows) if options.savings else picture(rows)
+    figure = draw_savings(rows) if options.savings else draw_figure(rows)
     figure.savefig(path.with_suffix(".png"), dpi=110)
     print(f"written: {path.name} and {path.with_suffix('.png').name}")
 

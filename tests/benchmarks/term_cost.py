@@ -1,11 +1,11 @@
-"""What putting back costs: a training step with each term on against the contrastive step.
+"""What reconstruction costs: a training step with more terms compared with the contrastive step.
 
     python -m tests.benchmarks.term_cost        # about three minutes on two CPU cores
 
-The whole step (masks, gradients, clipping, optimizers) of the tiny preset on the built-in pictures,
-128 pairs, half of the patches and 30 % of the words hidden in all, the variants in turns in one
-process: a busy moment hits all alike. Ratios are taken within a round; their median and quartiles
-are written to results/term_cost.json.
+The whole step (masks, gradients, clipping, optimizers) of the tiny preset on the built-in images,
+128 pairs, half of the patches and 30 % of the words masked in all, the variants in turns in one
+process, so that a busy moment of the machine affects all alike. Ratios are taken within a round;
+their median and quartiles are written to results/term_cost.json.
 """
 
 import argparse
@@ -17,21 +17,21 @@ import mmkit as mm
 from tests.benchmarks.draw_masks import FOLDER, machine
 from tests.benchmarks.exact_step import spread
 
-HIDDEN = dict(image_mask_ratio=0.5, text_mask_ratio=0.3)
+MASKED = dict(image_mask_ratio=0.5, text_mask_ratio=0.3)
 ACROSS = dict(cross_modal=True)
 VARIANTS = {
     "contrast": {},
-    "+ pixels": dict(pixels_weight=1.0),
-    "+ words": dict(words_weight=0.3),
-    "+ pixels + words": dict(pixels_weight=1.0, words_weight=0.3),
-    "+ pixels + words, across": dict(pixels_weight=1.0, words_weight=0.3, **ACROSS),
-    "all terms": dict(pixels_weight=1.0, words_weight=0.3, matching_weight=0.3, **ACROSS),
+    "+ pixels": dict(mim_weight=1.0),
+    "+ words": dict(mlm_weight=0.3),
+    "+ pixels + words": dict(mim_weight=1.0, mlm_weight=0.3),
+    "+ pixels + words, across": dict(mim_weight=1.0, mlm_weight=0.3, **ACROSS),
+    "all terms": dict(mim_weight=1.0, mlm_weight=0.3, itm_weight=0.3, **ACROSS),
     "all terms, contrast on an unmasked view": dict(
-        pixels_weight=1.0, words_weight=0.3, matching_weight=0.3, contrastive_view="unmasked",
+        mim_weight=1.0, mlm_weight=0.3, itm_weight=0.3, contrastive_view="unmasked",
         **ACROSS,
     ),
-    "pixels alone (MAE), 75 % hidden": dict(
-        contrastive_weight=0.0, pixels_weight=1.0, image_mask_ratio=0.75, text_mask_ratio=0.0
+    "pixels alone (MAE), 75 % masked": dict(
+        contrastive_weight=0.0, mim_weight=1.0, image_mask_ratio=0.75, text_mask_ratio=0.0
     ),
 }  # fmt: skip
 
@@ -40,7 +40,7 @@ def measure(rounds: int, precision: str) -> dict:
     train, _, _ = mm.openmoji(image_size=64)
     trainers = {
         name: mm.MaskedMultimodalTrainer(
-            mm.TrainingConfig(mixed_precision=precision, **HIDDEN | values), train
+            mm.TrainingConfig(mixed_precision=precision, **MASKED | values), train
         )
         for name, values in VARIANTS.items()
     }

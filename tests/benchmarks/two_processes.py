@@ -1,9 +1,9 @@
-"""Two processes with one thread each against one with two: pictures per second of a real trainer.
+"""Two processes with one thread each against one with two: images per second of a real trainer.
 
-All arms live at once and work in turns of a few steps, so that a machine that is busy with other
-things slows all alike; what counts is the ratio within a round. An arm is a Python process of its
-own that calls `mm.launch`; it asks a small store of this process when to go on. Real pictures,
-default recipe, the same global batch, whole steps (batch made, train_step). Run by exact_step.py.
+All arms run at once and work in turns of a few steps, so that other load on the machine slows all
+alike; only the ratio within a round counts. An arm is a Python process of its own that calls
+`mm.launch`; it reads from a small store of this process when to continue. Real images, default
+recipe, the same global batch, whole steps (making the batch, train_step). Run by exact_step.py.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from torch.distributed import TCPStore
 
 import mmkit as mm
 
-BATCH, STEPS_A_TURN = 128, 4
+BATCH, STEPS_PER_TURN = 128, 4
 ARMS = [(1, "muon"), (2, "muon"), (1, "adamw"), (2, "adamw")]
 PATIENCE = timedelta(seconds=300)
 
 
 def work(port: int, arm: str, optimizer: str):
-    """What every process of an arm runs: a turn of steps whenever it is told to."""
+    """What every process of an arm runs: a turn of steps on request."""
     store = TCPStore("127.0.0.1", port, timeout=PATIENCE)
     with tempfile.TemporaryDirectory() as folder:
         config = mm.TrainingConfig(
@@ -49,9 +49,9 @@ def work(port: int, arm: str, optimizer: str):
                 return
 
 
-def replies(store: TCPStore, arm: str, processes: int, words: str) -> list[str]:
-    """What every process of the arm says; fails if one is silent for too long."""
-    return [store.get(f"{arm}: {rank} {words}").decode() for rank in range(processes)]
+def replies(store: TCPStore, arm: str, processes: int, key: str) -> list[str]:
+    """The reply of every process of the arm; fails if one takes too long."""
+    return [store.get(f"{arm}: {rank} {key}").decode() for rank in range(processes)]
 
 
 def seconds(store: TCPStore, arm: str, processes: int, turn: int, steps: int) -> float:
@@ -64,14 +64,14 @@ def seconds(store: TCPStore, arm: str, processes: int, turn: int, steps: int) ->
 
 @contextlib.contextmanager
 def arms_at_work(store: TCPStore) -> Iterator[dict[str, int]]:
-    """Start all arms; gives the number of processes of each, and ends them whatever happens."""
+    """Start all arms and yield the number of processes of each; always end them."""
     found, started = {}, []
     try:
         for processes, optimizer in ARMS:
             arm = f"{processes} x {optimizer}"
             command = [sys.executable, "-W", "ignore", "-m", "tests.benchmarks.two_processes"]
-            words = [*command, str(store.port), arm, optimizer, str(processes)]
-            started.append(subprocess.Popen(words, start_new_session=True))
+            arguments = [*command, str(store.port), arm, optimizer, str(processes)]
+            started.append(subprocess.Popen(arguments, start_new_session=True))
             found[arm] = processes
             threads = replies(store, arm, processes, "is ready")
             print(f"{arm}: threads of each process {', '.join(threads)}", flush=True)
@@ -86,15 +86,15 @@ def arms_at_work(store: TCPStore) -> Iterator[dict[str, int]]:
 
 
 def measure(rounds: int) -> dict[str, list[float]]:
-    """Pictures per second of every arm in every round."""
+    """Images per second of every arm in every round."""
     store = TCPStore("127.0.0.1", 0, is_master=True, timeout=PATIENCE, wait_for_workers=False)
     with arms_at_work(store) as arms:
         speeds: dict[str, list[float]] = {arm: [] for arm in arms}
         for turn in range(rounds + 1):  # the first warms up
             order = list(arms)[:: -1 if turn % 2 else 1]
             for arm in order:
-                passed = seconds(store, arm, arms[arm], turn, STEPS_A_TURN)
-                speeds[arm].append(STEPS_A_TURN * BATCH / passed)
+                took = seconds(store, arm, arms[arm], turn, STEPS_PER_TURN)
+                speeds[arm].append(STEPS_PER_TURN * BATCH / took)
             print(f"round {turn} of {rounds}", {a: round(s[-1]) for a, s in speeds.items()},
                   flush=True)  # fmt: skip
         for arm, processes in arms.items():

@@ -4,8 +4,8 @@
         page = run_notebook_in_browser(browser, lab, "notebooks/02_masking.ipynb")
 
 The server listens on 127.0.0.1 only, shares nothing with the user's own Jupyter settings, and works
-on copies of the notebooks. Why each wait is done inside the page: a click on "Run All" as soon as
-the indicator says "idle" comes too early four times out of five.
+on copies of the notebooks. Each wait is done inside the page, because a click on "Run All" as soon
+as the indicator says "idle" comes too early four times out of five.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ SETTINGS = {
     "notebook-extension/tracker": {"windowingMode": "none", "scrollPastEnd": False},
 }
 
-# The race, because some of these promises never settle: a notebook that names no kernel, for one,
-# makes JupyterLab ask the reader and wait.
+# A race, because some of these promises never settle: with a notebook that names no kernel, for
+# example, JupyterLab asks the reader and waits.
 READY = """() => {
   const deadline = Date.now() + 90000, pause = ms => new Promise(done => setTimeout(done, ms));
   const ready = async () => {
@@ -53,11 +53,11 @@ RUN_ALL = """() => {
   window.jupyterapp.commands.execute('notebook:run-all-cells').then(done, done);
 }"""
 
-# playwright takes any promise for true, so this predicate is not async. The pictures count too:
-# a widget's arrives after its cell is done.
+# playwright takes any promise as true, so this predicate is not async. It waits for images as well:
+# that of a widget arrives after its cell is done.
 FINISHED = """() => window.allCellsRan
   && window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'
-  && [...document.querySelectorAll('.jp-OutputArea img')].every(picture => picture.complete)"""
+  && [...document.querySelectorAll('.jp-OutputArea img')].every(image => image.complete)"""
 
 CELLS = "() => window.jupyterapp.shell.currentWidget.content.model.toJSON().cells"
 

@@ -1,4 +1,4 @@
-"""Several processes in JupyterLab, as a reader starts them: rank 0's words and the value."""
+"""Several processes in JupyterLab, as a reader starts them: the output of rank 0 and the value."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def meet(start):
 """
 
 
-def test_rank_0_is_seen_and_its_value_comes_back(lab, browser, tmp_path):
+def test_the_output_of_rank_0_is_shown_and_its_value_returned(lab, browser, tmp_path):
     path = notebook_of(
         tmp_path / "launch.ipynb",
         SETUP,

@@ -1,4 +1,4 @@
-"""As a reader does: open a notebook, run it all, move a slider, see the picture change."""
+"""As a reader does: open a notebook, run it all, move a slider, see the image change."""
 
 from pathlib import Path
 
@@ -19,10 +19,10 @@ def png(level):
     PIL.Image.fromarray(numpy.full((64, 64), level, numpy.uint8)).save(buffer, "png")
     return buffer.getvalue()
 slider = ipywidgets.IntSlider(100, 0, 255)
-picture = ipywidgets.Image(value=png(100))
-picture.add_class("mmkit-picture")
-slider.observe(lambda change: setattr(picture, "value", png(change.new)), "value")
-ipywidgets.VBox([slider, picture])
+image = ipywidgets.Image(value=png(100))
+image.add_class("mmkit-image")
+slider.observe(lambda change: setattr(image, "value", png(change.new)), "value")
+ipywidgets.VBox([slider, image])
 """
 
 
@@ -33,25 +33,25 @@ def notebook_of(path, *cells):
 
 
 def move_slider(page):
-    """Move the first slider beside the first `mmkit-picture` by one key.
+    """Move the first slider beside the first `mmkit-image` by one key.
 
-    Returns the picture as seen before and after."""
-    picture = page.locator(".mmkit-picture").first
-    picture.scroll_into_view_if_needed()
-    address, before = picture.get_attribute("src"), picture.screenshot()
-    handle = page.locator(".jp-OutputArea-output:has(.mmkit-picture) .noUi-handle").first
+    Returns screenshots of the image before and after."""
+    image = page.locator(".mmkit-image").first
+    image.scroll_into_view_if_needed()
+    address, before = image.get_attribute("src"), image.screenshot()
+    handle = page.locator(".jp-OutputArea-output:has(.mmkit-image) .noUi-handle").first
     handle.focus()
     handle.press("ArrowRight")
     page.wait_for_function(
-        "old => { const picture = document.querySelector('.mmkit-picture');"
-        " return picture.src !== old && picture.complete; }",
+        "old => { const image = document.querySelector('.mmkit-image');"
+        " return image.src !== old && image.complete; }",
         arg=address,
         timeout=20_000,
     )
-    return before, picture.screenshot()
+    return before, image.screenshot()
 
 
-def test_a_slider_moves_a_picture(lab, browser, tmp_path):
+def test_a_slider_changes_an_image(lab, browser, tmp_path):
     """The harness itself, on the smallest notebook with a widget."""
     page = run_notebook_in_browser(browser, lab, notebook_of(tmp_path / "slider.ipynb", SLIDER))
     before, after = move_slider(page)
@@ -72,9 +72,9 @@ WITH_A_LAB = [path for path in sorted(NOTEBOOKS.glob("*.ipynb")) if "MaskLab(" i
 def test_notebook_with_a_masking_lab(lab, browser, path):
     page = run_notebook_in_browser(browser, lab, path)
     canvas = page.locator(".mmkit-canvas canvas").first
-    hidden = canvas.get_attribute("data-hidden")
-    page.get_by_role("slider", name="patches hidden (%)").first.press("PageUp")
+    masked = canvas.get_attribute("data-masked")
+    page.get_by_role("slider", name="patches masked (%)").first.press("PageUp")
     page.wait_for_function(
-        "old => document.querySelector('.mmkit-canvas canvas').dataset.hidden !== old", arg=hidden
+        "old => document.querySelector('.mmkit-canvas canvas').dataset.masked !== old", arg=masked
     )
     page.close()

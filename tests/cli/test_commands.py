@@ -1,4 +1,4 @@
-"""The command line does the whole job on the built-in pictures."""
+"""The command line does the whole job on the built-in images."""
 
 import dataclasses
 import inspect
@@ -23,22 +23,22 @@ def mmkit(*words):
 
 @pytest.mark.slow
 def test_train_then_evaluate_then_search(tmp_path):
-    """A few steps, then a table, a grid of ten searches, and a search by one's own words."""
+    """A few steps, then a table, a grid of ten searches, and a search by a given text."""
     where = ["--output-dir", tmp_path, "--run-name", "quick"]
     done = mmkit("train", "--max-steps", 3, "--batch-size", 32, *where)
     assert done.returncode == 0, done.stderr
     for words in (
         "3 steps of 32.0",
         "compose test: ",
-        "everything seen",
-        "50 % of patches hidden",
+        "nothing masked",
+        "50 % of patches masked",
         "CC BY-SA 4.0",
     ):
         assert words in done.stdout, done.stdout
     assert (tmp_path / "quick/searches.png").stat().st_size > 50_000
     checkpoint = tmp_path / "quick/best_model.pth"
-    done = mmkit("evaluate", "--checkpoint", checkpoint, "--part", "val", "--hidden", 0.75)
-    assert "compose val: " in done.stdout and "75 % of patches hidden" in done.stdout, done.stderr
+    done = mmkit("evaluate", "--checkpoint", checkpoint, "--part", "val", "--masked", 0.75)
+    assert "compose val: " in done.stdout and "75 % of patches masked" in done.stdout, done.stderr
     grid = tmp_path / "found.png"
     done = mmkit("search", "a red heart", "--checkpoint", checkpoint, "--k", 7, "--out", grid)
     assert len(done.stdout.splitlines()) == 8 and grid.stat().st_size > 10_000, done.stderr
@@ -50,11 +50,11 @@ def test_train_then_evaluate_then_search(tmp_path):
     [
         ("painted", "painted mask  "),
         ("layers", "layers mask  "),
-        ("attentive", "attentive, 75 % hid"),
+        ("attentive", "attentive, 75 % masked"),
     ],
 )
 def test_any_masker_trains_and_scores(tmp_path, masker, said):
-    """Those that go by no ratio, too; a painted array is a flag in JSON."""
+    """Also maskers without a ratio; a painted array is a flag in JSON."""
     painted = ["--painted-mask", str(torch.eye(8).int().tolist())] if masker == "painted" else []
     where = ["--output-dir", tmp_path, "--run-name", masker, "--image-mask-ratio", 0.75]
     done = mmkit(
@@ -65,7 +65,7 @@ def test_any_masker_trains_and_scores(tmp_path, masker, said):
 
 @pytest.mark.slow
 def test_torchrun_trains_and_rank_0_scores(tmp_path):
-    """Two processes train; the table and the grid are rank 0's alone."""
+    """Two processes train; only rank 0 prints the table and the grid."""
     torchrun = Path(sys.executable).with_name("torchrun")
     words = "--standalone --nproc-per-node 2 -m mmkit train"
     where = [
@@ -84,13 +84,15 @@ def test_torchrun_trains_and_rank_0_scores(tmp_path):
     command = [torchrun, *words.split(), *map(str, where)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "put back (hidden as in training):\n" in done.stdout and "pixel error" in done.stdout
+    assert (
+        "reconstruction (masked as in training):\n" in done.stdout and "pixel error" in done.stdout
+    )
     assert "processes: 2" in done.stdout and done.stdout.count("compose test: ") == 1
     assert (tmp_path / "two/searches.png").is_file()
 
 
 def test_export_writes_a_folder_that_is_read_like_a_checkpoint(make_model, tmp_path):
-    """With what the checkpoint knows of its training."""
+    """The exported folder has the checkpoint's metadata of its training."""
     from mmkit.files import write_atomically
 
     model, checkpoint = make_model(), tmp_path / "best_model.pth"
@@ -110,7 +112,7 @@ def test_export_writes_a_folder_that_is_read_like_a_checkpoint(make_model, tmp_p
 
 
 def sentences(source: str) -> dict[str, str]:
-    """{name: what is said of it}, of a dataclass's fields or of a function's arguments."""
+    """{name: description} of a dataclass's fields or of a function's arguments."""
     if source.startswith("def "):
         words = source.partition("Args:\n")[2]
         said = re.findall(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", words, re.MULTILINE)
@@ -137,7 +139,7 @@ def flags(help_text: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("command", ["inspect", "train", "evaluate", "search", "export"])
 def test_each_flag_shows_its_own_sentence_and_default(command, monkeypatch, capsys):
-    """Nothing is cut, nothing stands under a neighbour, nothing has no words."""
+    """Nothing is cut off, and every flag has its own description."""
     function = {"inspect": cli.inspect_, "evaluate": cli._evaluate}.get(command)
     function = function or getattr(cli, command)
     said, defaults = sentences(inspect.getsource(function)), {}

@@ -1,4 +1,4 @@
-"""The command line on pictures of one's own: inspect, train, evaluate, search, and what is refused.
+"""The command line on a user's images: inspect, train, evaluate, search, and refusals.
 
 In this process: `main` is called as `python -m mmkit` would.
 """
@@ -28,7 +28,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def mmkit(monkeypatch, capsys):
-    """Call the command line; (exit status, what it prints, what it complains)."""
+    """Call the command line; (exit status, output, error message)."""
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["mmkit", *map(str, words)])
@@ -45,20 +45,20 @@ def mmkit(monkeypatch, capsys):
 
 
 def scene(i: int) -> Image.Image:
-    """Patterns of 4 x 4 colours, 32 px: pictures that are nowhere near each other."""
+    """Patterns of 4 x 4 colours, 32 px: images that are clearly different."""
     coarse = np.random.default_rng(i).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     return Image.fromarray(coarse.repeat(8, 0).repeat(8, 1))
 
 
 @pytest.fixture
 def own(tmp_path):
-    """A folder of the name "my set": 48 pictures in pics/, pairs.csv, and what else a test adds."""
+    """A folder named "my set": 48 images in pics/, pairs.csv, and files that a test adds."""
     folder = tmp_path / "my set"
     (folder / "pics").mkdir(parents=True)
     rows = ["file,words,artist"]
     for i in range(48):
         scene(i).save(folder / f"pics/{i}.png")
-        rows.append(f"{i}.png,picture of number {i},{ARTISTS[i % 24]}")
+        rows.append(f"{i}.png,image of number {i},{ARTISTS[i % 24]}")
     (folder / "pairs.csv").write_text("\n".join(rows) + "\n")
     return folder
 
@@ -83,7 +83,7 @@ def test_inspect_says_what_is_odd_and_writes_it_down(mmkit, own, tmp_path):
     status, said, _ = mmkit("inspect", own / "pairs.csv", *FLAGS, "--root", own / "pics", *files)
     assert status == 0
     assert re.search(r"^rows +51 = 48 loaded \+ 3 skipped$", said, re.MULTILINE), said
-    for reason in ("missing", "not a picture", "no caption"):
+    for reason in ("missing", "not an image", "no caption"):
         assert re.search(rf"^  {reason} +1; ", said, re.MULTILINE), said
     assert "each decoded" in said and re.search("^duplicates", said, re.MULTILINE)
     assert f"written: {tmp_path / 'r.json'}" in said and f"written: {tmp_path / 'r.png'}" in said
@@ -99,7 +99,7 @@ def test_inspect_says_what_is_odd_and_writes_it_down(mmkit, own, tmp_path):
 
 def as_words(own):
     for i in range(48):
-        (own / f"pics/{i}.txt").write_text(f"picture of number {i}")
+        (own / f"pics/{i}.txt").write_text(f"image of number {i}")
     return own / "pics"
 
 
@@ -121,10 +121,10 @@ def as_parquet(own):
     import pyarrow
     import pyarrow.parquet
 
-    pictures = [(own / f"pics/{i}.png").read_bytes() for i in range(48)]
-    texts = [f"picture of number {i}" for i in range(48)]
+    images = [(own / f"pics/{i}.png").read_bytes() for i in range(48)]
+    texts = [f"image of number {i}" for i in range(48)]
     artists = [ARTISTS[i % 24] for i in range(48)]
-    columns = {"image": pictures, "text": texts, "artist": artists}
+    columns = {"image": images, "text": texts, "artist": artists}
     pyarrow.parquet.write_table(pyarrow.table(columns), own / "pairs.parquet")
     return own / "pairs.parquet"
 
@@ -163,24 +163,24 @@ def run_on(folder, *flags, steps: int = 2):
 
 
 def table(said: str) -> list[str]:
-    """Lines of scores: all but the last, which is chance."""
-    return re.findall(r"^(?:everything seen|50 % of patches hidden) .*$", said, re.MULTILINE)
+    """The lines of scores, without the last one, which is chance."""
+    return re.findall(r"^(?:nothing masked|50 % of patches masked) .*$", said, re.MULTILINE)
 
 
 def test_a_set_with_bad_rows_is_trained_on_scored_and_searched(mmkit, own, tmp_path):
-    """With flags that are needed, in folders whose names must be quoted; as its last words say."""
+    """With the flags it needs, in folders whose names must be quoted, as its last lines say."""
     with_bad_rows(own)
     source = [own / "pairs.csv", *FLAGS, "--root", own / "pics", "--on-error", "skip"]
     status, said, complaint = mmkit(*run_on(tmp_path, *source))
     assert status == 0, complaint
     assert "51 = 48 loaded + 3 skipped" in said
     assert "No overlap of training and test found.\n" in said
-    count = int(re.search(r"test part: (\d+) pictures", said)[1])
+    count = int(re.search(r"test part: (\d+) images", said)[1])
     assert 0 < count < 20 and (tmp_path / "runs/my own/searches.png").is_file()
     model = tmp_path / "runs/my own/best_model.pth"
     (line,) = [line for line in said.splitlines() if " -m mmkit search " in line]
     words = shlex.split(line)
-    assert words[2:4] == ["mmkit", "search"] and words[4].startswith("picture of number ")
+    assert words[2:4] == ["mmkit", "search"] and words[4].startswith("image of number ")
     assert words[5:] == ["--data", *map(str, source), "--checkpoint", str(model)]
     out = tmp_path / "found.png"
     status, found, complaint = mmkit(*words[3:], "--k", 3, "--out", out)
@@ -189,10 +189,10 @@ def test_a_set_with_bad_rows_is_trained_on_scored_and_searched(mmkit, own, tmp_p
     scores = table(said)
     status, again, complaint = mmkit("evaluate", "--data", *source, "--checkpoint", model)
     assert status == 0 and table(again) == scores and "beware" not in again, complaint
-    assert f"test part: {count} pictures" in again
+    assert f"test part: {count} images" in again
     status, said, _ = mmkit("evaluate", "--data", *source, "--checkpoint", model, "--part", "all")
-    assert status == 0 and "all of pairs.csv: 48 pictures" in said
-    assert "beware: these are all pictures, those that the model was trained on included" in said
+    assert status == 0 and "all of pairs.csv: 48 images" in said
+    assert "beware: these are all images, including those that the model was trained on" in said
     by = ["--group", "artist", "--part", "val"]
     status, said, _ = mmkit("evaluate", "--data", *source, "--checkpoint", model, *by)
     assert status == 0 and "beware: pairs.csv-train is not what it was" in said
@@ -211,7 +211,7 @@ def test_a_set_with_bad_rows_is_trained_on_scored_and_searched(mmkit, own, tmp_p
     ],
 )
 def test_what_stays_together_is_a_column_of_any_source(mmkit, own, tmp_path, make, flags):
-    """A class, a fact in a shard; and few test pictures are few results, not an error."""
+    """By a class, or a key in a shard's metadata; few test images give few results, no error."""
     source = make(own)
     status, said, complaint = mmkit(*run_on(tmp_path, source, *flags, steps=1))
     assert status == 0 and "ten searches: " in said, complaint
@@ -221,8 +221,8 @@ def test_what_stays_together_is_a_column_of_any_source(mmkit, own, tmp_path, mak
     assert status == 0 and table(again) == table(said) and "beware" not in again, complaint
 
 
-def test_four_pictures_in_a_test_part_are_enough(mmkit, tmp_path):
-    """The grid of ten searches shows six pictures, where there are so many."""
+def test_four_images_in_a_test_part_are_enough(mmkit, tmp_path):
+    """The grid of ten searches shows six images, if there are as many."""
     rows = ["image,text"]
     for i in range(30):
         scene(i).save(tmp_path / f"{i}.png")
@@ -234,11 +234,11 @@ def test_four_pictures_in_a_test_part_are_enough(mmkit, tmp_path):
             break
     status, said, complaint = mmkit(*run_on(tmp_path, tmp_path / "pairs.csv", "--seed", seed))
     assert status == 0 and f"each with its nearest of {len(parts[2])}" not in complaint, complaint
-    assert f"test part: {len(parts[2])} pictures" in said and len(parts[2]) < 6
+    assert f"test part: {len(parts[2])} images" in said and len(parts[2]) < 6
 
 
 def test_what_the_parts_share_is_said_in_numbers(mmkit, tmp_path):
-    """By content alone, pictures that are nearly the same fall on both sides."""
+    """Grouped by content, near-duplicates fall into different parts."""
     rows = ["image,text"]
     for i in range(30):
         scene(i).save(tmp_path / f"{i}.png")
@@ -251,18 +251,18 @@ def test_what_the_parts_share_is_said_in_numbers(mmkit, tmp_path):
     assert status == 0, complaint
     train, _, test = mm.split(mm.from_table(data, image_size=64), by="content")
     near = mm.overlap(train, test).near
-    share = f"{near} of {len(test)} test pictures ({100 * near / len(test):.1f} %)"
-    assert near > 0 and f"{share} are near-duplicates of one in training" in said
-    assert "Scores on test flatter" in said
+    fraction = f"{near} of {len(test)} test images ({100 * near / len(test):.1f} %)"
+    assert near > 0 and f"{fraction} are near-duplicates of one in training" in said
+    assert "Scores on test are too high" in said
 
 
-# ---- as published --------------------------------------------------------------------------------
+# ---- published formats ---------------------------------------------------------------------------
 
 
 def coco(own):
     value = {
         "images": [{"id": i, "file_name": f"{i}.png"} for i in range(48)],
-        "annotations": [{"image_id": i, "caption": f"picture of number {i}"} for i in range(48)],
+        "annotations": [{"image_id": i, "caption": f"image of number {i}"} for i in range(48)],
     }
     (own / "captions.json").write_text(json.dumps(value))
     return own / "captions.json"
@@ -278,7 +278,7 @@ def karpathy(own):
 
 
 def tokens(own):
-    lines = [f"{i}.png#0\tpicture of number {i}" for i in range(48)]
+    lines = [f"{i}.png#0\timage of number {i}" for i in range(48)]
     (own / "results.token").write_text("\n".join(lines))
     return own / "results.token"
 
@@ -301,7 +301,7 @@ def test_coco_and_flickr30k_are_told_by_their_keys(mmkit, own, make, flags, coun
     status, said, _ = mmkit("inspect", path, "--root", own / "pics", *words, "--no-near")
     assert status == 0 and f"{count} loaded + 0 skipped" in said
     status, _, complaint = mmkit("inspect", path)
-    assert status == 2 and "says nothing of where its pictures are; give --root FOLDER" in complaint
+    assert status == 2 and "does not say where its images are; give --root FOLDER" in complaint
 
 
 def test_json_lines_are_a_table_still(mmkit, own):
@@ -330,17 +330,17 @@ def test_encoding_and_separator_are_flags(mmkit, own):
 @pytest.mark.parametrize(
     "make, words, says",
     [
-        (as_words, ["inspect", "--image", "x"], "--image x means nothing for .*mm.from_folder; le"),
-        (as_classes, ["inspect", "--text", "x"], "--text x means nothing for .*from_class_folders"),
+        (as_words, ["inspect", "--image", "x"], "--image x has no meaning for .*mm.from_folder;"),
+        (as_classes, ["inspect", "--text", "x"], "--text x has no meaning for .*class_folders"),
         (as_classes, ["train", "--group", "kind"], "--group kind is not in meta; its keys are cl"),
-        (as_shards, ["inspect", "--image", "jpg"], r"it has no picture \(.jpg\), but"),
+        (as_shards, ["inspect", "--image", "jpg"], r"it has no image \(.jpg\), but"),
         (as_shards, ["inspect", "--root", "x"], "from_shards; leave it out; .* takes --image, --t"),
         (as_shards, ["train", "--group", "artst"], "no .json has the key 'artst'; did you mean 'a"),
         (as_parquet, ["train", "--group", "artst"], "no column 'artst'; did you mean 'artist'"),
-        (as_parquet, ["inspect", "--data-split", "x"], "--data-split x means nothing for"),
+        (as_parquet, ["inspect", "--data-split", "x"], "--data-split x has no meaning for"),
         (as_saved, ["inspect"], "has splits train, other; give --data-split "),
         (as_saved, ["inspect", "--data-split", "trian"], "no split 'trian'; did you mean 'train'"),
-        (coco, ["train", "--text", "x"], "--text x means nothing for .*from_coco.* takes --root"),
+        (coco, ["train", "--text", "x"], "--text x has no meaning for .*from_coco.* takes --root"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line(mmkit, own, capsys, make, words, says):
@@ -352,19 +352,18 @@ def test_what_cannot_be_is_one_line(mmkit, own, capsys, make, words, says):
 
 
 @pytest.mark.parametrize("command", ["train", "search", "evaluate"])
-def test_flags_of_own_pictures_need_data(mmkit, command):
+def test_flags_of_own_images_need_data(mmkit, command):
     words = ["a word"] if command == "search" else []
     status, _, complaint = mmkit(command, *words, "--group", "artist", "--on-error", "skip")
     assert status == 2
     assert complaint == (
-        "mmkit: --group, --on-error is about pictures of your own; give --data, too, or leave it "
-        "out\n"
+        "mmkit: --group, --on-error is for images of your own; give --data, too, or leave it out\n"
     )
 
 
-def test_all_of_the_built_in_pictures_are_not_a_part(mmkit):
+def test_all_of_the_built_in_images_are_not_a_part(mmkit):
     status, _, complaint = mmkit("evaluate", "--part", "all")
-    assert status == 2 and "--part all is for pictures of your own" in complaint
+    assert status == 2 and "--part all is for images of your own" in complaint
 
 
 def test_a_library_that_is_not_there_is_one_line(mmkit, own, monkeypatch):
@@ -385,10 +384,10 @@ def test_too_many_bad_rows_are_refused_or_allowed_by_a_flag(mmkit, own):
 
 
 def test_a_part_that_is_empty_is_said_in_flags(mmkit, own):
-    """Three groups cannot be three parts; what to try is what the command line has."""
+    """Three groups cannot form three parts; the remedy names flags of the command line."""
     for i in range(48):
         (own / f"three/{i % 3}").mkdir(parents=True, exist_ok=True)
         (own / f"pics/{i}.png").rename(own / f"three/{i % 3}/{i}.png")
     status, _, complaint = mmkit("train", "--data", own / "three", "--group", "class")
-    assert status == 2 and "would be empty: 48 pictures are 3 groups" in complaint
+    assert status == 2 and "would be empty: 48 images form 3 groups" in complaint
     assert "try another --seed than 0, or --group content, which joins less" in complaint

@@ -53,10 +53,13 @@ def compute(checkout: Path, out: Path, *options: str) -> dict:
 
 
 def renamed(key: str) -> str:
-    """The new name of a key, as a whole or by its parts (gradient_cosine/image/pixels·words)."""
-    if key in NAMES:
-        return NAMES[key]
-    return "".join(NAMES.get(part, part) for part in re.split(r"([/·.])", key))
+    """The new name of a key, as a whole or by its parts (gradient_cosine/image/pixels·words).
+
+    A name that is written with a "/" is that of a part alone.
+    """
+    if key in NAMES or not (parts := re.split(r"([/·.])", key))[1:]:
+        return NAMES.get(key, key)
+    return "".join(NAMES.get(part, NAMES.get(f"/{part}", part)) for part in parts)
 
 
 def differences(old, new, where: str = "") -> list[str]:

@@ -1,4 +1,4 @@
-"""Several machines: torchrun's agents find each other, and restart what was killed."""
+"""Several machines: torchrun's agents find each other and restart killed workers."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def assert_equal_up_to_summation(path, reference):
 
 
 def test_two_nodes_run_the_command_and_are_one_process(tmp_path):
-    """The built-in pictures, in micro-batches: the losses of one process, scores by rank 0."""
+    """The built-in images, in micro-batches: the losses of one process; rank 0 evaluates."""
     values = dict(max_steps=3, batch_size=24, log_every=1, mixed_precision="no", num_workers=0)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     flags += ["--gradient-accumulation-steps=2", "--run-name=two", f"--output-dir={tmp_path}"]
@@ -41,7 +41,7 @@ def test_two_nodes_run_the_command_and_are_one_process(tmp_path):
         rank_0, rank_1 = nodes.said()
         assert "processes: 2" in rank_0 and rank_0.count("compose test: ") == 1
         assert rank_1 == ""
-        # The agents may have a last word of their own on how they parted.
+        # The agents may print a last message of their own on how they ended.
         assert "Warning" not in nodes.errors() and "Traceback" not in nodes.errors()
     assert_equal_up_to_summation(tmp_path / "two", tmp_path / "one")
     assert len(list((tmp_path / "two").glob("events*"))) == 1  # one process wrote
@@ -64,8 +64,10 @@ def test_killed_workers_are_restarted_and_nothing_is_lost(tmp_path):
             nodes.start(*small(tmp_path, "killed", "--kill", "1@1", "0@8", **values))
         assert nodes.finish() == [0, 0], nodes.errors()
         said = "".join(nodes.said())
-    began = re.findall(r"nothing to resume .*: starting anew|resuming .* at step \d+ of \d+", said)
-    anew = f"nothing to resume in {tmp_path / 'killed'}: starting anew"
+    began = re.findall(
+        r"nothing to resume .*: starting a new run|resuming .* at step \d+ of \d+", said
+    )
+    anew = f"nothing to resume in {tmp_path / 'killed'}: starting a new run"
     assert began == [anew, anew, f"resuming {tmp_path / 'killed'} at step 6 of 15"]
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     for file in ("last/state.pth", "best_model.pth"):
@@ -79,7 +81,7 @@ def test_killed_workers_are_restarted_and_nothing_is_lost(tmp_path):
 
 
 def test_a_machine_that_joins_does_not_begin_anew(tmp_path):
-    """torchrun restarts the workers for it and counts no restart; the run goes on where it was."""
+    """torchrun restarts the workers for it without counting a restart; the run is resumed."""
     values = dict(num_epochs=2, checkpoint_every=3, optimizer="adamw")
     words = small(tmp_path, "grown", "--wait-alone", "8", **values)
     with Nodes(tmp_path, nnodes="1:2", max_restarts=1) as nodes:
@@ -107,7 +109,7 @@ def test_a_run_that_may_be_restarted_needs_a_name(tmp_path):
 
 
 def test_a_folder_that_is_not_shared_is_named(tmp_path):
-    """Each machine has a disk of its own: said in words by all, nobody waits for ever."""
+    """Each machine has its own disk: all report it, and none waits forever."""
     command = (
         f"exec {sys.executable} -m mmkit train --run-name=x --output-dir={tmp_path}/$GROUP_RANK"
     )

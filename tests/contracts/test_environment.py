@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CONDA = yaml.safe_load((ROOT / "environment.yml").read_text())
-CONDA_NAMES = {"pytorch": "torch"}  # every other package has one name in both worlds
+CONDA_NAMES = {"pytorch": "torch"}  # every other package has the same name in both lists
 EXTRAS = PROJECT["optional-dependencies"]
 REQUIREMENTS = [*PROJECT["dependencies"], *EXTRAS["notebooks"], *EXTRAS["test"]]
 

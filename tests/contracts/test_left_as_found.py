@@ -1,4 +1,4 @@
-"""Whoever only looks at a model leaves everything as it was: modes, generators, global flags.
+"""Functions that only read a model leave everything unchanged: modes, generators, flags.
 
 And what is seen does not depend on the mode that the model was found in.
 """
@@ -11,13 +11,13 @@ import pytest
 import torch
 
 import mmkit as mm
+from mmkit.evaluation.features import patch_token_similarity
 from mmkit.evaluation.probe import pooled_states
-from mmkit.evaluation.reconstruction import example_pictures, put_back
-from mmkit.evaluation.retrieval import patch_word_similarity
-from mmkit.training.step import contrastive_share
+from mmkit.evaluation.reconstruction import example_images, reconstruct
+from mmkit.training.step import contrastive_fraction
 
-PICTURE = torch.arange(3 * 15 * 15, dtype=torch.int64).remainder(251).to(torch.uint8)
-PICTURE = PICTURE.reshape(3, 15, 15)
+IMAGE = torch.arange(3 * 15 * 15, dtype=torch.int64).remainder(251).to(torch.uint8)
+IMAGE = IMAGE.reshape(3, 15, 15)
 
 
 def everything(model) -> dict:
@@ -63,15 +63,15 @@ CALLS = {
     "embed_texts": lambda m, d: mm.embed_texts(m, ["a cat", "red dog"]),
     "zero_shot": lambda m, d: mm.zero_shot(m, mm.embed(m, d), {"x": ["cat"], "y": ["dog"]})[1],
     "search by words": lambda m, d: looked_up(mm.Index(m, d, "no"), "old star"),
-    "search by a picture": lambda m, d: looked_up(mm.Index(m, d, "no"), PICTURE),
-    "patch_word_similarity": lambda m, d: patch_word_similarity(m, PICTURE, "old star")[1],
-    "class_attention": lambda m, d: m.class_attention(PICTURE[None]),
+    "search by an image": lambda m, d: looked_up(mm.Index(m, d, "no"), IMAGE),
+    "patch_token_similarity": lambda m, d: patch_token_similarity(m, IMAGE, "old star")[1],
+    "class_attention": lambda m, d: m.class_attention(IMAGE[None]),
     "pooled_states": lambda m, d: pooled_states(m, d, "text"),
     "reconstruction": lambda m, d: torch.tensor(
         mm.evaluate_reconstruction(m, d, image_mask=("random", 0.5))["pixel_error"]
     ),
-    "put_back": lambda m, d: put_back(m, *masked(m, d)).word_log_probs,
-    "example_pictures": lambda m, d: example_pictures(m, d, mm.TrainingConfig())[2].float(),
+    "reconstruct": lambda m, d: reconstruct(m, *masked(m, d)).token_log_probs,
+    "example_images": lambda m, d: example_images(m, d, mm.TrainingConfig())[2].float(),
     "MaskLab": lab,
 }
 
@@ -114,7 +114,7 @@ def config(tmp_path, **values):
 def test_a_training_run_leaves_generators_and_flags_as_they_were(
     make_model, make_data, tmp_path, deterministic
 ):
-    """Also where the caller has asked for strict determinism."""
+    """Also where the caller uses strict determinism."""
     data, model = make_data(23), make_model(dropout=0.2)
     model.train()
     model.bert.eval()
@@ -136,7 +136,7 @@ def test_a_training_run_leaves_generators_and_flags_as_they_were(
         assert now == before
         for key in before.keys() - {"gradients", "hooks"}:
             assert after[key] == before[key], key
-    assert set(seen) == {False, True}  # a callback runs under the flags of the caller
+    assert set(seen) == {False, True}  # a callback runs with the flags of the caller
 
 
 def test_models_built_after_trainings_differ(make_data, make_model, tmp_path):
@@ -147,12 +147,12 @@ def test_models_built_after_trainings_differ(make_data, make_model, tmp_path):
     torch.manual_seed(1)
     make_model(seed=1)
     expected = torch.rand(3)
-    assert torch.equal(drawn[0][0], expected)  # as if there had been no training
+    assert torch.equal(drawn[0][0], expected)  # as without the training run
     assert drawn[0][1] != drawn[1][1] and drawn[0][2] != drawn[1][2]
 
 
 def test_a_training_run_is_not_moved_by_what_its_callbacks_do(make_data, make_model, tmp_path):
-    """They draw, build, train, search and evaluate; weights and records are the same bits."""
+    """Callbacks draw, build, train, search and evaluate; weights and records are unchanged."""
     data, val = make_data(23), make_data(13, seed=1)
 
     def busy(trainer, record):
@@ -182,7 +182,7 @@ def test_a_training_run_is_not_moved_by_what_its_callbacks_do(make_data, make_mo
 
 
 def test_a_step_by_hand_draws_as_in_the_run(make_data, make_model, tmp_path):
-    """Whatever the caller has drawn in between: `train_step` is the run's own."""
+    """Whatever the caller has drawn in between: `train_step` uses the run's own generators."""
     data, found = make_data(23), []
     for drawn in (0, 5):
         settings = config(tmp_path)
@@ -219,7 +219,7 @@ def test_a_model_is_judged_by_the_loss_that_it_was_trained_by(make_model, make_d
         own, named, other = (mm.evaluate(model, data, loss=loss)["loss"] for loss in losses)
         assert own == named == pytest.approx(run.best["loss"]) != pytest.approx(other)
     state = torch.load(run.path / "best_model.pth", weights_only=True)
-    del state["architecture"]["loss"]  # as it was written before
+    del state["architecture"]["loss"]  # as older versions wrote it
     torch.save(state, tmp_path / "old.pth")
     assert mm.load(tmp_path / "old.pth").loss == "sigmoid"  # its configuration says so
     del state["config"]
@@ -228,7 +228,7 @@ def test_a_model_is_judged_by_the_loss_that_it_was_trained_by(make_model, make_d
 
 
 def spoilt(data, rows):
-    """The same images as normalised floats, those of some rows not finite."""
+    """The same images as normalised floats; those of some rows are not finite."""
     pixels = data.batch(range(len(data))).pixel_values.float() / 127.5 - 1
     pixels[rows, 1, 4, 3] = float("nan")
     store = data.subset(range(len(data)))
@@ -240,10 +240,10 @@ def spoilt(data, rows):
 
 
 def test_one_spoilt_image_is_named_and_costs_itself_alone(make_data, make_model, tmp_path):
-    """The validation loss is that of the others, and a best model is kept."""
+    """The validation loss is that of the other rows, and a best model is saved."""
     train, val = make_data(23), make_data(13, seed=1)
     others = [row for row in range(13) if row != 7]
-    settings = config(tmp_path, pixels_weight=0.5, image_mask_ratio=0.5, decoder_width=32)
+    settings = config(tmp_path, mim_weight=0.5, image_mask_ratio=0.5, decoder_width=32)
     with pytest.warns(UserWarning) as said:
         run = mm.train_model(settings, train, spoilt(val, [7]), make_model())
     words = [str(one.message) for one in said]
@@ -279,7 +279,7 @@ def test_a_name_that_is_not_known_is_never_taken_for_another(make_model, make_da
     image, text = (torch.eye(5) for _ in range(2))
     scale, bias = torch.tensor(2.0), torch.tensor(-3.0)
     with pytest.raises(ValueError, match="loss='siglip' is not known"):
-        contrastive_share(image, text, scale, bias, None, "siglip")
+        contrastive_fraction(image, text, scale, bias, None, "siglip")
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_a_name_that_is_not_known_is_never_taken_for_another(make_model, make_da
     [
         (dict(temperature=0), "temperature=0 must be above 0"),
         (dict(image_mean=(0.5,)), "must have three numbers each"),
-        (dict(image_std=(0.5, 0.0, 0.5)), "those of image_std be above 0"),
+        (dict(image_std=(0.5, 0.0, 0.5)), "those of image_std must be above 0"),
     ],
 )
 def test_a_model_of_numbers_that_cannot_be_is_refused(make_model, values, words):

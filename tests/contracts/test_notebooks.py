@@ -1,4 +1,4 @@
-"""Committed notebooks are clean, and the check and the cleaning that see to it do work."""
+"""Committed notebooks are clean, and the check and the cleaning work."""
 
 import base64
 import io
@@ -17,18 +17,18 @@ NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 
 
 def png():
-    """A small picture of many colours, as a figure is sent to a page (base64)."""
+    """A small image of many colours, as a figure is sent to a page (base64)."""
     buffer = io.BytesIO()
     Image.effect_noise((23, 17), 90).convert("RGB").save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-PICTURE = new_output("display_data", {"image/png": png(), "text/plain": "<Figure>"})
+IMAGE = new_output("display_data", {"image/png": png(), "text/plain": "<Figure>"})
 
 
 def notebook_with(*outputs, source="1"):
-    """A notebook of one executed cell, with a picture and these outputs."""
-    cell = new_code_cell(source, execution_count=1, outputs=[PICTURE, *outputs])
+    """A notebook of one executed cell, with an image and these outputs."""
+    cell = new_code_cell(source, execution_count=1, outputs=[IMAGE, *outputs])
     return new_notebook(cells=[cell], metadata={"kernelspec": KERNEL})
 
 
@@ -68,12 +68,12 @@ def test_faults_of_the_whole_file_are_named():
     notebook.cells[0].outputs = []
     notebook.cells[0].execution_count = 3
     found = " ".join(problems(notebook, "Data.ipynb", size=400_001))
-    for complaint in ["name", "400,001 bytes", "top to bottom", "no picture"]:
+    for complaint in ["name", "400,001 bytes", "top to bottom", "no image"]:
         assert complaint in found
 
 
 def test_cleaning_leaves_nothing_to_complain_about():
-    """Paths, bars and widgets go; numbers and pictures stay; a second time nothing changes."""
+    """Paths, bars and widgets go; numbers and images stay; a second time nothing changes."""
     notebook = notebook_with(
         stream(f"{ROOT}/runs/x\n 40%|████      | 4/10\nloss 0.1\n"),
         new_output("display_data", {WIDGET_VIEW: {}, "text/plain": "VBox()", "text/html": "<b>"}),
@@ -83,8 +83,8 @@ def test_cleaning_leaves_nothing_to_complain_about():
     notebook.metadata["widgets"] = {}
     clean(notebook)
     assert problems(notebook, "01_data.ipynb") == []
-    picture, text, widget = notebook.cells[0].outputs
-    shown = Image.open(io.BytesIO(base64.b64decode(picture.data["image/png"])))
+    image, text, widget = notebook.cells[0].outputs
+    shown = Image.open(io.BytesIO(base64.b64decode(image.data["image/png"])))
     assert shown.mode in ("P", "L") and shown.size == (23, 17)
     assert text.text == "runs/x\nloss 0.1\n"
     assert widget.data == {"text/plain": WIDGET_NOTE}
@@ -101,7 +101,7 @@ def encoded(pixels):
 
 
 def scene(height, width):
-    """Soft shades of every colour under a fine grain, as in a photograph."""
+    """Soft shades of all colours with fine noise, as in a photograph."""
     y, x = np.mgrid[0:height, 0:width]
     shades = [np.sin(x / (17 + 7 * i) + i) * np.cos(y / (29 - 5 * i) - 2 * i) for i in range(3)]
     grain = np.random.default_rng(0).normal(0, 4, (height, width, 3))
@@ -110,7 +110,7 @@ def scene(height, width):
 
 @pytest.mark.parametrize("drawing", [True, False])
 def test_an_image_is_smaller_and_looks_the_same(drawing):
-    """Masked grey keeps its colour, every grey has none; shades keep their mean, in no steps."""
+    """The grey of masks keeps its colour; greys have no tint; shades keep their mean."""
     pixels = scene(211, 307)
     if drawing:
         colours = np.random.default_rng(1).integers(0, 256, (31, 3))
@@ -128,5 +128,5 @@ def test_an_image_is_smaller_and_looks_the_same(drawing):
     error = (shown - pixels)[61:]
     if drawing:
         assert not error.any()
-    near = error[:144, :304].reshape(18, 8, 38, 8, 3).mean((1, 3))  # as from some way off
+    near = error[:144, :304].reshape(18, 8, 38, 8, 3).mean((1, 3))  # averaged, as from a distance
     assert np.abs(near).mean() < 2

@@ -1,4 +1,4 @@
-"""A run that was killed, whenever and however often, ends as the run that never was."""
+"""A run that was killed, at any time and any number of times, ends as one that was not."""
 
 import copy
 import itertools
@@ -17,11 +17,11 @@ from tests.killing import Forks
 from tests.train_small import DEFAULTS
 from tests.training.test_trainer_masks import recorded
 
-# Everything that a state must hold, at once.
+# All features whose state must be saved, at once.
 EVERYTHING = dict(
     mixed_precision="fp16", gradient_accumulation_steps=2, dropout=0.2,
-    image_mask="attentive", text_mask_mode="80/10/10", pixels_weight=0.5, words_weight=0.3,
-    matching_weight=0.2, cross_modal=True, decoder_width=32, decoder_depth=1, ema_decay=0.9,
+    image_mask="attentive", text_mask_mode="80/10/10", mim_weight=0.5, mlm_weight=0.3,
+    itm_weight=0.2, cross_modal=True, decoder_width=32, decoder_depth=1, ema_decay=0.9,
     term_gradients_every=3,
 )  # fmt: skip
 CLOCKS = {"seconds", "samples_per_second", "waiting_for_data"}
@@ -94,7 +94,7 @@ def where_killed(notes) -> tuple[int, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("processes, every", [(1, 1), (2, 2)])
 def test_killed_at_ten_random_moments(forks, tmp_path, processes, every):
-    """SIGKILL of all its processes, ten times on its way: the same bits at the end.
+    """SIGKILL of all its processes, ten times during the run: the same bits at the end.
 
     KILL_SEED=... repeats the moments: so many steps after the start, and a part of a step more.
     """
@@ -118,7 +118,7 @@ def test_killed_at_ten_random_moments(forks, tmp_path, processes, every):
     print("killed in step", ", ".join(f"{step} {file}".strip() for step, file in hits))
     print(f"{len(inside)} of {len(hits)} inside the write of a checkpoint")
     steps = [step for step, _ in hits]
-    assert len(set(steps)) >= 4 and steps[-1] > 10  # it got on in between
+    assert len(set(steps)) >= 4 and steps[-1] > 10  # it made progress in between
 
     done = forks.train(tmp_path, "killed", values, **options)
     assert done["status"] == 0 and "resuming" in done["log"], done["log"]
@@ -129,7 +129,7 @@ def test_killed_at_ten_random_moments(forks, tmp_path, processes, every):
 @pytest.mark.slow
 @pytest.mark.parametrize("manner", ["before", "torn"])
 def test_killed_at_every_change_to_a_file(forks, tmp_path, manner):
-    """Each start dies at a later change: before it, or with a part of the bytes written.
+    """Each start dies at a later file change: before it, or with a part of the bytes written.
 
     Such changes are every write and rename of metrics, settings and checkpoints: half a temporary
     file, before its rename, after it but before the metrics, between the best and the last one, and
@@ -147,7 +147,7 @@ def test_killed_at_every_change_to_a_file(forks, tmp_path, manner):
         assert reply["status"] < 0, reply["log"]
         for file in FILES:
             if (tmp_path / "killed" / file).exists():
-                read_checkpoint(tmp_path / "killed" / file)  # whole, whatever happened
+                read_checkpoint(tmp_path / "killed" / file)  # complete, whatever happened
         if (tmp_path / "killed/metrics.jsonl").exists():
             mm.Run.load(tmp_path / "killed")
     assert reply["status"] == 0 and number > 10
@@ -162,7 +162,7 @@ def test_killed_at_every_change_to_a_file(forks, tmp_path, manner):
 
 @pytest.mark.slow
 def test_killed_between_best_and_last(forks, tmp_path):
-    """The epoch's steps are saved before they are validated: the end of the epoch is done anew."""
+    """The epoch's steps are saved before validation: the end of the epoch is repeated."""
     values = EVERYTHING | dict(num_epochs=2)
     assert forks.train(tmp_path, "whole", values)["status"] == 0
     # 5 changes at the start, 5 + 2 records; then last/, the strip of images, best_model.pth: write,
@@ -187,7 +187,7 @@ def test_killed_between_best_and_last(forks, tmp_path):
 
 @pytest.mark.slow
 def test_killed_while_an_earlier_run_is_replaced(forks, tmp_path):
-    """The earlier run is there, or cannot be resumed: never is gone on from a part of it."""
+    """The earlier run is there, or cannot be resumed; a part of it is never continued."""
     old, new = dict(num_epochs=1, learning_rate=1e-3), dict(num_epochs=1)
     assert forks.train(tmp_path, "old", old)["status"] == 0
     assert forks.train(tmp_path, "whole", new)["status"] == 0
@@ -210,7 +210,7 @@ def test_killed_while_an_earlier_run_is_replaced(forks, tmp_path):
 
 
 @pytest.mark.slow
-def test_pictures_from_files_are_drawn_again_as_they_were(forks, tmp_path):
+def test_images_from_files_are_drawn_again_as_they_were(forks, tmp_path):
     """Decoding workers and a random transform, killed in mid-epoch; more workers afterwards."""
     values = dict(dropout=0.2, num_epochs=2, checkpoint_every=1, num_workers=1)
     assert forks.train(tmp_path, "whole", values, files=True)["status"] == 0
@@ -250,7 +250,7 @@ def test_the_number_of_processes_may_change_on_resume(forks, tmp_path, before, a
 
 
 def test_two_threads_give_the_same_bits_twice(make_model, make_data, tmp_path):
-    """Rows that several pairs look at add up in one order, whichever thread is first."""
+    """Rows that several pairs use are summed in a fixed order, in any thread order."""
     threads, ends = torch.get_num_threads(), []
     torch.set_num_threads(2)
     try:
@@ -297,7 +297,7 @@ def everything_but_the_scale(trainer) -> list:
 
 
 def test_an_overflowing_step_changes_nothing_but_the_scale(make_trainer):
-    """Weights, both optimizers and the running mean stay; the scale halves; the step is counted."""
+    """Weights, both optimizers and the EMA stay; the scale halves; the step is counted."""
     trainer = make_trainer()
     batch = trainer.first_batch()
     set_scale(trainer, 128.0)
@@ -347,7 +347,7 @@ def test_the_scale_and_its_growth_go_on_where_they_were(make_trainer, tmp_path):
 
 
 def test_steps_skipped_in_a_row_are_counted_across_a_kill(make_trainer):
-    """A run that cannot go on stops after 20 of them, also when it is started again and again."""
+    """A run stops after 20 of them in a row, also when it is restarted in between."""
     trainer = make_trainer(max_steps=3)
     set_scale(trainer, 2.0**60)
     trainer.fit()

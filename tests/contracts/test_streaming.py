@@ -13,18 +13,18 @@ from mmkit.training.run import Run
 from tests.train_small import data, data_in_shards
 
 ROOT = Path(__file__).parents[2]
-PICTURES, EPOCHS = 53, 2  # 8 shards of 7 pictures at most; 5 steps an epoch
+IMAGES, EPOCHS = 53, 2  # 8 shards of 7 images at most; 5 steps an epoch
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("streaming")
-    data_in_shards(folder / "shards", PICTURES)  # written and indexed once, not by every process
+    data_in_shards(folder / "shards", IMAGES)  # written and indexed once, not by every process
     return folder
 
 
 def train(folder, name, *options, processes=1, **values):
-    """A real training in a process of its own, or several; its exit status."""
+    """A real training run in a process of its own, or several; its exit status."""
     values = json.dumps({"num_epochs": EPOCHS, "checkpoint_every": 1} | values)
     command = [sys.executable, "-m", "tests.train_small", str(folder), name, values, "--shards",
                "--record", "--processes", str(processes), *options]  # fmt: skip
@@ -47,7 +47,7 @@ def losses(folder, name) -> list[float]:
     return [r["loss"] for r in Run.load(folder / name).history if r["split"] == "train"]
 
 
-ONCE = {epoch: Counter(range(PICTURES)) for epoch in range(EPOCHS)}
+ONCE = {epoch: Counter(range(IMAGES)) for epoch in range(EPOCHS)}
 
 
 @pytest.fixture(scope="module")
@@ -76,26 +76,26 @@ def test_every_sample_once_an_epoch(folder, plain, processes, workers):
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else str(value),
 )
 def test_every_sample_once_though_killed_in_the_middle(folder, plain, processes, workers):
-    """Twice; with as many workers as before, or with others, which changes nothing."""
+    """Twice, with the same number of workers or another one, which changes nothing."""
     name = f"killed-{processes}-{workers[0]}"
     begin, go_on, finish = (dict(processes=processes, num_workers=count) for count in workers)
     assert train(folder, name, "--kill-at", "3", **begin) != 0
-    assert sum(seen(folder, name)[0].values()) < PICTURES
+    assert sum(seen(folder, name)[0].values()) < IMAGES
     assert train(folder, name, "--resume", "--kill-at", "7", **go_on) != 0
     assert train(folder, name, "--resume", **finish) == 0
     assert seen(folder, name) == ONCE
     assert losses(folder, name) == (plain if processes == 1 else pytest.approx(plain, rel=1e-3))
 
 
-def test_shards_give_the_batches_of_the_pictures(folder):
-    """The same pictures, captions and ids as in memory; an epoch of them goes shard by shard."""
-    shards, memory = data_in_shards(folder / "shards", PICTURES), data(PICTURES)
-    one, other = shards.batch(range(PICTURES)), memory.batch(range(PICTURES))
+def test_shards_give_the_batches_of_the_images(folder):
+    """The same images, captions and ids as in memory; an epoch reads them shard by shard."""
+    shards, memory = data_in_shards(folder / "shards", IMAGES), data(IMAGES)
+    one, other = shards.batch(range(IMAGES)), memory.batch(range(IMAGES))
     for name in ("pixel_values", "input_ids", "valid", "sample_ids"):
         assert getattr(one, name).equal(getattr(other, name)), name
     assert one.correct().equal(other.correct())
     batches = shards.epoch_rows(seed=3, epoch=1, steps=5)
-    assert sorted(row for rows in batches for row in rows.tolist()) == list(range(PICTURES))
+    assert sorted(row for rows in batches for row in rows.tolist()) == list(range(IMAGES))
     assert [len(rows) for rows in batches] == [11, 11, 11, 10, 10]
     again, later = (shards.epoch_rows(seed=3, epoch=e, steps=5) for e in (1, 2))
     assert all(a.equal(b) for a, b in zip(batches, again, strict=True))

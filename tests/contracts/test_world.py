@@ -25,7 +25,7 @@ def worlds(tmp_path_factory):
 
 
 def whole_batch(case, number: int) -> tuple[torch.Tensor, dict]:
-    """Loss and gradients by one forward pass and the loss as it is written down: the reference."""
+    """The reference: loss and gradients by one forward pass and the definition of the loss."""
     trainer = world_cases.trainer_of(case)
     encoder, config = trainer.model.train(), trainer.config
     batch = trainer.train.batch(*trainer.epoch_batches(1)[number])
@@ -45,7 +45,7 @@ def whole_batch(case, number: int) -> tuple[torch.Tensor, dict]:
 @pytest.mark.parametrize("case", GRADIENTS, ids=str)
 @pytest.mark.parametrize("number", BATCHES)
 def test_gradients_are_those_of_the_whole_batch(worlds, processes, case, number):
-    """Masks on, companions on several processes, parts that cannot be equal; of each parameter."""
+    """Masks on, partners on several processes, unequal parts; for each parameter."""
     loss, reference = whole_batch(case, number)
     found = worlds[processes]["gradients"][f"{case} {number}"]
     torch.testing.assert_close(found["loss"], loss, rtol=1e-6, atol=0)
@@ -62,8 +62,8 @@ def test_gradients_are_those_of_the_whole_batch(worlds, processes, case, number)
 @pytest.mark.parametrize("case, parts", OBJECTIVES)
 @pytest.mark.parametrize("number", BATCHES)
 def test_every_term_is_that_of_the_whole_batch(worlds, processes, case, parts, number):
-    """Value and gradient of each parameter, with uneven counts on each process. Matching draws its
-    wrong pairs in a micro-batch: k processes are one process with k micro-batches."""
+    """Value and gradient of each parameter, with unequal counts on each process. Mismatched pairs
+    are drawn within a micro-batch: k processes are one process with k micro-batches."""
     trainer = world_cases.trainer_of_terms(case, parts)
     trainer.model.train()
     batch = trainer.train.batch(*trainer.epoch_batches(1)[number])
@@ -85,13 +85,13 @@ def test_every_term_is_that_of_the_whole_batch(worlds, processes, case, parts, n
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("count", [17, 2])
 def test_reconstruction_counts_each_patch_and_word_once(worlds, processes, count):
-    """Also with fewer pictures than processes; all processes know the result."""
+    """Also with fewer images than processes; all processes know the result."""
     ours, alone = (worlds[n]["reconstruction"][count] for n in (processes, 1))
     everyone = ours.pop("everyone")
     assert all(one == ours for one in everyone) and len(everyone) == processes
-    for sees, found in ours.items():
-        assert found == pytest.approx(alone[sees], rel=1e-5)
-        assert {"pixels_loss", "words_loss", "mean_patch_error"} <= found.keys()
+    for context, found in ours.items():
+        assert found == pytest.approx(alone[context], rel=1e-5)
+        assert {"mim_loss", "mlm_loss", "mean_patch_error"} <= found.keys()
 
 
 @pytest.mark.parametrize("processes", [2, 3])
@@ -105,8 +105,8 @@ def test_masks_are_the_same_and_parts_are_uneven(worlds, processes):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
-def test_each_picture_is_seen_once_per_epoch(worlds, processes):
-    """In the batches and the order of one process."""
+def test_each_image_is_seen_once_per_epoch(worlds, processes):
+    """With the batches and the order of one process."""
     for epoch, alone in zip(worlds[processes]["order"], worlds[1]["order"], strict=True):
         batches = [[sample for part in batch for sample in part] for batch in epoch]
         assert sorted(sample for batch in batches for sample in batch) == list(range(53))
@@ -116,7 +116,7 @@ def test_each_picture_is_seen_once_per_epoch(worlds, processes):
 @pytest.mark.parametrize("processes", [2, 3])
 @pytest.mark.parametrize("count", [17, 2])
 def test_evaluation_counts_each_sample_once(worlds, processes, count):
-    """Also with fewer samples than processes, under masks, with several captions of a picture."""
+    """Also with fewer samples than processes, under masks, with several captions of an image."""
     ours, alone = (worlds[n]["evaluation"][count] for n in (processes, 1))
     assert len(ours["features"]["image_features"]) == count
     assert len(ours["features"]["text_features"]) == count + 2
@@ -131,7 +131,7 @@ def test_evaluation_counts_each_sample_once(worlds, processes, count):
 @pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.parametrize("kind, exchange", LOSSES)
 def test_logits_take_local_times_global_memory(worlds, processes, kind, exchange):
-    """Forward and backward; with neighbours one block at a time; in slices what was asked for."""
+    """Forward and backward; with neighbours one block at a time; sliced, at most the limit."""
     at_once = world_cases.step._LOGITS
     whole = worlds[1]["shares"][f"{kind} gather {at_once}"]
     for chunk in (at_once, CHUNK):
@@ -146,7 +146,7 @@ def test_logits_take_local_times_global_memory(worlds, processes, kind, exchange
                 assert largest == rows * columns
             else:
                 assert PAIRS * WIDTH <= largest <= CHUNK
-            if chunk == CHUNK or exchange == "neighbours":  # computed again in the backward pass
+            if chunk == CHUNK or exchange == "neighbours":  # recomputed in the backward pass
                 assert kept < rows * columns / 2
 
 

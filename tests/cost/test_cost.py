@@ -1,4 +1,4 @@
-"""What a step takes is known before it runs: operations, bytes, and time from measured rates."""
+"""The cost of a step is predicted: operations, bytes, and time from measured rates."""
 
 import dataclasses
 import time
@@ -17,7 +17,7 @@ from mmkit.training.summary import effective_configuration
 
 @pytest.fixture
 def trainer_of(make_model, make_data, tmp_path):
-    """A trainer whose only batch is 23 pairs (or so many), on a small encoder."""
+    """A trainer whose only batch has 23 pairs (or as given), with a small encoder."""
 
     def make(count=23, **settings):
         config = mm.TrainingConfig(
@@ -31,7 +31,7 @@ def trainer_of(make_model, make_data, tmp_path):
 def counted(trainer) -> int:
     """Operations of a whole training step as torch counts them, product by product."""
     batch, threads = trainer.first_batch(), torch.get_num_threads()
-    torch.set_num_threads(1)  # the counter sees its own thread alone
+    torch.set_num_threads(1)  # the counter sees only its own thread
     try:
         with FlopCounterMode(display=False) as counter:
             trainer.train_step(batch, 0)
@@ -43,14 +43,14 @@ def counted(trainer) -> int:
 # ---- operations ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pieces", [1, 2, 5])
+@pytest.mark.parametrize("micro_batches", [1, 2, 5])
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 0.75])
-def test_operations_are_those_that_torch_counts(trainer_of, ratio, pieces):
-    """Nothing, half and most hidden; micro-batches forward twice, all but the last."""
-    trainer = trainer_of(image_mask_ratio=ratio, gradient_accumulation_steps=pieces)
+def test_operations_are_those_that_torch_counts(trainer_of, ratio, micro_batches):
+    """Nothing, half and most masked; all micro-batches but the last go forward twice."""
+    trainer = trainer_of(image_mask_ratio=ratio, gradient_accumulation_steps=micro_batches)
     expected = counted(trainer)
     prediction = cost.predict_batch(trainer, trainer.first_batch())
-    assert prediction.flops == pytest.approx(expected, rel=1e-6 if pieces == 1 else 0.02)
+    assert prediction.flops == pytest.approx(expected, rel=1e-6 if micro_batches == 1 else 0.02)
 
 
 @pytest.mark.parametrize(
@@ -60,12 +60,15 @@ def test_operations_are_those_that_torch_counts(trainer_of, ratio, pieces):
         (dict(optimizer="adamw"), 1e-6),
         (dict(accumulation="naive", gradient_accumulation_steps=3), 1e-4),
         (dict(image_mask_mode="replace"), 1e-6),
-        (dict(text_mask_ratio=0.3, text_mask_mode="drop"), 0.02),  # a share of a word is rounded
+        (
+            dict(text_mask_ratio=0.3, text_mask_mode="drop"),
+            0.02,
+        ),  # masked tokens are rounded
         (dict(image_mask="attentive"), 0.04),  # 9 patches have no half resolution
         (dict(gradient_checkpointing=True), 0.02),
-        (dict(pixels_weight=1.0, cross_modal=True), 0.02),
-        (dict(text_mask_ratio=0.3, words_weight=1.0), 0.04),
-        (dict(pixels_weight=1.0, contrastive_view="unmasked"), 0.02),
+        (dict(mim_weight=1.0, cross_modal=True), 0.02),
+        (dict(text_mask_ratio=0.3, mlm_weight=1.0), 0.04),
+        (dict(mim_weight=1.0, contrastive_view="unmasked"), 0.02),
     ],
     ids=str,
 )
@@ -77,7 +80,7 @@ def test_operations_of_every_kind_of_step(trainer_of, settings, within):
 
 
 def test_a_run_says_the_same_operations_as_are_predicted(trainer_of):
-    """What is printed leaves out the logits and the optimizer, and nothing else."""
+    """The printed number leaves out the logits and the optimizer, and nothing else."""
     trainer = trainer_of(gradient_accumulation_steps=3)
     said = 1e9 * effective_configuration(trainer)["gflop_per_pair"]
     prediction = cost.predict_batch(trainer, trainer.first_batch())
@@ -91,7 +94,7 @@ def test_a_run_says_the_same_operations_as_are_predicted(trainer_of):
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("ratio", [0.0, 0.75])
 def test_kept_bytes_are_those_that_autograd_keeps(trainer_of, ratio, precision):
-    """Against every storage that the graph of a forward pass saves, weights left out."""
+    """Compared with all storages that the graph of a forward pass saves, without weights."""
     trainer = trainer_of(61, image_mask_ratio=ratio, mixed_precision=precision)
     batch, found, held = trainer.first_batch(), {}, []
     weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
@@ -99,12 +102,12 @@ def test_kept_bytes_are_those_that_autograd_keeps(trainer_of, ratio, precision):
     def keep(x):
         if x.untyped_storage().data_ptr() not in weights and x.ndim and x.shape[0] >= 61:
             found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            held.append(x)  # or its place is given to another
+            held.append(x)  # or its memory is used for another tensor
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         trainer.encode(batch, trainer.maskings(batch, 0))
-    rows = len(_places(batch.valid)[1])  # real words, and some more up to a whole number of rows
+    rows = len(_places(batch.valid)[1])  # valid tokens, rounded up to a whole number of rows
     words, longest = rows / 61, batch.valid.shape[1]
     patches = max(1, round(9 * (1 - ratio)))
     numbers = Numbers(2 if precision == "bf16" else 4, cpu=True)
@@ -128,7 +131,7 @@ def test_weights_gradients_and_optimizer_state_are_those_of_a_trainer(trainer_of
         prediction = cost.predict_batch(trainer, trainer.first_batch())
         assert prediction.weights == 4 * sum(p.numel() for p in trainer.model.parameters())
         assert prediction.gradients == prediction.weights
-        unused = 2 * 22  # the mask tokens: nothing is replaced here, so that they have no state
+        unused = 2 * 22  # the mask tokens, which are unused here and have no state
         assert prediction.optimizer_state - state == 8 * unused
 
 
@@ -162,8 +165,8 @@ def test_bytes_exchanged_grow_with_the_processes(make_model):
     assert exchanged(1) == 0
     features = 35 * 13 * 4
     for world in (5, 7):
-        share = (world - 1) / world
-        expected = share * (2 * 4 * parameters + 4 * matrices + 2 * 3 * features + 8 * 35)
+        fraction = (world - 1) / world
+        expected = fraction * (2 * 4 * parameters + 4 * matrices + 2 * 3 * features + 8 * 35)
         assert exchanged(world) == pytest.approx(expected)
     plain = exchanged(5, loss="sigmoid", optimizer="adamw")
     assert exchanged(5, optimizer="adamw") - plain == pytest.approx(0.8 * 3 * features)
@@ -176,7 +179,7 @@ def test_bytes_exchanged_grow_with_the_processes(make_model):
 
 @pytest.mark.parametrize("preset", ["tiny", "small", "base"])
 def test_presets_are_predicted_without_being_built(preset):
-    """Weights as of a model with 4,096 pieces; each precision halves what products keep."""
+    """Weights of a model with 4,096 tokens; a 2-byte precision halves what products keep."""
     config = mm.TrainingConfig(batch_size=64, mixed_precision="no")
     full = cost.predict(config, preset, caption_length=11)
     half = cost.predict(
@@ -211,7 +214,7 @@ def test_what_cannot_be_predicted_is_said(settings, given, words):
 
 
 def predictions():
-    """Of nine steps: ratio by batch."""
+    """Of nine steps: each ratio with each batch."""
     return [
         cost.predict(
             mm.TrainingConfig(batch_size=size, image_mask_ratio=ratio, mixed_precision="no"),
@@ -234,7 +237,7 @@ def test_rates_that_made_the_times_are_found():
 
 
 def test_no_rate_is_below_zero_and_too_few_times_are_refused():
-    """Times that FALL with the bytes moved: that rate is left out, the others go on."""
+    """If times FALL with the bytes moved, that rate is left out and the others are fitted."""
     found = predictions()
     times = [p.time(cost.Rates(0.5, 0.004, -0.02)) for p in found]
     assert min(times) > 0
@@ -260,7 +263,7 @@ def test_measured_rates_leave_the_run_as_it_was(trainer_of):
 
 
 def test_crossover_is_where_hiding_begins_to_pay():
-    """One patch earlier it does not; what costs nothing but steps never pays."""
+    """One patch less is too small; where only the number of steps costs, it never pays."""
     config, rates = mm.TrainingConfig(image_mask_ratio=0.5), cost.Rates(0.05, 0.004, 0.0)
     side = cost.crossover(config, "tiny", rates, caption_length=11, gain=1.5)
     assert side is not None and side % 8 == 0
@@ -286,8 +289,8 @@ def test_crossover_is_where_hiding_begins_to_pay():
     assert cost.crossover(replaced, "tiny", rates, **given) is None
     with pytest.raises(ValueError, match="above 1"):
         cost.crossover(config, "tiny", rates, caption_length=11, gain=1.0)
-    with pytest.raises(ValueError, match="pixels_weight=0"):
-        back = dataclasses.replace(config, pixels_weight=1.0)
+    with pytest.raises(ValueError, match="mim_weight=0"):
+        back = dataclasses.replace(config, mim_weight=1.0)
         cost.crossover(back, "tiny", rates, caption_length=11, gain=1.5)
 
 
@@ -295,7 +298,7 @@ def test_crossover_is_where_hiding_begins_to_pay():
 
 
 def test_the_longest_part_of_a_step_is_what_took_the_time(trainer_of, monkeypatch):
-    """A slow optimizer is the optimizer's time, a wait between operations is nobody's."""
+    """A slow optimizer counts as optimizer; waits between operations count as the rest."""
 
     class Slow(torch.optim.SGD):
         def step(self, closure=None):

@@ -1,8 +1,8 @@
-"""Awkward, broken and hostile inputs: how each is made, and what shall become of it.
+"""Awkward, broken and hostile inputs: how each is made, and what is expected of it.
 
 A maker writes its input into a folder and returns a function that loads it. The cases themselves
-are in awkward_tables.py, awkward_pictures.py, awkward_sources.py, awkward_any.py and
-awkward_files.py; test_awkward_inputs.py goes through all of them.
+are in awkward_tables.py, awkward_images.py, awkward_sources.py, awkward_any.py and
+awkward_files.py; test_awkward_inputs.py tests all of them.
 """
 
 import io
@@ -25,8 +25,10 @@ Maker = Callable[[Path], Callable]  # folder -> load(**options)
 
 @dataclass(frozen=True)
 class Case:
-    """expect: "load" comes through, and `check` is content with the data set; "skip" has bad rows,
-    raised or counted; "reject" cannot be used at all. words: a pattern that the message holds.
+    """One input and the expected result.
+
+    expect: "load" succeeds, and `check` accepts the data set; "skip" has bad rows, raised or
+    counted; "reject" cannot be used at all. words: a pattern that the message matches.
     """
 
     name: str
@@ -35,11 +37,11 @@ class Case:
     words: str = ""
     check: Callable | None = None
     bad_rows: int = 1  # of "skip"
-    loaded: int = 1  # rows of "skip" that come through
+    loaded: int = 1  # rows of "skip" that are loaded
 
 
 def plain(folder: Path) -> Path:
-    """The folder, with three pictures of one colour each."""
+    """The folder, with three images of one colour each."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, colour in PLAIN.items():
         Image.new("RGB", (11, 13), colour).save(folder / f"{name}.png")
@@ -50,7 +52,7 @@ def plain(folder: Path) -> Path:
 
 
 def table(content, name: str = "pairs.csv", **how) -> Maker:
-    """A table of this content, text or bytes, beside the plain pictures."""
+    """A table of this content, text or bytes, beside the plain images."""
 
     def make(folder: Path):
         data = content() if callable(content) else content
@@ -75,7 +77,7 @@ def row(path: str, prepare: Callable[[Path], object] | None = None, **how) -> Ma
     return make
 
 
-def picture(name: str, content) -> Maker:
+def image(name: str, content) -> Maker:
     """a.png, then a file of this name and content."""
 
     def write(inside: Path):
@@ -85,15 +87,15 @@ def picture(name: str, content) -> Maker:
 
 
 def source(prepare: Callable[[Path], Callable]) -> Maker:
-    """Any other way in: `prepare` gets the folder with the plain pictures."""
+    """Any other loader: `prepare` gets the folder with the plain images."""
     return lambda folder: prepare(plain(folder))
 
 
-# ---- what came out -------------------------------------------------------------------------------
+# ---- results -------------------------------------------------------------------------------------
 
 
 def captions(*expected) -> Callable:
-    """The captions of each picture are these."""
+    """The images have these captions."""
 
     def check(data):
         assert data.texts == [[text] if isinstance(text, str) else text for text in expected]
@@ -101,8 +103,8 @@ def captions(*expected) -> Callable:
     return check
 
 
-def facts(column: str, *expected) -> Callable:
-    """`meta` of each picture has this in this column."""
+def metadata(column: str, *expected) -> Callable:
+    """`meta` of each image has this value in this column."""
 
     def check(data):
         assert [meta[column] for meta in data.meta] == list(expected)
@@ -111,7 +113,7 @@ def facts(column: str, *expected) -> Callable:
 
 
 def shows(colour, near: int = 3) -> Callable:
-    """The second picture is of this one colour."""
+    """The second image is of this one colour."""
 
     def check(data):
         seen = data[1]["image"].permute(1, 2, 0).numpy().astype(int)
@@ -121,18 +123,18 @@ def shows(colour, near: int = 3) -> Callable:
 
 
 def ramp(data) -> None:
-    """The second picture is grey and goes evenly from black to white, left to right."""
+    """The second image is a grey ramp from black to white, left to right."""
     seen = data[1]["image"].numpy().astype(int)
     assert (seen[0] == seen[1]).all() and (seen[0] == seen[2]).all()
     expected = (np.arange(seen.shape[-1]) + 0.5) / seen.shape[-1] * 255
     assert np.abs(seen[0].mean(0) - expected).max() <= 12, seen[0, 0]
 
 
-# ---- bytes of pictures ---------------------------------------------------------------------------
+# ---- bytes of images ---------------------------------------------------------------------------
 
 
 def encoded(image, kind: str, **options) -> bytes:
-    """A picture (PIL, or an array) as the bytes of a file."""
+    """An image (PIL, or an array) as the bytes of a file."""
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     file = io.BytesIO()
     image.save(file, kind, **options)
@@ -140,7 +142,7 @@ def encoded(image, kind: str, **options) -> bytes:
 
 
 def noise(kind: str, side: int = 64, **options) -> bytes:
-    """A picture with enough in it that a part can be missing."""
+    """An image with enough content for a part of it to be missing."""
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     return encoded(pixels, kind, **options)
 
@@ -150,7 +152,7 @@ def one_colour(kind: str, mode: str = "RGB", colour=RED, size=(16, 16), **option
 
 
 def grey_ramp(dtype, top: float) -> np.ndarray:
-    """(64, 64) from 0 to `top`, left to right."""
+    """A ramp (64, 64) from 0 to `top`, left to right."""
     return np.linspace(0, top, 64).astype(dtype)[None].repeat(64, 0)
 
 
@@ -185,7 +187,7 @@ def gif_claiming(width: int, height: int) -> bytes:
 
 
 def turned(orientation: int) -> bytes:
-    """`UPRIGHT` as a camera held otherwise writes it, with the tag that says so."""
+    """`UPRIGHT` as a rotated camera writes it, with the EXIF tag for this orientation."""
     back = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # the inverse, of Transpose
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -198,7 +200,7 @@ UPRIGHT[:48, :24], UPRIGHT[:48, 24:], UPRIGHT[48:, :24] = RED, GREEN, BLUE
 
 
 def upright(data) -> None:
-    """The second picture is `UPRIGHT`, its centre cut out; the report has its sides as seen."""
+    """The second image is the centre of `UPRIGHT`; the report has its upright sides."""
     seen = data[1]["image"].permute(1, 2, 0).numpy().astype(int)
     for corner, colour in (((1, 1), RED), ((1, -2), GREEN), ((-2, 1), BLUE), ((-2, -2), (0,) * 3)):
         assert np.abs(seen[corner] - np.array(colour)).max() < 20, corner

@@ -5,11 +5,11 @@ import lzma
 
 import mmkit as mm
 from tests.data.awkward import Case, Maker, captions, source
-from tests.data.awkward_sources import CLASSES, PNG, A, pictures_of, tree
+from tests.data.awkward_sources import CLASSES, PNG, A, images_of, tree
 
 
 def anything(make_source) -> Maker:
-    """What load_data is given, made of the folder with the plain pictures."""
+    """What load_data is given, made of the folder with the plain images."""
     return source(lambda f: (lambda made: lambda **o: mm.load_data(made, **o))(make_source(f)))
 
 
@@ -20,7 +20,7 @@ def frame(**columns):
 
 
 class DataFrame:
-    """As much of polars' as is asked for, which not every machine has."""
+    """The part of polars' data frame that is needed, as polars may not be installed."""
 
     def __init__(self, rows: list[dict]):
         self.rows, self.columns = rows, list(rows[0])
@@ -33,9 +33,9 @@ DataFrame.__module__ = "polars.dataframe.frame"
 Polars = DataFrame
 
 
-def beside(*tables: str, pictures: str = "images") -> Maker:
-    """Pictures, and tables (of any content) around them, for load_data."""
-    return tree(pictures_of(pictures) | dict.fromkeys(tables, "x"), "load_data")
+def beside(*tables: str, images: str = "images") -> Maker:
+    """Images, and tables (of any content) around them, for load_data."""
+    return tree(images_of(images) | dict.fromkeys(tables, "x"), "load_data")
 
 
 TAR = b"no tar"
@@ -46,70 +46,70 @@ WAYS = [name for name in dir(mm) if name.startswith("from_")]
 
 
 def misspelt(way: str) -> Maker:
-    """A way in with an option that it does not have."""
+    """A loader with an option that it does not have."""
     more = {"from_lists": [[]], "from_coco": ["x"], "from_flickr30k": ["x"]}.get(way, [])
     return source(lambda f: lambda **_: getattr(mm, way)(f / "a.png", *more, imagesize=3))
 
 
 # fmt: off
 ANY = [
-    # captions that would have been left unread
-    Case("captions.csv beside a folder of pictures", beside("captions.csv"), "reject",
+    # captions that would not have been read
+    Case("captions.csv beside a folder of images", beside("captions.csv"), "reject",
          CAPTIONS + r"mm.from_table\('.*/in/captions.csv', root='.*/in/images'\)"),
-    Case("captions.txt beside a folder of pictures", beside("captions.txt"), "reject",
+    Case("captions.txt beside a folder of images", beside("captions.txt"), "reject",
          CAPTIONS + "mm.from_table.*captions.txt"),
     Case("as COCO lies on the disk",
-         beside("annotations/captions_val2017.json", "annotations/a.json", pictures="val2017"),
+         beside("annotations/captions_val2017.json", "annotations/a.json", images="val2017"),
          "reject", CAPTIONS + "mm.from_coco.*/annotations/captions_val2017.json', '.*/in/val2017'"),
     Case("as Flickr30k lies on the disk", beside("results.token"), "reject",
          CAPTIONS + "mm.from_flickr30k.*results.token"),
     Case("as Karpathy's splits lie on the disk", beside("dataset_flickr30k.json"), "reject",
          CAPTIONS + "mm.from_flickr30k"),
     Case("as Hugging Face's imagefolder has it",
-         tree(pictures_of("train", "test") | {"train/metadata.jsonl": "{}"}, "load_data"), "reject",
+         tree(images_of("train", "test") | {"train/metadata.jsonl": "{}"}, "load_data"), "reject",
          CAPTIONS + r"mm.from_table\('.*/train/metadata.jsonl', root='.*/in/train'\)"),
     Case("a table of imagefolder itself",
-         tree(pictures_of("train") | {"train/metadata.jsonl": '{"file_name":"1.png","text":"one"}'},
+         tree(images_of("train") | {"train/metadata.jsonl": '{"file_name":"1.png","text":"one"}'},
               "load_data", "in/train/metadata.jsonl"), "load", check=captions("one")),
-    Case("a parquet file below, beside pictures", beside("data/x.parquet"), "reject",
+    Case("a parquet file below, beside images", beside("data/x.parquet"), "reject",
          CAPTIONS + "mm.from_hub"),
     Case("a table beside folders of classes, these asked for",
          tree(CLASSES | {"x.csv": "x"}, "from_class_folders"), "load",
          check=captions("a photo of a cat", "a photo of a guide dog")),
-    Case("a .txt beside each picture, and a table", tree(A | {"x.csv": "x"}, "load_data"), "load",
+    Case("a .txt beside each image, and a table", tree(A | {"x.csv": "x"}, "load_data"), "load",
          check=captions("one")),
-    # folders that are no classes
-    Case("train and test", tree(pictures_of("train/cat", "test/dog"), "load_data"), "reject",
+    # folders that are not classes
+    Case("train and test", tree(images_of("train/cat", "test/dog"), "load_data"), "reject",
          r"'test', 'train': " + NO_CLASS + r"\('.*/in/test'\)"),
-    Case("val2017 and more", tree(pictures_of("val2017", "cat"), "load_data"), "reject", NO_CLASS),
-    Case("images and photos", tree(pictures_of("images", "Photos"), "load_data"), "reject",
+    Case("val2017 and more", tree(images_of("val2017", "cat"), "load_data"), "reject", NO_CLASS),
+    Case("images and photos", tree(images_of("images", "Photos"), "load_data"), "reject",
          NO_CLASS),
-    Case("one class", tree(pictures_of("cat"), "load_data"), "reject", "lie in 'cat': " + NO_CLASS),
-    Case("one class, asked for", tree(pictures_of("cat"), "from_class_folders"), "load",
+    Case("one class", tree(images_of("cat"), "load_data"), "reject", "are in 'cat': " + NO_CLASS),
+    Case("one class, asked for", tree(images_of("cat"), "from_class_folders"), "load",
          check=captions("a photo of a cat")),
-    Case("pictures without captions", tree({"a.png": PNG, "b.png": PNG}, "load_data"), "reject",
-         r"holds 2 pictures \(a.png, ...\) and no captions; a folder may have a .txt beside each"),
+    Case("images without captions", tree({"a.png": PNG, "b.png": PNG}, "load_data"), "reject",
+         r"holds 2 images \(a.png, ...\) and no captions; a folder may have a .txt beside each"),
     # several things in one folder
-    Case("pictures and a tar", tree(A | {"backup.tar": TAR}, "load_data"), "reject",
-         r"1 tar shard \(backup.tar\) and 1 picture \(a.png\); choose: "
+    Case("images and a tar", tree(A | {"backup.tar": TAR}, "load_data"), "reject",
+         r"1 tar shard \(backup.tar\) and 1 image \(a.png\); choose: "
          r"take mm.from_shards\('.*in'\) or mm.from_folder\('.*in'\)"),
-    Case("pictures and a parquet file", tree(A | {"x.parquet": "x"}, "load_data"), "reject",
-         "1 parquet file .* and 1 picture .*; choose: take mm.from_hub.* or mm.from_folder"),
+    Case("images and a parquet file", tree(A | {"x.parquet": "x"}, "load_data"), "reject",
+         "1 parquet file .* and 1 image .*; choose: take mm.from_hub.* or mm.from_folder"),
     Case("shards and a parquet file", tree({"0.tar": TAR, "x.parquet": "x"}, "load_data"), "reject",
          "1 tar shard .* and 1 parquet file"),
     Case("shards and what img2dataset says of them",
          tree({"0.tar": TAR, "0.parquet": "x", "0_stats.json": "{}"}, "load_data"), "reject",
-         "this is no tar"),
-    Case("pictures and a tar in a folder below", tree(A | {"old/backup.tar": TAR}, "load_data"),
+         "this is not a tar"),
+    Case("images and a tar in a folder below", tree(A | {"old/backup.tar": TAR}, "load_data"),
          "load", check=captions("one")),
     Case("shards in a folder below", tree({"cc3m/0.tar": TAR}, "load_data"), "reject",
          r"1 tar shard \(cc3m/0.tar\) in folders .*; take mm.from_shards\('.*/cc3m/\*.tar'\)"),
-    Case("a table and no pictures", tree({"pairs.csv": "x"}, "load_data"), "reject",
-         "holds no pictures but pairs.csv; take mm.load_data"),
+    Case("a table and no images", tree({"pairs.csv": "x"}, "load_data"), "reject",
+         "holds no images but pairs.csv; take mm.load_data"),
     Case("nothing", tree({"notes.md": "x"}, "load_data"), "reject",
-         "holds no pictures; a folder may have"),
-    Case("pictures none of which is read", tree({"a.heic": "x", "a.txt": "one"}, "load_data"),
-         "reject", "a.heic: it looks like a picture"),
+         "holds no images; a folder may have"),
+    Case("images none of which is read", tree({"a.heic": "x", "a.txt": "one"}, "load_data"),
+         "reject", "a.heic: it looks like an image"),
     # names of files
     Case("a table in a folder called .tar-something",
          tree({"my.tar.d/a.png": PNG, "my.tar.d/pairs.csv": "image,text\na.png,one\n"},
@@ -117,12 +117,12 @@ ANY = [
     Case("a table called .tar.csv",
          tree({"a.png": PNG, "cc3m.tar.csv": "image,text\na.png,one\n"}, "load_data",
               "in/cc3m.tar.csv"), "load", check=captions("one")),
-    Case("one picture", anything(lambda f: f / "a.png"), "reject",
-         r"a.png is one picture; .*mm.from_lists\(\['.*a.png'\], \['its caption'\]\)"),
-    Case("a list of pictures", anything(lambda f: [f / "a.png", f / "b.png"]), "reject",
-         "a.png and 1 more are pictures without captions; take mm.from_lists"),
+    Case("one image", anything(lambda f: f / "a.png"), "reject",
+         r"a.png is one image; .*mm.from_lists\(\['.*a.png'\], \['its caption'\]\)"),
+    Case("a list of images", anything(lambda f: [f / "a.png", f / "b.png"]), "reject",
+         "a.png and 1 more are images without captions; take mm.from_lists"),
     Case("paths and texts", anything(lambda f: ([f / "a.png"], ["one"])), "reject",
-         r"a tuple of list is no list of shards; .*mm.from_lists\(paths, texts\)"),
+         r"a tuple of list is not a list of shards; .*mm.from_lists\(paths, texts\)"),
     Case("Flickr30k's tokens alone",
          anything(lambda f: ((f / "r.token").write_text("x"), f / "r.token")[1]), "reject",
          r"take mm.from_flickr30k\('.*r.token', folder\)"),
@@ -153,7 +153,7 @@ ANY = [
          check=captions(["one", "two"])),
     Case("fewer meta than paths",
          source(lambda f: lambda **o: mm.from_lists([f / "a.png"] * 2, ["x", "y"], meta=[{}], **o)),
-         "reject", "2 paths but 1 meta; give a dict per picture"),
+         "reject", "2 paths but 1 meta; give a dict per image"),
     *[Case(f"an option misspelt, {way}", misspelt(way), "reject",
            f"{way} has no option 'imagesize'; did you mean 'image_size'")
       for way in WAYS],

@@ -9,7 +9,7 @@ from tests.data.awkward import GREEN, Case, Maker, captions, noise, one_colour, 
 
 GOOD = [("a.png", one_colour("PNG")), ("a.txt", b"one")]
 SECOND = [("b.png", one_colour("PNG", colour=GREEN)), ("b.txt", b"two")]
-CODE = b"cos\nsystem\n(S'touch started'\ntR."  # what a pickle may hold
+CODE = b"cos\nsystem\n(S'touch started'\ntR."  # what a pickle may contain
 
 
 def packed(*members, mode: str = "w", cut: int | None = None) -> bytes:
@@ -50,20 +50,20 @@ SHARDS = [
                       ("b.json", b'\xef\xbb\xbf{"caption": "two", "n": 7}')), meta=["n"]), "load",
          check=captions("one", "two")),
     Case("a sample of code alone", shard(packed(*GOOD, ("b.pth", CODE), ("b.txt", b"two"))), "skip",
-         "'b': it has no picture"),
+         "'b': it has no image"),
     Case("a member that climbs out", shard(packed(*GOOD, ("../b.png", SECOND[0][1]))), "skip",
-         "names no place within the shard"),
+         "names no path within the shard"),
     Case("a member with an absolute path", shard(packed(*GOOD, ("/etc/b.png", SECOND[0][1]))),
-         "skip", "names no place within the shard"),
+         "skip", "names no path within the shard"),
     Case("a member that is a link",
          shard(packed(*GOOD, ("b.png", (tarfile.SYMTYPE, "/etc/passwd")), SECOND[1])), "skip",
          "is a link, a device"),
     Case("a member with control characters in its name",
          shard(packed(*GOOD, ("b\tc.png", SECOND[0][1]), ("b\tc.txt", b"two"))), "skip",
-         "names no place within the shard"),
+         "names no path within the shard"),
     Case("a sample without a caption", shard(packed(*GOOD, SECOND[0])), "skip",
          "'b': it has no caption"),
-    Case("a sample of an empty picture", shard(packed(*GOOD, ("b.png", b""), SECOND[1])), "skip",
+    Case("a sample of an empty image", shard(packed(*GOOD, ("b.png", b""), SECOND[1])), "skip",
          "0 bytes"),
     Case("a sample of a web page", shard(packed(*GOOD, ("b.jpg", b"<html>"), SECOND[1])), "skip",
          "it is a web page"),
@@ -74,7 +74,7 @@ SHARDS = [
     Case("a shard, cut off", shard(packed(*GOOD, ("b.png", noise("PNG")), SECOND[1], cut=3000)),
          "skip", r"the tar is cut off after 3,000 bytes; the samples before that \(1\) are kept"),
     Case("a web page for a shard", shard(b"<html>404</html>"), "reject", "it is a web page"),
-    Case("a shard of 0 bytes", shard(b""), "reject", "no tar .an empty file"),
+    Case("a shard of 0 bytes", shard(b""), "reject", "not a tar .an empty file"),
     Case("a sample that occurs twice", shard(packed(*GOOD, *GOOD)), "reject",
          "two members .png"),
     Case("captions under another suffix", shard(packed(*GOOD), text="caption"), "reject",

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 import mmkit as mm
-from tests.data.awkward import RED, Case, Maker, captions, facts, one_colour, shows, source
+from tests.data.awkward import RED, Case, Maker, captions, metadata, one_colour, shows, source
 
 # ---- parquet, the hub ----------------------------------------------------------------------------
 
@@ -25,7 +25,7 @@ def parquet(columns: dict, name: str = "pairs.parquet", **how) -> Maker:
 
 
 def hub(make_set, **how) -> Maker:
-    """A data set object, made of `datasets` and the folder."""
+    """A data set object, made from `datasets` and the folder."""
 
     def prepare(folder: Path):
         import datasets
@@ -49,14 +49,14 @@ def one_split(datasets, folder):
 
 
 def named(datasets, folder):
-    """As load_dataset gives it: it knows its name, and where its pictures are."""
+    """As load_dataset returns it: it knows its name and the folder of its images."""
     made = datasets.Dataset.from_dict({"image": [str(folder / "a.png")], "text": ["one"]})
     made.info.dataset_name = "birds"
     return made
 
 
 def decoded(datasets, folder):
-    """Pictures as PIL images, in tensors' format."""
+    """Images as PIL images, with the format set to tensors."""
     files = [str(folder / "a.png"), Image.new("RGB", (9, 9), RED)]
     kinds = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
     made = datasets.Dataset.from_dict({"image": files, "text": ["one", "two"]}, features=kinds)
@@ -85,7 +85,7 @@ HUB = [
          "load", check=shows(RED)),
     Case("parquet with lists of captions", parquet(TWO | {"text": [["one"], ["two", "three"]]}),
          "load", check=captions("one", ["two", "three"])),
-    Case("parquet with a picture that is null", parquet(TWO | {"image": ["a.png", None]}), "skip",
+    Case("parquet with an image that is null", parquet(TWO | {"image": ["a.png", None]}), "skip",
          "pairs.parquet, image of row 1 is empty"),
     Case("parquet with a caption that is null", parquet(TWO | {"text": ["one", None]}), "skip",
          "row 1 is empty or not a string: .*None"),
@@ -94,9 +94,9 @@ HUB = [
     Case("parquet with a split", parquet(TWO, split="test"), "reject",
          "pairs.parquet has no splits; leave split='test' out"),
     Case("a column by its name alone", parquet(TWO | {"artist": ["M", "N"]}, meta="artist"), "load",
-         check=facts("artist", "M", "N")),
-    Case("parquet with numbers for pictures", parquet(TWO | {"image": [1, 2]}), "reject",
-         "holds int, not a picture"),
+         check=metadata("artist", "M", "N")),
+    Case("parquet with numbers for images", parquet(TWO | {"image": [1, 2]}), "reject",
+         "holds int, not an image"),
     Case("parquet with bytes of something else", parquet(TWO | {"image": [PNG, b"<html>"]}), "skip",
          "pairs.parquet, image of row 1 .*it is a web page"),
     Case("parquet with a path that leaves", parquet(TWO | {"image": ["a.png", "/etc/hostname"]}),
@@ -108,7 +108,7 @@ HUB = [
          "pairs.parquet cannot be read as a data set"),
     Case("parquet with a column misspelt", parquet(TWO, text="texts"), "reject",
          "no column 'texts'; did you mean 'text'"),
-    Case("a data set of pictures", hub(decoded), "load", check=shows(RED)),
+    Case("a data set of images", hub(decoded), "load", check=shows(RED)),
     Case("a data set with splits", hub(splits), "reject", "has splits train, test; give split='…'"),
     Case("a data set with one split", hub(one_split), "load", check=captions("one", "two")),
     Case("a data set without splits, one asked for", hub(pairs, split="foo"), "reject",
@@ -117,7 +117,7 @@ HUB = [
     Case("a data set with absolute paths",
          source(lambda f: (lambda made: lambda **options: mm.load_data(made, **options))(
              named(__import__("datasets"), f))),
-         "reject", "birds, image of row 0: .*a.png, outside /.*; move .*root='/.*' say"),
+         "reject", "birds, image of row 0: .*a.png, outside /.*; move .*root='/.*'"),
     Case("a data set with splits, one given", hub(splits, split="train"), "load",
          check=captions("one", "two")),
     Case("a split that is not there", hub(splits, split="trian"), "reject",
@@ -142,7 +142,7 @@ HUB = [
 
 
 def cut_off(load, *paths: Path):
-    """The same, its files half as long."""
+    """The same, with files cut to half their length."""
     for path in paths:
         os.truncate(path, path.stat().st_size // 2)
     return load
@@ -152,7 +152,7 @@ def cut_off(load, *paths: Path):
 
 
 def tree(files: dict[str, object], way="from_folder", source="in", **how) -> Maker:
-    """A folder "in" with these files (a str is written as UTF-8), and the way in that gets it."""
+    """A folder "in" with these files (a str is written as UTF-8), and the loader that reads it."""
 
     def make(folder: Path):
         for name, content in files.items():
@@ -179,7 +179,7 @@ def words_in_a_pipe(folder: Path):
 
 
 def name_of_no_letters(folder: Path):
-    """A file that an old system named in another encoding."""
+    """A file whose name an old system wrote in another encoding."""
     load = tree({"a.png": PNG, "a.txt": "one"})(folder)
     for end, content in ((b".png", PNG), (b".txt", b"two")):
         Path(os.fsdecode(os.fsencode(folder / "in/gr") + b"\xfcn" + end)).write_bytes(content)
@@ -187,7 +187,7 @@ def name_of_no_letters(folder: Path):
 
 
 def linked(files: dict[str, object], links: dict[str, str], way="from_class_folders") -> Maker:
-    """A folder with these files, and links in it: name -> what the link holds."""
+    """A folder with these files and with links: name -> target."""
 
     def make(folder: Path):
         load = tree(files, way)(folder)
@@ -200,8 +200,8 @@ def linked(files: dict[str, object], links: dict[str, str], way="from_class_fold
     return make
 
 
-def pictures_of(*folders: str) -> dict[str, object]:
-    """A picture in each, all different."""
+def images_of(*folders: str) -> dict[str, object]:
+    """A different image in each folder."""
     return {
         f"{name}/1.png": one_colour("PNG", colour=(9 * i, 1, 2)) for i, name in enumerate(folders)
     }
@@ -221,27 +221,27 @@ FOLDERS = [
                    ".DS_Store": "x", "BMW": "BMW is a car",
                    "a.mp4": b"\0\0\0 ftypisom" + bytes(30)}),
          "load", check=captions("one")),
-    Case("a .txt of no picture", tree(A | {"b.txt": "x", "c/a.txt": "x"}), "skip",
-         "b.txt has no picture of its name beside it", bad_rows=2),
+    Case("a .txt of no image", tree(A | {"b.txt": "x", "c/a.txt": "x"}), "skip",
+         "b.txt has no image of the same name beside it", bad_rows=2),
     Case("a .TXT", tree(A | {"b.png": PNG, "b.TXT": "two"}), "load", check=captions("one", "two")),
     Case("words in a.png.txt", tree({"a.png": PNG, "a.png.txt": "one"}), "load",
          check=captions("one")),
-    Case("a picture without an ending", tree({"d": PNG, "d.txt": "one"}), "load",
+    Case("an image without an ending", tree({"d": PNG, "d.txt": "one"}), "load",
          check=captions("one")),
-    Case("a picture with another ending",
+    Case("an image with another ending",
          tree({"e.jpg_large": one_colour("JPEG"), "e.txt": "one"}), "load", check=captions("one")),
     *[Case(f"a file {name}", tree(A | {name: content, name.split(".")[0] + ".txt": "two"}), "skip",
-           f"{name}: it looks like a picture and is none that can be read")
+           f"{name}: it looks like an image of a format that cannot be read")
       for name, content in (("b.heic", HEIC), ("b.HEIF", b"?"), ("b.svg", "<svg/>"), ("b", HEIC),
                             ("b.png.download", b"\x89PN"), ("b.nef", b"MM\0*"))],
     Case("a HEIC in a class", tree({"cat/1.png": PNG, "cat/2.heic": HEIC}, "from_class_folders"),
-         "skip", "2.heic: it looks like a picture"),
+         "skip", "2.heic: it looks like an image"),
     Case("a PNG called .heic", tree({"b.heic": PNG, "b.txt": "one"}), "load",
          check=captions("one")),
     Case("an ending in capitals", tree({"A.PNG": PNG, "A.txt": "one"}), "load",
          check=captions("one")),
     Case("no .txt", tree(A | {"b.png": PNG}), "skip", "b.png has no b.txt beside it"),
-    Case("an empty .txt", tree(A | {"b.png": PNG, "b.txt": " \n"}), "skip", "picture 2 is empty"),
+    Case("an empty .txt", tree(A | {"b.png": PNG, "b.txt": " \n"}), "skip", "image 2 is empty"),
     Case("a .txt of other letters", tree(A | {"b.png": PNG, "b.txt": b"gr\xfcn"}), "skip",
          "b.txt, line 1: this is not utf-8"),
     Case("a .txt that is a link and leaves", words_that_leave, "skip", "b.txt, outside"),
@@ -269,21 +269,21 @@ FOLDERS = [
     Case("a folder called .tar-something",
          tree({"my.targets/a.png": PNG, "my.targets/a.txt": "one"}, "load_data"), "load",
          check=captions("one")),
-    Case("a picture in no class", tree(CLASSES | {"x.png": PNG}, "from_class_folders"), "skip",
-         "x.png: it lies beside the folders of the classes", loaded=2),
+    Case("an image in no class", tree(CLASSES | {"x.png": PNG}, "from_class_folders"), "skip",
+         "x.png: it is beside the folders of the classes", loaded=2),
     Case("a class with nothing in it",
          tree(CLASSES | {"eel/notes.md": "x"}, "from_class_folders"), "load",
          check=captions("a photo of a cat", "a photo of a guide dog")),
-    Case("a class that is a link within", linked(pictures_of("cat", "x/y"), {"dog": "x/y"}), "load",
+    Case("a class that is a link within", linked(images_of("cat", "x/y"), {"dog": "x/y"}), "load",
          check=captions("a photo of a cat", ["a photo of a dog", "a photo of a x"])),
     Case("links in a circle",
-         linked(pictures_of("cat", "dog"), {"cat/up": "..", "cat/o": "../dog", "dog/o": "../cat"}),
+         linked(images_of("cat", "dog"), {"cat/up": "..", "cat/o": "../dog", "dog/o": "../cat"}),
          "load", check=captions(*2 * [["a photo of a cat", "a photo of a dog"]])),
     Case("classes that are links and leave",
-         linked(pictures_of("cat"), {"dog": "../away", "eel": "../away"}), "skip",
+         linked(images_of("cat"), {"dog": "../away", "eel": "../away"}), "skip",
          "in/dog is a link to the folder .*/away, outside .*in", bad_rows=2),
-    Case("a class that is a link to nothing", linked(pictures_of("cat"), {"dog": "../gone"}),
-         "skip", "dog is a link to what does not exist"),
+    Case("a class that is a link to nothing", linked(images_of("cat"), {"dog": "../gone"}),
+         "skip", "dog is a link to a file that does not exist"),
     Case("a folder of words that is a link and leaves", linked(A, {"b": "../away"}, "from_folder"),
          "skip", "in/b is a link to the folder"),
     Case("a template without {}", tree(CLASSES, "from_class_folders", templates="a photo"),

@@ -1,11 +1,11 @@
-"""Awkward tables, and awkward paths in them. Each case says what shall become of it."""
+"""Awkward tables, and awkward paths in them, each with the expected result."""
 
 import json
 import os
 import unicodedata
 from pathlib import Path
 
-from tests.data.awkward import BLUE, Case, captions, facts, one_colour, row, shows, table
+from tests.data.awkward import BLUE, Case, captions, metadata, one_colour, row, shows, table
 
 HEAD = "image,text\n"
 TWO = HEAD + "a.png,a red one\nb.png,ein grüner\n"
@@ -22,7 +22,7 @@ GOOD = '{"image": "a.png", "text": "a red one"}'
 
 
 def blanks(count: int, *texts):
-    """The captions, and how many were left out for having no words."""
+    """The captions, and how many were left out because they were blank."""
 
     def check(data):
         captions(*texts)(data)
@@ -103,7 +103,7 @@ TABLES = [
     Case("ragged rows", table(HEAD + "a.png,one\nb.png,two, too\nc.png\n"), "skip",
          "line 3 has 3 fields, the first line 2", bad_rows=2),
     Case("a column twice", table("image,text,text\na.png,one,two\n"), "reject",
-         "column 'text' stands there twice"),
+         "column 'text' occurs twice"),
     Case("no names of columns", table("a.png,one\nb.png,two\n"), "reject",
          r"which column holds the image\?.*first line of a table must name"),
     Case("one column", table("image\na.png\n"), "reject", "one column under every known separator"),
@@ -127,16 +127,16 @@ TABLES = [
          check=captions("one two")),
     Case("a caption of white space", table(HEAD + "a.png,one\nb.png, \u00a0\u200b\n"), "skip",
          "line 3 is empty or not a string"),
-    Case("no path", table(HEAD + "a.png,one\n ,two\n"), "skip", "line 3 names no picture"),
+    Case("no path", table(HEAD + "a.png,one\n ,two\n"), "skip", "line 3 names no image"),
     Case("nothing but bad rows", table(HEAD + "x.png,one\ny.png,two\n"), "reject",
          r"x\.png does not exist"),
     Case("columns of other names", table("bild,worte\na.png,one\n", image="bild", text="worte"),
          "load", check=captions("one")),
     Case("a column misspelt", table(TWO, text="texd"), "reject",
          r"no column 'texd'; did you mean 'text'\?"),
-    Case("two columns for the picture", table("image,path,text\na.png,a.png,one\n"), "reject",
+    Case("two columns for the image", table("image,path,text\na.png,a.png,one\n"), "reject",
          "several could be .*give image='…'"),
-    Case("a caption in two columns, and a picture in two rows",
+    Case("a caption in two columns, and an image in two rows",
          table("image,text,more\na.png,one,two\na.png,two,three\n", text=["text", "more"]), "load",
          check=captions(["one", "two", "three"])),
     Case("a spreadsheet", table(b"PK\x03\x04\x14\x00\xff\xfe" * 90, "pairs.csv"), "reject",
@@ -153,8 +153,8 @@ TABLES = [
     Case("a NaN for a caption", jsonl(GOOD, second("NaN")), "skip", "not a string: .*nan"),
     Case("an object for a caption", jsonl(GOOD, second('{"en": "x"}')), "skip", "not a string"),
     Case("no caption in the list", jsonl(GOOD, second("[]")), "skip", "line 2 is empty"),
-    Case("a number for a path", jsonl(GOOD, GOOD.replace('"a.png"', "3")), "skip", "no picture: 3"),
-    Case("a key that is missing", jsonl(GOOD, '{"text": "two"}'), "skip", "no picture: None"),
+    Case("a number for a path", jsonl(GOOD, GOOD.replace('"a.png"', "3")), "skip", "no image: 3"),
+    Case("a key that is missing", jsonl(GOOD, '{"text": "two"}'), "skip", "no image: None"),
     Case("half a letter in a caption", jsonl(GOOD, second('"h\\ud83dalf"')), "load",
          check=captions("a red one", "h?alf")),
     Case("half a letter in a path", jsonl(GOOD, GOOD.replace("a.png", "\\ud83d/\\udc80.png")),
@@ -181,11 +181,11 @@ TABLES = [
     Case("Karpathy's splits as a table",
          table(json.dumps({"images": [{"sentences": []}]}), "dataset_flickr30k.json"),
          "reject", "Karpathy's splits; take mm.from_flickr30k"),
-    Case("JSON lines without a picture's column", jsonl('{"bild": "a.png", "text": "x"}'), "reject",
+    Case("JSON lines without an image's column", jsonl('{"bild": "a.png", "text": "x"}'), "reject",
          r"columns: 'bild', 'text'\); give image='…'$"),
     Case("a key that the first row lacks",
          jsonl(GOOD, second('"two"')[:-1] + ', "artist": "M"}', meta="artist"), "load",
-         check=facts("artist", None, "M")),
+         check=metadata("artist", None, "M")),
     Case("a blank caption among others",
          table("image,c1,c2\na.png,one,\nb.png, ,two\n", text=["c1", "c2"]), "load",
          check=blanks(2, "one", "two")),
@@ -241,11 +241,11 @@ PATHS = [
     Case("a link that leaves", row("link.png", outside), "skip", OUT),
     Case("a folder that is a link and leaves", row("up/secret.png", outside), "skip", OUT),
     Case("an absolute path", row("/etc/hostname"), "skip",
-         "leads to /etc/hostname, outside /.*root='/etc' say"),
+         "leads to /etc/hostname, outside /.*root='/etc'"),
     Case("a link to itself", row("loop.png", loop), "skip", "loop.png does not exist"),
     Case("a home folder", row("~/d.png"), "skip", "does not exist"),
     Case("a web address", row("https://example.org/d.png"), "skip", "download first"),
-    Case("data: with a picture", row("data:image/png,AAAA"), "skip", "is not a file"),
+    Case("data: with an image", row("data:image/png,AAAA"), "skip", "is not a file"),
     Case("a folder", row("x", lambda f: (f / "x").mkdir()), "skip", "x is not a file"),
     Case("the folder itself", row("."), "skip", "is not a file"),
     Case("a pipe", row("pipe.png", lambda f: os.mkfifo(f / "pipe.png")), "skip", "is not a file"),
@@ -254,6 +254,6 @@ PATHS = [
     Case("NUL in a path", row("d\0.png"), "skip", "holds control characters"),
     Case("a very long name", row("d" * 5000 + ".png"), "skip", "does not exist"),
     Case("nothing there", row("d.png"), "skip",
-         r"line 3: .*d\.png does not exist; is root='…' the folder of the pictures\?"),
+         r"line 3: .*d\.png does not exist; is root='…' the folder of the images\?"),
 ]
 # fmt: on

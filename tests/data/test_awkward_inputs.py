@@ -1,4 +1,4 @@
-"""Every awkward, broken or hostile input is loaded, skipped or rejected, in the words expected."""
+"""Every awkward, broken or hostile input is loaded, skipped or rejected, with the right message."""
 
 import csv
 import json
@@ -14,24 +14,24 @@ from hypothesis import strategies as st
 
 import mmkit as mm
 from mmkit.data.captions import clean_caption
-from mmkit.data.images import check_picture, read_picture
+from mmkit.data.images import check_image, read_image
 from mmkit.data.tables import read_csv, read_jsonl
 from mmkit.errors import Refused
 from tests.data.awkward import noise, plain, png_claiming
 from tests.data.awkward_any import ANY
 from tests.data.awkward_files import CHECKPOINTS, PUBLISHED
-from tests.data.awkward_pictures import PICTURES
+from tests.data.awkward_images import IMAGES
 from tests.data.awkward_shards import SHARDS
 from tests.data.awkward_sources import FOLDERS, HUB
 from tests.data.awkward_tables import PATHS, TABLES
 
-CASES = [*TABLES, *PATHS, *PICTURES, *HUB, *FOLDERS, *ANY, *PUBLISHED, *SHARDS, *CHECKPOINTS]
+CASES = [*TABLES, *PATHS, *IMAGES, *HUB, *FOLDERS, *ANY, *PUBLISHED, *SHARDS, *CHECKPOINTS]
 OPTIONS = dict(image_size=8, num_workers=0, max_skipped=1.0, check="decode")
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory, monkeypatch):
-    """Caches of this test alone, and no program that a decoder could start."""
+    """Separate caches for this test, and no program that a decoder could start."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("MMKIT_CACHE", str(folder))
     ghostscript = folder / "gs"
@@ -44,7 +44,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def in_time():
-    """A reader that waits for ever (for a pipe, say) fails."""
+    """A reader that waits for ever (for a pipe, for example) fails."""
 
     def stop(*_):
         raise TimeoutError("it takes more than 30 seconds")
@@ -95,12 +95,12 @@ def test_each_input_is_loaded_skipped_or_rejected(case, tmp_path):
 
 
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
-    """60,000 x 60,000 pixels would be 10.8 GB; the head is all that is read."""
+    """60,000 x 60,000 pixels would be 10.8 GB; only the head is read."""
     path = tmp_path / "bomb.png"
     path.write_bytes(png_claiming(60_000, 60_000))
     tracemalloc.start()
     started = time.perf_counter()
-    for read in (check_picture, read_picture):
+    for read in (check_image, read_image):
         with pytest.raises(Refused, match="more pixels than can be decoded") as refused:
             read(path)
         assert refused.value.reason == "too many pixels"
@@ -111,8 +111,8 @@ def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM"])
-def test_a_picture_with_random_damage_is_read_or_refused(kind, tmp_path):
-    """Whatever a decoder makes of 60 damaged files: a picture or a `Refused`."""
+def test_an_image_with_random_damage_is_read_or_refused(kind, tmp_path):
+    """Each of 60 damaged files gives an image or a `Refused`."""
     import random
 
     draw, data = random.Random(0), noise(kind, side=13)
@@ -122,7 +122,7 @@ def test_a_picture_with_random_damage_is_read_or_refused(kind, tmp_path):
             damaged[draw.randrange(min(len(data), draw.choice([60, 10_000])))] = draw.randrange(256)
         path = tmp_path / "damaged"
         path.write_bytes(damaged[: draw.choice([len(data), draw.randrange(len(data))])])
-        for read in (check_picture, read_picture):
+        for read in (check_image, read_image):
             try:
                 read(path)
             except Refused as refused:
@@ -138,12 +138,12 @@ bounded = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-PIECES = st.sampled_from(
+TOKENS = st.sampled_from(
     ["image", "text", "a.png", "b.png", ",", ";", "\t", "|", '"', '""', "\n", "\r\n", "\r", "sep=",
      "\ufeff", "\0", " ", "..", "/", "caption", "ü", "\ud800", "{", "}", ":", "[", "null", "1e999",
      '{"image": "a.png", "text": "x"}\n', "image,text\n", "a.png,words\n"]
 )  # fmt: skip
-structured = st.lists(PIECES, max_size=40).map(
+structured = st.lists(TOKENS, max_size=40).map(
     lambda parts: "".join(parts).encode("utf-8", "surrogatepass")
 )
 after_head = structured.map(lambda rest: b"image,text\na.png,one\n" + rest)
@@ -201,7 +201,7 @@ def test_what_csv_writer_wrote_comes_back(tmp_path, texts, separator, end, encod
             os.link(plain(tmp_path / f"{i}") / "a.png", path)
     table = tmp_path / "pairs.csv"
     with open(table, "w", encoding=encoding, newline="") as file:
-        # before Python 3.13 it leaves line ends that are not its own unquoted, which is no table
+        # before Python 3.13 csv does not quote other line ends, which is not a valid table
         odd = any({"\r", "\n"} & {*text} for text in texts)
         how = csv.QUOTE_ALL if odd else csv.QUOTE_MINIMAL
         writer = csv.writer(file, delimiter=separator, lineterminator=end, quoting=how)
@@ -216,4 +216,4 @@ def test_what_csv_writer_wrote_comes_back(tmp_path, texts, separator, end, encod
 def test_a_clean_caption_is_one_line_and_stays_as_it_is(text):
     clean = clean_caption(text)
     assert clean == clean_caption(clean) and clean == " ".join(clean.split())
-    clean.encode("utf-8")  # no half letters
+    clean.encode("utf-8")  # no lone surrogates

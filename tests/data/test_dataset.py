@@ -1,4 +1,4 @@
-"""Pictures arrive as a person would see them; batches are the same from files and from memory."""
+"""Images look as a person would see them; batches from files and from memory are the same."""
 
 import random
 import subprocess
@@ -14,7 +14,7 @@ from PIL import Image
 import mmkit as mm
 from mmkit import MultimodalDataset, train_wordpiece
 from mmkit.data import image_cache
-from mmkit.data.images import read_picture, shift_pictures
+from mmkit.data.images import read_image, shift_images
 from mmkit.data.loader import load_batches
 from mmkit.data.partners import correct_pairs, very_common
 
@@ -23,27 +23,27 @@ RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
 @pytest.fixture
 def files(tmp_path):
-    """Seven pictures of different sizes, left half red and right half blue."""
+    """Seven images of different sizes, left half red and right half blue."""
     paths = []
     for i in range(7):
-        picture = Image.new("RGB", (20 + i, 11 + 2 * i), RED)
-        picture.paste(BLUE, (10, 0, 40, 40))
+        image = Image.new("RGB", (20 + i, 11 + 2 * i), RED)
+        image.paste(BLUE, (10, 0, 40, 40))
         paths.append(tmp_path / f"{i}.png")
-        picture.save(paths[-1])
+        image.save(paths[-1])
     return paths
 
 
 TEXTS = ["a flag", "two halves", "a flag", ["red and blue", "blue and red"], "five", "six", "seven"]
 
 
-def test_an_item_is_picture_text_and_id(files):
+def test_an_item_is_image_text_and_id(files):
     data = MultimodalDataset(files, TEXTS, image_size=13)
     item = data[3]
     assert item["image"].shape == (3, 13, 13) and item["image"].dtype == torch.uint8
     assert item["text"] == "red and blue" and item["sample_id"] == 3
     assert tuple(item["image"][:, 6, 0]) == RED and tuple(item["image"][:, 6, 12]) == BLUE
     assert len(data) == 7 and data[-1]["text"] == "seven"
-    assert "7 pictures (3, 13, 13), 8 captions" in repr(data)
+    assert "7 images (3, 13, 13), 8 captions" in repr(data)
 
 
 def test_files_and_memory_give_the_same_batches(files):
@@ -70,10 +70,10 @@ def test_workers_give_the_same_batches(files):
         assert torch.equal(here.input_ids, there.input_ids)
 
 
-def test_a_random_transform_draws_by_the_noise_of_its_picture(files):
-    """The same for a picture in an epoch, alone or not; the process's own draws are not moved."""
+def test_a_random_transform_draws_by_the_noise_of_its_image(files):
+    """Draws depend on image and epoch, not on the batch; the process's own draws do not change."""
 
-    def transform(picture):
+    def transform(image):
         drawn = torch.tensor([torch.rand(()), random.random(), np.random.rand()])
         return drawn[:, None, None].expand(3, 5, 5)
 
@@ -89,7 +89,7 @@ def test_a_random_transform_draws_by_the_noise_of_its_picture(files):
     assert not torch.equal(data.batch([0], torch.tensor([0.6])).pixel_values[0, :, 0, 0], drawn[1])
     after = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
     assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
-    data.batch(rows)  # without noise they come as they come
+    data.batch(rows)  # without noise they are not reproducible
     assert not torch.equal(before[0], torch.get_rng_state())
 
 
@@ -101,7 +101,7 @@ def test_padding_is_cut_to_the_longest_caption_of_the_batch(files):
 
 
 def slow_partners(data, rows, which):
-    """(B, B): the caption that row j draws is one of the captions of rows that show i's image."""
+    """(B, B): row j's caption is one of the captions of rows that show i's image."""
     same = data.content_hashes()
     read = [  # as the model reads them
         [tuple(data.tokenizer(c, truncation=True, max_length=data.max_length)["input_ids"])
@@ -114,7 +114,7 @@ def slow_partners(data, rows, which):
 
 
 def test_a_partner_is_one_of_the_captions_of_an_image(files, tmp_path):
-    """Against a slow loop: chains, a picture given twice and saved twice, case, cut captions."""
+    """Against a slow loop: chains, an image given twice and saved twice, case, cut captions."""
     (tmp_path / "copy.png").write_bytes(files[2].read_bytes())
     texts = [["a flag", "b"], ["b", "c"], "c", ["A  Flag", "four five six seven"], "five",
              "four five six eight", "seven", "again two halves", "of a copy"]  # fmt: skip
@@ -146,15 +146,15 @@ def test_data_that_is_one_to_one_carries_no_partners(files, make_data):
     pixels = make_data(3).batch([0, 1, 0]).pixel_values
     data = MultimodalDataset.from_pixels(pixels, ["a", "b", "c"])
     assert data.batch(range(3)).correct().int().tolist() == [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
-    assert data.encoded_by(data.tokenizer, 2).batch([0, 1]).correct().all()  # nothing is left
-    foreign = train_wordpiece(["b"])  # reads no other letter: all unknown, but not all the same
+    assert data.encoded_by(data.tokenizer, 2).batch([0, 1]).correct().all()  # no text is left
+    foreign = train_wordpiece(["b"])  # it reads no other letter: all are unknown, but not all equal
     other = MultimodalDataset.from_pixels(
         pixels[:2], [["xy", "zz"], ["XY", "yx"]], tokenizer=foreign
     )
     assert correct_pairs(*other.partners()[::-1]).int().tolist() == [[1, 1, 1, 0], [1, 0, 1, 1]]
     with pytest.raises(ValueError, match="2 sample_ids for 3 rows"):
         MultimodalDataset.from_pixels(pixels, ["a", "b", "c"], sample_ids=[5, 3])
-    with pytest.raises(ValueError, match="sample id 5 stands at 2 rows"):
+    with pytest.raises(ValueError, match="sample id 5 occurs in 2 rows"):
         MultimodalDataset.from_pixels(pixels, ["a", "b", "c"], sample_ids=[5, 3, 5])
 
 
@@ -173,7 +173,7 @@ def test_files_are_read_whole_only_where_they_may_be_equal(tmp_path, monkeypatch
 
 
 def test_very_common_captions_are_counted(make_data):
-    """By images, most first; what they take away from a batch against a slow loop."""
+    """Counted by images, most common first; the lost negatives of a batch against a slow loop."""
     data = make_data(113, tokenizer=None)
     data.texts = [["Photo", f"thing {i}"] + ["rare"] * (i < 7) for i in range(113)]
     assert data.common_captions() == [("Photo", 113)]
@@ -199,8 +199,8 @@ def test_subset_keeps_ids_and_partners(files):
 
 
 def test_a_transform_that_gives_floats_counts_as_normalised(files, make_model):
-    def transform(picture):
-        return torch.full((3, 15, 15), 0.25) * (picture.width % 2)
+    def transform(image):
+        return torch.full((3, 15, 15), 0.25) * (image.width % 2)
 
     data = MultimodalDataset(files, TEXTS, transform=transform)
     batch = data.batch([0, 1])
@@ -208,27 +208,27 @@ def test_a_transform_that_gives_floats_counts_as_normalised(files, make_model):
     assert torch.equal(make_model().normalize(batch.pixel_values), batch.pixel_values)
 
 
-def save(path, array_or_picture, **options):
-    picture = array_or_picture
-    if isinstance(picture, np.ndarray):
-        picture = Image.fromarray(picture)
-    picture.save(path, **options)
-    return np.asarray(read_picture(path))
+def save(path, array_or_image, **options):
+    image = array_or_image
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    image.save(path, **options)
+    return np.asarray(read_image(path))
 
 
 def test_exif_rotation_is_applied(tmp_path):
-    picture = Image.new("RGB", (16, 8), RED)
-    picture.paste(BLUE, (8, 0, 16, 8))
+    image = Image.new("RGB", (16, 8), RED)
+    image.paste(BLUE, (8, 0, 16, 8))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
-    seen = save(tmp_path / "turned.png", picture, exif=exif)
+    exif[0x0112] = 6  # the camera was rotated: show the image rotated by 90 degrees clockwise
+    seen = save(tmp_path / "turned.png", image, exif=exif)
     assert seen.shape == (16, 8, 3)
     assert tuple(seen[0, 0]) == RED and tuple(seen[15, 0]) == BLUE
 
 
 def test_alpha_is_laid_over_white(tmp_path):
-    picture = Image.new("RGBA", (5, 3), (255, 0, 0, 0))
-    assert (save(tmp_path / "clear.png", picture) == 255).all()
+    image = Image.new("RGBA", (5, 3), (255, 0, 0, 0))
+    assert (save(tmp_path / "clear.png", image) == 255).all()
     palette = Image.new("P", (5, 3), 0)
     palette.putpalette([0, 0, 0, 255, 0, 0])
     palette.putpixel((0, 0), 1)
@@ -237,7 +237,7 @@ def test_alpha_is_laid_over_white(tmp_path):
 
 
 @pytest.mark.parametrize("top, dtype", [(65535, np.uint16), (255, np.uint8)])
-def test_grey_pictures_keep_their_shades(tmp_path, top, dtype):
+def test_grey_images_keep_their_shades(tmp_path, top, dtype):
     """A 16-bit ramp stays a ramp; clipping would turn it white."""
     ramp = np.linspace(0, top, 17).astype(dtype)[None].repeat(5, 0)
     seen = save(tmp_path / "ramp.png", ramp)
@@ -247,7 +247,7 @@ def test_grey_pictures_keep_their_shades(tmp_path, top, dtype):
 
 @pytest.mark.parametrize("top", [1.0, 1.0000001, 1.04, 2.5, 255.0, 255.5, 3000.0, 65535.0, 66000.0])
 @pytest.mark.parametrize("lowest", [0.0, -1e-6])
-def test_float_pictures_are_neither_black_nor_white(tmp_path, top, lowest):
+def test_float_images_are_neither_black_nor_white(tmp_path, top, lowest):
     """Also where resampling or rounding left values just outside a usual range."""
     ramp = np.linspace(lowest, top, 17, dtype=np.float32)[None].repeat(5, 0)
     seen = save(tmp_path / "ramp.tiff", ramp)[0, :, 0].astype(int)
@@ -260,45 +260,45 @@ def test_whole_numbers_of_a_small_range_are_seen(tmp_path):
     assert seen[0, :, 0].tolist() == [0, 85, 170, 255]
 
 
-def test_dark_16_bit_pictures_stay_dark(tmp_path):
-    """0.3 % of white is nearly black, whatever the rest of the picture holds."""
+def test_dark_16_bit_images_stay_dark(tmp_path):
+    """0.3 % of white is nearly black, whatever the rest of the image contains."""
     assert (save(tmp_path / "dark.png", np.full((5, 3), 200, np.uint16)) <= 1).all()
 
 
 def test_micro_batches_are_nearly_equal_and_as_many_as_asked_for(files):
     batch = MultimodalDataset(files, TEXTS, image_size=13).batch(range(7))
     for parts, sizes in ((1, [7]), (2, [4, 3]), (5, [2, 2, 1, 1, 1]), (9, [1] * 7)):
-        pieces = batch.split(parts)
-        assert [len(piece) for piece in pieces] == sizes
-        assert torch.cat([piece.sample_ids for piece in pieces]).tolist() == list(range(7))
+        tokens = batch.split(parts)
+        assert [len(token) for token in tokens] == sizes
+        assert torch.cat([token.sample_ids for token in tokens]).tolist() == list(range(7))
 
 
-def test_float_pictures_are_scaled(tmp_path):
+def test_float_images_are_scaled(tmp_path):
     ramp = np.linspace(0, 1, 17, dtype=np.float32)[None].repeat(5, 0)
     seen = save(tmp_path / "ramp.tiff", ramp)
     assert np.abs(seen[0, :, 0].astype(int) - np.linspace(0, 255, 17)).max() <= 1
 
 
-def test_shift_moves_pictures_by_their_own_noise():
+def test_shift_moves_images_by_their_own_noise():
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     noise = torch.tensor([[0.5, 0.5], [0.999, 0.5], [0.5, 0.0]])
-    moved = shift_pictures(pixels, noise)
+    moved = shift_images(pixels, noise)
     assert torch.equal(moved[0], pixels[0])
     assert torch.equal(moved[1, :, :-2], pixels[1, :, 2:])
     assert torch.equal(moved[2, :, :, 2:], pixels[2, :, :, :-2])
     assert torch.equal(moved[2, :, :, 0], pixels[2, :, :, 0])
 
 
-def test_frequency_of_pieces_is_counted_over_all_captions(files):
-    """Against a loop over captions: no ends, no padding, every caption of a picture once."""
+def test_frequency_of_tokens_is_counted_over_all_captions(files):
+    """Against a loop over captions: no end tokens, no padding, every caption of an image once."""
     data = MultimodalDataset(files, TEXTS, image_size=13)
     captions = [c for text in TEXTS for c in ([text] if isinstance(text, str) else text)]
     counts = Counter()
     for caption in captions:
         counts.update(data.tokenizer(caption, add_special_tokens=False)["input_ids"])
     expected = torch.zeros(len(data.tokenizer))
-    for piece, count in counts.items():
-        expected[piece] = count / sum(counts.values())
+    for token, count in counts.items():
+        expected[token] = count / sum(counts.values())
     frequency = data.token_frequency()
     torch.testing.assert_close(frequency, expected)
     assert frequency.sum().item() == pytest.approx(1)
@@ -307,7 +307,7 @@ def test_frequency_of_pieces_is_counted_over_all_captions(files):
     assert part.token_frequency()[data.tokenizer.convert_tokens_to_ids("and")] == pytest.approx(
         2 / 7
     )
-    cut = data.encoded_by(data.tokenizer, 3)  # cut captions: what is cut is not counted
+    cut = data.encoded_by(data.tokenizer, 3)  # truncated captions: the rest is not counted
     assert (cut.token_frequency() > 0).sum() < (expected > 0).sum()
 
 
@@ -318,18 +318,16 @@ def test_bad_input_is_refused_in_words(files, tmp_path):
         MultimodalDataset([files[0], tmp_path / "gone.png"], ["a", "b"])
     with pytest.raises(ValueError, match="text of row 1 is empty"):
         MultimodalDataset(files[:2], ["a", "  "])
-    for nothing in (None, float("nan"), [], [None]):  # what tables give for an empty cell
+    for nothing in (None, float("nan"), [], [None]):  # the value of an empty cell in a table
         with pytest.raises(ValueError, match="text of row 1 is empty or not a string"):
             MultimodalDataset(files[:2], ["a", nothing])
-    with pytest.raises(ValueError, match="picture of row 0 is nan; give the path"):
+    with pytest.raises(ValueError, match="image of row 0 is nan; give the path"):
         MultimodalDataset([float("nan"), files[0]], ["a", "b"])
-    odd = MultimodalDataset(
-        files, TEXTS, transform=lambda picture: torch.zeros(3, 5, picture.width)
-    )
-    with pytest.raises(ValueError, match=r"gave \(3, 5, 21\) for picture .*1.png \(row 1\)"):
+    odd = MultimodalDataset(files, TEXTS, transform=lambda image: torch.zeros(3, 5, image.width))
+    with pytest.raises(ValueError, match=r"gave \(3, 5, 21\) for image .*1.png \(row 1\)"):
         odd.batch([0, 1])
-    with pytest.raises(ValueError, match=r"transform gave Png\w+ for picture .*0.png \(row 0\)"):
-        MultimodalDataset(files, TEXTS, transform=lambda picture: picture).batch([0])
+    with pytest.raises(ValueError, match=r"transform gave Png\w+ for image .*0.png \(row 0\)"):
+        MultimodalDataset(files, TEXTS, transform=lambda image: image).batch([0])
     with pytest.raises(ValueError, match="dataset is empty"):
         MultimodalDataset([], [])
     for name, content in (("zero.jpg", b""), ("page.jpg", b"<html></html>")):
@@ -352,7 +350,7 @@ from mmkit.data.loader import load_batches
 from tests.train_small import data_in_files
 
 data = data_in_files(Path(sys.argv[1]), 23)
-data.transform = lambda picture: torch.full((3, 223, 227), float(sum(picture.size)))
+data.transform = lambda image: torch.full((3, 223, 227), float(sum(image.size)))
 resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, resource.RLIM_INFINITY))
 keys = [(torch.arange(i, i + 7), torch.rand(7)) for i in (0, 7, 13)]
 found = list(load_batches(data, keys, 2, False))
@@ -366,7 +364,7 @@ print("all batches came")
 
 def test_workers_without_room_for_shared_memory_send_their_batches_all_the_same(tmp_path):
     """No file of more than 1 MB, as in a full /dev/shm: a batch of 4 MB still arrives."""
-    command = [sys.executable, "-c", NO_SHARED_MEMORY, str(tmp_path / "pictures")]
+    command = [sys.executable, "-c", NO_SHARED_MEMORY, str(tmp_path / "images")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout == "all batches came\n", done.stderr[-2000:]
 
@@ -384,7 +382,7 @@ INVISIBLE = [
 
 @pytest.mark.parametrize("caption", INVISIBLE)
 def test_captions_that_nobody_can_see_are_blank(caption, tmp_path):
-    """Refused alone; left out and counted beside others; a query of them is empty, too."""
+    """Blank captions are refused alone, but left out and counted beside others."""
     with pytest.raises(ValueError, match="is empty or not a string"):
         mm.MultimodalDataset.from_pixels(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [caption])
     for name in "ab":

@@ -1,4 +1,4 @@
-"""A picture saved again is found, another one is not, and the numbers are those of slow loops."""
+"""Copies of an image are found, other images are not, and all counts equal those of slow loops."""
 
 import io
 import itertools
@@ -25,57 +25,57 @@ from mmkit.data.image_duplicates import (
     COARSE,
     NEAR,
     SIDE,
+    image_signature,
     is_near,
     near_duplicates,
-    picture_signature,
 )
 
 PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "moon", "motorcycle_left", "rocket")
 
 
 def photographs(size=224):
-    """Photographs that scikit-image ships, cut to a square."""
+    """Photographs from scikit-image, cropped to a square."""
     skimage = pytest.importorskip("skimage")
     folder = f"{skimage.__path__[0]}/data"
     found = []
     for name in PHOTOGRAPHS:
         ending = "jpg" if name == "rocket" else "png"
-        picture = Image.open(f"{folder}/{name}.{ending}").convert("RGB")
-        side = min(picture.size)
-        found.append(picture.crop((0, 0, side, side)).resize((size, size), Image.BICUBIC))
+        image = Image.open(f"{folder}/{name}.{ending}").convert("RGB")
+        side = min(image.size)
+        found.append(image.crop((0, 0, side, side)).resize((size, size), Image.BICUBIC))
     return found
 
 
-def jpeg(picture, quality=50):
+def jpeg(image, quality=50):
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=quality)
+    image.save(file, "JPEG", quality=quality)
     return Image.open(file).convert("RGB")
 
 
-def brighter(picture, factor=1.05):
-    return Image.fromarray(np.clip(np.asarray(picture) * factor, 0, 255).astype(np.uint8))
+def brighter(image, factor=1.05):
+    return Image.fromarray(np.clip(np.asarray(image) * factor, 0, 255).astype(np.uint8))
 
 
-def cut(picture):
-    """1 % off each side: 2 % of the width and of the height."""
-    w, h = picture.size
+def cut(image):
+    """1 % cropped at each side: 2 % of the width and of the height."""
+    w, h = image.size
     edge = round(w / 100)
-    return picture.crop((edge, edge, w - edge, h - edge)).resize((w, h), Image.BICUBIC)
+    return image.crop((edge, edge, w - edge, h - edge)).resize((w, h), Image.BICUBIC)
 
 
-def smaller(picture):
-    return picture.resize((picture.width // 2, picture.height // 2), Image.BICUBIC)
+def smaller(image):
+    return image.resize((image.width // 2, image.height // 2), Image.BICUBIC)
 
 
 CHANGES = (jpeg, brighter, cut, smaller)
 
 
-def as_pixels(pictures):
-    return torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])
+def as_pixels(images):
+    return torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in images])
 
 
-def signatures(pictures):
-    return torch.cat([picture_signature(as_pixels([picture])) for picture in pictures])
+def signatures(images):
+    return torch.cat([image_signature(as_pixels([image])) for image in images])
 
 
 def together(group):
@@ -83,13 +83,13 @@ def together(group):
     return {(i, j) for i, j in itertools.combinations(range(len(group)), 2) if group[i] == group[j]}
 
 
-# ---- pictures ------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_photograph_saved_again_is_near_and_no_other_is(change):
     originals = photographs()
-    changed = [change(picture) for picture in originals]
+    changed = [change(image) for image in originals]
     group = near_duplicates(signatures([*originals, *changed]))
     count = len(originals)
     assert group[:count].tolist() == list(range(count)), "different photographs were joined"
@@ -97,7 +97,7 @@ def test_a_photograph_saved_again_is_near_and_no_other_is(change):
 
 
 def test_the_docstring_says_what_was_measured():
-    """What it says is found, is; what it says is not, is not; the numbers are the table's."""
+    """The documented changes are found or not found, as often as the table says."""
     path = Path(__file__).parents[1] / "benchmarks" / "results" / "near_duplicates.json"
     measured = json.loads(path.read_text())
     recall = {change: sorted(rates.values()) for change, rates in measured["recall"].items()}
@@ -117,30 +117,28 @@ def drawings():
     """All parts of the built-in set at 64 px: (signature, meta, captions)."""
     parts = openmoji(split="random", device="cpu")
     signature = torch.cat([signatures_of(part) for part in parts])
-    meta = [facts for part in parts for facts in part.meta]
+    meta = [metadata for part in parts for metadata in part.meta]
     return signature, meta, [captions for part in parts for captions in part.texts]
 
 
 def test_most_drawings_saved_again_are_near():
     train = openmoji(device="cpu")[0]
-    pictures = [
-        Image.fromarray(train[i]["image"].permute(1, 2, 0).numpy()) for i in range(0, 900, 9)
-    ]
+    images = [Image.fromarray(train[i]["image"].permute(1, 2, 0).numpy()) for i in range(0, 900, 9)]
     found = {}
     for change in CHANGES:
-        group = near_duplicates(signatures([*pictures, *map(change, pictures)]))
-        found[change.__name__] = (group[: len(pictures)] == group[len(pictures) :]).mean()
+        group = near_duplicates(signatures([*images, *map(change, images)]))
+        found[change.__name__] = (group[: len(images)] == group[len(images) :]).mean()
     assert found.pop("cut") > 0.8  # a pixel of 64 on each side is 3 %
     assert min(found.values()) > 0.95, found
 
 
 def test_few_drawings_of_different_names_are_joined(drawings):
-    """Variants that differ in a hand or a mouth are: 1 of 7 pictures. Skin tones mostly are not."""
+    """Variants that differ in a hand or a mouth are found for 1 of 7 images, skin tones rarely."""
     signature, meta, _ = drawings
     group = near_duplicates(signature)
     size = np.bincount(group)
     assert 0.05 < size[size > 1].sum() / len(group) < 0.15 and size.max() < 20
-    toned = [i for i, facts in enumerate(meta) if facts["tone"]]
+    toned = [i for i, metadata in enumerate(meta) if metadata["tone"]]
     families = exact_duplicates([(meta[i]["family"], meta[i]["gender"]) for i in toned])
     pairs = together(families)
     joined = sum(group[toned[i]] == group[toned[j]] for i, j in pairs)
@@ -155,7 +153,7 @@ def test_clusters_are_what_a_slow_loop_connects(drawings):
     for i, j in itertools.combinations(range(count), 2):
         if (small[i] - small[j]).pow(2).mean().sqrt() <= COARSE:
             reach[i, j] = reach[j, i] = is_near(signature[[i]], signature[[j]], NEAR)
-    for k in range(count):  # Warshall: all that is connected
+    for k in range(count):  # Warshall: the transitive closure
         reach |= reach[:, [k]] & reach[[k]]
     expected = {(i, j) for i, j in itertools.combinations(range(count), 2) if reach[i, j]}
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
@@ -165,7 +163,7 @@ def test_clusters_are_what_a_slow_loop_connects(drawings):
 
 
 def test_tiles_and_copies_lose_nothing(monkeypatch, drawings):
-    """Small tiles give the clusters of large ones; every row twice gives them, too."""
+    """Small tiles give the clusters of large ones, and so do repeated rows."""
     signature = drawings[0][1400:1500]
     whole = near_duplicates(signature)
     monkeypatch.setattr("mmkit.data.image_duplicates._ROWS", 7)
@@ -185,22 +183,22 @@ def test_many_alike_are_one_cluster_though_few_pairs_are_looked_at(monkeypatch):
     assert group.tolist() == [i % 2 for i in range(301)]
 
 
-def test_pictures_without_content_go_by_their_colour():
+def test_images_without_content_go_by_their_colour():
     colours = torch.tensor([[255, 255, 255], [0, 0, 0], [200, 0, 0], [203, 2, 0]])
     pixels = colours.to(torch.uint8)[:, :, None, None].expand(4, 3, 13, 17)
-    assert near_duplicates(picture_signature(pixels)).tolist() == [0, 1, 2, 2]
+    assert near_duplicates(image_signature(pixels)).tolist() == [0, 1, 2, 2]
 
 
-def test_many_equal_pictures_are_quick():
-    signature = picture_signature(torch.randint(0, 256, (1, 3, 20, 20)).byte()).repeat(50_000, 1)
+def test_many_equal_images_are_quick():
+    signature = image_signature(torch.randint(0, 256, (1, 3, 20, 20)).byte()).repeat(50_000, 1)
     started = time.perf_counter()
     assert not near_duplicates(signature).any()
     assert time.perf_counter() - started < 5
 
 
-def test_what_is_no_picture_or_threshold_is_refused():
+def test_what_is_no_image_or_threshold_is_refused():
     with pytest.raises(ValueError, match=r"\(2, 1, 5, 5\).*give \(B, 3, H, W\)"):
-        picture_signature(torch.zeros(2, 1, 5, 5))
+        image_signature(torch.zeros(2, 1, 5, 5))
     with pytest.raises(ValueError, match="threshold=-1"):
         near_duplicates(torch.zeros(2, 771), -1)
 
@@ -231,13 +229,13 @@ def test_near_captions_have_the_same_words_or_one_more():
         "Over the wet grass, a dog runs.",  # the same words
         "a brown dog runs over the wet grass",  # one more
         "a small brown dog runs over the wet grass",  # two more: connected by the one before
-        "a cat runs over the wet grass",  # one exchanged: different
+        "a cat runs over the wet grass",  # one replaced: different
         "a woman with medium skin tone waving her hand",
-        "a woman with medium-dark skin tone waving her hand",  # one word is another
+        "a woman with medium-dark skin tone waving her hand",  # one word differs
         "a dog",
         "a wet dog",  # too short for one word more
         "a woman with dark skin tone",
-        "a woman with dark skin tone swimming",  # of two that extend one caption neither is a copy
+        "a woman with dark skin tone swimming",  # two extend one caption: no copies
         "a woman with dark skin tone surfing",
     ]
     assert near_caption_groups(texts).tolist() == [0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]
@@ -252,16 +250,18 @@ def test_rows_that_share_a_key_are_connected():
 
 
 def test_the_numbers_are_those_of_a_slow_loop():
-    """A picture and another row's caption that is correct for it, by key or by a copy's captions;
-    and those of them that are not known as partners."""
+    """Pairs of an image and another row's correct caption, by key or by a copy's captions.
+
+    Returns all of them and those that are not known as partners.
+    """
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (5, 3, 32, 32), generator=generator, dtype=torch.uint8)
     which = [0, 1, 2, 0, 3, 1, 4, 0]
     texts = [["red", "one"], ["two"], ["Two!"], ["red"], ["four"], ["five"], ["six"], ["seven"]]
-    # the same picture is known for rows 0 and 3, and "red" as one caption; "Two!" is another
+    # the same image is known for rows 0 and 3, and "red" as one caption; "Two!" is another
     data = MultimodalDataset.from_pixels(pixels[range(5)][which], texts)
-    data.same_pictures([0, 1, 2, 0, 4, 5, 6, 7])
-    found = count_duplicates(texts, which, picture_signature(pixels[which]), data.partners())
+    data.same_images([0, 1, 2, 0, 4, 5, 6, 7])
+    found = count_duplicates(texts, which, image_signature(pixels[which]), data.partners())
     every, unknown = 0.0, 0.0
     known = [[c for j in range(8) if {i, j} <= {0, 3} or i == j for c in texts[j]]
              for i in range(8)]  # fmt: skip
@@ -272,15 +272,15 @@ def test_the_numbers_are_those_of_a_slow_loop():
                 every += 1 / len(texts[j]) / 2
                 unknown += (caption not in known[i]) / len(texts[j]) / 2
     assert (found.pairs, found.unknown_pairs) == (every, unknown) == (5.5, 4.5)
-    assert (found.exact_pictures, found.near_pictures, found.near_clusters) == (5, 5, 2)
+    assert (found.exact_images, found.near_images, found.near_clusters) == (5, 5, 2)
     assert (found.captions, found.exact_captions, found.near_captions) == (9, 4, 4)
     assert found.examples == [[0, 3, 7], [1, 5]]
 
 
 def test_false_negatives_per_batch_are_the_mean_over_all_batches():
     texts, hashes = [[f"word {i}"] for i in range(7)], [0, 0, 0, 1, 1, 2, 3]
-    generator = torch.Generator().manual_seed(0)  # noise: none is near another
-    signature = picture_signature(torch.randint(0, 256, (7, 3, 16, 16), generator=generator).byte())
+    generator = torch.Generator().manual_seed(0)  # noise: no two are near-duplicates
+    signature = image_signature(torch.randint(0, 256, (7, 3, 16, 16), generator=generator).byte())
     found = count_duplicates(texts, hashes, signature)
     batches = list(itertools.combinations(range(7), 3))
     equal = sum(hashes[a] == hashes[b] for x in batches for a, b in itertools.combinations(x, 2))
@@ -295,8 +295,8 @@ def test_a_data_set_with_planted_copies_is_reported(tokenizer):
     pixels = as_pixels([*originals, originals[2], jpeg(originals[4]), brighter(originals[5])])
     texts = [f"photograph {i}" for i in range(len(pixels))]
     found = find_duplicates(MultimodalDataset.from_pixels(pixels, texts, tokenizer=tokenizer))
-    # the exact copy is known as the same picture, and the two that are nearly one are not
-    assert (found.exact_pictures, found.near_pictures, found.unknown_pairs) == (2, 6, 2)
+    # the exact copy is known as the same image, the near-duplicate is not
+    assert (found.exact_images, found.near_images, found.unknown_pairs) == (2, 6, 2)
     assert found.examples == [[2, 7], [4, 8], [5, 9]]
 
 
@@ -306,7 +306,7 @@ def test_unequal_numbers_are_refused():
 
 
 def test_a_caption_of_many_words_is_compared_in_time_in_proportion():
-    """100,000 words and one more, in another order: near; one word exchanged: not."""
+    """100,000 words and one more in another order are near; with one word replaced they are not."""
     words = [f"w{i % 7919}" for i in range(100_003)]
     texts = [" ".join(words), " ".join([*words[::-1], "more"]), " ".join([*words[1:], "other"])]
     started = time.process_time()

@@ -1,4 +1,4 @@
-"""What is cached is decoded once, never wrong, never half, and within its bounds."""
+"""Cached images are decoded once, correct, complete, and within the size limit."""
 
 import multiprocessing
 import os
@@ -24,9 +24,9 @@ from tests.data.test_sources import (
     TEXTS,
     by_hand,
     folder,
+    images,
     lists,
     parquet,
-    pictures,
 )
 
 
@@ -39,13 +39,13 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def root(tmp_path):
-    """Seven pictures of different sizes."""
-    return pictures(tmp_path / "pictures")
+    """Seven images of different sizes."""
+    return images(tmp_path / "images")
 
 
 @pytest.fixture
 def decodes(monkeypatch):
-    """Names of the pictures that this process has decoded."""
+    """Names of the images that this process has decoded."""
     names, read = [], decoding.read_square
 
     def counted(*args, **options):
@@ -58,7 +58,7 @@ def decodes(monkeypatch):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(image_cache, "CHUNK_BYTES", 2 * 3 * SIDE * SIDE)  # 2, 2, 2, 1 pictures
+    monkeypatch.setattr(image_cache, "CHUNK_BYTES", 2 * 3 * SIDE * SIDE)  # 2, 2, 2, 1 images
 
 
 def files_of(cache):
@@ -66,7 +66,7 @@ def files_of(cache):
     return sorted(path.name for path in found if path.is_file() and path.name != "lock")
 
 
-def test_a_picture_is_decoded_once_wherever_it_lies(root, decodes):
+def test_an_image_is_decoded_once_wherever_it_lies(root, decodes):
     lists(root, **OPTIONS).cached()
     assert len(decodes) == 7
     folder(root, **OPTIONS).cached()
@@ -75,13 +75,15 @@ def test_a_picture_is_decoded_once_wherever_it_lies(root, decodes):
     data = folder(moved, **OPTIONS).cached()
     assert len(decodes) == 7
     assert torch.equal(data.batch(range(7)).pixel_values, by_hand(moved))
-    folder(moved, **OPTIONS | dict(image_size=SIDE + 1)).cached()  # another size is another thing
+    folder(
+        moved, **OPTIONS | dict(image_size=SIDE + 1)
+    ).cached()  # another size is decoded separately
     assert len(decodes) == 14
 
 
-def test_a_changed_picture_is_noticed(root, decodes, monkeypatch):
-    """Even one of the same length and time of writing, as cp -p and rsync leave it."""
-    later = time.time_ns() + 10**10  # long after all was written: hashes are remembered
+def test_a_changed_image_is_noticed(root, decodes, monkeypatch):
+    """Even one of the same length and time of writing, as cp -p and rsync write it."""
+    later = time.time_ns() + 10**10  # long after all was written, so that hashes are stored
     monkeypatch.setattr(image_cache.time, "time_ns", lambda: later)
     hashed, content_hash = [], image_cache.content_hash
     monkeypatch.setattr(
@@ -93,11 +95,11 @@ def test_a_changed_picture_is_noticed(root, decodes, monkeypatch):
     make = lambda: mm.from_lists(paths, TEXTS, **OPTIONS).cached()  # noqa: E731
     make(), make()
     assert len(decodes) == len(hashed) == 7
-    facts, content = paths[2].stat(), bytearray(paths[2].read_bytes())
+    metadata, content = paths[2].stat(), bytearray(paths[2].read_bytes())
     content[60:] = bytes(255 - value for value in content[60:])
     paths[2].write_bytes(content)
-    os.utime(paths[2], ns=(facts.st_atime_ns, facts.st_mtime_ns))
-    assert paths[2].stat().st_size == facts.st_size
+    os.utime(paths[2], ns=(metadata.st_atime_ns, metadata.st_mtime_ns))
+    assert paths[2].stat().st_size == metadata.st_size
     seen = make().batch([2]).pixel_values[0]
     assert torch.equal(seen, centre_square(Image.open(paths[2]), SIDE))
     assert len(hashed) == 8
@@ -115,14 +117,14 @@ def test_a_fill_that_stops_leaves_nothing_half(root, cache, small_chunks, decode
         patch.setattr(decoding.ImageDecoder, "decode", stop)
         with pytest.raises(KeyboardInterrupt):
             data.cached()
-    assert len(files_of(cache)) == 2 and len(decodes) == 3  # one chunk and the list of its pictures
+    assert len(files_of(cache)) == 2 and len(decodes) == 3  # one chunk and the list of its images
     del decodes[:]
     assert torch.equal(data.cached().batch(range(7)).pixel_values, by_hand(root))
     assert len(decodes) == 5 and len(files_of(cache)) == 8
 
 
 def test_a_fill_that_is_killed_leaves_nothing_half(root, cache, small_chunks):
-    """SIGKILL when the third file is written but has no name yet."""
+    """SIGKILL when the third file is written but not yet renamed."""
 
     def fill():
         torch.set_num_threads(1)
@@ -178,8 +180,8 @@ def test_two_processes_decode_once(root, cache, small_chunks):
     assert len(log.read_text().splitlines()) == 7
 
 
-def test_a_picture_that_could_not_be_decoded_once_is_tried_again(root, monkeypatch):
-    """A disk that failed for a moment is remembered neither as a black picture nor as a bad one."""
+def test_an_image_that_could_not_be_decoded_once_is_tried_again(root, monkeypatch):
+    """A temporary failure of the disk gives neither a cached black image nor a bad row."""
     read, failing = decoding.read_square, [NAMES[4]]
 
     def sometimes(*args, **options):
@@ -203,16 +205,16 @@ def test_a_picture_that_could_not_be_decoded_once_is_tried_again(root, monkeypat
     assert torch.equal(data.cached().batch(range(7)).pixel_values, by_hand(root))
 
 
-def test_a_bad_picture_in_the_cache_is_left_out_each_time(root, decodes):
+def test_a_bad_image_in_the_cache_is_left_out_each_time(root, decodes):
     (root / NAMES[1]).write_bytes(b"<html>")
     (root / NAMES[5]).write_bytes((root / NAMES[5]).read_bytes()[:-40])
     options = OPTIONS | dict(on_error="skip", max_skipped=1.0)
     for _ in range(2):
         data = lists(root, **options)
-        assert data.report.skipped == {"not a picture": 1, "truncated": 1}
+        assert data.report.skipped == {"not an image": 1, "truncated": 1}
         good = [0, 2, 3, 4, 6]
         assert data.resident and data.texts == [TEXTS[i] for i in good]
-        (root / NAMES[1]).unlink()  # what is gone is another reason
+        (root / NAMES[1]).unlink()  # a missing file is another reason
         (root / NAMES[1]).write_bytes(b"<html>")
         expected = [centre_square(Image.open(root / NAMES[i]), SIDE) for i in good]
         assert torch.equal(data.batch(range(5)).pixel_values, torch.stack(expected))
@@ -228,7 +230,7 @@ def test_a_cache_has_its_bound(root, cache):
     none = lists(root, **OPTIONS | dict(cache_gigabytes=0))
     assert none.prepare() == "" and not none.resident
     data = lists(root, **OPTIONS | dict(cache_gigabytes=1.1 * bound))
-    assert "7 pictures decoded once" in data.prepare() and data.resident
+    assert "7 images decoded once" in data.prepare() and data.resident
 
 
 def test_another_order_or_part_decodes_nothing_and_adds_nothing(root, cache, small_chunks, decodes):
@@ -241,7 +243,7 @@ def test_another_order_or_part_decodes_nothing_and_adds_nothing(root, cache, sma
 
 
 def test_what_was_not_used_for_longest_goes_first(root, cache):
-    """Of three sizes the oldest goes when a fourth has no room; what was used today never does."""
+    """Of three sizes the oldest is removed for a fourth, but none that was used today."""
     sizes = [SIDE, SIDE - 1, SIDE - 2]
     for size in sizes:
         lists(root, **OPTIONS | dict(image_size=size)).cached()
@@ -250,7 +252,7 @@ def test_what_was_not_used_for_longest_goes_first(root, cache):
         for path in (cache / "pictures").rglob("*.json"):
             if np.load(path.with_suffix(".npy"), mmap_mode="r").shape[-1] == size:
                 os.utime(path, (time.time() - days * 86400,) * 2)
-    lists(root, **OPTIONS).cached()  # used again: the oldest no more
+    lists(root, **OPTIONS).cached()  # used again, so no longer the oldest
     four = sum(7 * 3 * size**2 + 128 for size in range(SIDE - 3, SIDE + 1))
     room = dict(cache_gigabytes=(four - 200) / 1e9)
     lists(root, **OPTIONS | room | dict(image_size=SIDE - 3)).prepare()
@@ -259,7 +261,7 @@ def test_what_was_not_used_for_longest_goes_first(root, cache):
     tight = dict(cache_gigabytes=7 * 3 * (SIDE + 1) ** 2 / 1e9)
     lists(root, **OPTIONS | tight | dict(image_size=SIDE + 1)).prepare()
     left = [np.load(p, mmap_mode="r").shape[-1] for p in (cache / "pictures").rglob("*.npy")]
-    assert sorted(left) == [SIDE - 3, SIDE, SIDE + 1]  # two of them are of today
+    assert sorted(left) == [SIDE - 3, SIDE, SIDE + 1]  # two of them are from today
 
 
 @pytest.mark.parametrize("damage", ["other", "cut", "folder"])
@@ -293,8 +295,8 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(root, monkeypat
     monkeypatch.setattr(image_cache.os, "fsync", full)
     with pytest.raises(OSError, match=r"No space left on device\); give cache_dir=.* or cache_gi"):
         data.prepare()
-    assert not list((tmp_path / "full/pictures").glob("*.tmp"))
-    assert not list((tmp_path / "full/pictures").glob(".*"))
+    assert not list((tmp_path / "full/images").glob("*.tmp"))
+    assert not list((tmp_path / "full/images").glob(".*"))
 
 
 def mapped_files() -> int:
@@ -303,8 +305,8 @@ def mapped_files() -> int:
     return 1024 * int(found.group(1))
 
 
-def test_pictures_that_are_read_do_not_stay_in_memory(root, cache):
-    side = 1600  # 54 MB of decoded pictures
+def test_images_that_are_read_do_not_stay_in_memory(root, cache):
+    side = 1600  # 54 MB of decoded images
     data = lists(root, **OPTIONS | dict(image_size=side)).cached()
     before = mapped_files()
     for row in range(7):

@@ -1,4 +1,4 @@
-"""Head check, both decoders and the report agree on what an image file is, at every size."""
+"""Head check, both decoders and the report agree about image files at every size."""
 
 import io
 import re
@@ -13,10 +13,10 @@ from PIL import Image, ImageCms, PngImagePlugin
 import mmkit as mm
 from mmkit.data import images
 from mmkit.data.image_headers import open_head, to_srgb
-from mmkit.data.images import check_picture, read_picture, read_square, square, to_rgb
+from mmkit.data.images import check_image, read_image, read_square, square, to_rgb
 from tests.data.awkward import BLUE, GREEN, RED, chunk, encoded
 
-CORNERS = np.full((46, 94, 3), 200, np.uint8)  # lies on its side; the corner tells how
+CORNERS = np.full((46, 94, 3), 200, np.uint8)  # lies on its side; a corner shows how
 CORNERS[:23, :47] = RED
 PNG = encoded(CORNERS, "PNG", compress_level=0)
 JPEG = encoded(CORNERS, "JPEG", quality=95)
@@ -56,7 +56,7 @@ def broken(data: bytes) -> bytes:
 
 
 DAMAGED = chunk(b"eXIf", b"\x00\x08\x00\x02\x01\x12\x00\x03\0\0\0\1\0\6\0\0")
-FILES = {  # bytes -> the orientation that all readers shall see
+FILES = {  # bytes -> the orientation expected from all readers
     "plain": (JPEG, 1),
     "EXIF in a JPEG": (encoded(CORNERS, "JPEG", quality=95, exif=exif(8)), 8),
     "XMP in a JPEG": (app1(b"http://ns.adobe.com/xap/1.0/\0" + XMP), 8),
@@ -79,17 +79,17 @@ FILES = {  # bytes -> the orientation that all readers shall see
 
 
 @pytest.mark.parametrize("name", FILES)
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # which Pillow looks at for dots per inch
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # from which Pillow reads dots per inch
 @pytest.mark.parametrize("fast", [True, False])
 def test_all_readers_turn_an_image_alike(name, fast, tmp_path, monkeypatch):
-    """At sides from an eighth to more than the image has, by head and by pixels."""
+    """For sides from an eighth of the image to larger ones, by head and by pixels."""
     data, orientation = FILES[name]
     if not fast:
         monkeypatch.setattr(images, "tensor_decoder", lambda: None)
     expected = CORNERS if orientation == 1 else np.rot90(CORNERS)
     (tmp_path / "a").write_bytes(data)
     size = expected.shape[1::-1]
-    assert check_picture(tmp_path / "a") == read_picture(tmp_path / "a").size == size
+    assert check_image(tmp_path / "a") == read_image(tmp_path / "a").size == size
     assert open_head(io.BytesIO(data), "a").ends() or name.startswith(("EXIF in an", "a tag"))
     report = mm.from_lists([tmp_path / "a"], ["a"], cache_gigabytes=0).report
     assert (report.widths, report.heights) == ([size[0]], [size[1]])
@@ -97,7 +97,7 @@ def test_all_readers_turn_an_image_alike(name, fast, tmp_path, monkeypatch):
         seen = read_square(tmp_path / "a", side=side)
         whole = square(side)(Image.fromarray(np.ascontiguousarray(expected)))
         assert (seen.int() - whole.int()).abs().float().mean() < 6, side
-        assert torch.equal(seen, square(side)(read_picture(tmp_path / "a", side=side)))
+        assert torch.equal(seen, square(side)(read_image(tmp_path / "a", side=side)))
 
 
 def test_every_orientation_of_a_png_is_seen_as_pillow_turns_it():
@@ -106,18 +106,18 @@ def test_every_orientation_of_a_png_is_seen_as_pillow_turns_it():
     for orientation in range(10):
         data = encoded(CORNERS, "PNG", exif=exif(orientation))
         expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
-        np.testing.assert_array_equal(read_picture(io.BytesIO(data)), expected)
-        assert check_picture(io.BytesIO(data)) == expected.size
+        np.testing.assert_array_equal(read_image(io.BytesIO(data)), expected)
+        assert check_image(io.BytesIO(data)) == expected.size
 
 
 def test_a_large_note_is_not_unpacked():
-    """80 MB in 80 kB: neither by the head check nor by the decoder."""
+    """80 MB in 80 kB are decompressed neither by the head check nor by the decoder."""
     import tracemalloc
 
     bomb = early(chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(80_000_000))))
-    read_picture(io.BytesIO(PNG)), read_picture(io.BytesIO(early(*NOTES)))
+    read_image(io.BytesIO(PNG)), read_image(io.BytesIO(early(*NOTES)))
     tracemalloc.start()
-    for read in (check_picture, read_picture):
+    for read in (check_image, read_image):
         read(io.BytesIO(bomb))
     assert tracemalloc.get_traced_memory()[1] < 5_000_000
     tracemalloc.stop()
@@ -127,8 +127,8 @@ def test_a_large_note_is_not_unpacked():
 
 
 def colour(data: bytes, **reading) -> tuple:
-    """The one colour that a file has, for all readers."""
-    seen = np.asarray(read_picture(io.BytesIO(data), reading=mm.Reading(**reading)))
+    """The single colour of a file, equal for all readers."""
+    seen = np.asarray(read_image(io.BytesIO(data), reading=mm.Reading(**reading)))
     assert (seen == seen[0, 0]).all()
     cut = read_square(io.BytesIO(data), side=7, reading=mm.Reading(**reading))
     assert cut[:, 0, 0].tolist() == seen[0, 0].tolist()
@@ -136,7 +136,7 @@ def colour(data: bytes, **reading) -> tuple:
 
 
 def png_of(bits: int, kind: int, pixel: bytes, transparent: bytes) -> bytes:
-    """8 x 8 pixels of one colour, of which all of that `transparent` colour are not there."""
+    """8 x 8 pixels of one colour; those of the colour `transparent` are transparent."""
     head = struct.pack(">IIBBBBB", 8, 8, bits, kind, 0, 0, 0)
     rows = (b"\0" + pixel * (8 if bits > 4 else bits)) * 8
     parts = (b"IHDR", head), (b"tRNS", transparent), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
@@ -144,7 +144,7 @@ def png_of(bits: int, kind: int, pixel: bytes, transparent: bytes) -> bytes:
 
 
 def test_a_transparent_colour_is_found_at_every_depth():
-    """2, 4, 8, 16 bits of grey and 8, 16 of red, green, blue; a neighbouring colour stays."""
+    """2, 4, 8, 16 bits of grey and 8, 16 of red, green, blue; a similar colour stays opaque."""
     two = struct.Struct(">H").pack
     for bits, value in ((1, 1), (2, 2), (4, 11), (8, 77), (16, 1009)):
         if bits < 8:
@@ -168,7 +168,7 @@ def test_a_wide_grey_png_keeps_what_is_not_transparent():
     values[:, :5] = 1009
     data = encoded(values, "PNG")
     data = data[:33] + chunk(b"tRNS", struct.pack(">H", 1009)) + data[33:]
-    seen = np.asarray(read_picture(io.BytesIO(data), reading=mm.Reading(background=GREEN)))
+    seen = np.asarray(read_image(io.BytesIO(data), reading=mm.Reading(background=GREEN)))
     assert (seen[:, :5] == GREEN).all() and (seen[:, 5:] == round(40_009 / 257)).all()
 
 
@@ -195,18 +195,18 @@ def bmp_v4(alpha: int) -> bytes:
 
 @pytest.mark.parametrize("palette", [False, True])
 def test_alpha_that_was_never_written_is_none(palette):
-    """TGA says how many bits of a pixel are alpha; where all is 0, nobody wrote any."""
+    """TGA gives the number of alpha bits per pixel; an alpha channel of zeros has no meaning."""
     assert colour(tga(0, 0, palette)) == colour(tga(8, 0, palette)) == RED
     assert colour(tga(0, 77, palette)) == colour(tga(8, 255, palette)) == RED
     assert colour(tga(8, 51, palette), background=(0, 0, 0)) == tuple(v // 5 for v in RED)
     assert colour(bmp_v4(0)) == colour(bmp_v4(255)) == RED
     assert colour(bmp_v4(51), background=(0, 0, 0)) == tuple(v // 5 for v in RED)
-    clear = encoded(Image.new("RGBA", (13, 11), (*RED, 0)), "PNG")  # a PNG means it
+    clear = encoded(Image.new("RGBA", (13, 11), (*RED, 0)), "PNG")  # in a PNG it has a meaning
     assert colour(clear, background=GREEN) == GREEN
 
 
 def test_twelve_bits_in_sixteen_are_said_and_the_remedy_works(tmp_path):
-    """Divided by the full range, as one series must stay comparable; `inspect` names the remedy."""
+    """Divided by the full range, so that a series stays comparable; `inspect` names the remedy."""
     grey = np.linspace(0, 4095, 97).astype(np.uint16)[None].repeat(89, 0)
     Image.fromarray(grey).save(tmp_path / "a.png")
     Image.fromarray(grey).save(tmp_path / "b.tif")
@@ -226,7 +226,7 @@ def test_twelve_bits_in_sixteen_are_said_and_the_remedy_works(tmp_path):
 
 
 def test_a_tiff_of_twelve_bits_says_so_itself():
-    """4,095 is white: two pixels in three bytes, as microscopes write them."""
+    """With two pixels in three bytes, as microscopes write them, 4,095 is white."""
     head = struct.pack("<2sHI", b"II", 42, 8)
     entries = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 1, 12), (259, 3, 1, 1), (262, 3, 1, 1),
                (273, 4, 1, 200), (277, 3, 1, 1), (278, 3, 1, 8), (279, 4, 1, 96)]  # fmt: skip
@@ -246,11 +246,11 @@ def test_a_white_that_is_none_is_refused(white):
 
 
 def swapped() -> bytes:
-    """sRGB with red and blue exchanged: what the file calls red is blue."""
+    """sRGB with red and blue exchanged."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     count = struct.unpack_from(">I", data, 128)[0]
-    place = {bytes(data[132 + 12 * i :][:4]): 132 + 12 * i for i in range(count)}
-    a, b = place[b"rXYZ"] + 4, place[b"bXYZ"] + 4
+    offset = {bytes(data[132 + 12 * i :][:4]): 132 + 12 * i for i in range(count)}
+    a, b = offset[b"rXYZ"] + 4, offset[b"bXYZ"] + 4
     data[a : a + 8], data[b : b + 8] = data[b : b + 8], data[a : a + 8]
     return bytes(data)
 
@@ -284,7 +284,7 @@ def test_colours_of_another_profile_become_srgb(kind, mode):
 
 
 def test_a_png_with_a_large_profile_is_read_by_it():
-    """2 MB, which Pillow takes for an attack; 80 MB are one, and left alone."""
+    """Profiles of 2 MB, which Pillow takes for an attack, are read; those of 80 MB are ignored."""
     red = encoded(Image.new("RGB", (64, 64), (255, 0, 0)), "PNG")
     for size, expected in ((2_000_003, (0, 0, 255)), (80_000_000, (255, 0, 0))):
         large = bytearray(swapped().ljust(size, b"\0"))
@@ -300,18 +300,18 @@ def test_transparency_stays_under_a_profile():
 
 
 def test_a_grey_profile_is_heeded():
-    """A linear one: the middle of its range is bright."""
+    """A linear profile: the middle of its range is bright."""
     curve = struct.pack(">4sII", b"curv", 0, 0)  # no entry: linear
     white = struct.pack(">4sIiii", b"XYZ ", 0, 63190, 65536, 54061)
     words = struct.pack(">4sII", b"desc", 0, 2) + b"g\0" + bytes(78)
     text = b"text\0\0\0\0no\0\0"
-    body, tags, place = b"", b"", 132 + 4 * 12
+    body, tags, offset = b"", b"", 132 + 4 * 12
     for name, content in ((b"kTRC", curve), (b"wtpt", white), (b"desc", words), (b"cprt", text)):
         content += bytes(-len(content) % 4)
-        tags += struct.pack(">4sII", name, place + len(body), len(content))
+        tags += struct.pack(">4sII", name, offset + len(body), len(content))
         body += content
     head = struct.pack(
-        ">I4sI4s4s4s", place + len(body), b"lcms", 0x02400000, b"mntr", b"GRAY", b"XYZ "
+        ">I4sI4s4s4s", offset + len(body), b"lcms", 0x02400000, b"mntr", b"GRAY", b"XYZ "
     )
     head += bytes(12) + b"acsp" + bytes(28) + struct.pack(">iii", 63190, 65536, 54061)
     profile = head.ljust(128, b"\0") + struct.pack(">I", 4) + tags + body
@@ -328,7 +328,7 @@ def test_sRGB_under_its_names_stays_on_the_fast_path():
     assert not open_head(io.BytesIO(encoded(CORNERS, "JPEG", icc_profile=swapped())), "a").plain
 
 
-# ---- limits and what is no image -----------------------------------------------------------------
+# ---- limits and other files ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limit, reading", [
@@ -371,10 +371,10 @@ NO_IMAGES = {
 def test_what_is_no_image_is_named_by_its_first_bytes(words, tmp_path):
     for data in NO_IMAGES[words]:
         (tmp_path / "a.jpg").write_bytes(data)
-        for read in (check_picture, read_picture):
+        for read in (check_image, read_image):
             with pytest.raises(ValueError, match=words) as refused:
                 read(tmp_path / "a.jpg")
-            assert refused.value.reason == "not a picture"
+            assert refused.value.reason == "not an image"
 
 
 @pytest.mark.parametrize("name", ["gzip", "bz2", "lzma"])
@@ -385,24 +385,24 @@ def test_a_compressed_image_loads_once_unpacked_as_said(name, tmp_path):
     (tmp_path / "a.jpg").write_bytes(library.compress(JPEG))
     program = {"gzip": "gzip", "bz2": "bzip2", "lzma": "xz"}[name]
     with pytest.raises(ValueError, match=rf"compressed by {program}; unpack it \({program} -d\)"):
-        check_picture(tmp_path / "a.jpg")
+        check_image(tmp_path / "a.jpg")
     (tmp_path / "a.jpg").write_bytes(library.decompress((tmp_path / "a.jpg").read_bytes()))
-    assert check_picture(tmp_path / "a.jpg") == (94, 46)
+    assert check_image(tmp_path / "a.jpg") == (94, 46)
 
 
 @pytest.mark.parametrize("source", [3, True, None, 2.5, b"a.png", ["a.png"]])
 def test_what_is_no_path_is_not_opened(source):
-    """`open(3)` would read, and close, whatever has that number."""
-    for read in (check_picture, read_picture):
-        with pytest.raises(ValueError, match="is no image; give the path of a file"):
+    """`open(3)` would read and close the file with this descriptor."""
+    for read in (check_image, read_image):
+        with pytest.raises(ValueError, match="is not an image; give the path of a file"):
             read(source)
 
 
 def test_shards_hold_what_the_reader_reads(tmp_path):
-    """A note of 2 MB in a PNG is in nobody's way."""
+    """A text chunk of 2 MB in a PNG does no harm."""
     (tmp_path / "a.png").write_bytes(early(*NOTES))
     data = mm.from_lists([tmp_path / "a.png"], ["a"], cache_gigabytes=0)
     mm.write_shards(data, tmp_path / "shards")
     again = mm.from_shards(tmp_path / "shards", cache_gigabytes=0)
     assert torch.equal(again[0]["image"], data[0]["image"])
-    assert PngImagePlugin.MAX_TEXT_CHUNK == 1_048_576  # which is not ours to change
+    assert PngImagePlugin.MAX_TEXT_CHUNK == 1_048_576  # the limit of the process is not changed

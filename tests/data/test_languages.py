@@ -60,7 +60,7 @@ def around(raw, ends=(), **names):
 
 
 def cased_wordpiece():
-    """As multilingual BERT's: nothing lower-cased, accents kept."""
+    """Like that of multilingual BERT: no lower-casing, accents kept."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     raw = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -73,7 +73,7 @@ def cased_wordpiece():
 
 
 def unigram():
-    """As XLM-R's: SentencePiece, no spaces needed, four special tokens first."""
+    """Like that of XLM-R: SentencePiece, no spaces needed, four special tokens first."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     raw = Tokenizer(models.Unigram())
@@ -90,7 +90,7 @@ def unigram():
 
 
 def byte_level(special=(), ends=(), **names):
-    """As RoBERTa's or GPT-2's: any text is bytes, so that nothing is unknown."""
+    """Like those of RoBERTa and GPT-2: any text is bytes, so that nothing is unknown."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     raw = Tokenizer(models.BPE())
@@ -150,7 +150,7 @@ def small_model(tokenizer, **options):
 
 
 def bare(text: str) -> str:
-    """What a round trip must keep: no blanks (Chinese gets some), no joiners, no upper case."""
+    """What a round trip must keep: all but blanks (Chinese gets some), joiners and case."""
     kept = (c for c in text if unicodedata.category(c)[0] not in "ZC" and c != "\ufe0f")
     return unicodedata.normalize("NFC", "".join(kept)).lower()
 
@@ -160,8 +160,8 @@ def test_captions_in_any_script_come_back(kind):
     name, tokenizer = kind
     assert unk_rate(tokenizer, TEXTS) == 0
     input_ids, valid = encode_texts(tokenizer, TEXTS, 97)
-    for row, real, text in zip(input_ids, valid, TEXTS, strict=True):
-        decoded = tokenizer.decode(row[real], skip_special_tokens=True)
+    for row, inside, text in zip(input_ids, valid, TEXTS, strict=True):
+        decoded = tokenizer.decode(row[inside], skip_special_tokens=True)
         assert bare(decoded) == bare(text)
         if name in ("RoBERTa", "GPT-2 with a pad"):  # bytes keep everything
             assert decoded == text
@@ -171,8 +171,8 @@ def test_captions_in_any_script_come_back(kind):
 def test_saved_as_text_they_are_the_same_tokenizer(kind):
     _, tokenizer = kind
     other = tokenizer_from_state(tokenizer_state(tokenizer))
-    hidden = [*TEXTS, f"a {tokenizer.mask_token or 'cat'} here"]
-    one, two = tokenizer(hidden)["input_ids"], other(hidden)["input_ids"]
+    masked = [*TEXTS, f"a {tokenizer.mask_token or 'cat'} here"]
+    one, two = tokenizer(masked)["input_ids"], other(masked)["input_ids"]
     assert one == two
     assert [tokenizer.decode(ids) for ids in one] == [other.decode(ids) for ids in two]
     assert special_ids(tokenizer).tolist() == special_ids(other).tolist()
@@ -195,7 +195,7 @@ def test_an_encoder_of_any_kind_ignores_padding_and_hides_words_alone(kind):
         assert masking.mask.any()
         ends = torch.isin(input_ids, special_ids(tokenizer))
         assert not (masking.mask & (ends | ~valid)).any()
-        assert (valid & ~ends & ~masking.mask).any(1).all()  # a word stays
+        assert (valid & ~ends & ~masking.mask).any(1).all()  # a token stays visible
 
 
 def test_a_tokenizer_that_cannot_pad_says_what_to_do():
@@ -212,8 +212,8 @@ def test_pooling_by_the_first_token_needs_one_that_is_no_word():
     small_model(roberta(), pooling="cls")
 
 
-def test_one_token_for_unknown_and_end_is_never_hidden():
-    """GPT-2 names one token for all; as an end it must not be drawn as a word."""
+def test_one_token_for_unknown_and_end_is_never_masked():
+    """GPT-2 has one token for all roles; as an end token it must not be drawn."""
     tokenizer = padded_gpt2()
     assert special_ids(tokenizer).tolist() == [tokenizer.eos_token_id, tokenizer.pad_token_id]
     trained = train_wordpiece(TEXTS)
@@ -227,21 +227,21 @@ def test_one_token_for_unknown_and_end_is_never_hidden():
     "texts, expected",
     [
         (["a small cat"], 0),
-        (["small 犬"], 1 / 6),  # a Chinese character stands alone
-        (["small zebra"], 1 / 2),  # z is no letter of the captions, so that the word is gone
+        (["small 犬"], 1 / 6),  # a Chinese character is a word
+        (["small zebra"], 1 / 2),  # z is not in the captions, so that the word is lost
         (["zzz", "cat"], 1 / 2),  # over all texts together
-        (["zzzzz \n\u200d"], 1),  # blanks and joiners are no signs
+        (["zzzzz \n\u200d"], 1),  # blanks and joiners do not count
         ([" "], 0),
     ],
 )
 def test_what_a_wordpiece_cannot_read_is_counted_in_signs(texts, expected):
-    """By hand: signs of words that became [UNK], which are single pieces however long the word."""
+    """By hand: signs of words that became [UNK], which are single tokens however long the word."""
     tokenizer = train_wordpiece(["a small cat"])
     assert unk_rate(tokenizer, texts) == pytest.approx(expected)
 
 
 def test_what_is_dropped_without_a_trace_counts_too():
-    """BPE without bytes and without an unknown token just leaves letters out; so do accents go."""
+    """BPE without bytes and without an unknown token drops letters; accents are also dropped."""
     from tokenizers import Tokenizer, models, normalizers, trainers
 
     raw = Tokenizer(models.BPE())
@@ -267,7 +267,7 @@ def test_bad_input_is_refused_in_words():
     for texts in ([], "one text"):
         with pytest.raises(ValueError, match="at least one text"):
             unk_rate(tokenizer, texts)
-    with pytest.raises(ValueError, match=r"vocab_size=20 does not hold .* which take \d+ pieces"):
+    with pytest.raises(ValueError, match=r"vocab_size=20 does not hold .* which take \d+ tokens"):
         train_wordpiece(TEXTS, 20)
     with pytest.raises(ValueError, match="language='xx' is not known; choose from en, es"):
         mm.openmoji(language=["en", "xx"])
@@ -279,7 +279,7 @@ def test_bad_input_is_refused_in_words():
 
 
 def test_one_vocabulary_for_fourteen_languages_spells_no_language_out():
-    """Thousands of letters once took all pieces: an English name was spelled in 25."""
+    """Thousands of letters once filled the vocabulary: an English name took 25 tokens."""
     stems = [entry["codepoints"] for entry in read_table()[::4]]
     texts = {name: [caption(stem, name) for stem in stems] for name in LANGUAGES}
     everything = [text for names in texts.values() for text in names]
@@ -294,12 +294,12 @@ def test_one_vocabulary_for_fourteen_languages_spells_no_language_out():
 
 
 def test_chinese_characters_have_no_twin_that_never_occurs():
-    """BERT's normalizer makes each a word of its own, so that "##猫" would be a wasted piece."""
+    """BERT's normalizer makes each of them a word, so that "##猫" would be a wasted token."""
     vocabulary = train_wordpiece(["猫在睡觉", "a cat"]).get_vocab()
     assert "猫" in vocabulary and "##猫" not in vocabulary and "##a" in vocabulary
 
 
-# ---- pictures named in several languages ---------------------------------------------------------
+# ---- images named in several languages ---------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -313,13 +313,13 @@ def both(cache):
     return mm.openmoji(32, language=["en", "de"], cache_dir=cache)
 
 
-def test_each_picture_has_its_names_in_every_language_the_first_one_canonical(both, cache):
+def test_each_image_has_its_names_in_every_language_the_first_one_canonical(both, cache):
     train = both[0]
     english, german = (mm.openmoji(32, language=name, cache_dir=cache)[0] for name in ("en", "de"))
     table = read_table()
     for row, texts in zip(english.sample_ids.tolist(), english.texts, strict=True):
         stems = [table[row]["codepoints"], *table[row]["same_as"].split()]
-        assert texts == list(dict.fromkeys(map(caption, stems)))  # one language: as ever
+        assert texts == list(dict.fromkeys(map(caption, stems)))  # one language: unchanged
     for mixed, *single in zip(train.texts, english.texts, german.texts, strict=True):
         assert mixed == list(dict.fromkeys(single[0] + single[1]))
     assert [texts[0] for texts in train.texts] == [texts[0] for texts in english.texts]
@@ -328,14 +328,16 @@ def test_each_picture_has_its_names_in_every_language_the_first_one_canonical(bo
     twice = mm.openmoji(32, language=["en", "de", "en"], cache_dir=cache)[0]
     assert twice.texts == train.texts
     row = train.texts.index(["a lemon", "zitrone"])
-    drawn = train.batch([row] * 2, torch.tensor([0.1, 0.9])).input_ids  # training draws either
+    drawn = train.batch([row] * 2, torch.tensor([0.1, 0.9])).input_ids  # training draws either one
     decoded = [train.tokenizer.decode(ids, skip_special_tokens=True) for ids in drawn]
     assert decoded == ["a lemon", "zitrone"]
 
 
 def test_a_word_that_means_different_things_makes_no_false_negative(cache):
-    """Indonesian "pil" is a pill, Turkish "pil" a battery: it is correct for both pictures, and
-    neither picture's other captions are correct for the other."""
+    """Indonesian "pil" is a pill, Turkish "pil" a battery.
+
+    It is correct for both images, but the other captions of the one are not correct for the other.
+    """
     train = mm.openmoji(32, language=LANGUAGES, cache_dir=cache)[0]
     flat = [text for texts in train.texts for text in texts]
     _, _, first, counts = train.encoded_captions()
@@ -348,12 +350,12 @@ def test_a_word_that_means_different_things_makes_no_false_negative(cache):
         assert [flat[j] for j, found in zip(own, shared, strict=True) if found] == ["pil"]
     captions, images = train.partners()
     of_images, of_captions = partner_counts(images, captions)
-    assert (of_captions > 1).float().mean() < 0.02  # 22 pictures share a caption with another
+    assert (of_captions > 1).float().mean() < 0.02  # 22 images share a caption with another
     assert torch.equal(of_images.sum(), of_captions.sum()) and train.common_captions() == []
 
 
 def test_a_german_query_finds_what_its_english_twin_finds(both, cache, tmp_path):
-    """One model, one vocabulary, two languages: of 94 pictures, by chance one would be found."""
+    """One model, one vocabulary, two languages: by chance one of 94 images would be found."""
     from transformers import BertConfig, ViTConfig
 
     train = both[0].subset(range(0, 2811, 30))
@@ -379,12 +381,12 @@ def test_a_german_query_finds_what_its_english_twin_finds(both, cache, tmp_path)
             trainer.step += 1
     index = mm.Index(model.eval(), train)
     found = {
-        name: [index.search(texts[place], 1)[0].row for texts in train.texts]
-        for name, place in (("en", 0), ("de", -1))
+        name: [index.search(texts[position], 1)[0].row for texts in train.texts]
+        for name, position in (("en", 0), ("de", -1))
     }
     rows = range(len(train))
     for name, hits in found.items():  # 0.82 and 0.85 when this was written
         assert sum(map(int.__eq__, hits, rows)) > 0.5 * len(train), name
     assert sum(map(int.__eq__, found["en"], found["de"])) > 0.5 * len(train)
     german = mm.openmoji(32, language="de", cache_dir=cache)[0].subset(range(0, 2811, 30))
-    assert mm.mean_recall(mm.evaluate(model, german), 1) > 0.5  # a language scored by itself
+    assert mm.mean_recall(mm.evaluate(model, german), 1) > 0.5  # one language is scored by itself

@@ -1,4 +1,4 @@
-"""Tar shards: what is read is what is there, once each, and a hostile tar can do nothing."""
+"""Tar shards: every sample is read exactly once, and a hostile tar does no harm."""
 
 import gzip
 import io
@@ -42,21 +42,21 @@ def cache(tmp_path_factory, monkeypatch):
     return folder
 
 
-def picture(i: int) -> bytes:
-    """No real picture: nothing here decodes; `write_shards` has real ones."""
-    return b"picture %d " % i * (i % 7 + 1)
+def image(i: int) -> bytes:
+    """Not a real image, since nothing here decodes; the tests of `write_shards` have real ones."""
+    return b"image %d " % i * (i % 7 + 1)
 
 
-def member(name: str, data: bytes = b"", **facts) -> tuple[tarfile.TarInfo, bytes]:
+def member(name: str, data: bytes = b"", **metadata) -> tuple[tarfile.TarInfo, bytes]:
     info = tarfile.TarInfo(name)
     info.size = len(data)
-    for key, value in facts.items():
+    for key, value in metadata.items():
         setattr(info, key, value)
     return info, data
 
 
 def pair(key: str, i: int = 0, caption: str = "a cat") -> list:
-    return [member(f"{key}.jpg", picture(i)), member(f"{key}.txt", caption.encode())]
+    return [member(f"{key}.jpg", image(i)), member(f"{key}.txt", caption.encode())]
 
 
 def write_tar(path: Path, members: list, **options) -> Path:
@@ -68,7 +68,7 @@ def write_tar(path: Path, members: list, **options) -> Path:
 
 @pytest.fixture
 def make_shards(tmp_path):
-    """Shards of the given numbers of samples; sample i is `picture(i)`, "caption i"."""
+    """Shards of the given numbers of samples; sample i is `image(i)`, "caption i"."""
 
     def make(*counts: int, folder: str = "set") -> Path:
         (tmp_path / folder).mkdir()
@@ -153,7 +153,7 @@ def test_every_sample_is_a_row(make_shards):
     )
     store = TarMembers(index)
     assert len(store) == 9 and store.name(5) == index.keys[5]
-    assert [store.open(i).read() for i in range(9)] == [picture(i) for i in range(9)]
+    assert [store.open(i).read() for i in range(9)] == [image(i) for i in range(9)]
 
 
 def test_the_limit_of_a_header_is_for_one_member_not_for_all(make_shards):
@@ -163,7 +163,7 @@ def test_the_limit_of_a_header_is_for_one_member_not_for_all(make_shards):
 @FEW
 @given(st.text("ab./_", max_size=9))
 def test_names_are_split_as_webdataset_splits_them(name):
-    """Hidden files aside, which belong to no sample here."""
+    """Except for hidden files, which belong to no sample."""
     from webdataset.tariterators import base_plus_ext
 
     ours, theirs = split_name(name), base_plus_ext(name)
@@ -176,21 +176,21 @@ def test_names_are_split_as_webdataset_splits_them(name):
 def test_captions_come_from_the_members_named(tmp_path):
     """txt, a key of a JSON object (a string or a list), or several of these, in that order."""
 
-    def facts(value) -> bytes:
+    def metadata(value) -> bytes:
         return json.dumps({"caption": value, "other": "no"}).encode()
 
     path = write_tar(
         tmp_path / "a.tar",
         [
             *pair("0", caption="zero\n"),
-            member("0.json", facts("0")),
+            member("0.json", metadata("0")),
             *pair("1", caption="one"),
-            member("1.JSON", facts(["1", "eins"])),
+            member("1.JSON", metadata(["1", "eins"])),
             *pair("2", caption="two"),
-            member("2.json", facts(None)),
+            member("2.json", metadata(None)),
             *pair("3", caption="three"),
-            member("3.json", facts(3)),
-            member("4.jpg", picture(4)),
+            member("3.json", metadata(3)),
+            member("4.jpg", image(4)),
             member("4.json", b'["caption"]'),
         ],
     )
@@ -206,7 +206,7 @@ def test_captions_come_from_the_members_named(tmp_path):
         read_index(path, text=())
 
 
-def test_the_picture_is_the_first_suffix_that_is_there(tmp_path):
+def test_the_image_is_the_first_suffix_that_is_there(tmp_path):
     members = [member("0.png", b"png"), member("0.seg.png", b"seg"), *pair("0"), member("0.cls")]
     index = read_index(write_tar(tmp_path / "a.tar", members))
     assert index.keys[0].endswith("0.jpg") and index.refused == []
@@ -214,8 +214,8 @@ def test_the_picture_is_the_first_suffix_that_is_there(tmp_path):
     assert TarMembers(index).open(0).read() == b"seg"
 
 
-def test_facts_are_keys_of_the_json(tmp_path):
-    """Those asked for, as they are; a .json that nobody asked for may be anything."""
+def test_metadata_are_keys_of_the_json(tmp_path):
+    """The requested keys, unchanged; a .json that is not requested may have any content."""
     path = write_tar(
         tmp_path / "a.tar",
         [
@@ -242,21 +242,21 @@ def test_facts_are_keys_of_the_json(tmp_path):
     index = read_index(path, meta=["artist", "note", "size"])
     assert index.meta == [{"artist": "A", "note": None, "size": [3, 5]}, {"artist": "B"}, {}, {}]
     assert index.ids == [None] * 3 + [41] and index.fields == ["caption", "artist", "size", "note"]
-    assert reasons(index) == [*["facts not readable"] * 3, "not a file"]
+    assert reasons(index) == [*["metadata not readable"] * 3, "not a file"]
     assert "not an object with keys" in str(index.refused[1])
     again = read_index(path, meta=["artist", "note", "size"])
     assert (again.meta, again.ids, again.fields) == (index.meta, index.ids, index.fields)
 
 
 @pytest.mark.parametrize("depth", [*range(300, 1000, 23), 5000, 40_000])
-def test_facts_may_be_deep_but_not_too_deep_to_be_kept(tmp_path, depth):
-    """What is read fits the index on the disk, or is refused."""
-    facts = b'{"artist":' + b"[" * depth + b"]" * depth + b"}"
-    path = write_tar(tmp_path / "a.tar", [*pair("0"), member("0.json", facts), *pair("1")])
+def test_metadata_may_be_deep_but_not_too_deep_to_be_kept(tmp_path, depth):
+    """Metadata fit the index on the disk, or are refused."""
+    metadata = b'{"artist":' + b"[" * depth + b"]" * depth + b"}"
+    path = write_tar(tmp_path / "a.tar", [*pair("0"), member("0.json", metadata), *pair("1")])
     for _ in range(2):
         index = read_index(path, meta=["artist"])
         assert len(index) + len(index.refused) == 2
-    assert depth < 40_000 or reasons(index) == ["facts not readable"]
+    assert depth < 40_000 or reasons(index) == ["metadata not readable"]
 
 
 def _refused_samples() -> list:
@@ -264,7 +264,7 @@ def _refused_samples() -> list:
     link = dict(type=tarfile.SYMTYPE, linkname="/etc/passwd")
     deep = b'{"caption":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     samples: list = [
-        ("no picture", [member("r0.txt", b"x"), member("r0.pkl")]),
+        ("no image", [member("r0.txt", b"x"), member("r0.pkl")]),
         ("no caption", [member("r1.jpg", b"x")]),
         ("hostile name", pair("../r2")),
         ("hostile name", pair("/tmp/r3")),
@@ -285,7 +285,7 @@ def _refused_samples() -> list:
 
 
 def test_what_cannot_be_used_is_refused_with_its_reason(tmp_path, monkeypatch):
-    """Each between two good samples, which stay; nothing is written anywhere."""
+    """Each between two good samples, which are kept; nothing is written anywhere."""
     members, expected = [], []
     for i, (reason, sample) in enumerate(_refused_samples()):
         members += [*pair(f"good{i}"), *sample]
@@ -303,7 +303,7 @@ def test_what_cannot_be_used_is_refused_with_its_reason(tmp_path, monkeypatch):
 
 
 def test_nothing_is_unpickled(tmp_path):
-    """webdataset's `decode()` would: a .pyd or .pth member runs what it likes there."""
+    """webdataset's `decode()` would: a .pyd or .pth member can run any code there."""
 
     class Trap:
         def __reduce__(self):
@@ -324,7 +324,7 @@ def test_nothing_is_unpickled(tmp_path):
 
 
 def test_of_a_tar_cut_off_anywhere_what_is_whole_is_kept(tmp_path):
-    """And one refusal says that there was more."""
+    """One refusal says that there was more."""
     count, whole = 4, tmp_path / "whole.tar"
     write_tar(whole, [m for i in range(count) for m in pair(f"{i}", i)])
     data = whole.read_bytes()
@@ -337,7 +337,7 @@ def test_of_a_tar_cut_off_anywhere_what_is_whole_is_kept(tmp_path):
         assert len(index) == sum(end <= length for end in ends), length
         assert reasons(index) == (["truncated shard"] if length < after + 512 else []), length
         assert [TarMembers(index).open(i).read() for i in range(len(index))] == [
-            picture(i) for i in range(len(index))
+            image(i) for i in range(len(index))
         ]
     (tmp_path / "cut.tar").write_bytes(data[:2000])
     message = str(read_index(tmp_path / "cut.tar").refused[0])
@@ -345,10 +345,10 @@ def test_of_a_tar_cut_off_anywhere_what_is_whole_is_kept(tmp_path):
 
 
 def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
-    """tarfile takes it for one: two samples would be lost without a word."""
+    """tarfile takes it for the end: two samples would be lost silently."""
     path = write_tar(tmp_path / "a.tar", [m for i in range(4) for m in pair(f"{i}", i)])
     data = bytearray(path.read_bytes())
-    data[4 * 1024 + 100] ^= 1  # in the header of the third sample's picture
+    data[4 * 1024 + 100] ^= 1  # in the header of the third sample's image
     path.write_bytes(data)
     index = read_index(path)
     assert len(index) == 2 and reasons(index) == ["damaged shard"]
@@ -377,7 +377,7 @@ def test_what_is_no_tar_is_said_in_words(tmp_path, data, says):
 
 
 def _header(name: str, size: bytes, kind: bytes) -> bytes:
-    """A header whose checksum is right, whatever is in it."""
+    """A header with a right check sum, whatever its content."""
     info = tarfile.TarInfo(name)
     block = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
     block[124:136], block[156:157], block[148:156] = size, kind, b" " * 8
@@ -390,7 +390,7 @@ def _header(name: str, size: bytes, kind: bytes) -> bytes:
     "size", [b"00037777777\0", b"77777777777\0", b"\xff" * 10 + b"\xfe\x00", b"\x80" + b"\xff" * 11]
 )
 def test_absurd_sizes_cost_no_memory(tmp_path, kind, size):
-    """8 MB to 10²⁶ bytes of header, or fewer than none, in a file that claims to hold 4 GB."""
+    """8 MB to 10²⁶ bytes of header, or a negative size, in a file that claims to have 4 GB."""
     path = write_tar(tmp_path / "a.tar", pair("0"))
     with tarfile.open(path) as tar:
         tar.getmembers()
@@ -398,7 +398,7 @@ def test_absurd_sizes_cost_no_memory(tmp_path, kind, size):
     with path.open("r+b") as file:
         file.seek(end)
         file.write(_header("bad.jpg", size, kind))
-        file.truncate(4_000_000_000)  # a hole: no disk
+        file.truncate(4_000_000_000)  # a hole, which takes no disk space
     tracemalloc.start()
     try:
         index = read_index(path)
@@ -430,12 +430,12 @@ def test_sparse_members_and_endless_lists_of_holes_are_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def good_tar(tmp_path_factory) -> bytes:
-    """With what makes tarfile busy: long names, pax records, JSON, a link, a folder."""
+    """A tar with special members: long names, pax records, JSON, a link, a folder."""
     members = [
         *pair("0"),
         member("d", type=tarfile.DIRTYPE),
         *pair("d/" + "long" * 40, 3),
-        member("2.png", picture(2), pax_headers={"path": "2.png", "note": "n" * 99}),
+        member("2.png", image(2), pax_headers={"path": "2.png", "note": "n" * 99}),
         member("2.json", b'{"caption": ["two", "zwei"]}'),
         member("3.jpg", type=tarfile.SYMTYPE, linkname="0.jpg"),
         *pair("4", 4),
@@ -454,9 +454,9 @@ def test_no_bytes_do_harm(tmp_path, cache, good_tar, data):
     else:
         tar = bytearray(good_tar)
         for _ in range(data.draw(st.integers(0, 4))):
-            place = data.draw(st.integers(0, 8000))
-            tar[place] = data.draw(st.integers(0, 255))
-        if kind == "header":  # whose checksum is right again, so that it is believed
+            offset = data.draw(st.integers(0, 8000))
+            tar[offset] = data.draw(st.integers(0, 255))
+        if kind == "header":  # with a right check sum again, so that the header is accepted
             block = data.draw(st.integers(0, 12)) * 512
             tar[block + 148 : block + 156] = b" " * 8
             tar[block + 148 : block + 155] = b"%06o\0" % sum(tar[block : block + 512])
@@ -503,7 +503,7 @@ def test_an_index_is_read_from_the_cache_until_the_shard_changes(make_shards, ca
     assert not scanned and again.keys == first.keys and again.captions == first.captions
     assert np.array_equal(again.offset, first.offset) and again.shards == first.shards
     read_index(folder, text="json.caption")
-    assert len(scanned) == 2  # asked in another way
+    assert len(scanned) == 2  # other suffixes
     for damaged in (b"", b"00000000\n", files[0].read_bytes()[:-7], b"\xff" * 99):
         files[0].write_bytes(damaged)
         assert read_index(folder).captions == first.captions
@@ -516,7 +516,7 @@ def test_what_is_refused_is_kept_in_the_cache_too(tmp_path):
     path = write_tar(tmp_path / "a.tar", [*pair("0"), member("1.txt", b"x")])
     first, again = read_index(path), read_index(path)
     assert [str(r) for r in first.refused] == [str(r) for r in again.refused]
-    assert isinstance(again.refused[0], Refused) and reasons(again) == ["no picture"]
+    assert isinstance(again.refused[0], Refused) and reasons(again) == ["no image"]
 
 
 # -- the store -------------------------------------------------------------------------------
@@ -533,14 +533,14 @@ def test_a_store_can_be_pickled_and_keeps_few_files_open(make_shards, monkeypatc
     store = TarMembers(read_index(folder))
     assert open_files() == 0
     for i in [*range(9), *range(9)]:
-        assert store.open(i).read() == picture(i) and open_files() <= 3
+        assert store.open(i).read() == image(i) and open_files() <= 3
     assert open_files() == 3
     copy = pickle.loads(pickle.dumps(store))
     assert open_files() == 3
-    assert copy.open(8).read() == picture(8) and copy.name(8) == store.name(8)
+    assert copy.open(8).read() == image(8) and copy.name(8) == store.name(8)
 
 
-def test_threads_that_share_a_store_read_their_own_pictures(make_shards, monkeypatch):
+def test_threads_that_share_a_store_read_their_own_images(make_shards, monkeypatch):
     """A file is closed when it is evicted, but not while somebody reads it."""
     folder = make_shards(*[3] * 8)
     monkeypatch.setattr(module, "OPEN_SHARDS", 1)
@@ -548,7 +548,7 @@ def test_threads_that_share_a_store_read_their_own_pictures(make_shards, monkeyp
 
     def read(start: int) -> None:
         for i in [(start + 7 * k) % 24 for k in range(400)]:
-            if store.open(i).read() != picture(i):
+            if store.open(i).read() != image(i):
                 wrong.append(i)
 
     threads = [threading.Thread(target=read, args=(start,)) for start in range(4)]
@@ -559,12 +559,12 @@ def test_threads_that_share_a_store_read_their_own_pictures(make_shards, monkeyp
     assert wrong == []
 
 
-def test_a_large_picture_is_refused_before_it_is_read(tmp_path):
+def test_a_large_image_is_refused_before_it_is_read(tmp_path):
     members = [member("0.jpg", b"x" * 5000), member("0.txt", b"x"), *pair("1", 1)]
     store = TarMembers(read_index(write_tar(tmp_path / "a.tar", members)), max_bytes=4999)
     with pytest.raises(Refused, match=r"a\.tar: 0\.jpg has 5,000 bytes, more than max_bytes=4,999"):
         store.open(0)
-    assert store.open(1).read() == picture(1)
+    assert store.open(1).read() == image(1)
 
 
 def test_a_shard_that_changed_or_went_is_said(make_shards):
@@ -602,11 +602,11 @@ def test_the_output_of_a_command_and_gzip_are_read_alike(make_shards, tmp_path, 
         store = TarMembers(index)
         assert index.captions == [[f"caption {i}"] for i in range(len(index))]
         assert [store.open(i).read() for i in range(len(index))] == [
-            picture(i) for i in range(len(index))
+            image(i) for i in range(len(index))
         ]
         assert len(index) == (3 if "gz" in str(source) else 5)
-    assert log.read_text() == "x\n" * 2  # once per shard, for index and pictures
-    assert TarMembers(read_index(pipe)).open(4).read() == picture(4)
+    assert log.read_text() == "x\n" * 2  # once per shard, for index and images
+    assert TarMembers(read_index(pipe)).open(4).read() == image(4)
     assert log.read_text() == "x\n" * 2
     assert not list((cache / "spool").glob("*.tmp"))
 
@@ -619,7 +619,7 @@ def _halves(path: Path) -> tuple[bytes, bytes]:
 @pytest.mark.parametrize("verbose", ["0", "1"])
 @pytest.mark.parametrize("status", [3, 141])
 def test_no_half_shard_is_left_by_a_failure(make_shards, cache, monkeypatch, status, verbose):
-    """webdataset lets 141 pass, and every status with GOPEN_VERBOSE=1."""
+    """webdataset ignores status 141, and every status with GOPEN_VERBOSE=1."""
     folder = make_shards(3)
     monkeypatch.setenv("GOPEN_VERBOSE", verbose)
     url = f"pipe:head -c 2000 {folder}/00000.tar; exit {status}"
@@ -658,17 +658,17 @@ def test_the_spool_removes_what_was_not_used_for_longest(make_shards, tmp_path, 
     options = dict(spool_gigabytes=2.5 * size / 1e9)
     index = read_index(urls[:2])
     store = TarMembers(index, **options)
-    for url in (urls[1], urls[0]):  # the second was fetched last, the first is used last
+    for url in (urls[1], urls[0]):  # the second was fetched last, but the first was used last
         read_index(url, text=("txt", f"no{time.monotonic_ns()}"))
         time.sleep(0.02)
     third = TarMembers(read_index(urls[2], **options), **options)
     spooled = list((cache / "spool").glob("*.tar"))
     assert len(spooled) == 2 and sum(p.stat().st_size for p in spooled) <= 2.5 * size
-    assert third.open(0).read() == picture(2) and store.open(0).read() == picture(0)
+    assert third.open(0).read() == image(2) and store.open(0).read() == image(0)
     assert log.read_text() == "0\n1\n2\n"
-    assert store.open(1).read() == picture(1)  # fetched again
+    assert store.open(1).read() == image(1)  # fetched again
     assert log.read_text() == "0\n1\n2\n1\n"
-    with pytest.raises(ValueError, match="all the spool may have; raise spool_gigabytes"):
+    with pytest.raises(ValueError, match="the limit of the spool; raise spool_gigabytes"):
         read_index(f"{urls[0]} ", spool_gigabytes=0.5 * size / 1e9)
     with pytest.raises(ValueError, match="must be above 0"):
         TarMembers(index, spool_gigabytes=0)
@@ -714,7 +714,7 @@ def test_an_epoch_has_every_row_once_in_equal_batches(counts, lanes, seed, data)
 
 
 def test_an_epoch_is_what_its_description_says():
-    """Against the description, done row by row."""
+    """Against the description, carried out row by row."""
     from mmkit.noise import mask_noise
 
     counts, steps, lanes = [5, 3, 0, 7, 2, 11], 5, 3
@@ -723,17 +723,17 @@ def test_an_epoch_is_what_its_description_says():
     numbers = [0, 1, 3, 4, 5]  # shard 2 has no row
     draws = mask_noise(4, 2, torch.tensor(numbers), 1, "shards")[:, 0].tolist()
     dealt = [number for _, number in sorted(zip(draws, numbers, strict=True))]
-    places = []
+    queued = []
     for lane in range(lanes):
         queue = []
         for number in dealt[lane::lanes]:
             rows = [row for row in range(28) if shard[row] == number]
             queue += sorted(rows, key=lambda row: noise[row])
-        places += [((p + 0.5) / len(queue), lane, row) for p, row in enumerate(queue)]
-    places.sort()
+        queued += [((p + 0.5) / len(queue), lane, row) for p, row in enumerate(queue)]
+    queued.sort()
     for batch, part in zip(batches, np.array_split(np.arange(28), steps), strict=True):
         assert batch.tolist() == [row for _, _, row in sorted(
-            (places[i] for i in part), key=lambda place: place[1]
+            (queued[i] for i in part), key=lambda entry: entry[1]
         )]  # fmt: skip
 
 
@@ -750,7 +750,7 @@ def test_epochs_and_seeds_differ():
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("counts", [[50] * 64, [10 + 7 * (i % 13) for i in range(64)]])
 def test_a_process_reads_its_own_shards(processes, counts):
-    """Its share of every batch comes from few shards; every batch mixes many."""
+    """Its part of every batch comes from few shards; every batch mixes many."""
     batches, shard = order_of(counts, sum(counts) // 64)
     for rank in range(processes):
         rows = torch.cat([batch.tensor_split(processes)[rank] for batch in batches])
@@ -758,8 +758,8 @@ def test_a_process_reads_its_own_shards(processes, counts):
     assert min(len(shard[batch].unique()) for batch in batches) >= 14
     # At any time a process reads one shard of each of its lanes, or two where one has ended.
     for rank in range(processes):
-        share = [batch.tensor_split(processes)[rank] for batch in batches]
-        assert np.mean([len(shard[rows].unique()) for rows in share]) <= 16 / processes + 3
+        fraction = [batch.tensor_split(processes)[rank] for batch in batches]
+        assert np.mean([len(shard[rows].unique()) for rows in fraction]) <= 16 / processes + 3
 
 
 def test_an_impossible_order_is_refused():
@@ -773,7 +773,7 @@ def test_an_impossible_order_is_refused():
         shard_order(noise, shard, 2, 0, 0, lanes=0)
 
 
-class _Pictures(Dataset):
+class _Images(Dataset):
     def __init__(self, store):
         self.store = store
 
@@ -783,33 +783,33 @@ class _Pictures(Dataset):
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_ranks_and_workers_see_every_sample_once_also_after_a_resume(make_shards, workers):
-    """Two ranks' shares, read by worker processes, from the start and from the middle."""
+    """The parts of two ranks, read by worker processes, from the start and from the middle."""
     counts = [5, 9, 2, 7, 1, 6]
     index = read_index(make_shards(*counts))
     noise = torch.rand(30, generator=torch.Generator().manual_seed(1))
 
     def read(rank: int, ranks: int, first: int) -> list:
         batches = shard_order(noise, index.shard, 7, seed=3, epoch=1, lanes=4)
-        share = [batch.tensor_split(ranks)[rank] for batch in batches[first:]]
-        view = _Pictures(TarMembers(index))
-        return list(DataLoader(view, sampler=share, batch_size=None, num_workers=workers))
+        fraction = [batch.tensor_split(ranks)[rank] for batch in batches[first:]]
+        view = _Images(TarMembers(index))
+        return list(DataLoader(view, sampler=fraction, batch_size=None, num_workers=workers))
 
     whole = read(0, 1, 0)
     samples = [sample for batch in whole for sample in batch]
-    assert sorted(samples) == sorted(picture(i) for i in range(30))
+    assert sorted(samples) == sorted(image(i) for i in range(30))
     assert read(0, 1, 3) == whole[3:]
     both = [a + b for a, b in zip(read(0, 2, 0), read(1, 2, 0), strict=True)]
     assert both == whole
 
 
-# -- the way out -----------------------------------------------------------------------------
+# -- writing ---------------------------------------------------------------------------------
 
 TEXTS = ["a flag", "zwei Hälften\n", ["red", "rouge", "röd"], "four", "five", ["six"], "seven"]
 
 
 @pytest.fixture
 def real(tmp_path):
-    """Seven pictures in files of several kinds, one of them with a wrong name."""
+    """Seven images in files of several kinds, one of them with a wrong name."""
     kinds = ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"]
     paths = []
     for i, kind in enumerate(kinds):
@@ -830,12 +830,12 @@ def test_what_is_written_is_read_back_bit_for_bit(real, tmp_path):
     assert names == [f"{i:09d}.{suffix}" for i, suffix in enumerate(suffixes)]
     store = TarMembers(index)
     for row in range(7):
-        assert store.open(row).read() == Path(real.picture_name(row)).read_bytes()
+        assert store.open(row).read() == Path(real.image_name(row)).read_bytes()
     again = write_shards(real, tmp_path / "again", samples_per_shard=3)
     assert [a.read_bytes() for a in again] == [s.read_bytes() for s in shards]
 
 
-def test_decoded_pictures_and_subsets_are_written_too(make_data, tmp_path):
+def test_decoded_images_and_subsets_are_written_too(make_data, tmp_path):
     data = make_data(11, size=15)
     part = data.subset([7, 2, 5])
     index = read_index(write_shards(part, tmp_path / "out"))
@@ -855,27 +855,32 @@ def test_webdataset_reads_what_is_written(real, tmp_path):
     samples = list(read)
     assert [int(sample["__key__"]) for sample in samples] == list(range(7))
     for row, sample in enumerate(samples):
-        facts = json.loads(sample.get("json", "{}"))
-        text = facts["caption"] if facts else [sample["txt"].decode()]
+        metadata = json.loads(sample.get("json", "{}"))
+        text = metadata["caption"] if metadata else [sample["txt"].decode()]
         assert text == real.texts[row]
-        assert Path(real.picture_name(row)).read_bytes() in sample.values()
+        assert Path(real.image_name(row)).read_bytes() in sample.values()
 
 
 def test_what_webdataset_writes_is_read(tmp_path):
-    """Samples in folders, JSON beside the captions, compressed: as img2dataset's shards are."""
+    """Samples in folders, JSON beside the captions, compressed, as in shards of img2dataset."""
     import webdataset
 
     for suffix in ("tar", "tar.gz"):
         pattern = str(tmp_path / f"%03d.{suffix}")
         with webdataset.ShardWriter(pattern, maxcount=3, verbose=0) as writer:
             for i in range(7):
-                facts = {"caption": f"c{i}", "url": "https://x.org"}
-                sample = {"__key__": f"d/{i:05d}", "jpg": picture(i), "txt": f"t{i}", "json": facts}
+                metadata = {"caption": f"c{i}", "url": "https://x.org"}
+                sample = {
+                    "__key__": f"d/{i:05d}",
+                    "jpg": image(i),
+                    "txt": f"t{i}",
+                    "json": metadata,
+                }
                 writer.write(sample)
         index = read_index(f"{tmp_path}/*.{suffix}", text=("txt", "json.caption"))
         assert index.captions == [[f"t{i}", f"c{i}"] for i in range(7)] and index.refused == []
         store = TarMembers(index)
-        assert [store.open(i).read() for i in range(7)] == [picture(i) for i in range(7)]
+        assert [store.open(i).read() for i in range(7)] == [image(i) for i in range(7)]
 
 
 ARTISTS = ["Ann", "Bob", "Cy", "Dee", "Eve", "Flo", "Gus", "Hal", "Ida", "Jo", "Kit"]
@@ -883,31 +888,31 @@ ARTISTS = ["Ann", "Bob", "Cy", "Dee", "Eve", "Flo", "Gus", "Hal", "Ida", "Jo", "
 
 @pytest.fixture
 def by_artists(tmp_path):
-    """Sixty pictures in files, some with two captions; each has an artist, a year, a list."""
+    """Sixty images in files, some with two captions; each has an artist, a year, a list."""
     lines = []
     for i in range(60):
         pixels = np.random.default_rng(i).integers(0, 256, (17, 13, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-        texts = [f"picture {i}"] + [f"once more {i}"] * (i % 3 == 0)
-        facts = {"artist": ARTISTS[i % 11], "year": 1900 + i, "tags": ["é", None, 0.5]}
-        lines.append(json.dumps({"image": f"{i}.png", "text": texts} | facts))
+        texts = [f"image {i}"] + [f"once more {i}"] * (i % 3 == 0)
+        metadata = {"artist": ARTISTS[i % 11], "year": 1900 + i, "tags": ["é", None, 0.5]}
+        lines.append(json.dumps({"image": f"{i}.png", "text": texts} | metadata))
     (tmp_path / "set.jsonl").write_text("\n".join(lines))
     return from_table(tmp_path / "set.jsonl", meta=["artist", "year", "tags"], image_size=11)
 
 
 def same_rows(one, other):
-    """The same batch, ids, facts; groups join the same rows, whatever they are called."""
+    """The same batch, ids and metadata; groups join the same rows, whatever their numbers."""
     a, b = (data.batch(range(len(data))) for data in (one, other))
     for name in ("pixel_values", "input_ids", "valid", "sample_ids"):
         assert getattr(a, name).equal(getattr(b, name)), name
     assert torch.equal(a.correct(), b.correct()) and one.texts == other.texts
     assert one.fingerprint() == other.fingerprint()
-    facts = [{k: v for k, v in row.items() if k != "key"} for row in other.meta]
-    assert facts == one.meta
+    metadata = [{k: v for k, v in row.items() if k != "key"} for row in other.meta]
+    assert metadata == one.meta
 
 
-def test_ids_and_facts_come_back_and_so_do_the_parts(by_artists, tmp_path):
-    """Of a part, whose ids have gaps, and of the whole; once more from what was read back."""
+def test_ids_and_metadata_come_back_and_so_do_the_parts(by_artists, tmp_path):
+    """Of a subset, whose ids have gaps, and of the whole; written again from what was read back."""
     options: dict = dict(meta=["artist", "year", "tags"], image_size=11)
     parts = split(by_artists, 0.2, 0.2, by="artist")
     train = parts[0]
@@ -933,7 +938,7 @@ def test_ids_and_facts_come_back_and_so_do_the_parts(by_artists, tmp_path):
 
 
 def test_ids_that_occur_twice_are_numbers_of_rows(by_artists, tmp_path):
-    """Two sets of shards at once; and a set whose ids are not all known."""
+    """Two sets of shards together, and a set in which some ids are unknown."""
     part = by_artists.subset([7, 5, 3])
     for name in ("one", "two"):
         write_shards(part, tmp_path / name)
@@ -946,19 +951,19 @@ def test_ids_that_occur_twice_are_numbers_of_rows(by_artists, tmp_path):
     assert from_shards(path, image_size=11).sample_ids.tolist() == [0]
 
 
-def test_shards_of_before_still_load_and_img2dataset_has_facts(real, tmp_path):
-    """Without facts nothing is added; keys of a foreign .json are facts, missing ones None."""
+def test_shards_of_before_still_load_and_img2dataset_has_metadata(real, tmp_path):
+    """Without metadata nothing is added; keys of other .json are metadata, missing ones None."""
     shards = write_shards(real, tmp_path / "out")
     with tarfile.open(shards[0]) as tar:
         names = [m.name for m in tar if m.name.endswith(".json")]
     assert names == ["000000002.json"]  # the only one of several captions
     assert from_shards(tmp_path / "out", image_size=13).sample_ids.tolist() == list(range(7))
     png = (tmp_path / "6.ppm").read_bytes()
-    facts = {"caption": "c", "url": "https://x.org", "key": "000000000", "sha256": "ab"}
+    metadata = {"caption": "c", "url": "https://x.org", "key": "000000000", "sha256": "ab"}
     foreign = write_tar(
         tmp_path / "foreign.tar",
         [
-            *[member("0.jpg", png), member("0.json", json.dumps(facts).encode())],
+            *[member("0.jpg", png), member("0.json", json.dumps(metadata).encode())],
             *[member("1.jpg", png[:-1] + b"x"), member("1.json", b'{"caption": "d"}')],
         ],
     )
@@ -973,24 +978,24 @@ def test_shards_of_before_still_load_and_img2dataset_has_facts(real, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "facts, says",
+    "metadata, says",
     [
         ({"day": (1, 2)}, r"meta of row 1, 'day': '\(1, 2\)' \(tuple\) would not come back"),
         ({"size": float("nan")}, "'size': 'nan' .float."),
         ({"size": np.int64(3)}, "'size': '3' .int64. .* a string or a number"),
         ({3: "x"}, "meta of row 1, 3: 'x'"),
-        ({"caption": "x"}, "key 'caption', under which shards have something else"),
+        ({"caption": "x"}, "key 'caption', which has another meaning in shards"),
         ({"mmkit_sample_id": 5}, "key 'mmkit_sample_id'"),
     ],
 )
-def test_facts_that_would_not_come_back_are_refused(real, tmp_path, facts, says):
-    real.meta[1] = facts
+def test_metadata_that_would_not_come_back_are_refused(real, tmp_path, metadata, says):
+    real.meta[1] = metadata
     with pytest.raises(ValueError, match=says):
         write_shards(real, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_the_suffix_of_pictures_can_be_named(by_artists, tmp_path):
+def test_the_suffix_of_images_can_be_named(by_artists, tmp_path):
     png = [(tmp_path / f"{i}.png").read_bytes() for i in range(2)]
     members = [member("0.jpg", png[0]), member("0.seg.png", png[1]), member("0.txt", b"x")]
     path = write_tar(tmp_path / "a.tar", members)
@@ -1000,17 +1005,17 @@ def test_the_suffix_of_pictures_can_be_named(by_artists, tmp_path):
 
 
 def test_shards_that_are_not_looked_at_are_said_to_be(by_artists, tmp_path):
-    """What a command gives is more than the spool may hold: a bad picture stops the training."""
+    """The output of a command exceeds the spool: a bad image stops the training run."""
     written = write_shards(by_artists, tmp_path / "out", samples_per_shard=30)
-    room = max(path.stat().st_size for path in written) / 1e9  # for one of three
-    members = [member("x.png", b"no picture"), member("x.txt", b"x")]
+    room = max(path.stat().st_size for path in written) / 1e9  # room for one of three
+    members = [member("x.png", b"no image"), member("x.txt", b"x")]
     write_tar(tmp_path / "out/00002.tar", members)
     options: dict = dict(image_size=11, num_workers=0, on_error="skip")
     url = f"pipe:cat {tmp_path}/out/{{00000..00002}}.tar"
     data = from_shards(url, spool_gigabytes=room, **options)
     said = str(data.report)
-    assert "not looked at: the shards fill 0.0 GB, more than spool_gigabytes=0.000" in said
-    assert "a broken picture will stop the training" in said and "check='decode'" in said
+    assert "not checked: the shards fill 0.0 GB, more than spool_gigabytes=0.000" in said
+    assert "a broken image will stop the training" in said and "check='decode'" in said
     assert data.report.to_dict()["why_unchecked"] and len(data) == 61
     assert data.report.why_unchecked in str(data.subset([3]).report)
     with pytest.raises(Refused, match=r"00002\.tar: x\.png"):
@@ -1019,10 +1024,10 @@ def test_shards_that_are_not_looked_at_are_said_to_be(by_artists, tmp_path):
         from_shards(url, spool_gigabytes=room, check="decode", **options),
         from_shards(url, **options),
     ):
-        assert looked.report.skipped == {"not a picture": 1} and len(looked) == 60
+        assert looked.report.skipped == {"not an image": 1} and len(looked) == 60
         assert "each decoded" in str(looked.report) and not looked.report.why_unchecked
     on_purpose = from_shards(url, spool_gigabytes=room, check="none", **options)
-    assert str(on_purpose.report).count("not looked at\n") == 1
+    assert str(on_purpose.report).count("not checked\n") == 1
 
 
 def test_shards_are_not_written_over_unless_asked_for(real, tmp_path):
@@ -1033,20 +1038,20 @@ def test_shards_are_not_written_over_unless_asked_for(real, tmp_path):
     assert len(write_shards(real, out, overwrite=True)) == 1
     assert [path.name for path in out.iterdir()] == ["00000.tar"]
     (out / "mine.tar").touch()
-    with pytest.raises(FileExistsError, match=r"not ours \(mine\.tar\)"):
+    with pytest.raises(FileExistsError, match=r"other shards \(mine\.tar\)"):
         write_shards(real, out, overwrite=True)
 
 
 def test_a_failure_leaves_the_folder_as_it_was(real, tmp_path):
-    """An unreadable picture in the middle: no shard appears, the earlier ones stay."""
+    """With an unreadable image in the middle no shard appears, and earlier ones are kept."""
     out = tmp_path / "out"
     write_shards(real, out, samples_per_shard=2)
     before = {path: path.read_bytes() for path in out.iterdir()}
-    Path(real.picture_name(5)).write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="picture of row 5 cannot be read"):
+    Path(real.image_name(5)).write_bytes(b"no image")
+    with pytest.raises(ValueError, match="image of row 5 cannot be read"):
         write_shards(real, out, samples_per_shard=2, overwrite=True)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
-    Image.new("RGB", (5, 7)).save(real.picture_name(5), "JPEG2000")
+    Image.new("RGB", (5, 7)).save(real.image_name(5), "JPEG2000")
     with pytest.raises(ValueError, match=r"row 5 is JPEG2000.* save it as one of JPEG"):
         write_shards(real, tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []

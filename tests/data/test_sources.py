@@ -1,4 +1,4 @@
-"""The same pictures through every way in are the same batches, and the same training."""
+"""Every loader gives the same batches and the same training run for the same images."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from tests.conftest import captions, centre_square
 from tests.train_small import DEFAULTS
 
 SIDE = 8
-KINDS = ["bird", "cat", "cat", "dog", "eel", "fox", "gnu"]  # two cats: they share their captions
+KINDS = ["bird", "cat", "cat", "dog", "eel", "fox", "gnu"]  # two cats, which share their captions
 NAMES = [f"{kind}/{i}.{'jpg' if i % 2 else 'png'}" for i, kind in enumerate(KINDS)]
 TEMPLATES = ["a photo of a {}", "this is my {}"]
 TEXTS = [[template.format(kind) for template in TEMPLATES] for kind in KINDS]
@@ -31,11 +31,11 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def root(tmp_path):
-    """Seven pictures of different sizes with a .txt beside each."""
-    return pictures(tmp_path / "pictures")
+    """Seven images of different sizes with a .txt beside each."""
+    return images(tmp_path / "images")
 
 
-def pictures(root, seed=0):
+def images(root, seed=0):
     generator = np.random.default_rng(seed)
     for i, name in enumerate(NAMES):
         path = root / name
@@ -46,7 +46,7 @@ def pictures(root, seed=0):
     return root
 
 
-# ---- ways in -------------------------------------------------------------------------------------
+# ---- loaders -------------------------------------------------------------------------------------
 
 
 def constructor(root, **options):
@@ -58,7 +58,7 @@ def lists(root, **options):
 
 
 def table(separator, name):
-    """A row per caption; each picture has two."""
+    """A row per caption; each image has two."""
 
     def way(root, **options):
         with open(root / name, "w", newline="") as file:
@@ -124,7 +124,7 @@ def saved(root, **options):
 
 
 def hub_of_pil(root, **options):
-    """Pictures that are decoded already; none knows the file that it came from."""
+    """Decoded images, which do not know their files."""
     import datasets
 
     kinds = datasets.Features(image=datasets.Image(), text=datasets.List(datasets.Value("string")))
@@ -133,13 +133,13 @@ def hub_of_pil(root, **options):
 
 
 def shards(root, **options):
-    """Several, of the very same files."""
+    """Several lists of the same files."""
     mm.write_shards(constructor(root), root.parent / "shards", samples_per_shard=3, overwrite=True)
     return mm.load_data(root.parent / "shards", **options)
 
 
 def coco(root, **options):
-    """As published: captions in any order, ids of their own."""
+    """As published: captions in any order, arbitrary ids."""
     value = {
         "images": [{"id": 100 - i, "file_name": name} for i, name in enumerate(NAMES)],
         "annotations": [
@@ -190,7 +190,7 @@ WAYS = {
 
 
 def by_hand(root):
-    """What each way must give: (7, 3, 8, 8) uint8."""
+    """The expected images (7, 3, 8, 8), uint8."""
     return torch.stack([centre_square(Image.open(root / name), SIDE) for name in NAMES])
 
 
@@ -200,11 +200,11 @@ ROWS, NOISE = torch.tensor([3, 0, 6, 2, 5]), torch.tensor([0.9, 0.1, 0.6, 0.7, 0
 @pytest.mark.filterwarnings("ignore:Using an existing")
 @pytest.mark.parametrize("name", WAYS)
 def test_every_way_in_gives_the_same_batches(name, root, tokenizer):
-    """Decoded anew by 0 and 2 processes, cached, and kept in memory; against PIL by hand."""
+    """Decoded by 0 and 2 processes, cached, and kept in memory; against a direct use of PIL."""
     reference = mm.MultimodalDataset.from_pixels(by_hand(root), TEXTS).batch(ROWS, NOISE)
     data = WAYS[name](root, **OPTIONS)
     assert data.texts == TEXTS and not data.resident
-    assert data.report is None or (data.report.pictures, data.report.captions) == (7, 14)
+    assert data.report is None or (data.report.images, data.report.captions) == (7, 14)
     kept = WAYS[name](root, **OPTIONS | dict(device="cpu")).keep_on("cpu")
     for workers in (0, 2):
         (batch,) = load_batches(data, [(ROWS, NOISE)], workers, False)
@@ -224,7 +224,7 @@ def same(batch, reference):
 
 
 def test_the_hub_is_not_asked_for_what_is_a_path(root, monkeypatch):
-    """A file's ending, or a folder that is there, says so; whatever else has one slash is asked."""
+    """A suffix or an existing folder decides; any other name with one slash is one on the hub."""
     asked = []
     monkeypatch.setattr("mmkit.data.sources.from_hub", lambda name, **_: asked.append(name))
     monkeypatch.chdir(root)
@@ -251,7 +251,7 @@ def test_a_data_set_of_shards_has_a_name_to_read(root, tmp_path):
 
 
 def test_a_run_is_the_same_with_the_cache_without_it_and_in_memory(tmp_path, make_model):
-    """Bit for bit, the losses of each step."""
+    """The losses of each step are equal bit for bit."""
     generator = np.random.default_rng(0)
     (tmp_path / "p").mkdir()
     rows = ["image,text"]
@@ -276,7 +276,7 @@ def test_a_run_is_the_same_with_the_cache_without_it_and_in_memory(tmp_path, mak
 
 
 def test_a_report_counts_every_row(root):
-    """As many loaded and skipped as there are, by reason, in words, as a table and as JSON."""
+    """Loaded and skipped rows add up, by reason, in the message, the table and the JSON."""
     rows = [f"{name},{text}" for name, texts in zip(NAMES, TEXTS, strict=True) for text in texts]
     rows += ["gone.png,x", "gone.png,y", f"{NAMES[0]},", "../x.png,z", f"{NAMES[0]},{TEXTS[0][0]}"]
     (root / "pairs.csv").write_text("\n".join(["image,text", *rows]))
@@ -285,11 +285,11 @@ def test_a_report_counts_every_row(root):
     with pytest.raises(ValueError, match=r"4 of 19 rows \(21.1 %\) .* more than max_skipped=0.1"):
         mm.from_table(root / "pairs.csv", on_error="skip", **OPTIONS)
     report = mm.from_table(root / "pairs.csv", on_error="skip", max_skipped=0.25, **OPTIONS).report
-    assert (report.rows, report.loaded, report.pictures, report.captions) == (19, 15, 7, 14)
+    assert (report.rows, report.loaded, report.images, report.captions) == (19, 15, 7, 14)
     assert report.skipped == {"missing": 3, "no caption": 1}
     assert report.widths == [29 - i for i in range(7)]
     assert report.heights == [11 + 2 * i for i in range(7)]
-    assert report.shared_captions == 2 and report.identical_pictures == 0
+    assert report.shared_captions == 2 and report.identical_images == 0
     assert report.bytes == sum((root / name).stat().st_size for name in NAMES)
     assert "19 = 15 loaded + 4 skipped" in str(report)
     assert report.to_dict()["width"]["median"] == 26

@@ -1,4 +1,4 @@
-"""Parts share nothing, follow from the content alone, and what does overlap is said in words."""
+"""Parts share nothing and depend only on the content; `overlap` reports what is shared."""
 
 from collections import Counter
 
@@ -16,7 +16,7 @@ PARTS = ("train", "val", "test")
 
 
 def scenes(count=60, seed=0):
-    """Patterns of 4 x 4 colours at 32 px: different pictures, each a little noisy."""
+    """Patterns of 4 x 4 colours at 32 px: different images with a little noise."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randint(20, 230, (count, 3, 4, 4), generator=generator)
     pixels = coarse.repeat_interleave(8, 2).repeat_interleave(8, 3)
@@ -28,7 +28,7 @@ def texts_for(count):
 
 
 def doubled(tokenizer, count=60, **options):
-    """Every scene twice, the second copy a little brighter; captions all different."""
+    """Every scene twice, the second copy a little brighter; all captions differ."""
     first = scenes(count)
     second = (first.float() * 1.03 + 2).clamp(0, 255).byte()
     return MultimodalDataset.from_pixels(
@@ -65,14 +65,14 @@ def test_a_random_split_leaks_and_the_one_by_near_does_not(tokenizer):
 
 
 def test_photographs_saved_again_stay_with_the_original(tokenizer):
-    pictures = photographs(96)
-    changed = [p for change in (jpeg, brighter, smaller) for p in map(change, pictures)]
+    images = photographs(96)
+    changed = [p for change in (jpeg, brighter, smaller) for p in map(change, images)]
     changed = [p.resize((96, 96)) for p in changed]
-    pixels = as_pixels([*pictures, *changed])
+    pixels = as_pixels([*images, *changed])
     data = MultimodalDataset.from_pixels(pixels, texts_for(len(pixels)), tokenizer=tokenizer)
     part = part_of(split(data, 0.3, 0.3, seed=next_seed(data)))
     for i in range(len(pixels)):
-        assert part[f"scene number {i}"] == part[f"scene number {i % len(pictures)}"]
+        assert part[f"scene number {i}"] == part[f"scene number {i % len(images)}"]
     assert set(part.values()) == set(PARTS)
 
 
@@ -105,7 +105,7 @@ def test_order_and_names_move_nothing(tokenizer, by):
     assert sum(other[key] != before[key] for key in before) > 20
 
 
-def test_more_pictures_move_only_what_they_join(tokenizer):
+def test_more_images_move_only_what_they_join(tokenizer):
     first = scenes(60)
     extra = torch.cat([scenes(40, seed=1), brightened(first[:5])])
     small = MultimodalDataset.from_pixels(first, texts_for(60), tokenizer=tokenizer)
@@ -123,12 +123,12 @@ def brightened(pixels):
     return (pixels.float() + 3).clamp(0, 255).byte()
 
 
-def test_a_column_holds_groups_together_and_near_pictures_too(tokenizer):
+def test_a_column_holds_groups_together_and_near_images_too(tokenizer):
     meta = [{"artist": f"artist {i % 17}", "year": 1900 + i} for i in range(60)]
     meta += [{"artist": f"copyist {i}", "year": 2000} for i in range(60)]
     data = doubled(tokenizer, meta=meta)
     parts = split(data, 0.2, 0.2, by="artist")
-    seen = [{facts["artist"] for facts in part.meta} for part in parts]
+    seen = [{metadata["artist"] for metadata in part.meta} for part in parts]
     assert not (seen[0] & seen[1] or seen[0] & seen[2] or seen[1] & seen[2])
     part = part_of(parts)
     assert all(part[f"scene number {i}"] == part[f"scene number {i + 60}"] for i in range(60))
@@ -161,7 +161,7 @@ def test_a_shared_caption_joins_but_a_class_prompt_does_not(tokenizer):
 
 
 def test_a_category_leaves_something_to_divide(tokenizer):
-    """A title and a category: a caption of every second picture joins nothing, one of two does."""
+    """A title and a category: a caption of half of the images joins no rows, one of two does."""
     words = [[f"scene number {i - i % 2}", "red" if i % 3 else "blue"] for i in range(60)]
     data = MultimodalDataset.from_pixels(scenes(60), words, tokenizer=tokenizer)
     parts = split(data, 0.2, 0.2)
@@ -188,8 +188,8 @@ def test_the_remedy_fits_what_joins(tokenizer):
 def test_class_prompts_are_few_and_shared():
     assert class_prompts([[f"class {i % 3}"] for i in range(30)])
     assert class_prompts([[f"a photo of {i % 3}", f"a drawing of {i % 3}"] for i in range(30)])
-    assert not class_prompts([[f"picture {i}"] for i in range(30)])
-    assert not class_prompts([[f"picture {i // 2}"] for i in range(30)])
+    assert not class_prompts([[f"image {i}"] for i in range(30)])
+    assert not class_prompts([[f"image {i // 2}"] for i in range(30)])
     assert not class_prompts([["the same"], ["the same"]])
 
 
@@ -209,7 +209,7 @@ def test_the_tokenizer_is_trained_on_the_training_part_alone(tokenizer):
 
 
 def test_hashes_of_files_are_taken_where_there_are_any(tokenizer):
-    """A data set that hashes its files is not decoded for by="content" nor for a quick overlap."""
+    """A data set that hashes its files is decoded neither for by="content" nor for near=False."""
 
     class OfFiles(MultimodalDataset):
         resident = property(lambda self: False)
@@ -238,14 +238,14 @@ def test_a_warning_has_numbers_rows_and_a_remedy(tokenizer):
     found = overlap(train, test, names=("training", "validation"))
     assert (found.exact, found.near, found.captions, bool(found)) == (1, 2, 1, True)
     said = str(found)
-    assert "1 of 8 validation pictures (12.5 %) are also in training" in said
-    assert "2 of 8 validation pictures (25.0 %) are near-duplicates" in said
+    assert "1 of 8 validation images (12.5 %) are also in training" in said
+    assert "2 of 8 validation images (25.0 %) are near-duplicates" in said
     assert "validation row = training row: 6 = 7, 7 = 8" in said and "mm.split" in said
     assert overlap(train, test, near=False).exact == 1
 
 
 def test_the_built_in_splits_are_what_they_say():
-    """Only "random" leaks, where most near-duplicates differ in a gender, a tone or a hand."""
+    """Only "random" leaks; most of its near-duplicates differ in a gender, a tone or a hand."""
     leak = {}
     for name in ("random", "compose", "concept"):
         train, _, test = openmoji(split=name, device="cpu")
@@ -270,13 +270,13 @@ def test_what_cannot_be_split_is_said_in_words(make_data):
         split(data, 0.6, 0.4)
     with pytest.raises(ValueError, match=r"by='artist' is not in meta; the data set has no meta"):
         split(data, by="artist")
-    with pytest.raises(ValueError, match="3 hashes for 23 pictures"):
+    with pytest.raises(ValueError, match="3 hashes for 23 images"):
         split(data, hashes=["a"] * 3)
     same = MultimodalDataset.from_pixels(
         scenes(1).repeat(9, 1, 1, 1), texts_for(9), tokenizer=data.tokenizer
     )
     with pytest.raises(
-        ValueError, match=r"(val|test|train) would be empty: 9 pictures are 1 groups"
+        ValueError, match=r"(val|test|train) would be empty: 9 images form 1 groups"
     ):
         split(same)
     data.meta = [{"artist": "a", "year": 1} for _ in range(23)]

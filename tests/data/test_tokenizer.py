@@ -1,4 +1,4 @@
-"""Captions become word pieces and come back; a checkpoint's tokenizer is the same tokenizer."""
+"""Captions survive encoding and decoding, and tokenizers survive a checkpoint."""
 
 import itertools
 import random
@@ -9,8 +9,8 @@ import pytest
 from mmkit.data.tokenizer import (
     encode_texts,
     is_subword,
-    piece_counts,
     special_ids,
+    token_counts,
     tokenizer_from_state,
     tokenizer_state,
     train_wordpiece,
@@ -30,7 +30,7 @@ def test_captions_come_back():
 
 
 def test_another_process_trains_the_same_ids():
-    """Hash maps are seeded anew in each process; the vocabulary must not notice."""
+    """Hash maps have another seed in each process; the vocabulary must not depend on it."""
     import json
     import subprocess
     import sys
@@ -53,7 +53,7 @@ def test_long_captions_are_cut_and_end_with_their_end_token():
 
 
 def test_a_tokenizer_that_pads_on_the_left_is_told_not_to():
-    """Batches cut padding on the right; on the left the words themselves would be cut away."""
+    """Batches cut padding on the right; with padding on the left they would cut the tokens."""
     tokenizer = train_wordpiece(TEXTS)
     right = encode_texts(tokenizer, TEXTS, 32)
     tokenizer.padding_side = "left"
@@ -71,7 +71,7 @@ def test_saved_as_text_and_read_back():
 
 
 def words_of(tokenizer, text):
-    """The pieces of a text, those of one word together."""
+    """The tokens of a text, grouped by word."""
     goes_on, words = is_subword(tokenizer), []
     for i in tokenizer(text, add_special_tokens=False)["input_ids"]:
         if not goes_on[i]:
@@ -80,22 +80,22 @@ def words_of(tokenizer, text):
     return words
 
 
-def test_pieces_of_one_word_are_known_as_such():
-    """Gluing what goes on with a word to it gives the words of the text, marks removed."""
+def test_tokens_of_one_word_are_known_as_such():
+    """Joining the tokens of each word gives the words of the text, without marks."""
     tokenizer = train_wordpiece(TEXTS)
     text = "an old redboat of francehouses"
-    pieces = words_of(tokenizer, text)
-    assert max(map(len, pieces)) > 2
-    assert ["".join(word).replace("##", "") for word in pieces] == text.split()
+    tokens = words_of(tokenizer, text)
+    assert max(map(len, tokens)) > 2
+    assert ["".join(word).replace("##", "") for word in tokens] == text.split()
     assert is_subword(tokenizer).shape == (len(tokenizer),)
     assert not is_subword(tokenizer)[special_ids(tokenizer)].any()
-    mixed = train_wordpiece([*TEXTS, "\u2581 and \u0120 are words here"])  # other kinds' marks
+    mixed = train_wordpiece([*TEXTS, "\u2581 and \u0120 are words here"])  # marks of other kinds
     assert ["".join(w).replace("##", "") for w in words_of(mixed, text)] == text.split()
 
 
 @pytest.mark.parametrize("mark", ["\u2581", "\u0120"])
 def test_tokenizers_that_mark_where_words_begin(mark):
-    """SentencePiece's and byte-level BPE's marks: the other way round, the same words."""
+    """SentencePiece and byte-level BPE mark the beginnings of words instead: the same words."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -108,13 +108,13 @@ def test_tokenizers_that_mark_where_words_begin(mark):
     raw.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=60, show_progress=False))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw)
     text = "an old redboat of francehouses"
-    pieces = words_of(tokenizer, text)
-    assert max(map(len, pieces)) > 2
-    assert ["".join(word) for word in pieces] == [mark + word for word in text.split()]
+    tokens = words_of(tokenizer, text)
+    assert max(map(len, tokens)) > 2
+    assert ["".join(word) for word in tokens] == [mark + word for word in text.split()]
 
 
 def test_a_sentence_without_spaces_is_not_one_unknown_word():
-    """Kana and Thai have none; WordPiece gives up at 100 letters if it is not told otherwise."""
+    """Kana and Thai have no spaces; by default WordPiece gives up at 100 letters."""
     for sentence in ("かなのぶんしょう" * 20, "ภาษาไทยไม่มีช่องว่าง" * 12):
         tokenizer = train_wordpiece([sentence, "short"])
         assert len(sentence) > 100 and unk_rate(tokenizer, [sentence]) == 0
@@ -126,7 +126,7 @@ SPELLED = ["a [MASK] red [PAD] house", "[SEP]", "[[CLS]] [UNK]s", "the <s>flag</
 
 
 def unigram():
-    """As XLM-R's: its special tokens stand in the vocabulary of the model itself."""
+    """Like that of XLM-R: its special tokens are in the vocabulary of the model itself."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -143,15 +143,15 @@ def unigram():
 
 @pytest.mark.parametrize("make", [lambda: train_wordpiece([*TEXTS, *SPELLED]), unigram])
 def test_special_tokens_that_a_caption_spells_are_letters(make):
-    """Only the ends and the padding have special ids; every letter comes back."""
+    """Only end tokens and padding have special ids; every letter is decoded again."""
     tokenizer = make()
     special = {*special_ids(tokenizer).tolist(), tokenizer.unk_token_id}
     input_ids, valid = encode_texts(tokenizer, SPELLED, 97)
-    counts = piece_counts(tokenizer, SPELLED)
-    for text, row, real, count in zip(
+    counts = token_counts(tokenizer, SPELLED)
+    for text, row, inside, count in zip(
         SPELLED, input_ids.tolist(), valid.tolist(), counts, strict=True
     ):
-        ids = list(itertools.compress(row, real))
+        ids = list(itertools.compress(row, inside))
         assert len(ids) == count and ids[0] in special and ids[-1] in special
         assert not special & {*ids[1:-1]}, text
         back = tokenizer.decode(ids[1:-1]).replace(" ", "").replace("\u2581", "")
@@ -159,8 +159,8 @@ def test_special_tokens_that_a_caption_spells_are_letters(make):
     assert unk_rate(tokenizer, SPELLED) == 0
 
 
-def test_pieces_are_counted_and_encoded_as_the_whole_text_would_be():
-    """Word by word, and from the beginning alone, where that is the same."""
+def test_tokens_are_counted_and_encoded_as_the_whole_text_would_be():
+    """Word by word, and only from the beginning where that is the same."""
     draw = random.Random(0)
     words = (
         "a red-brown house, of an old... 'blue' boat & \u200d #7 b\u00fccher \u4e2d\u6587".split()
@@ -169,20 +169,20 @@ def test_pieces_are_counted_and_encoded_as_the_whole_text_would_be():
     texts = [" ".join(draw.choices(words, k=k)) for k in (1, 2, 5, 11, 23, 47, 97, 211)]
     texts += ["& " * 97 + "house", "\u200d " * 97 + "house", "a  house"]
     whole = tokenizer(texts)["input_ids"]
-    assert piece_counts(tokenizer, texts) == [len(ids) for ids in whole]
+    assert token_counts(tokenizer, texts) == [len(ids) for ids in whole]
     for most in (5, 13, 31):
         input_ids, valid = encode_texts(tokenizer, texts, most)
         cut = tokenizer(texts, truncation=True, max_length=most)["input_ids"]
-        assert [row[real].tolist() for row, real in zip(input_ids, valid, strict=True)] == cut
+        assert [row[inside].tolist() for row, inside in zip(input_ids, valid, strict=True)] == cut
 
 
 def test_a_caption_of_many_words_takes_time_in_proportion():
-    """300,000 words: a tenth of a second each on a quiet machine; a square of it would be hours."""
+    """300,000 words: a tenth of a second each on a quiet machine; quadratic time is hours."""
     text = " ".join(random.Random(0).choices(TEXTS[0].split() + TEXTS[1].split(), k=300_007))
     tokenizer = train_wordpiece(TEXTS)
     started = time.process_time()
     assert unk_rate(tokenizer, [text]) == 0
-    assert piece_counts(tokenizer, [text]) == [300_009]
+    assert token_counts(tokenizer, [text]) == [300_009]
     assert encode_texts(tokenizer, [text], 32)[0].shape == (1, 32)
     assert time.process_time() - started < 2
 

@@ -1,4 +1,4 @@
-"""Probes against scikit-learn by hand: what carries the label is read, and nothing else is."""
+"""Probes against scikit-learn by hand: they read features that carry the label, and no others."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ def sets(distance, train=113, test=53):
 
 
 def with_meta(data):
-    """Two kinds of picture that differ in brightness; row 3 is of unknown kind."""
+    """Two kinds of image that differ in brightness; row 3 is of unknown kind."""
     kinds = ["light" if row % 3 else "dark" for row in range(len(data))]
     data._decoded.pixels = data._decoded.pixels.clone()
     data._decoded.pixels[::3] //= 3
@@ -48,7 +48,7 @@ def with_meta(data):
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 def test_states_are_what_the_projection_gets(make_model, make_data, pooling):
-    """Picture tower: the tokens by hand, pooled as the model pools, all rows in any batches."""
+    """Image tower: the tokens by hand, pooled as the model pools, all rows in any batches."""
     model, data = make_model(pooling=pooling).eval(), make_data(23)
     with torch.no_grad():
         tokens = model.image_tokens(data.batch(range(23)).pixel_values)
@@ -62,7 +62,7 @@ def test_states_are_what_the_projection_gets(make_model, make_data, pooling):
 
 
 def test_text_states_ignore_padding_and_extra_captions(make_model, make_data):
-    """One row per picture, from its first caption alone, however long its neighbours are."""
+    """One row per image, from its first caption alone, whatever the length of the others."""
     model, data = make_model().eval(), make_data(23)
     data.texts[4].append("an old red bread")
     states = pooled_states(model, data, "text")
@@ -76,23 +76,23 @@ def test_text_states_ignore_padding_and_extra_captions(make_model, make_data):
 
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_states_under_a_mask(make_model, make_data, tower):
-    """Evaluation mode whatever the model was in, and back; masks change states, batches do not."""
+    """In evaluation mode, which ends with the call; masks change states, batch sizes do not."""
     model, data = make_model(dropout=0.5).train(), make_data(23)
     model.vit.eval()  # a frozen tower keeps its own flag
     whole = pooled_states(model, data, tower)
     assert torch.equal(whole, pooled_states(model, data, tower)) and not whole.requires_grad
     assert model.training and model.bert.training and not model.vit.training
     assert not model.image_projection._forward_pre_hooks
-    hidden = {f"{tower}_mask": ("random", 0.5)}
-    masked = pooled_states(model, data, tower, **hidden)
+    mask = {f"{tower}_mask": ("random", 0.5)}
+    masked = pooled_states(model, data, tower, **mask)
     assert (masked - whole).abs().amax(1).gt(1e-3).float().mean() > 0.9
-    parts = pooled_states(model, data, tower, batch_size=7, **hidden)
+    parts = pooled_states(model, data, tower, batch_size=7, **mask)
     torch.testing.assert_close(parts, masked, atol=1e-5, rtol=1e-5)
-    assert not torch.equal(pooled_states(model, data, tower, seed=1, **hidden), masked)
+    assert not torch.equal(pooled_states(model, data, tower, seed=1, **mask), masked)
 
 
 def test_states_of_the_visible_patches_only(make_model, make_data):
-    """Under a mask the mean is over what the masking keeps."""
+    """Under a mask the mean is over the kept patches."""
     model, data = make_model().eval(), make_data(11)
     batch = data.batch(range(11))
     masking, _ = draw_maskings(batch, model.token_info, seed=0, epoch=0, image=("random", 0.5))
@@ -107,11 +107,11 @@ def test_raw_pixels_are_mean_colours(make_data):
     pixels = data.batch(range(11)).pixel_values.numpy() / 255
     expected = pixels.reshape(11, 3, 3, 5, 3, 5).mean((3, 5)).reshape(11, 27)
     assert np.allclose(raw_pixels(data, cells=3, batch_size=4), expected, atol=1e-6)
-    with pytest.raises(ValueError, match="cells=16 must be between 1 and the picture's 15 pixels"):
+    with pytest.raises(ValueError, match="cells=16 must be between 1 and the image's 15 pixels"):
         raw_pixels(data, cells=16)
 
 
-# ---- readers -------------------------------------------------------------------------------------
+# ---- classifiers ---------------------------------------------------------------------------------
 
 
 def test_linear_probe_equals_scikit_learn_by_hand():
@@ -217,14 +217,14 @@ def test_the_interval_equals_a_slow_bootstrap():
     assert result["interval"] == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.01)
 
 
-def test_rows_of_one_picture_are_one_family(make_data):
+def test_rows_of_one_image_are_one_family(make_data):
     """Whether meta names families or not; without either there is none."""
     once = make_data(7)
     twice = MultimodalDataset.from_pixels(
         once.batch([0, 1, 2, 0, 3, 2]).pixel_values, [f"caption {i}" for i in range(6)]
     )
     assert probe._known_families(once, once) is None
-    names = ["picture 0", "picture 1", "picture 2", "picture 0", "picture 3", "picture 2"]
+    names = ["image 0", "image 1", "image 2", "image 0", "image 3", "image 2"]
     assert probe._known_families(twice, once)[0] == names
     twice.meta[1] = {"family": "cats"}
     assert probe._known_families(twice, once)[0] == [names[0], "cats", *names[2:]]
@@ -295,20 +295,20 @@ def test_labels_are_the_known_ones(make_data):
 
 
 def test_probe_is_its_parts(make_model, make_data):
-    """States without unknown rows, seen whole and hidden, families kept together; twice the same.
+    """States without unknown rows, unmasked and masked, families kept together; twice the same.
 
-    Dark pictures are told from light ones by their mean colours.
+    Dark images are told from light ones by their mean colours.
     """
     model, train, test = make_model(), with_meta(make_data(61)), with_meta(make_data(37, seed=1))
     result = probe.probe(model, train, test, k=5)
     assert result == probe.probe(model, train, test, k=5) and model.training
     assert json.loads(json.dumps(result)) == result
     assert result["unknown"] == {"train": 1, "test": 1}
-    assert list(result["rows"]) == ["everything seen", "50 % hidden"]
+    assert list(result["rows"]) == ["everything seen", "50 % masked"]
     rows = [[row for row in range(len(data)) if row != 3] for data in (train, test)]
     families = tuple([f"f{row // 2}" for row in part] for part in rows)
     train, test = train.subset(rows[0]), test.subset(rows[1])
-    for name, ratio in (("everything seen", 0.0), ("50 % hidden", 0.5)):
+    for name, ratio in (("everything seen", 0.0), ("50 % masked", 0.5)):
         x, y = (pooled_states(model, d, image_mask=("random", ratio)) for d in (train, test))
         parts = (x, labels(train)[1], y, labels(test)[1])
         expected = linear_probe(*parts, families=families)

@@ -1,4 +1,4 @@
-"""What is put back is measured where it was hidden, and kept while a run goes on."""
+"""Reconstructions are measured on what was masked, and kept at each validation of a run."""
 
 import math
 
@@ -9,10 +9,10 @@ from PIL import Image
 import mmkit as mm
 from mmkit.evaluation.reconstruction import (
     evaluate_reconstruction,
-    example_pictures,
+    example_images,
     guesses,
     mean_patches,
-    put_back,
+    reconstruct,
 )
 from mmkit.models.patches import patchify
 from tests.train_small import DEFAULTS
@@ -25,7 +25,7 @@ def model(make_model):
     return make_model().add_decoder(**HEADS).eval()
 
 
-def test_the_mean_patch_is_the_mean_at_its_place(make_data):
+def test_the_mean_patch_is_the_mean_at_its_position(make_data):
     data = make_data(23)
     pixels = data.batch(range(23)).pixel_values.double() / 255
     expected = patchify(pixels, 5).mean(0)
@@ -33,7 +33,7 @@ def test_the_mean_patch_is_the_mean_at_its_place(make_data):
 
 
 def test_pixel_errors_and_baselines_by_a_slow_loop(model, make_data):
-    """Over hidden patches alone, in brightness, whatever the batch size."""
+    """Over masked patches alone, in brightness, for any batch size."""
     data = make_data(11)
     baseline = mean_patches(data, 5)
     options = dict(image_mask=("random", 0.6), text_mask=("random", 0.4), baseline=baseline)
@@ -41,26 +41,26 @@ def test_pixel_errors_and_baselines_by_a_slow_loop(model, make_data):
     batch = data.batch(range(11))
     image, text = mm.masking.draw_maskings(
         batch, model.token_info, seed=0, epoch=0, image=("random", 0.6), text=("random", 0.4),
-        text_mode="replace", predict_words=True,
+        text_mode="replace", predict_tokens=True,
     )  # fmt: skip
-    back = put_back(model, batch, image, text)
+    back = reconstruct(model, batch, image, text)
     true, errors, means, visibles = patchify(batch.pixel_values / 255, 5), [], [], []
     for row in range(11):
-        seen = true[row][~image.mask[row]].mean(0)
-        for place in image.mask[row].nonzero()[:, 0].tolist():
-            patch = true[row, place]
-            errors.append((back.predictions[row, place] - patch).square().mean().item())
-            means.append((baseline[place] - patch).square().mean().item())
-            visibles.append((seen - patch).square().mean().item())
+        visible = true[row][~image.mask[row]].mean(0)
+        for position in image.mask[row].nonzero()[:, 0].tolist():
+            patch = true[row, position]
+            errors.append((back.predictions[row, position] - patch).square().mean().item())
+            means.append((baseline[position] - patch).square().mean().item())
+            visibles.append((visible - patch).square().mean().item())
     for name, values in (("pixel_error", errors), ("mean_patch_error", means),
                          ("visible_mean_error", visibles)):  # fmt: skip
         assert found[name] == pytest.approx(sum(values) / len(values), rel=1e-4)
-    right = back.word_log_probs.argmax(1) == back.word_labels
-    assert found["words_accuracy"] == pytest.approx(right.float().mean().item())
-    nll = -back.word_log_probs.gather(1, back.word_labels[:, None]).mean().item()
-    assert found["words_perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
+    right = back.token_log_probs.argmax(1) == back.token_labels
+    assert found["mlm_accuracy"] == pytest.approx(right.float().mean().item())
+    nll = -back.token_log_probs.gather(1, back.token_labels[:, None]).mean().item()
+    assert found["mlm_perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
     again = evaluate_reconstruction(model, data, batch_size=4, **options)
-    for name in found.keys() - {"matching_loss", "matching_accuracy"}:  # of a batch, by nature
+    for name in found.keys() - {"itm_loss", "itm_accuracy"}:  # of a batch, by nature
         assert again[name] == pytest.approx(found[name], rel=1e-4), name
 
 
@@ -69,22 +69,22 @@ def test_visible_patches_stay_as_they_are(model, make_data):
     masking, _ = mm.masking.draw_maskings(
         batch, model.token_info, seed=0, epoch=0, image=("random", 0.5)
     )
-    back = put_back(model, batch, masking, sees="none")
-    before, after = patchify(batch.pixel_values, 5), patchify(back.pictures, 5)
+    back = reconstruct(model, batch, masking, context="none")
+    before, after = patchify(batch.pixel_values, 5), patchify(back.images, 5)
     assert torch.equal(before[~masking.mask], after[~masking.mask])
     assert not torch.equal(before[masking.mask], after[masking.mask])
 
 
-def test_guesses_name_the_hidden_words(model, make_data, tokenizer):
+def test_guesses_name_the_masked_tokens(model, make_data, tokenizer):
     batch = make_data(5).batch(range(5))
     image, text = mm.masking.draw_maskings(
-        batch, model.token_info, seed=0, epoch=0, text=("random", 0.5), predict_words=True
+        batch, model.token_info, seed=0, epoch=0, text=("random", 0.5), predict_tokens=True
     )
-    lines = guesses(model, batch, put_back(model, batch, image, text), top=3)
+    lines = guesses(model, batch, reconstruct(model, batch, image, text), top=3)
     for row, line in enumerate(lines):
-        hidden = text.mask[row].nonzero()[:, 0].tolist()
-        assert [guess["position"] for guess in line["guesses"]] == hidden
-        assert [i for i, (_, kind) in enumerate(line["pieces"]) if kind == "mask"] == hidden
+        masked = text.mask[row].nonzero()[:, 0].tolist()
+        assert [guess["position"] for guess in line["guesses"]] == masked
+        assert [i for i, (_, kind) in enumerate(line["tokens"]) if kind == "mask"] == masked
         for guess in line["guesses"]:
             number = int(batch.input_ids[row, guess["position"]])
             assert guess["truth"] == tokenizer.convert_ids_to_tokens(number)
@@ -93,21 +93,21 @@ def test_guesses_name_the_hidden_words(model, make_data, tokenizer):
 
 
 def test_a_run_keeps_a_strip_at_each_validation(make_model, make_data, tmp_path):
-    """As a file and in TensorBoard: original, masked, put back, the same pictures each time."""
+    """As a file and in TensorBoard: original, masked, reconstructed, the same images each time."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    values = dict(pixels_weight=1.0, contrastive_weight=0.0, decoder_width=32, num_epochs=2)
+    values = dict(mim_weight=1.0, contrastive_weight=0.0, decoder_width=32, num_epochs=2)
     config = mm.TrainingConfig(**DEFAULTS | values, output_dir=str(tmp_path), run_name="run")
     train, val = make_data(23), make_data(9, seed=1)
     run = mm.train_model(config, train, val, make_model())
-    paths = sorted((run.path / "put_back").glob("*.png"))
+    paths = sorted((run.path / "reconstructions").glob("*.png"))
     assert [int(path.stem) for path in paths] == [3, 6]
-    original, masked, back = example_pictures(run.model, val, config)
+    original, masked, back = example_images(run.model, val, config)
     kept = mm.plots.read_strips(run.path)
     assert torch.equal(kept["original"], original) and torch.equal(kept["masked"], masked)
     assert torch.equal(kept["step 6"], back) and not torch.equal(kept["step 3"], back)
     events = EventAccumulator(str(run.path), size_guidance={"images": 0}).Reload()
-    images = events.Images("original, masked, put back")
+    images = events.Images("original, masked, reconstructed")
     assert [image.step for image in images] == [3, 6]
     size = Image.open(paths[0]).size
     assert (images[0].width, images[0].height) == size

@@ -1,4 +1,4 @@
-"""Recall@K against a slow loop; evaluation with masks off; search finds what was asked for."""
+"""Recall@K against a slow loop; evaluation without masks; search finds what was asked for."""
 
 import itertools
 import subprocess
@@ -26,7 +26,7 @@ def slow_recall(queries, candidates, query_groups, groups, k):
 
 @pytest.mark.parametrize("chunk", [2**25, 40])
 def test_recall_equals_the_slow_loop(monkeypatch, chunk):
-    """M captions for N pictures, several correct ones, whole or in chunks of rows."""
+    """M captions for N images, several correct ones, whole or in chunks of rows."""
     monkeypatch.setattr(retrieval, "_MATRIX", chunk)
     torch.manual_seed(0)
     image, text = F.normalize(torch.randn(13, 5), dim=1), F.normalize(torch.randn(29, 5), dim=1)
@@ -49,7 +49,7 @@ def slow_recall_by_caption(queries, candidates, correct, k):
 
 @pytest.mark.parametrize("chunk", [2**25, 300])
 def test_recall_with_shared_captions_equals_a_count_by_caption(monkeypatch, make_data, chunk):
-    """Of an untrained model: a caption of its own and a tag; a caption for all; a chain."""
+    """With random features: a caption of its own and a tag; a caption for all; a chain."""
     monkeypatch.setattr(retrieval, "_MATRIX", chunk)
     torch.manual_seed(0)
     for captions in (
@@ -108,7 +108,7 @@ def test_chance_is_that_of_all_orders(make_data):
 
 
 def test_what_is_not_finite_is_a_miss_for_itself_alone():
-    """As a query and as a candidate, and where nothing else is left to be found."""
+    """As a query and as a candidate, also where all features are not finite."""
     torch.manual_seed(0)
     image = F.normalize(torch.randn(13, 5), dim=1)
     for bad in (float("nan"), float("inf")):
@@ -118,18 +118,18 @@ def test_what_is_not_finite_is_a_miss_for_itself_alone():
             found = recall_at_k(image, text, (1, 13))
         assert found == {way: {1: 12 / 13, 13: 12 / 13} for way in found}
     broken = torch.full((7, 3), float("nan"))
-    with pytest.warns(UserWarning, match="7 of 7 pictures"):
+    with pytest.warns(UserWarning, match="7 of 7 images"):
         assert recall_at_k(broken, broken, (1, 5))["text_to_image"] == {1: 0.0, 5: 0.0}
 
 
-def test_a_picture_that_is_not_finite_spoils_no_evaluation(make_model, make_data):
+def test_an_image_that_is_not_finite_spoils_no_evaluation(make_model, make_data):
     model, data = make_model().eval(), make_data(23)
     pixels = model.normalize(data.batch(range(23)).pixel_values)
     without = [row for row in range(23) if row != 6]
     rest = MultimodalDataset.from_pixels(pixels, data.texts, tokenizer=data.tokenizer)
     expected = evaluate(model, rest.subset(without))
     pixels[6] = float("nan")
-    with pytest.warns(UserWarning, match="1 of 23 pictures are not finite"):
+    with pytest.warns(UserWarning, match="1 of 23 images are not finite"):
         found = evaluate(model, rest)
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
     assert found["image_to_text"][1] <= expected["image_to_text"][1] * 22 / 23
@@ -148,7 +148,7 @@ def test_a_k_that_says_nothing_is_left_out(make_model, make_data):
         assert evaluate(make_model(), make_data(7))["image_to_text"].keys() == {1, 5}
     with pytest.raises(ValueError, match=r"ks=\(0,\): each must be a whole number, 1 or more"):
         recall_at_k(torch.eye(3), torch.eye(3), (0,))
-    with pytest.raises(ValueError, match="0 pictures and 3 texts: give at least one of each"):
+    with pytest.raises(ValueError, match="0 images and 3 texts: give at least one of each"):
         recall_at_k(torch.zeros(0, 3), torch.eye(3))
 
 
@@ -163,8 +163,8 @@ def test_an_evaluation_says_how_many_captions_it_cut(make_model, make_data):
     assert features.image_captions[4, 0] == features.image_captions[9, 0]
 
 
-def test_the_pool_takes_captions_that_tell_pictures_apart(make_model, make_data):
-    """Of a category and a title the title, wherever it stands; else the first."""
+def test_the_pool_takes_captions_that_tell_images_apart(make_model, make_data):
+    """Of a category and a title it takes the title, whatever their order; else the first."""
     model, data = make_model().eval(), make_data(23)
     own = [texts[0] for texts in data.texts]
     assert torch.equal(data.correct_captions.rarest(), torch.arange(23))
@@ -214,7 +214,7 @@ def test_recall_of_many_pairs_fits_in_memory():
 
 
 def test_recall_needs_to_know_what_belongs_together():
-    with pytest.raises(ValueError, match="7 pictures and 9 texts: give partners"):
+    with pytest.raises(ValueError, match="7 images and 9 texts: give partners"):
         recall_at_k(torch.rand(7, 3), torch.rand(9, 3))
     with pytest.raises(ValueError, match="only one of image_groups and text_groups"):
         recall_at_k(torch.rand(7, 3), torch.rand(7, 3), image_groups=torch.arange(7))
@@ -235,7 +235,7 @@ def test_embedding_ignores_batches_and_counts_all_captions(make_model, make_data
     assert a.caption_ids[5] not in a.image_captions[5]
 
 
-def test_evaluation_hides_nothing_unless_asked(make_model, make_data):
+def test_evaluation_masks_nothing_unless_asked(make_model, make_data):
     """Also in a model left in training mode, with dropout; and it stays in training mode."""
     model, data = make_model(dropout=0.5).train(), make_data(23)
     result = evaluate(model, data)
@@ -256,7 +256,7 @@ def test_the_pool_loss_does_not_depend_on_chunks(make_model, make_data, monkeypa
         monkeypatch.undo()
 
 
-def test_search_by_words_and_by_picture(make_model, make_data):
+def test_search_by_text_and_by_image(make_model, make_data):
     model, data = make_model().eval(), make_data(23)
     index = Index(model, data, mixed_precision="no")
     hits = index.search("old red cat", k=5)
@@ -265,7 +265,7 @@ def test_search_by_words_and_by_picture(make_model, make_data):
     assert hits[0].score == pytest.approx(scores.max().item(), abs=1e-5)
     own = index.search(data[7]["image"], k=1)[0]
     assert own.row == 7 and own.score == pytest.approx(1, abs=1e-4) and own.text == data[7]["text"]
-    with pytest.raises(ValueError, match="k=24 must be between 1 and the 23 pictures"):
+    with pytest.raises(ValueError, match="k=24 must be between 1 and the 23 images"):
         index.search("cat", k=24)
     with pytest.raises(ValueError, match="none of them empty"):
         index.search(" ")
@@ -274,21 +274,21 @@ def test_search_by_words_and_by_picture(make_model, make_data):
 
 
 @pytest.mark.parametrize("kind", [int, bool, float, bytes, type(None)])
-def test_what_is_neither_words_nor_a_path_is_refused_and_closes_nothing(
+def test_what_is_neither_a_text_nor_a_path_is_refused_and_closes_nothing(
     kind, make_model, make_data, tmp_path
 ):
     """Python opens a number as the file that has it, reads it, and closes it."""
     data = make_data(5)
     index = Index(make_model(), data)
     for call, words in (
-        (lambda x: index.search(x, k=1), "is neither words nor an image; give a text"),
-        (mm.load, "is no path; give the name of a file or a folder"),
-        (mm.from_folder, "is no path"),
-        (mm.from_table, "is no path"),
-        (mm.from_class_folders, "is no path"),
-        (lambda x: mm.from_shards([x]), "is no path"),
-        (lambda x: mm.from_coco(x, x), "is no path"),
-        (lambda x: mm.from_lists([x], ["a"]), "names no picture"),
+        (lambda x: index.search(x, k=1), "is neither a text nor an image; give a text"),
+        (mm.load, "is not a path; give the name of a file or a folder"),
+        (mm.from_folder, "is not a path"),
+        (mm.from_table, "is not a path"),
+        (mm.from_class_folders, "is not a path"),
+        (lambda x: mm.from_shards([x]), "is not a path"),
+        (lambda x: mm.from_coco(x, x), "is not a path"),
+        (lambda x: mm.from_lists([x], ["a"]), "names no image"),
         (lambda x: mm.MultimodalDataset([x], ["a"]), "give the path of a file"),
     ):
         with open(tmp_path / "file", "wb") as file:

@@ -1,4 +1,4 @@
-"""What only a GPU can show; these skip themselves where there is none."""
+"""Tests that need a GPU; they are skipped without one."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from mmkit.masking.image import IMAGE_MASKERS
 from mmkit.masking.text import TEXT_MASKERS
 from mmkit.models.patches import patchify, unpatchify
 from mmkit.training.step import _LOGITS as LOGITS
-from mmkit.training.step import Contrast, backward, contrastive_share
+from mmkit.training.step import Contrast, backward, contrastive_fraction
 from tests.conftest import shared
 
 pytestmark = pytest.mark.gpu
@@ -54,14 +54,14 @@ def test_training_learns_in_every_precision(make_model, make_data, tmp_path, pre
 
 
 ALL_TERMS = dict(
-    pixels_weight=1.0, words_weight=0.3, matching_weight=0.3, cross_modal=True, decoder_width=32,
+    mim_weight=1.0, mlm_weight=0.3, itm_weight=0.3, cross_modal=True, decoder_width=32,
     image_mask_ratio=0.5, text_mask_ratio=0.3,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_all_terms_learn_in_every_precision(make_model, make_data, tmp_path, precision):
-    """Each of them costs less at the end than at the start, and no step is skipped in float32."""
+    """Each loss is smaller at the end than at the start, and float32 skips no step."""
     config = mm.TrainingConfig(
         num_epochs=80, batch_size=23, learning_rate=5e-3, matrix_learning_rate=1.5e-2,
         warmup_steps=3, eval_every=80,
@@ -71,14 +71,14 @@ def test_all_terms_learn_in_every_precision(make_model, make_data, tmp_path, pre
     data = make_data(23)
     run = mm.train_model(config, data, data, make_model())
     steps = [r for r in run.history if r["split"] == "train"]
-    for term in ("contrastive_loss", "pixels_loss", "words_loss"):
+    for term in ("contrastive_loss", "mim_loss", "mlm_loss"):
         assert steps[-1][term] < 0.8 * steps[0][term], term
     assert steps[-1]["skipped_steps"] <= (10 if precision == "fp16" else 0)
 
 
-def test_all_terms_in_pieces_have_the_gradient_of_the_whole(make_model, make_data, tmp_path):
-    """In micro-batches that of the whole batch (matching apart: its wrong pairs change)."""
-    values = ALL_TERMS | dict(matching_weight=0.0)
+def test_all_terms_in_micro_batches_have_the_gradient_of_the_whole(make_model, make_data, tmp_path):
+    """Without matching, whose wrong pairs depend on the micro-batch."""
+    values = ALL_TERMS | dict(itm_weight=0.0)
 
     def gradients(parts):
         config = mm.TrainingConfig(
@@ -124,7 +124,7 @@ def test_resume_is_bit_exact_with_deterministic_kernels(make_model, make_data, t
 
 @pytest.mark.slow
 def test_half_precision_reaches_what_float32_reaches(tmp_path):
-    """R@1 on OpenMoji after six epochs, three seeds each: within the seeds' own noise."""
+    """R@1 on OpenMoji after six epochs, three seeds each: equal within the noise of the seeds."""
     train, val, test = mm.openmoji(64)
     reached = {}
     for precision in ("no", "bf16", "fp16"):
@@ -147,7 +147,7 @@ def test_half_precision_reaches_what_float32_reaches(tmp_path):
 
 @pytest.mark.parametrize("kind", ["info_nce", "sigmoid"])
 def test_accumulation_is_exact_on_the_gpu(make_model, make_data, kind):
-    """Dropout on: equal to keeping every micro-batch's graph under the same draws."""
+    """With dropout: equal to keeping the graphs of all micro-batches under the same draws."""
     torch.backends.cuda.matmul.allow_tf32 = False
     model = make_model(dropout=0.3).to_device("cuda").train()
     batch = shared(make_data(53).batch(range(53))).to("cuda")
@@ -163,7 +163,7 @@ def test_accumulation_is_exact_on_the_gpu(make_model, make_data, kind):
         outputs = [model(part) for part in parts]
         image = torch.cat([o.image_features for o in outputs])
         text = torch.cat([o.text_features for o in outputs])
-        contrastive_share(image, text, *scale, batch.partners, kind).backward()
+        contrastive_fraction(image, text, *scale, batch.partners, kind).backward()
         model.logit_bias.grad = torch.zeros_like(model.logit_bias) if kind == "info_nce" else (
             model.logit_bias.grad
         )  # fmt: skip
@@ -174,13 +174,13 @@ def test_accumulation_is_exact_on_the_gpu(make_model, make_data, kind):
 
 
 def test_memory_grows_with_the_micro_batch_on_the_gpu(tmp_path):
-    """A step of 4,096 made-up images in sixteen micro-batches beside one of 256.
+    """A step of 4,096 made-up images in sixteen micro-batches compared with one of 256.
 
-    What may be added is the batch itself, which lies on the device, the features of all pairs with
-    their gradients, and a few matrices of the one slice of logits that is held at a time.
+    It may add the batch itself, which is on the device, the features of all pairs with their
+    gradients, and a few matrices of the one slice of logits that is held at a time.
     """
     pixels = torch.randint(0, 256, (4096, 3, 64, 64), dtype=torch.uint8)
-    texts = [f"picture number {i}" for i in range(4096)]
+    texts = [f"image number {i}" for i in range(4096)]
     peak = {}
     for count in (256, 4096):
         data = mm.MultimodalDataset.from_pixels(pixels[:count], texts[:count])
@@ -189,7 +189,7 @@ def test_memory_grows_with_the_micro_batch_on_the_gpu(tmp_path):
         )
         trainer = mm.MaskedMultimodalTrainer(config, data)
         batch = trainer.first_batch()
-        for _ in range(2):  # the first makes the optimizers' memory
+        for _ in range(2):  # the first makes the optimizer state
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             trainer.train_step(batch, 0)
@@ -201,7 +201,7 @@ def test_memory_grows_with_the_micro_batch_on_the_gpu(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(IMAGE_MASKERS))
 def test_image_masks_are_the_same_on_the_gpu(name):
-    """Integer orders to the bit; sums (colours, attention) in all but near-ties."""
+    """Equal to the bit; where sums decide (colours, attention), except for near-ties."""
     val = mm.openmoji(64)[1]
     torch.manual_seed(0)
     model = mm.MultimodalEncoder.preset("tiny", tokenizer=val.tokenizer).eval()
@@ -216,9 +216,9 @@ def test_image_masks_are_the_same_on_the_gpu(name):
         masks.append(masking.mask.cpu())
         features = model.encode_image(there.pixel_values, masking)
         noise = torch.randint_like(there.pixel_values, 256)
-        covered = patchify(there.pixel_values, 8)
-        covered = torch.where(masking.mask[..., None], patchify(noise, 8), covered)
-        assert torch.equal(features, model.encode_image(unpatchify(covered, 8, (8, 8)), masking))
+        patches = patchify(there.pixel_values, 8)
+        patches = torch.where(masking.mask[..., None], patchify(noise, 8), patches)
+        assert torch.equal(features, model.encode_image(unpatchify(patches, 8, (8, 8)), masking))
     differing = (masks[0] != masks[1]).float().mean()
     assert differing <= (0.01 if name in ("cluster", "attentive", "inattentive") else 0)
 

@@ -1,4 +1,4 @@
-"""Noise is a pure function and behaves like chance; an order becomes a mask of the exact size."""
+"""Noise is a pure function and looks random; a score becomes a mask of the exact size."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkit.masking.core import Masking, check_ratio, count_kept, hide_largest, keep_visible
+from mmkit.masking.core import Masking, check_ratio, count_kept, keep_visible, mask_largest
 from mmkit.masking.image import random_mask
 from mmkit.noise import mask_noise, more_noise, then_noise
 
@@ -14,7 +14,7 @@ from mmkit.noise import mask_noise, more_noise, then_noise
 
 
 def test_noise_depends_on_nothing_but_its_arguments():
-    """A sample's noise is the same alone, in any batch, in any order."""
+    """A sample's noise is the same alone, in any batch and in any order."""
     ids = torch.tensor([3, 11, 7, 2**40 + 5])
     noise = mask_noise(5, 2, ids, 13)
     for row, sample in enumerate(ids):
@@ -43,7 +43,7 @@ def test_noise_is_the_number_it_was():
 
 
 TOKENS = 17
-# (1021, 59, 17): a million draws whose first axis is the one that is looked at
+# (1021, 59, 17): a million draws whose first axis is tested
 ALONG = {
     "samples": lambda: [mask_noise(0, 0, torch.arange(59) + 59 * i, TOKENS) for i in range(1021)],
     "epochs": lambda: [mask_noise(0, i, torch.arange(59), TOKENS) for i in range(1021)],
@@ -57,7 +57,7 @@ ALONG = {
 
 
 def chi_square(draws: np.ndarray) -> float:
-    """Of 1009 equal bins: mean 1008, standard deviation 45."""
+    """For 1009 equal bins: mean 1008, standard deviation 45."""
     counts = np.histogram(draws, 1009, (0, 1))[0]
     expected = draws.size / 1009
     return float(((counts - expected) ** 2 / expected).sum())
@@ -83,7 +83,7 @@ def test_noise_is_uniform_and_uncorrelated_at_every_lag(axis):
 
 
 def test_more_noise_is_uniform_and_independent_of_what_it_is_made_of():
-    """Every new draw against every old one, value and square, over 31 thousand samples."""
+    """Every new draw against every old one, by value and square, over 31 thousand samples."""
     noise = mask_noise(0, 0, torch.arange(30011), 13)
     more = more_noise(noise, 31)
     assert more.shape == (30011, 31) and more.dtype == torch.float32
@@ -99,7 +99,7 @@ def test_more_noise_is_uniform_and_independent_of_what_it_is_made_of():
 
 
 def test_more_noise_is_a_function_of_a_row():
-    """Alone, in any order, more or fewer of them: the same draws; another row gives others."""
+    """Alone, in any order, more or fewer: the same draws; another row has others."""
     noise = mask_noise(0, 0, torch.arange(7), 5)
     more = more_noise(noise, 11)
     assert torch.equal(more_noise(noise.flip(0), 11), more.flip(0))
@@ -118,11 +118,11 @@ def test_more_noise_is_a_function_of_a_row():
 
 
 def consistent(masking: Masking):
-    """ids_keep, ids_restore, keep_valid and mask tell the same story."""
+    """ids_keep, ids_restore, keep_valid and mask are consistent."""
     tokens, kept = masking.mask.shape[1], masking.ids_keep.shape[1]
     everything = torch.arange(tokens).expand_as(masking.mask)
     assert torch.equal(masking.ids_restore.sort(1).values, everything)
-    order = masking.ids_restore.argsort(1)  # kept, then hidden
+    order = masking.ids_restore.argsort(1)  # kept, then masked
     assert torch.equal(order[:, :kept], masking.ids_keep)
     visible = ~masking.mask.gather(1, masking.ids_keep)
     if masking.keep_valid is None:
@@ -139,16 +139,16 @@ RATIOS = st.one_of(st.floats(0, 0.999), st.sampled_from([0.0, 0.5, 0.75, 0.9, 0.
 
 @given(tokens=st.integers(1, 300), ratios=st.lists(RATIOS, min_size=1, max_size=5))
 @settings(max_examples=150, deadline=None)
-def test_hide_largest_holds_its_promises(tokens, ratios):
-    """One ratio or one per sample: exact, rounded, the largest go, at least one stays."""
+def test_mask_largest_holds_its_promises(tokens, ratios):
+    """One ratio or one per sample: exact, rounded, the largest are masked, at least one stays."""
     score = mask_noise(0, 0, torch.arange(len(ratios)), tokens)
     expected = [max(1, round(tokens * (1 - ratio))) for ratio in ratios]
-    each = hide_largest(score, torch.tensor(ratios, dtype=torch.float64))
+    each = mask_largest(score, torch.tensor(ratios, dtype=torch.float64))
     assert (~each.mask).sum(1).tolist() == expected
     assert each.keep_valid.sum(1).tolist() == expected
     consistent(each)
     for row, ratio in enumerate(ratios):
-        one = hide_largest(score, ratio)
+        one = mask_largest(score, ratio)
         consistent(one)
         assert one.keep_valid is None and one.ids_keep.shape == (len(ratios), expected[row])
         assert torch.equal(one.mask[row], each.mask[row])
@@ -161,8 +161,8 @@ def test_hide_largest_holds_its_promises(tokens, ratios):
     "tokens, ratio, kept", [(100, 0.9, 10), (64, 0.5, 32), (30, 0.9, 3), (7, 0.0, 7), (7, 0.99, 1)]
 )
 def test_kept_tokens_are_rounded_not_truncated(tokens, ratio, kept):
-    """MAE truncates: 100 tokens at 0.9 keep 9 there, 30 keep 2."""
-    masking = hide_largest(mask_noise(0, 0, torch.arange(5), tokens), ratio)
+    """MAE truncates: of 100 tokens at 0.9 it keeps 9, of 30 it keeps 2."""
+    masking = mask_largest(mask_noise(0, 0, torch.arange(5), tokens), ratio)
     assert masking.ids_keep.shape == (5, kept)
     assert (masking.mask.sum(1) == tokens - kept).all()
     if (tokens, ratio) in ((100, 0.9), (30, 0.9)):
@@ -178,8 +178,8 @@ def test_random_masking_is_vit_maes():
     for ratio, kept in ((0.75, 16), (0.5, 32), (0.25, 48), (0.0, 64)):
         noise = mask_noise(0, 0, torch.arange(11), 64)
         theirs = ViTMAEEmbeddings(ViTMAEConfig(mask_ratio=ratio, patch_size=5, **tower))
-        place = torch.arange(64.0)[None, :, None].expand(11, -1, 1)  # a token says where it is
-        tokens, mask, ids_restore = theirs.random_masking(place, noise)
+        position = torch.arange(64.0)[None, :, None].expand(11, -1, 1)  # as the tokens' content
+        tokens, mask, ids_restore = theirs.random_masking(position, noise)
         ours = random_mask(noise, ratio)
         assert ours.ids_keep.shape == (11, kept)
         assert torch.equal(ours.ids_keep, tokens[..., 0].long())
@@ -189,8 +189,8 @@ def test_random_masking_is_vit_maes():
 
 @given(data=st.data(), tokens=st.integers(1, 23), samples=st.integers(1, 5))
 @settings(max_examples=150, deadline=None)
-def test_keep_visible_keeps_what_is_real_and_not_hidden(data, tokens, samples):
-    """Any mask, any padding: the visible real tokens in reading order, then filler."""
+def test_keep_visible_keeps_what_is_real_and_not_masked(data, tokens, samples):
+    """For any mask and padding: the visible valid tokens in reading order, then padding."""
     rows = st.lists(st.booleans(), min_size=tokens, max_size=tokens)
     mask, valid = (
         torch.tensor(data.draw(st.lists(rows, min_size=samples, max_size=samples)))
@@ -207,15 +207,15 @@ def test_keep_visible_keeps_what_is_real_and_not_hidden(data, tokens, samples):
 
 
 def test_rows_of_a_masking():
-    """A slice or an index picks the same rows of every part, and leaves out what is not there."""
+    """A slice or an index picks the same rows of every part; missing parts stay missing."""
     noise = mask_noise(0, 0, torch.arange(7), 11)
-    full = hide_largest(noise, torch.linspace(0.2, 0.8, 7))
+    full = mask_largest(noise, torch.linspace(0.2, 0.8, 7))
     full.substitute = torch.arange(77).reshape(7, 11)
     for rows in (slice(2, 5), torch.tensor([6, 0])):
         part = full[rows]
         for name in ("mask", "ids_keep", "ids_restore", "keep_valid", "substitute"):
             assert torch.equal(getattr(part, name), getattr(full, name)[rows]), name
-    plain = hide_largest(noise, 0.5)[1:3]
+    plain = mask_largest(noise, 0.5)[1:3]
     assert plain.keep_valid is None and plain.substitute is None and len(plain.mask) == 2
 
 
@@ -225,7 +225,7 @@ def test_rows_of_a_masking():
 )
 @settings(max_examples=150, deadline=None)
 def test_then_noise_orders_by_score_and_then_by_noise(scores, scale):
-    """Against Python's sort of pairs; tiny numbers and zeros of either sign included."""
+    """Against Python's sort of pairs, with tiny numbers and zeros of either sign."""
     score = torch.tensor([scores], dtype=torch.float64).mul(scale).float()
     score[:, ::2] *= 1 - 2 * (score[:, ::2] == 0).float()  # every other 0 becomes -0.0
     noise = mask_noise(0, 0, torch.arange(1), len(scores))
@@ -240,13 +240,13 @@ def test_then_noise_orders_by_score_and_then_by_noise(scores, scale):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_a_ratio_in_a_tensor_counts_as_the_same_plain_number(dtype):
-    """Two and three digits, as ratios are written, and fractions of a power of two; any number
-    of tokens, one ratio or one per sample. float32: 15 patches at 0.1 masked 2, for 1."""
+    """Ratios of two and three digits and fractions of a power of two, for any number of tokens, one
+    or one per sample. In float32, 0.1 of 15 patches would mask 2, not 1."""
     digits = 2 if dtype == torch.bfloat16 else 3
     ratios = [i / 10**digits for i in range(0, 10**digits, 7)] + [1 / 3, 2 / 3]
     ratios += [i / 128 for i in range(0, 128, 3)]
     if dtype in (torch.float16, torch.bfloat16):
-        ratios = ratios[: -2 - 43]  # they hold no third as float64 does
+        ratios = ratios[: -2 - 43]  # they do not represent a third as float64 does
     if dtype == torch.bfloat16:
         ratios = [ratio for ratio in ratios if float(torch.tensor(ratio, dtype=dtype)) < 1]
     for tokens in (5, 15, 30, 35, 64, 196, 251):
@@ -260,19 +260,19 @@ def test_a_ratio_in_a_tensor_counts_as_the_same_plain_number(dtype):
 def test_ratios_of_another_number_of_samples_are_refused():
     """One number (a tensor, too), or one per sample."""
     score = torch.rand(3, 7)
-    assert torch.equal(hide_largest(score, torch.tensor(0.5)).mask, hide_largest(score, 0.5).mask)
+    assert torch.equal(mask_largest(score, torch.tensor(0.5)).mask, mask_largest(score, 0.5).mask)
     for wrong in (torch.rand(2), torch.rand(3, 1)):
         with pytest.raises(ValueError, match=r"mask_ratio has shape .*each of the 3 samples"):
-            hide_largest(score, wrong)
+            mask_largest(score, wrong)
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 75, float("nan")])
 def test_a_ratio_outside_its_range_is_refused(ratio):
-    """One for all or one among several: value, rule and remedy are named."""
-    words = rf"mask_ratio={ratio:g} must be in \[0, 1\).*not per cent"
-    with pytest.raises(ValueError, match=words):
+    """One for all or one of several: the message names value, rule and remedy."""
+    message = rf"mask_ratio={ratio:g} must be in \[0, 1\).*not per cent"
+    with pytest.raises(ValueError, match=message):
         check_ratio(ratio, 3)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         count_kept(torch.rand(3, 7), torch.tensor([0.5, ratio, 0.3]))
-    with pytest.raises(ValueError, match=words):
-        hide_largest(torch.rand(2, 7), ratio)
+    with pytest.raises(ValueError, match=message):
+        mask_largest(torch.rand(2, 7), ratio)

@@ -1,4 +1,4 @@
-"""Every image masker hides the exact number, by itself for each picture, and in its own manner."""
+"""Every image masker masks the exact number of each image independently, in its own manner."""
 
 import math
 
@@ -17,8 +17,8 @@ BY_RATIO = [name for name in IMAGE_MASKERS if name not in ("layers", "painted")]
 SIDES = st.integers(1, 17)
 
 
-def picture_of(ids, grid, patch=3):
-    """Made pictures and attention, each a function of its sample id."""
+def image_of(ids, grid, patch=3):
+    """Made images and attention, each a function of its sample id."""
     height, width = grid[0] * patch, grid[1] * patch
     pixels = (mask_noise(0, 0, ids, 3 * height * width, "pixels") * 256).byte()
     return Scene(
@@ -30,24 +30,24 @@ def picture_of(ids, grid, patch=3):
 
 def draw(name, ids, grid, ratio, epoch=0, scene=None):
     noise = mask_noise(0, epoch, ids, grid[0] * grid[1])
-    return IMAGE_MASKERS[name](noise, ratio, scene or picture_of(ids, grid))
+    return IMAGE_MASKERS[name](noise, ratio, scene or image_of(ids, grid))
 
 
-def borders(hidden, grid):
-    """(B,) how many neighbouring patches differ: one is hidden, the other is not."""
-    plane = hidden.unflatten(1, grid)
+def borders(masked, grid):
+    """(B,) number of adjacent pairs of patches of which one is masked and one is not."""
+    plane = masked.unflatten(1, grid)
     across, down = plane[:, :, 1:] != plane[:, :, :-1], plane[:, 1:] != plane[:, :-1]
     return across.sum((1, 2)) + down.sum((1, 2))
 
 
-# -- what all of them promise ----------------------------------------------------------------
+# -- properties of all maskers ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", BY_RATIO)
 @given(height=SIDES, width=SIDES, ratios=st.lists(RATIOS, min_size=1, max_size=4))
 @settings(max_examples=30, deadline=None)
-def test_the_exact_number_is_hidden_on_any_grid_at_any_ratio(name, height, width, ratios):
-    """With one ratio a rectangular batch; with one per sample, each row as with that ratio."""
+def test_the_exact_number_is_masked_on_any_grid_at_any_ratio(name, height, width, ratios):
+    """One ratio gives a rectangular batch; with one per sample, each row is as with its ratio."""
     grid, ids = (height, width), torch.arange(len(ratios)) + 7
     tokens = height * width
     expected = [max(1, round(tokens * (1 - ratio))) for ratio in ratios]
@@ -67,7 +67,7 @@ def test_the_exact_number_is_hidden_on_any_grid_at_any_ratio(name, height, width
 @given(height=SIDES, width=SIDES, ratio=RATIOS)
 @settings(max_examples=15, deadline=None)
 def test_a_mask_does_not_depend_on_the_batch(name, height, width, ratio):
-    """Alone, in another order, among others: the same patches, to the bit."""
+    """Alone, in another order and with others: the same patches, to the bit."""
     grid, ids = (height, width), torch.tensor([2, 3, 5, 2**40, 11])
     together = draw(name, ids, grid, ratio)
     order = torch.tensor([3, 1, 4, 0, 2])
@@ -80,10 +80,10 @@ def test_a_mask_does_not_depend_on_the_batch(name, height, width, ratio):
 
 @pytest.mark.parametrize("name", BY_RATIO)
 def test_every_sample_and_epoch_has_a_mask_of_its_own(name):
-    """Per sample, not per batch; what goes by attention alone stays the same while that does."""
+    """Per sample, not per batch; masks by attention change only with the attention."""
     ids, grid = torch.arange(53), (13, 11)
     first, second = (draw(name, ids, grid, 0.6, epoch) for epoch in (0, 1))
-    different = 20 if name == "grid" else 53  # grid: one pattern in some places, and a few ties
+    different = 20 if name == "grid" else 53  # grid: a few offsets of one pattern, and ties
     assert len(first.mask.unique(dim=0)) >= different
     if name in BY_ATTENTION:
         assert torch.equal(first.mask, second.mask)
@@ -92,12 +92,12 @@ def test_every_sample_and_epoch_has_a_mask_of_its_own(name):
 
 
 @pytest.mark.parametrize("name", ["random", "block", "inverse_block", "grid", "cluster"])
-def test_over_time_every_patch_is_hidden_and_seen(name):
-    """Else a part of every picture would never be learned from, or always be given away."""
+def test_over_time_every_patch_is_masked_and_visible(name):
+    """Otherwise a part of every image would never be used, or never have to be predicted."""
     ids, grid = torch.arange(401), (7, 5)
     for ratio in (0.2, 0.8):
-        hidden = draw(name, ids, grid, ratio).mask.double().mean(0)
-        assert ratio / 6 < hidden.min() and hidden.max() < 1 - (1 - ratio) / 6
+        masked = draw(name, ids, grid, ratio).mask.double().mean(0)
+        assert ratio / 6 < masked.min() and masked.max() < 1 - (1 - ratio) / 6
 
 
 @pytest.mark.parametrize("name", BY_RATIO)
@@ -110,7 +110,7 @@ def test_a_ratio_outside_its_range_is_refused(name, ratio):
 
 
 @pytest.mark.parametrize(
-    "name, words",
+    "name, message",
     [
         ("block", "'block' needs grid: give Scene"),
         ("inverse_block", "'inverse_block' needs grid: give Scene"),
@@ -119,13 +119,13 @@ def test_a_ratio_outside_its_range_is_refused(name, ratio):
         ("cluster", "'cluster' needs pixel_values: give Scene.*batch.pixel_values"),
         ("attentive", "'attentive' needs attend: give Scene.*model.class_attention"),
         ("inattentive", "'inattentive' needs attend: give Scene.*model.class_attention"),
-        ("layers", "'layers' needs regions: give the built-in pictures"),
+        ("layers", "'layers' needs regions: give the built-in images"),
         ("painted", "'painted' needs painted: give an array of rows x columns"),
     ],
 )
-def test_what_a_masker_needs_is_said(name, words):
-    scene = None if "needs grid" in words else Scene((3, 5))
-    with pytest.raises(ValueError, match="image masker " + words):
+def test_a_masker_says_what_it_lacks(name, message):
+    scene = None if "needs grid" in message else Scene((3, 5))
+    with pytest.raises(ValueError, match="image masker " + message):
         IMAGE_MASKERS[name](torch.rand(2, 15), 0.5, scene)
 
 
@@ -134,7 +134,7 @@ def test_what_a_masker_needs_is_said(name, words):
 
 @pytest.mark.parametrize("name, ratio", [("block", 0.5), ("block", 0.4), ("inverse_block", 0.75)])
 def test_blocks_are_compact(name, ratio):
-    """Hidden and kept patches meet at less than half as many borders as with `random`."""
+    """Masked and kept patches have less than half as many common borders as with `random`."""
     ids, grid = torch.arange(499), (14, 14)
     ours = borders(draw(name, ids, grid, ratio).mask, grid)
     by_chance = borders(draw("random", ids, grid, ratio).mask, grid).double().mean().item()
@@ -144,12 +144,12 @@ def test_blocks_are_compact(name, ratio):
 
 
 def slow_block(noise, number, grid):
-    """BEiT's algorithm 1 with loops: the hidden patches of one picture, and its rectangles."""
+    """BEiT's algorithm 1 with loops: the masked patches of one image, and its rectangles."""
     height, width = grid
     smallest = 16 / 196 * height * width
-    hidden, rectangles = [], []
+    masked, rectangles = [], []
     for size, shape, down, right in more_noise(noise[None], 48)[0].reshape(12, 4).tolist():
-        left_over = number - len(hidden)
+        left_over = number - len(masked)
         if left_over <= 0:
             break
         area = smallest + size * max(0, left_over - smallest)
@@ -160,25 +160,25 @@ def slow_block(noise, number, grid):
         rectangles.append((tall, wide, left_over))
         for row in range(top, top + tall):
             for column in range(left, left + wide):
-                if row * width + column not in hidden:
-                    hidden.append(row * width + column)
+                if row * width + column not in masked:
+                    masked.append(row * width + column)
     for patch in noise.argsort().tolist():  # twelve were not enough
-        if patch not in hidden:
-            hidden.append(patch)
-    return set(hidden[:number]), rectangles
+        if patch not in masked:
+            masked.append(patch)
+    return set(masked[:number]), rectangles
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (7, 13), (17, 3)])
 def test_block_equals_a_slow_loop(grid):
-    """Of BEiT's algorithm, whose rectangles are as large and as long as the paper allows."""
+    """By BEiT's algorithm, whose rectangles have the areas and aspect ratios of the paper."""
     ids, tokens = torch.arange(31), grid[0] * grid[1]
     noise, smallest = mask_noise(0, 0, ids, tokens), 16 / 196 * tokens
     for ratio in (0.1, 0.4, 0.75, 0.95):
         masking = draw("block", ids, grid, ratio)
         number = tokens - max(1, round(tokens * (1 - ratio)))
         for row in range(31):
-            hidden, rectangles = slow_block(noise[row], number, grid)
-            assert set(masking.mask[row].nonzero()[:, 0].tolist()) == hidden
+            masked, rectangles = slow_block(noise[row], number, grid)
+            assert set(masking.mask[row].nonzero()[:, 0].tolist()) == masked
             for tall, wide, left_over in rectangles:
                 most = max(smallest, left_over)
                 assert (tall - 0.5) * (wide - 0.5) <= most  # half a patch of rounding
@@ -189,12 +189,12 @@ def test_block_equals_a_slow_loop(grid):
 
 
 def test_block_hides_one_rectangle_where_the_smallest_is_enough():
-    """16 of 196 patches: a single rectangle (its last row cut) or one and a few single patches."""
+    """16 of 196 patches: one rectangle (with its last row cut) or one and a few single patches."""
     masking = draw("block", torch.arange(199), (14, 14), 16 / 196)
     assert (masking.mask.sum(1) == 16).all()
     whole = 0
-    for hidden in masking.mask.unflatten(1, (14, 14)):
-        rows, columns = hidden.any(1).sum().item(), hidden.any(0).sum().item()
+    for masked in masking.mask.unflatten(1, (14, 14)):
+        rows, columns = masked.any(1).sum().item(), masked.any(0).sum().item()
         whole += (rows - 1) * columns < 16 <= rows * columns
     assert whole > 0.6 * 199
 
@@ -228,17 +228,17 @@ def test_inverse_block_equals_a_slow_loop(grid):
 
 @pytest.mark.parametrize("grid", [(14, 14), (8, 8), (6, 10), (2, 16)])
 def test_grid_keeps_one_of_each_two_by_two(grid):
-    """At 75 %; over samples each of the four is the one."""
+    """At 75 %; over samples it is each of the four."""
     kept = ~draw("grid", torch.arange(61), grid, 0.75).mask.unflatten(1, grid)
     squares = kept.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 2, 4).flatten(3)
     assert (squares.sum(3) == 1).all()
-    assert (squares == squares[:, :1, :1]).all()  # the same corner all over a picture
+    assert (squares == squares[:, :1, :1]).all()  # the same corner everywhere in an image
     assert squares[:, 0, 0].any(0).all()
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (5, 6), (16, 3)])
 def test_grid_is_a_checkerboard_at_half(grid):
-    """Both colours of it occur."""
+    """Both of its colours occur."""
     masks = draw("grid", torch.arange(61), grid, 0.5).mask.unflatten(1, grid)
     rows, columns = torch.arange(grid[0])[:, None], torch.arange(grid[1])
     board = (rows + columns) % 2 == 0
@@ -250,7 +250,7 @@ def test_grid_is_a_checkerboard_at_half(grid):
 @given(height=SIDES, width=SIDES, ratio=RATIOS, sample=st.integers(0, 10**6))
 @settings(max_examples=40, deadline=None)
 def test_grid_spreads_evenly(height, width, ratio, sample):
-    """Bayer's matrix: squares of 2, 4 or 8, wherever they stand, keep equally many, up to one."""
+    """By Bayer's matrix, all squares of side 2, 4 or 8 keep equally many patches, up to one."""
     kept = ~draw("grid", torch.tensor([sample]), (height, width), ratio).mask
     plane = kept[0].reshape(height, width).long()
     for side in (2, 4, 8):
@@ -289,7 +289,7 @@ def test_gaussian_equals_a_slow_loop(grid):
 
 
 def test_gaussian_keeps_the_centre_as_often_as_glip_does():
-    """Against the rule with numpy's generator: the share of each patch within 5 deviations."""
+    """Against the rule with numpy's generator: the fraction of each patch within 5 deviations."""
     grid, samples = (7, 5), 4001
     ours = (~draw("gaussian", torch.arange(samples), grid, 0.75).mask).double().mean(0).numpy()
     generator, theirs = np.random.default_rng(0), np.zeros(35)
@@ -307,7 +307,7 @@ def test_gaussian_keeps_the_centre_as_often_as_glip_does():
 
 
 def test_cluster_hides_one_colour_first():
-    """On a picture of two flat colours, all or as many patches as asked for are of one of them."""
+    """In an image of two flat colours, all masked patches, as far as possible, have one colour."""
     grid = (4, 6)
     left = torch.arange(24) % 6 < 2  # 8 patches of one colour, 16 of the other
     plane = left.reshape(grid).repeat_interleave(3, 0).repeat_interleave(3, 1)
@@ -325,7 +325,7 @@ def test_cluster_hides_one_colour_first():
 
 
 def slow_cluster(noise, pixels, number, grid, patch):
-    """The hidden patches of one picture, by loops over patches, their quarters and anchors."""
+    """The masked patches of one image, by loops over patches, their quarters and anchors."""
     half = patch // 2
     means = []
     for row in range(grid[0]):
@@ -342,7 +342,7 @@ def slow_cluster(noise, pixels, number, grid, patch):
 @pytest.mark.parametrize("grid", [(4, 7), (12, 11)])
 @pytest.mark.parametrize("darkest", [0, 240])
 def test_cluster_equals_a_slow_loop(grid, darkest):
-    """Smooth made pictures, one anchor or four; pale ones too, whose colours are all near.
+    """On smooth made images, with one anchor or four; on pale ones, too, with similar colours.
 
     There |a|^2 + |b|^2 - 2ab, the quick way to a distance, would be wrong by shades.
     """
@@ -368,7 +368,7 @@ def test_cluster_equals_a_slow_loop(grid, darkest):
 
 
 def test_attention_decides_and_its_opposite_is_the_rest():
-    """Exactly the top k by attention stay; at one half the opposite keeps the other half."""
+    """Exactly the top k by attention stay; at 0.5 the opposite keeps the other half."""
     ids, grid = torch.arange(11), (7, 8)
     attention = mask_noise(0, 0, ids, 56, "attention")
     for ratio, kept in ((0.75, 14), (0.5, 28), (0.3, 39)):
@@ -384,37 +384,37 @@ def test_attention_decides_and_its_opposite_is_the_rest():
 
 @pytest.mark.parametrize("name", BY_ATTENTION)
 def test_equal_attention_is_decided_by_noise(name):
-    """Squares of 2 x 2 that share a value: one is cut in two, differently in every epoch."""
+    """Of squares of 2 x 2 with equal values, one is divided, differently in every epoch."""
     ids, grid = torch.arange(11), (4, 6)
     values = mask_noise(0, 0, ids, 6, "attention").unflatten(1, (2, 3))
     attention = values.repeat_interleave(2, 1).repeat_interleave(2, 2).flatten(1)
     scene = Scene(grid, attend=lambda: attention)
     masks = [draw(name, ids, grid, 14 / 24, epoch, scene).mask for epoch in range(7)]
-    hidden = masks[0].unflatten(1, (2, 2, 3, 2)).sum((2, 4)).flatten(1)  # (B, squares)
-    assert torch.equal(hidden.sort(1).values, torch.tensor([0, 0, 2, 4, 4, 4]).expand(11, -1))
+    masked = masks[0].unflatten(1, (2, 2, 3, 2)).sum((2, 4)).flatten(1)  # (B, squares)
+    assert torch.equal(masked.sort(1).values, torch.tensor([0, 0, 2, 4, 4, 4]).expand(11, -1))
     assert all((mask != masks[0]).any() for mask in masks[1:])
 
 
 def slow_layers(noise, regions):
-    """The patches of the region that the first further draw picks among those that are there."""
-    real = [region for region in regions if region.any()]
-    if not real:
+    """The patches of the region that the first further draw picks among the valid ones."""
+    valid = [region for region in regions if region.any()]
+    if not valid:
         return torch.zeros_like(regions[0])
-    hidden = real[int(more_noise(noise[None], 1)[0, 0] * len(real))].clone()
-    if hidden.all():
-        hidden[noise.argmin()] = False
-    return hidden
+    masked = valid[int(more_noise(noise[None], 1)[0, 0] * len(valid))].clone()
+    if masked.all():
+        masked[noise.argmin()] = False
+    return masked
 
 
-def test_layers_hide_one_region_whole():
-    """Any of those that are there, alike often; one patch stays where it covers the picture."""
+def test_layers_mask_one_whole_region():
+    """Each valid region equally often; one patch stays visible if it covers the image."""
     samples, grid = 3001, (5, 7)
     ids = torch.arange(samples)
     regions = mask_noise(0, 0, ids, 4 * 35, "regions").unflatten(1, (4, 35)) < 0.2
-    regions[:, 1] = False  # filler, as where another picture has more regions
+    regions[:, 1] = False  # padding, as if another image had more regions
     regions[::5, 3] = False
     regions[1::5, 2] = True  # covers everything
-    regions[7] = False  # a picture without a region
+    regions[7] = False  # an image without a region
     noise = mask_noise(0, 0, ids, 35)
     masking = IMAGE_MASKERS["layers"](noise, 0.0, Scene(grid, regions=lambda: regions))
     consistent(masking)
@@ -454,7 +454,7 @@ PAINTED = [[0, 1, 1, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 1]]
     ],
 )
 def test_painted_hides_what_was_painted(painted):
-    """For all pictures alike: lists, arrays and tensors, whatever stands for true."""
+    """The same for all images: lists, arrays and tensors with any true values."""
     masking = IMAGE_MASKERS["painted"](torch.rand(2, 15), 0.0, Scene((3, 5), painted=painted))
     consistent(masking)
     assert torch.equal(masking.mask, (torch.tensor(PAINTED) > 0).flatten().expand(2, -1))
@@ -464,30 +464,30 @@ def test_painted_hides_what_was_painted(painted):
 
 @given(data=st.data(), height=st.integers(1, 5), width=st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
-def test_painted_takes_a_mask_for_each_picture(data, height, width):
-    """Any masks that leave a patch; where numbers differ, keep_valid marks the filler."""
+def test_painted_takes_a_mask_for_each_image(data, height, width):
+    """Any masks that leave a patch visible; if numbers differ, keep_valid marks the padding."""
     row = st.lists(st.booleans(), min_size=height * width, max_size=height * width)
-    masks = data.draw(st.lists(row.filter(lambda hidden: not all(hidden)), min_size=3, max_size=3))
+    masks = data.draw(st.lists(row.filter(lambda masked: not all(masked)), min_size=3, max_size=3))
     painted = np.array(masks).reshape(3, height, width)
     scene = Scene((height, width), painted=painted)
     masking = IMAGE_MASKERS["painted"](torch.rand(3, height * width), 0.0, scene)
     consistent(masking)
     assert torch.equal(masking.mask, torch.tensor(masks))
-    assert (masking.keep_valid is None) == (len({sum(hidden) for hidden in masks}) == 1)
+    assert (masking.keep_valid is None) == (len({sum(masked) for masked in masks}) == 1)
 
 
 def test_a_painted_mask_that_does_not_fit_is_refused():
-    """Another grid, another number of pictures, or nothing left to see: said in words."""
+    """Another grid, another number of images, or nothing visible: each has its message."""
     noise = torch.rand(2, 15)
 
     def mask(painted):
         return IMAGE_MASKERS["painted"](noise, 0.0, Scene((3, 5), painted=painted))
 
     for shape in ((5, 3), (3, 3, 5), (15,), ()):
-        words = rf"is \({', '.join(map(str, shape))},?\), the pictures are 3 x 5.*\(2, 3, 5\)"
-        with pytest.raises(ValueError, match=words):
+        message = rf"is \({', '.join(map(str, shape))},?\), the images are 3 x 5.*\(2, 3, 5\)"
+        with pytest.raises(ValueError, match=message):
             mask(np.zeros(shape))
-    with pytest.raises(ValueError, match="hides all 15 patches of picture 0; leave one"):
+    with pytest.raises(ValueError, match="masks all 15 patches of image 0; leave one"):
         mask(np.ones((3, 5)))
-    with pytest.raises(ValueError, match="hides all 15 patches of picture 1; leave one"):
+    with pytest.raises(ValueError, match="masks all 15 patches of image 1; leave one"):
         mask(np.stack([np.zeros((3, 5)), np.ones((3, 5))]))

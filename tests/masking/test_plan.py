@@ -18,7 +18,7 @@ PAINTED = [[0, 1, 0], [0, 1, 1], [0, 0, 0]]
 
 
 class Layers:
-    """Stands for a data set's DrawingLayers: four made regions of each picture."""
+    """Stands for a data set's DrawingLayers: four made regions of each image."""
 
     def regions(self, sample_ids, grid):
         noise = mask_noise(0, 0, sample_ids, 4 * grid[0] * grid[1], "regions")
@@ -26,7 +26,7 @@ class Layers:
 
 
 def tokens_of(model, frequency=None, attend=None):
-    """What maskers know of a model, with frequencies, or with attention of our own."""
+    """What maskers know of a model, with frequencies or another attention."""
     tokens = model.token_info
     return dataclasses.replace(tokens, frequency=frequency, attend=attend or tokens.attend)
 
@@ -34,7 +34,7 @@ def tokens_of(model, frequency=None, attend=None):
 def draw(
     batch, model, image="random", text="random", ratio=0.5, epoch=0, painted=PAINTED, **options
 ):
-    """Both maskings of a batch by these maskers, with all that any of them needs."""
+    """Both maskings of a batch by these maskers, with everything that they need."""
     frequency = mask_noise(0, 0, torch.arange(1), len(model.tokenizer), "frequency")[0]
     options = dict(seed=3, layers=Layers()) | options
     tokens = tokens_of(model, frequency, options.pop("attend", None))
@@ -90,7 +90,7 @@ def test_an_unknown_masker_is_told_the_known_ones(maskers, name, nearest):
         assert find_masker(known, maskers) is masker
 
 
-# -- how much when ---------------------------------------------------------------------------
+# -- schedules of the ratio ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_ratio_goes_from_start_to_final(schedule, expected):
 
 
 def test_uniform_ratios_are_drawn_for_each_sample():
-    """Between the two, all over; a pure function of seed, epoch, sample and stream."""
+    """Anywhere between the two; a pure function of seed, epoch, sample and stream."""
     ids = torch.arange(1009)
 
     def ratios(ids=ids, seed=0, epoch=0, stream="image", start=0.3, final=0.9):
@@ -127,13 +127,13 @@ def test_uniform_ratios_are_drawn_for_each_sample():
         assert (other == first).sum() < 7
         assert torch.corrcoef(torch.stack([other, first]))[0, 1].abs() < 0.15
     torch.testing.assert_close(ratios(start=0.9, final=0.3), 1.2 - first)
-    # not the noise that the mask itself is made of
+    # not the noise of the mask itself
     own = mask_noise(0, 0, ids, 1)[:, 0]
     assert torch.corrcoef(torch.stack([own, first.float()]))[0, 1].abs() < 0.15
 
 
 def test_schedules_are_those_of_the_config():
-    """A name that the one accepts the other knows; an unknown one is told the nearest."""
+    """What the config accepts, the function knows; an error names the nearest known one."""
     for name in RATIO_SCHEDULES:
         final = None if name == "constant" else 0.7
         TrainingConfig(image_mask_schedule=name, image_mask_final_ratio=final)
@@ -157,8 +157,8 @@ def data(make_data):
 
 
 @pytest.mark.parametrize("image", IMAGE_MASKERS)
-def test_a_pictures_mask_does_not_depend_on_its_batch(model, data, image):
-    """In another order or cut into micro-batches, the same patches of each; so a mask replays."""
+def test_an_images_mask_does_not_depend_on_its_batch(model, data, image):
+    """In another order or in micro-batches each image has the same mask: masks can be replayed."""
     batch = data.batch(range(29))
     whole = draw(batch, model, image)[0]
     order = torch.randperm(29, generator=torch.Generator().manual_seed(0))
@@ -175,7 +175,7 @@ def test_a_pictures_mask_does_not_depend_on_its_batch(model, data, image):
 @pytest.mark.parametrize("mode", ["drop", "80/10/10"])
 @pytest.mark.parametrize("text", TEXT_MASKERS)
 def test_a_captions_mask_does_not_depend_on_its_batch(model, data, text, mode):
-    """What takes the place of a hidden word included."""
+    """The substitutes of masked tokens, too."""
     batch = data.batch(range(29))
     whole = draw(batch, model, text=text, text_mode=mode)[1]
     order = torch.randperm(29, generator=torch.Generator().manual_seed(0))
@@ -195,7 +195,7 @@ def test_a_captions_mask_does_not_depend_on_its_batch(model, data, text, mode):
 
 
 def test_a_maskers_batch_is_its_masker(model, data):
-    """draw_maskings adds nothing to what the functions do with the noise and the scene."""
+    """draw_maskings equals the maskers with this noise and scene."""
     batch = data.batch(range(7))
     noise = mask_noise(3, 2, batch.sample_ids, 9, "image")
     attention = model.class_attention(batch.pixel_values)
@@ -217,7 +217,7 @@ def test_a_maskers_batch_is_its_masker(model, data):
 
 
 def test_nothing_is_drawn_at_ratio_zero(model, data):
-    """None, for which nothing is computed; one ratio among zeros is enough to draw."""
+    """The result is None, and nothing is computed; one ratio above 0 is enough to draw."""
     batch = data.batch(range(5))
     assert draw_maskings(batch, model.token_info, seed=0, epoch=0) == (None, None)
     assert draw(batch, model, "attentive", "frequency", ratio=torch.zeros(5)) == (None, None)
@@ -228,14 +228,14 @@ def test_nothing_is_drawn_at_ratio_zero(model, data):
 
 
 def test_a_caption_is_described_to_the_maskers(model, data):
-    """Ends and padding are no words, "##" goes on with one, frequencies follow the ids."""
+    """Special tokens and padding are not maskable, "##" continues a word, frequency follows ids."""
     tokenizer = model.tokenizer
     data = type(data).from_pixels(
         torch.zeros(2, 3, 15, 15, dtype=torch.uint8), ["old boats", "cat"], tokenizer=tokenizer
     )
     batch = data.batch([0, 1])
-    pieces = [tokenizer.convert_ids_to_tokens(row.tolist()) for row in batch.input_ids]
-    assert pieces[0] == ["[CLS]", "old", "boat", "##s", "[SEP]"]
+    tokens = [tokenizer.convert_ids_to_tokens(row.tolist()) for row in batch.input_ids]
+    assert tokens[0] == ["[CLS]", "old", "boat", "##s", "[SEP]"]
     frequency = torch.arange(len(tokenizer)) / 100
     caption = caption_of(batch.input_ids, batch.valid, tokens_of(model, frequency))
     assert caption.maskable.tolist() == [
@@ -250,30 +250,30 @@ def test_a_caption_is_described_to_the_maskers(model, data):
 # -- 80/10/10 --------------------------------------------------------------------------------
 
 
-def test_hidden_words_become_80_10_10(model, make_data):
-    """The mask token, a random word, the word itself: shares within 4 standard deviations."""
+def test_masked_tokens_become_80_10_10(model, make_data):
+    """Mask token, random token, own token: fractions are within 4 standard deviations."""
     batch = make_data(2003).batch(range(2003))
     masking = draw(batch, model, text_mode="80/10/10")[1]
     instead, own = masking.substitute[masking.mask], batch.input_ids[masking.mask]
-    count, words = len(instead), len(model.word_ids)
+    count, ids = len(instead), len(model.word_ids)
     assert count > 2500
-    kept = 0.1 + 0.1 / words  # a random word is now and then the word itself
-    for share, seen in ((0.8, instead == -1), (kept, instead == own)):
-        spread = math.sqrt(share * (1 - share) / count)
-        assert abs(seen.double().mean() - share) < 4 * spread
+    kept = 0.1 + 0.1 / ids  # a random token is sometimes the token itself
+    for fraction, found in ((0.8, instead == -1), (kept, instead == own)):
+        spread = math.sqrt(fraction * (1 - fraction) / count)
+        assert abs(found.double().mean() - fraction) < 4 * spread
     assert not torch.isin(instead, model.special_ids).any()
     drawn = instead[(instead != -1) & (instead != own)]
     assert torch.isin(drawn, model.word_ids).all()
-    assert len(drawn.unique()) > 0.6 * min(words, len(drawn) / 2)  # from all of the vocabulary
+    assert len(drawn.unique()) > 0.6 * min(ids, len(drawn) / 2)  # from the whole vocabulary
 
 
 @pytest.mark.parametrize("text", TEXT_MASKERS)
-def test_where_words_are_predicted_one_is_hidden(model, data, text):
-    """However small the ratio, unless it is the only one; never in the other modes."""
+def test_at_least_one_token_is_masked_to_be_predicted(model, data, text):
+    """At any ratio, unless it is the only one; not in the other modes."""
     batch = data.batch(range(29))
-    words = caption_of(batch.input_ids, batch.valid, model.token_info).maskable.sum(1)
+    count = caption_of(batch.input_ids, batch.valid, model.token_info).maskable.sum(1)
     masking = draw(batch, model, text=text, ratio=0.01, text_mode="80/10/10")[1]
-    assert words.min() == 2 and (masking.mask.sum(1) >= 1).all()
+    assert count.min() == 2 and (masking.mask.sum(1) >= 1).all()
     if text != "whole_word":
         assert (masking.mask.sum(1) == 1).all()
     for mode in ("drop", "replace"):
@@ -288,12 +288,12 @@ def test_where_words_are_predicted_one_is_hidden(model, data, text):
 # -- bad input -------------------------------------------------------------------------------
 
 
-def test_bad_input_is_refused_in_words(model, data):
-    """Unknown names (hidden or not), ratios, what a data set does not have, painted masks."""
+def test_bad_input_is_refused_with_a_message(model, data):
+    """Unknown names (at any ratio), ratios, what a data set does not have, painted masks."""
     batch = data.batch(range(3))
 
-    def refuses(words, image=("random", 0.0), text=("random", 0.0)):
-        with pytest.raises(ValueError, match=words):
+    def refuses(message, image=("random", 0.0), text=("random", 0.0)):
+        with pytest.raises(ValueError, match=message):
             draw_maskings(batch, model.token_info, seed=0, epoch=0, image=image, text=text)
 
     for ratio in (0.5, 0.0):
@@ -302,21 +302,21 @@ def test_bad_input_is_refused_in_words(model, data):
     for ratio in (-0.5, 1.0, 75, torch.tensor([0.5, 0.5, 1.5])):
         refuses(r"mask_ratio=.* must be in \[0, 1\)", image=("random", ratio))
         refuses(r"mask_ratio=.* must be in \[0, 1\)", text=("random", ratio))
-    refuses("'layers' needs regions: give the built-in pictures", image=("layers", 0.5))
+    refuses("'layers' needs regions: give the built-in images", image=("layers", 0.5))
     refuses("'frequency' needs .*token_frequency", text=("frequency", 0.5))
-    refuses(r"is \(2, 3\), the pictures are 3 x 3 patches", image=("painted", [[0, 1, 0]] * 2))
-    refuses("hides all 9 patches of picture 0", image=("painted", [[1, 1, 1]] * 3))
+    refuses(r"is \(2, 3\), the images are 3 x 3 patches", image=("painted", [[0, 1, 0]] * 2))
+    refuses("masks all 9 patches of image 0", image=("painted", [[1, 1, 1]] * 3))
     refuses("'painted' needs painted: give an array", image=("painted", None))
     batch.valid[1] = False
     refuses("caption 1 is all padding", text=("random", 0.5))
 
 
-# -- maskers of one's own ----------------------------------------------------------------------
+# -- a user's maskers --------------------------------------------------------------------------
 
 
 @pytest.fixture
 def own(make_model, make_data, monkeypatch):
-    """Draw both maskings with this function in the place of a masker."""
+    """Draw a masking with this function as the masker."""
     batch, model = make_data(13).batch(range(7)), make_model()
 
     def draw_with(kind: str, masker, **options):
@@ -328,8 +328,8 @@ def own(make_model, make_data, monkeypatch):
     return draw_with
 
 
-def test_a_bool_mask_of_an_own_image_masker_becomes_a_masking(own):
-    """A tensor or an array: the tokens that it leaves, filled up where their number differs."""
+def test_a_bool_mask_of_a_users_image_masker_becomes_a_masking(own):
+    """From a tensor or an array: its visible tokens, padded if their number differs."""
     for masker in (lambda n, ratio, scene: n > 0.4, lambda n, ratio, scene: (n > 0.4).numpy()):
         masking, batch, model = own("image", masker)
         expected = mask_noise(3, 2, batch.sample_ids, 9, "image") > 0.4
@@ -342,13 +342,13 @@ def test_a_bool_mask_of_an_own_image_masker_becomes_a_masking(own):
     assert masking.keep_valid is None and masking.ids_keep.shape == (7, 4)
 
 
-def test_a_bool_mask_of_an_own_text_masker_spares_the_ends(own):
-    """[CLS], [SEP] and padding are never masked, whatever the function says of them."""
+def test_a_bool_mask_of_a_users_text_masker_spares_special_tokens(own):
+    """[CLS], [SEP] and padding are never masked, whatever the function returns."""
     for mode in ("drop", "replace"):
         first = lambda noise, ratio, caption: caption.maskable.cumsum(1) <= 1  # noqa: E731
         masking, batch, model = own("text", first, text_mode=mode)
-        words = caption_of(batch.input_ids, batch.valid, model.token_info).maskable
-        assert torch.equal(masking.mask, words & (words.cumsum(1) == 1))
+        maskable = caption_of(batch.input_ids, batch.valid, model.token_info).maskable
+        assert torch.equal(masking.mask, maskable & (maskable.cumsum(1) == 1))
         assert torch.isfinite(model(batch, None, masking, text_mode=mode).text_features).all()
 
 
@@ -365,13 +365,13 @@ RANDOM = IMAGE_MASKERS["random"]
 
 
 def keeping(noise, ratio, change):
-    """A random `Masking` whose kept tokens (7, 4) were changed."""
+    """A random `Masking` with changed kept tokens (7, 4)."""
     masking = RANDOM(noise, ratio)
     return other(masking, ids_keep=change(masking.ids_keep))
 
 
 @pytest.mark.parametrize(
-    "kind, masker, words",
+    "kind, masker, message",
     [
         ("image", lambda n, r, s: None, "gave NoneType for 7 samples of 9 tokens; give a"),
         ("image", lambda n, r, s: n[:, :8] > 0.5, r"gave \(7, 8\) torch.bool for 7 samples of 9"),
@@ -384,23 +384,23 @@ def keeping(noise, ratio, change):
         ("image", lambda n, r, s: keeping(n, r, lambda ids: ids + 9), "keeps"),
         ("image", lambda n, r, s: keeping(n, r, lambda ids: ids[0]), r"ids_keep \(4,\)"),
         ("image", lambda n, r, s: other(RANDOM(n, r), ids_restore=RANDOM(n, r).ids_restore.flip(1)),
-         "ids_restore that does not lead back"),
+         "ids_restore that does not restore the order"),
         ("image", lambda n, r, s: other(RANDOM(n, r), mask=~RANDOM(n, r).mask), "keeps other"),
         ("text", lambda n, r, c: n >= 0, "leaves no token visible"),
         ("text", lambda n, r, c: n[:, 1:-1] > 0.5, r"gave \(7, 6\) torch.bool for 7 samples of 8"),
         ("text", dropped_padding, "masks what may not be masked"),
     ],
 )  # fmt: skip
-def test_an_own_masker_that_gives_no_mask_is_told_so(own, kind, masker, words):
-    with pytest.raises(ValueError, match=f"masker 'own' .*{words}"):
+def test_a_users_masker_that_returns_no_mask_is_refused(own, kind, masker, message):
+    with pytest.raises(ValueError, match=f"masker 'own' .*{message}"):
         own(kind, masker)
 
 
 # -- older arguments -----------------------------------------------------------------------------
 
 
-def test_draw_maskings_takes_what_it_took_before_with_a_word(model, data):
-    """A model in the place of its TokenInfo, attend without arguments, frequency."""
+def test_draw_maskings_takes_its_older_arguments_with_a_warning(model, data):
+    """A model instead of its TokenInfo, attend without arguments, frequency."""
     batch = data.batch(range(7))
     frequency = mask_noise(0, 0, torch.arange(1), len(model.tokenizer), "frequency")[0]
     attention = mask_noise(1, 0, batch.sample_ids, 9, "attention")

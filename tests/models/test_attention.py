@@ -1,4 +1,4 @@
-"""What the class token attends to is what transformers says; the running mean is a running mean."""
+"""The attention of the class token is that of transformers; the EMA is a running mean."""
 
 import copy
 
@@ -40,7 +40,7 @@ def make_vit(size=(15, 20), seed=0, dropout=0.0):
 @pytest.mark.parametrize("kind", ["eager", "sdpa"])
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 def test_attention_is_the_one_transformers_returns(size, kind):
-    """Mean over layers and heads of the class token's row, or of all patches' rows."""
+    """Mean over layers and heads of the row of the class token, or of the rows of all patches."""
     vit, pixels = make_vit(size), torch.randn(2, 3, *size)
     every = torch.stack(vit(pixels, output_attentions=True).attentions)  # (layers, B, heads, T, T)
     vit.set_attn_implementation(kind)
@@ -54,19 +54,20 @@ def test_attention_is_the_one_transformers_returns(size, kind):
 
 
 def slow_half(vit, pixels, of):
-    """The half-size look by hand: a ViT for the small picture, its positions averaged in loops."""
+    """Attention at half the size: a ViT for the small image, its positions averaged in loops."""
     height, width = pixels.shape[2] // 5, pixels.shape[3] // 5
     small = ((height + 1) // 2, (width + 1) // 2)
     windows = [
         [(i * side // half, -(-(i + 1) * side // half)) for i in range(half)]
         for side, half in zip((height, width), small, strict=True)
     ]
-    place = vit.embeddings.position_embeddings.detach()
-    plane = place[0, 1:].reshape(height, width, -1)
+    positions = vit.embeddings.position_embeddings.detach()
+    plane = positions[0, 1:].reshape(height, width, -1)
     means = [plane[a:b, c:d].mean((0, 1)) for a, b in windows[0] for c, d in windows[1]]
     other = make_vit((small[0] * 5, small[1] * 5))
     state = vit.state_dict()
-    state["embeddings.position_embeddings"] = torch.cat([place[0, :1], torch.stack(means)])[None]
+    averaged = torch.cat([positions[0, :1], torch.stack(means)])
+    state["embeddings.position_embeddings"] = averaged[None]
     other.load_state_dict(state)
     reduced = torch.nn.functional.adaptive_avg_pool2d(pixels, (small[0] * 5, small[1] * 5))
     return class_attention(other, reduced, of=of).unflatten(1, small) / 4
@@ -74,8 +75,8 @@ def slow_half(vit, pixels, of):
 
 @pytest.mark.parametrize("of", ["cls", "mean"])
 @pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-def test_half_the_resolution_looks_at_a_smaller_picture(size, of):
-    """2 x 2 patches share a quarter of what the small picture's patch gets; sums stay below 1."""
+def test_half_the_resolution_is_that_of_a_smaller_image(size, of):
+    """Each of 2 x 2 patches has a quarter of the small image's patch; sums are at most 1."""
     vit, pixels, grid = make_vit(size), torch.randn(2, 3, *size), (size[0] // 5, size[1] // 5)
     half = class_attention(vit, pixels, half=True, of=of)
     assert half.shape == (2, grid[0] * grid[1]) and half.dtype == torch.float32
@@ -92,8 +93,8 @@ def test_half_the_resolution_looks_at_a_smaller_picture(size, of):
         assert (half.sum(1) > 0.5 * whole).all()
 
 
-def test_an_encoder_looks_by_what_it_pools(make_model):
-    """uint8 pictures are normalised; "cls" by its class token, "mean" by its patches."""
+def test_an_encoder_takes_the_attention_of_what_it_pools(make_model):
+    """uint8 images are normalised; "cls" by its class token, "mean" by its patches."""
     pixels = torch.randint(0, 256, (2, 3, 15, 15), dtype=torch.uint8)
     for pooling in ("mean", "cls"):
         model = make_model(pooling=pooling).eval()
@@ -107,8 +108,8 @@ def test_an_encoder_looks_by_what_it_pools(make_model):
     )
 
 
-def test_dropout_does_not_blur_what_is_looked_at():
-    """A mask that goes by attention is the same twice while training, and the model trains on."""
+def test_dropout_does_not_change_the_attention():
+    """A mask by attention is the same twice in training, and the model stays in training mode."""
     vit, pixels = make_vit(dropout=0.3), torch.randn(2, 3, 15, 20)
     expected = class_attention(vit, pixels)
     vit.train()
@@ -123,7 +124,7 @@ def test_dropout_does_not_blur_what_is_looked_at():
 
 
 def step(vit, seed):
-    """Other weights, as after an optimizer's step."""
+    """Change the weights, as an optimizer step does."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in vit.parameters():
@@ -132,7 +133,7 @@ def step(vit, seed):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.996])
 def test_the_running_mean_equals_a_slow_loop(momentum):
-    """m x mean + (1 - m) x weights, m the smaller of the given one and (1 + step) / (10 + step)."""
+    """m x mean + (1 - m) x weights, with m = min(momentum, (1 + step) / (10 + step))."""
     vit = make_vit()
     mean = EMA(vit, momentum)
     slow = [parameter.detach().double().clone() for parameter in vit.parameters()]
@@ -155,7 +156,7 @@ def test_the_running_mean_equals_a_slow_loop(momentum):
 
 
 def test_the_running_mean_is_a_copy_that_never_trains():
-    """No gradient, no dropout, no shared memory; and it leaves the model as it was."""
+    """It has no gradient, no dropout and no shared memory, and leaves the model as it was."""
     vit = make_vit(dropout=0.3).train()
     before = copy.deepcopy(vit.state_dict())
     mean = EMA(vit, 0.9)
@@ -171,8 +172,8 @@ def test_the_running_mean_is_a_copy_that_never_trains():
     assert not any(parameter.requires_grad for parameter in mean.module.parameters())
 
 
-def test_a_saved_running_mean_goes_on_as_if_nothing_had_been(tmp_path):
-    """Weights and momentum schedule, through a file that holds no code."""
+def test_a_saved_running_mean_continues_as_if_it_had_never_stopped(tmp_path):
+    """Weights and momentum schedule come back from a file without code."""
     vit = make_vit()
     mean = EMA(vit, 0.996)
     for number in range(5):

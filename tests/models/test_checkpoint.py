@@ -1,4 +1,4 @@
-"""Files are whole or absent, and never run code."""
+"""Files are complete or absent, and never run code."""
 
 import errno
 import os
@@ -20,7 +20,7 @@ from mmkit.training.random_state import random_state, set_random_state
 
 
 def test_a_write_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
-    """The bytes, then the name, then the folder: after a power cut it is one whole file or none."""
+    """Bytes, then name, then folder: after a power cut there is a complete file or none."""
     done = []
     fsync, replace = os.fsync, os.replace
 
@@ -30,7 +30,7 @@ def test_a_write_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
         fsync(number)
 
     def noting_replace(source, target):
-        done.append(("size", os.path.getsize(source)))  # nothing waits in Python's own buffer
+        done.append(("size", os.path.getsize(source)))  # nothing is left in Python's buffer
         done.append(("rename", Path(target).name))
         replace(source, target)
 
@@ -44,7 +44,7 @@ def test_a_write_is_synced_before_it_has_its_name(tmp_path, monkeypatch):
 
 
 def check_no_room(folder, why):
-    """Writing `BIG` fails in words and leaves the earlier file, alone."""
+    """Check that writing `BIG` fails with a message and leaves the earlier file alone."""
     path = folder / "last" / "state.pth"
     with pytest.raises(OSError) as failed:
         write_atomically(BIG, path)
@@ -52,7 +52,7 @@ def check_no_room(folder, why):
     assert failed.value.errno == why
     assert f"cannot write {path}: {os.strerror(why)}" in words
     assert "It takes 8.0 MB, " in words and " MB are free there" in words
-    assert "the earlier state.pth is whole, and nothing half-written stays" in words
+    assert "the earlier state.pth is intact, and no unfinished file remains" in words
     for remedy in ("free some space", "output_dir", "keep_last"):
         assert remedy in words
     assert read_checkpoint(path)["step"] == 1
@@ -64,7 +64,7 @@ BIG = {"step": 2, "weights": [torch.zeros(1_000_000), torch.zeros(1_000_000)]}
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
-    """A real one, of 3 MB, that fills up in the middle of the write."""
+    """A real disk, of 3 MB, that becomes full in the middle of the write."""
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)], capture_output=True
     )
@@ -85,7 +85,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path):
 
 
 def test_a_limit_on_file_size_is_as_a_full_disk(tmp_path):
-    """The same without being root: the kernel refuses what goes over 1 MB."""
+    """The same without root: the kernel refuses more than 1 MB."""
     write_atomically({"step": 1}, tmp_path / "last" / "state.pth")
     code = f"""
         import errno, pathlib, resource
@@ -120,7 +120,7 @@ class Failing(dict):
 
 
 def test_only_what_killed_processes_left_is_removed(tmp_path):
-    """A second living process that writes the same file is in nobody's way."""
+    """The file of another running process that writes the same file is not touched."""
     path, other = tmp_path / "state.pth", tmp_path / "other.pth"
     stale = [tmp_path / ".state.pth.4711.tmp", tmp_path / ".state.pth.0123456789ab.tmp"]
     foreign = tmp_path / ".other.pth.0123456789ab.tmp"
@@ -138,7 +138,7 @@ def test_only_what_killed_processes_left_is_removed(tmp_path):
 
 
 def test_two_processes_may_write_the_same_file(tmp_path):
-    """Whoever comes last wins, and every reader meets a whole file."""
+    """The last one wins, and every reader finds a complete file."""
     path = tmp_path / "state.pth"
     write_atomically({"step": -1}, path)
     children = []
@@ -199,14 +199,14 @@ def test_a_file_with_code_is_refused_and_not_run(tmp_path, writer):
 
 @pytest.mark.parametrize("writer", [as_zip, as_legacy, as_pickle])
 def test_a_state_with_code_is_not_resumed_from(tmp_path, writer, make_model, make_data):
-    """The same in last/state.pth, among all that belongs there."""
+    """The same in last/state.pth, among the entries that belong there."""
     values = dict(output_dir=str(tmp_path), run_name="run", max_steps=2, batch_size=11)
     config = mm.TrainingConfig(**values)
     mm.train_model(config, make_data(53), None, make_model())
     path, trace = tmp_path / "run/last/state.pth", tmp_path / "it_ran"
     state = read_checkpoint(path)
-    for place in ("random", "scaler", "step"):
-        writer(state | {place: Hostile(trace)}, path)
+    for entry in ("random", "scaler", "step"):
+        writer(state | {entry: Hostile(trace)}, path)
         with pytest.raises(ValueError, match=r"state\.pth is refused.*nothing in it was run"):
             mm.train_model(config, make_data(53), None, make_model(), resume=True)
         assert not trace.exists()
@@ -220,7 +220,7 @@ def test_a_state_with_code_is_not_resumed_from(tmp_path, writer, make_model, mak
                       (torch.nn.Linear(2, 3), "Linear"), (Path("x"), "PosixPath")],
 )  # fmt: skip
 def test_what_is_no_plain_value_is_named(tmp_path, content, asks):
-    """Functions, modules and other objects, harmless or not: refused by their name."""
+    """Functions, modules and other objects, harmless or not, are refused and named."""
     torch.save({"step": content}, tmp_path / "state.pth")
     with pytest.raises(ValueError, match=rf"it asks for \S*{asks}"):
         read_checkpoint(tmp_path / "state.pth")
@@ -241,26 +241,26 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path, make_model):
 
 
 def test_a_changed_byte_is_never_read_as_a_weight(tmp_path):
-    """torch.load reads it without a word; the checksums in the file do not."""
+    """torch.load reads it without an error; the checksums in the file reveal it."""
     path, state = tmp_path / "state.pth", {"w": torch.arange(1009.0), "b": torch.ones(7, 11)}
     write_atomically(state, path)
     content, generator = path.read_bytes(), random.Random(0)
     refused = 0
     for _ in range(300):
-        damaged, place = bytearray(content), generator.randrange(len(content))
-        damaged[place] ^= 1 << generator.randrange(8)
+        damaged, position = bytearray(content), generator.randrange(len(content))
+        damaged[position] ^= 1 << generator.randrange(8)
         path.write_bytes(damaged)
         try:
             read = read_checkpoint(path)
             assert read.keys() == state.keys()
-            assert all(torch.equal(read[name], state[name]) for name in state)  # in the filling
+            assert all(torch.equal(read[name], state[name]) for name in state)  # in unused bytes
         except ValueError as error:
             assert "is refused" in str(error)
             refused += 1
     assert refused > 150
 
 
-def test_damaged_and_foreign_files_are_refused_in_words(tmp_path):
+def test_damaged_and_foreign_files_are_refused_with_a_message(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*gone\.pth"):
         mm.load(tmp_path / "gone.pth")
     whole = tmp_path / "whole.pth"
@@ -303,7 +303,7 @@ def test_random_state_goes_through_a_file(tmp_path):
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "inside"])
 def test_names_as_ddp_and_compile_write_them_are_read(make_model, tmp_path, prefix):
-    """Also where a layer alone was compiled, and into a model that is wrapped itself."""
+    """Also if only a layer was compiled, and into a model that is wrapped itself."""
     model = make_model(seed=1)
     weights = model.state_dict()
     if prefix == "inside":

@@ -1,4 +1,4 @@
-"""The towers are transformers' own; what is hidden cannot be seen."""
+"""The towers are transformers' own; what is masked does not change the features."""
 
 import math
 
@@ -26,17 +26,17 @@ def texts(tokenizer):
     return encode_texts(tokenizer, ["old red cat", "dog", "small blue boat and big green tree"], 17)
 
 
-def pictures(count=3, size=15, seed=0):
+def images(count=3, size=15, seed=0):
     torch.manual_seed(seed)
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
 
 
-def hide_some(model, texts, ratio):
+def mask_some(model, texts, ratio):
     """A random text `Masking`."""
     input_ids, valid = texts
-    words = valid & ~torch.isin(input_ids, model.special_ids)
+    maskable = valid & ~torch.isin(input_ids, model.special_ids)
     noise = mask_noise(0, 0, torch.arange(len(input_ids)), input_ids.shape[1], "text")
-    return random_text_mask(noise, ratio, Caption(valid, words))
+    return random_text_mask(noise, ratio, Caption(valid, maskable))
 
 
 def test_patchify_and_back():
@@ -47,11 +47,11 @@ def test_patchify_and_back():
     assert torch.equal(unpatchify(patches, 5, (2, 3)), x)
 
 
-def test_unmasked_pictures_equal_transformers(model):
-    pixels = model.normalize(pictures())
+def test_unmasked_images_equal_transformers(model):
+    pixels = model.normalize(images())
     assert pixels.min() >= -1 and pixels.max() <= 1
     expected = model.vit(pixels).last_hidden_state
-    torch.testing.assert_close(model.image_tokens(pictures()), expected)
+    torch.testing.assert_close(model.image_tokens(images()), expected)
 
 
 def test_unmasked_texts_equal_transformers(model, texts):
@@ -61,18 +61,18 @@ def test_unmasked_texts_equal_transformers(model, texts):
     torch.testing.assert_close(tokens[kept], expected[valid])
 
 
-def test_a_mask_that_hides_nothing_changes_nothing(model):
+def test_an_empty_mask_changes_nothing(model):
     masking = random_mask(torch.rand(3, 9), 0.0)
     for mode in ("drop", "replace"):
-        close = model.encode_image(pictures(), masking, mode)
-        torch.testing.assert_close(close, model.encode_image(pictures()))
+        close = model.encode_image(images(), masking, mode)
+        torch.testing.assert_close(close, model.encode_image(images()))
 
 
-# -- hidden means hidden ---------------------------------------------------------------------
+# -- masked means masked ---------------------------------------------------------------------
 
 IMAGE_MODES = ("drop", "replace")
 TEXT_MODES = ("drop", "replace", "80/10/10")
-# One ratio for all, and one per sample, so that dropping needs filler.
+# One ratio for all, and one per sample, so that dropping needs padding.
 RATIOS = (0.5, torch.linspace(0.05, 0.9, 7, dtype=torch.float64))
 
 
@@ -99,31 +99,29 @@ def every_model(make_model):
 def repaint(pixels, where):
     """Other random pixels in the patches `where` (B, 9)."""
     return unpatchify(
-        torch.where(
-            where[..., None], patchify(pictures(len(where), seed=7), 5), patchify(pixels, 5)
-        ),
+        torch.where(where[..., None], patchify(images(len(where), seed=7), 5), patchify(pixels, 5)),
         5,
         (3, 3),
     )
 
 
 def reword(model, input_ids, where):
-    """Other words at the places `where` (B, L)."""
-    words = model.word_ids
-    return torch.where(where, words[(input_ids + 3) % len(words)], input_ids)
+    """Other tokens at the positions `where` (B, L)."""
+    ids = model.word_ids
+    return torch.where(where, ids[(input_ids + 3) % len(ids)], input_ids)
 
 
 def one_visible(allowed):
-    """(B, L) bool: the first of the allowed places of each row."""
+    """(B, L) bool: the first allowed position of each row."""
     return allowed & (allowed.cumsum(1) == 1)
 
 
 @pytest.mark.parametrize("mode", IMAGE_MODES)
 @pytest.mark.parametrize("name", IMAGE_MASKERS)
-def test_hidden_pixels_cannot_be_seen(every_model, batch, name, mode):
-    """Other pixels in all hidden patches, filler's too: the same features to the bit.
+def test_masked_pixels_cannot_be_seen(every_model, batch, name, mode):
+    """Other pixels in all masked patches, also in padding: the same features to the bit.
 
-    Other pixels in a single visible patch: other features of each picture.
+    Other pixels in a single visible patch: other features for each image.
     """
     pixels = batch.pixel_values
     painted = mask_noise(0, 0, batch.sample_ids, 9, "painted").unflatten(1, (3, 3)) < 0.5
@@ -131,15 +129,15 @@ def test_hidden_pixels_cannot_be_seen(every_model, batch, name, mode):
         for ratio in RATIOS:
             masking = draw(batch, model, name, ratio=ratio, painted=painted)[0]
             assert masking.mask.any()
-            seen = model.encode_image(pixels, masking, mode)
+            features = model.encode_image(pixels, masking, mode)
             others = repaint(pixels, masking.mask)
-            assert torch.equal(seen, model.encode_image(others, masking, mode))
+            assert torch.equal(features, model.encode_image(others, masking, mode))
             visible = repaint(pixels, one_visible(~masking.mask))
-            assert (seen != model.encode_image(visible, masking, mode)).any(1).all()
+            assert (features != model.encode_image(visible, masking, mode)).any(1).all()
 
 
 def test_dropped_pixels_are_never_computed_with(every_model, batch):
-    """Not even times 0, which would show: NaN in the hidden patches, filler's too."""
+    """NaN in the masked patches, also in padding, would show even if it were multiplied by 0."""
     for model in every_model():
         masking = draw(batch, model, ratio=RATIOS[1])[0]
         pixels = model.normalize(batch.pixel_values)
@@ -150,28 +148,28 @@ def test_dropped_pixels_are_never_computed_with(every_model, batch):
 
 @pytest.mark.parametrize("mode", TEXT_MODES)
 @pytest.mark.parametrize("name", TEXT_MASKERS)
-def test_hidden_words_cannot_be_seen(every_model, batch, name, mode):
-    """Other words in all hidden places: the same features to the bit; in a visible one: others.
+def test_masked_words_cannot_be_seen(every_model, batch, name, mode):
+    """Other tokens in all masked positions: the same features to the bit; in a visible one: others.
 
-    With 80/10/10 a tenth of the hidden words stays as it is; with the `Masking` held fixed, what
-    is seen there is the word that was there when it was drawn.
+    With 80/10/10 a tenth of the masked tokens is unchanged; as the `Masking` is the same, the model
+    gets the token that was there when it was drawn.
     """
     ids, valid = batch.input_ids, batch.valid
     for model in every_model():
-        words = caption_of(ids, valid, model.token_info).maskable
+        maskable = caption_of(ids, valid, model.token_info).maskable
         for ratio in RATIOS:
             masking = draw(batch, model, text=name, ratio=ratio, text_mode=mode)[1]
             assert masking.mask.any() and (mode == "80/10/10") == (masking.substitute is not None)
-            seen = model.encode_text(ids, valid, masking, mode)
+            features = model.encode_text(ids, valid, masking, mode)
             others = reword(model, ids, masking.mask)
             assert ((others != ids) == masking.mask).all()
-            assert torch.equal(seen, model.encode_text(others, valid, masking, mode))
-            visible = reword(model, ids, one_visible(words & ~masking.mask))
-            assert (seen != model.encode_text(visible, valid, masking, mode)).any(1).all()
+            assert torch.equal(features, model.encode_text(others, valid, masking, mode))
+            visible = reword(model, ids, one_visible(maskable & ~masking.mask))
+            assert (features != model.encode_text(visible, valid, masking, mode)).any(1).all()
 
 
-def test_hidden_words_cannot_be_seen_in_a_large_batch(make_model, make_data):
-    """Where short captions run apart from long ones, too; how they are sorted is no leak."""
+def test_masked_words_cannot_be_seen_in_a_large_batch(make_model, make_data):
+    """Also if short captions run apart from long ones: their sorting leaks nothing."""
     model, batch = make_model().eval(), make_data(71).batch(range(71))
     for mode in TEXT_MODES:
         masking = draw(batch, model, text_mode=mode)[1]
@@ -182,8 +180,8 @@ def test_hidden_words_cannot_be_seen_in_a_large_batch(make_model, make_data):
         assert torch.equal(a, b)
 
 
-def test_a_forward_pass_sees_what_is_visible_alone(every_model, batch):
-    """Both at once, as in training: features as from each encoder, nothing hidden in them."""
+def test_a_forward_pass_depends_on_what_is_visible_alone(every_model, batch):
+    """Both at once, as in training: the features of each encoder, without anything masked."""
     for model in every_model():
         for modes in zip(IMAGE_MODES, TEXT_MODES, strict=False):
             maskings = draw(batch, model, "block", "whole_word", RATIOS[1])
@@ -199,13 +197,13 @@ def test_a_forward_pass_sees_what_is_visible_alone(every_model, batch):
             assert torch.equal(out.text_features, again.text_features)
 
 
-def test_filler_is_as_if_it_were_not_there(every_model, batch):
-    """Rows of different length together, and each alone without filler: the same features."""
+def test_features_do_not_depend_on_padding(every_model, batch):
+    """Rows of different length have the same features together and alone, without padding."""
     for model in every_model():
         image, text = draw(batch, model, "inverse_block", "block", RATIOS[1])
         assert not image.keep_valid.all() and not text.keep_valid.all()
         ids, valid = batch.input_ids, batch.valid
-        pictures_together = model.encode_image(batch.pixel_values, image)
+        images_together = model.encode_image(batch.pixel_values, image)
         texts_together = model.encode_text(ids, valid, text)
         for row in range(7):
             rows = slice(row, row + 1)
@@ -216,44 +214,44 @@ def test_filler_is_as_if_it_were_not_there(every_model, batch):
 
             close = dict(rtol=1e-5, atol=1e-6)
             features = model.encode_image(batch.pixel_values[rows], alone(image))
-            torch.testing.assert_close(pictures_together[rows], features, **close)
+            torch.testing.assert_close(images_together[rows], features, **close)
             features = model.encode_text(ids[rows], valid[rows], alone(text))
             torch.testing.assert_close(texts_together[rows], features, **close)
 
 
 def shuffled(masking, first=0):
-    """The same kept tokens and filler in another order, each row its own, from place `first` on."""
+    """The kept tokens and padding of each row, from index `first` on, in another order."""
     order = mask_noise(1, 0, torch.arange(7), masking.ids_keep.shape[1])
     order[:, :first] = -1
     order = order.argsort(1)
-    kept, real = masking.ids_keep.gather(1, order), masking.keep_valid.gather(1, order)
-    return Masking(masking.mask, kept, masking.ids_restore, real)
+    kept, valid = masking.ids_keep.gather(1, order), masking.keep_valid.gather(1, order)
+    return Masking(masking.mask, kept, masking.ids_restore, valid)
 
 
 def test_positions_travel_with_what_is_kept(every_model, batch):
-    """Permuted kept tokens give the same features; contents that change places do not."""
+    """Permuted kept tokens give the same features; contents that change positions do not."""
     ids, valid = batch.input_ids, batch.valid
     for model in every_model():
         image, text = draw(batch, model, "random", "random", torch.linspace(0.1, 0.6, 7))
         assert not torch.equal(shuffled(image).ids_keep, image.ids_keep)
-        seen = model.encode_image(batch.pixel_values, image)
+        features = model.encode_image(batch.pixel_values, image)
         again = model.encode_image(batch.pixel_values, shuffled(image))
-        torch.testing.assert_close(seen, again, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(features, again, rtol=1e-5, atol=1e-6)
         patches, rows = patchify(batch.pixel_values, 5), torch.arange(7)
         a, b = image.ids_keep[:, 0], image.ids_keep[:, 1]  # two kept patches
         patches[rows, a], patches[rows, b] = patches[rows, b], patches[rows, a]
         swapped = model.encode_image(unpatchify(patches, 5, (3, 3)), image)
-        assert ((swapped - seen).abs().amax(1) > 1e-4).all()
+        assert ((swapped - features).abs().amax(1) > 1e-4).all()
 
-        seen = model.encode_text(ids, valid, text)
+        features = model.encode_text(ids, valid, text)
         again = model.encode_text(ids, valid, shuffled(text, first=1))  # [CLS] stays the first
-        torch.testing.assert_close(seen, again, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(features, again, rtol=1e-5, atol=1e-6)
 
 
-def test_a_dropped_word_leaves_a_gap(model, texts):
-    """The words after it keep their positions: against transformers with position_ids."""
+def test_a_dropped_token_leaves_a_gap(model, texts):
+    """The tokens after it keep their positions: against transformers with position_ids."""
     input_ids, valid = texts
-    masking = hide_some(model, texts, 0.4)
+    masking = mask_some(model, texts, 0.4)
     row = 2
     keep = masking.ids_keep[row][masking.keep_valid[row]]
     assert keep.max() + 1 > len(keep)
@@ -264,8 +262,8 @@ def test_a_dropped_word_leaves_a_gap(model, texts):
 
 
 def test_dropped_patches_equal_a_tower_that_never_had_them(model):
-    """Against transformers' own blocks, fed the kept patches' embeddings alone."""
-    pixels, masking = pictures(), random_mask(mask_noise(0, 0, torch.arange(3), 9), 0.6)
+    """Against transformers' own blocks with the embeddings of the kept patches alone."""
+    pixels, masking = images(), random_mask(mask_noise(0, 0, torch.arange(3), 9), 0.6)
     embedded = model.vit.embeddings(model.normalize(pixels))  # (3, 10, D), with positions
     kept = torch.cat([torch.zeros(3, 1, dtype=torch.int64), 1 + masking.ids_keep], 1)
     x = embedded[torch.arange(3)[:, None], kept]
@@ -274,7 +272,7 @@ def test_dropped_patches_equal_a_tower_that_never_had_them(model):
     torch.testing.assert_close(model.image_tokens(pixels, masking), model.vit.layernorm(x))
 
 
-def test_mask_tokens_learn_where_they_are_seen(make_model, batch):
+def test_mask_tokens_learn_where_they_are_used(make_model, batch):
     """With "replace" and "80/10/10" they get a gradient; with "drop" they get none."""
     for text_mode, learns in (("replace", True), ("80/10/10", True), ("drop", False)):
         model = make_model()
@@ -289,7 +287,7 @@ def test_mask_tokens_learn_where_they_are_seen(make_model, batch):
 # -- sizes, checkpoints, errors ----------------------------------------------------------------
 
 
-def test_padding_cannot_change_features(model, texts):
+def test_contents_of_padding_do_not_change_features(model, texts):
     input_ids, valid = texts
     padded = torch.cat([input_ids, torch.full((3, 4), 9)], 1)
     longer = torch.cat([valid, torch.zeros(3, 4, dtype=torch.bool)], 1)
@@ -299,13 +297,13 @@ def test_padding_cannot_change_features(model, texts):
 
 
 def test_captions_of_any_length_go_together(model, make_data):
-    """In a large batch short captions run apart from long ones; the features do not change."""
+    """Features are the same if short captions of a large batch run apart from long ones."""
     batch = make_data(71).batch(range(71))
     together = model.encode_text(batch.input_ids, batch.valid)
     ones = [batch[i : i + 1] for i in range(71)]
     alone = [model.encode_text(one.input_ids, one.valid) for one in ones]
     torch.testing.assert_close(together, torch.cat(alone))
-    masking = hide_some(model, (batch.input_ids, batch.valid), 0.4)
+    masking = mask_some(model, (batch.input_ids, batch.valid), 0.4)
     dropped = model.encode_text(batch.input_ids, batch.valid, masking, "drop")
     part = torch.arange(0, 71, 3)
     apart = model.encode_text(batch.input_ids[part], batch.valid[part], masking[part], "drop")
@@ -322,7 +320,7 @@ def test_features_are_unit_length(model, texts, make_data):
 
 
 def test_presets_have_the_tabled_sizes(tokenizer):
-    """Picture, patch, width, depth and heads of both towers, length, common space: as designed."""
+    """Image, patch, width, depth and heads of both towers, length, common space."""
     tiny = (64, 8, (192, 6, 3), (192, 4, 3), 32, 192)
     small = (224, 16, (384, 12, 6), (384, 6, 6), 64, 256)
     base = (224, 16, (768, 12, 12), (768, 12, 12), 77, 512)
@@ -339,7 +337,7 @@ def test_presets_have_the_tabled_sizes(tokenizer):
 
 
 def test_presets_start_by_their_width(tokenizer):
-    """The ViT's weights at width ** -0.5, the BERT's at 0.02 with its positions at a quarter."""
+    """Deviations: width ** -0.5 in the ViT, 0.02 in the BERT, a quarter of it for its positions."""
     model = MultimodalEncoder.preset("tiny", tokenizer=tokenizer)
 
     def deviations(tower):
@@ -353,7 +351,7 @@ def test_presets_start_by_their_width(tokenizer):
 
 
 def test_from_backbones_reads_saved_checkpoints(model, texts, tmp_path):
-    """Towers, tokenizer and pixel statistics come from local folders as from the hub."""
+    """Towers, tokenizer and pixel statistics come from local folders, as from a hub."""
     (tmp_path / "vit").mkdir()
     model.vit.save_pretrained(tmp_path / "vit")
     (tmp_path / "vit/preprocessor_config.json").write_text(
@@ -384,18 +382,18 @@ def test_an_architecture_is_rebuilt_from_plain_values(model, texts):
     spec = json.loads(json.dumps(model.architecture()))
     other = MultimodalEncoder.from_architecture(spec).eval()
     other.load_state_dict(model.state_dict())
-    assert torch.equal(other.encode_image(pictures()), model.encode_image(pictures()))
-    words = ["old red cat", "small boat"]
-    assert other.tokenizer(words)["input_ids"] == model.tokenizer(words)["input_ids"]
+    assert torch.equal(other.encode_image(images()), model.encode_image(images()))
+    lines = ["old red cat", "small boat"]
+    assert other.tokenizer(lines)["input_ids"] == model.tokenizer(lines)["input_ids"]
 
 
-def test_wrong_sizes_are_refused_in_words(model, make_model, tokenizer):
+def test_wrong_sizes_are_refused_with_a_message(model, make_model, tokenizer):
     with pytest.raises(ValueError, match="16 x 16 pixels, the encoder takes 15 x 15"):
-        model.encode_image(pictures(size=16))
+        model.encode_image(images(size=16))
     with pytest.raises(ValueError, match="height 16 is not a multiple of patch_size 5; try 15"):
         patchify(torch.zeros(1, 3, 16, 15), 5)
     long = torch.ones(1, 18, dtype=torch.int64)
-    with pytest.raises(ValueError, match="18 pieces long, the encoder takes 17"):
+    with pytest.raises(ValueError, match="18 tokens long, the encoder takes 17"):
         model.encode_text(long, long.bool())
     from transformers import BertConfig, ViTConfig
 
@@ -406,14 +404,14 @@ def test_wrong_sizes_are_refused_in_words(model, make_model, tokenizer):
 
 
 def test_fast_attention_on_a_cpu_gives_the_same_features(model, texts):
-    a = model.encode_image(pictures()), model.encode_text(*texts)
+    a = model.encode_image(images()), model.encode_text(*texts)
     model.to_device("cpu")
-    b = model.encode_image(pictures()), model.encode_text(*texts)
+    b = model.encode_image(images()), model.encode_text(*texts)
     torch.testing.assert_close(a, b)
 
 
 def test_gradients_of_dropped_patches_are_the_same_bits_with_several_threads(tokenizer):
-    """Threads that add up in no fixed order would make a resumed run another run."""
+    """If threads added in no fixed order, a resumed run would differ."""
     before = torch.get_num_threads()
     torch.set_num_threads(max(2, before))
     try:
@@ -424,9 +422,9 @@ def test_gradients_of_dropped_patches_are_the_same_bits_with_several_threads(tok
         weight = torch.randn(61, 33, 192)  # another gradient for every token
 
         def gradient():
-            place = model.vit.embeddings.position_embeddings
+            positions = model.vit.embeddings.position_embeddings
             return torch.autograd.grad(
-                (model._patches(pixels, masking, "drop") * weight).sum(), place
+                (model._patches(pixels, masking, "drop") * weight).sum(), positions
             )
 
         first = gradient()[0]
@@ -436,7 +434,7 @@ def test_gradients_of_dropped_patches_are_the_same_bits_with_several_threads(tok
 
 
 def test_a_caption_of_padding_alone_has_no_feature_and_spoils_no_gradient(make_model, make_data):
-    """Whoever's layers run, filler rows beside it or not; the others learn as without it."""
+    """With our layers and transformers': the other captions learn as without it."""
     data = make_data(7)
     batch = data.batch(range(7))
     for own in (True, False):
@@ -468,9 +466,9 @@ def test_a_decoder_of_a_caption_of_padding_alone_stays_finite(make_model, make_d
         batch, model.token_info, seed=0, epoch=0, image=("random", 0.5), text=("random", 0.4)
     )
     batch.valid[2] = text.mask[2] = False
-    out = model(batch, image, text, "drop", "replace", ForwardSpec(pixels=True, words=True))
+    out = model(batch, image, text, "drop", "replace", ForwardSpec(pixels=True, tokens=True))
     total = out.image_features.sum() + out.text_features.sum() + out.pixels.sum()
-    (total + out.word_logits.sum()).backward()
+    (total + out.token_logits.sum()).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
@@ -502,10 +500,10 @@ def test_what_is_changed_in_the_patch_projection_is_used(make_model, make_data):
     model, batch = make_model().to_device("cpu").eval(), make_data(5).batch(range(5))
     patches = model.vit.embeddings.patch_embeddings
     plain = patches.projection
-    seen = []
+    calls = []
     with torch.no_grad():
         before = model.image_tokens(batch.pixel_values)
-        hook = plain.register_forward_hook(lambda *_: seen.append(1))
+        hook = plain.register_forward_hook(lambda *_: calls.append(1))
         torch.testing.assert_close(model.image_tokens(batch.pixel_values), before)
         hook.remove()
         patches.projection = Doubled(3, 22, 5, 5)
@@ -515,12 +513,12 @@ def test_what_is_changed_in_the_patch_projection_is_used(make_model, make_data):
         plain.weight *= 2
         plain.bias *= 2
         expected = model.image_tokens(batch.pixel_values)
-    assert seen == [1] and not torch.equal(changed, before)
+    assert calls == [1] and not torch.equal(changed, before)
     torch.testing.assert_close(changed, expected)
 
 
 @pytest.mark.parametrize(
-    ("vit", "words"),
+    ("vit", "message"),
     [
         (dict(image_size=(15, 20)), r"image_size=\(15, 20\): the encoder takes square .*=15"),
         (dict(patch_size=[5, 3]), r"patch_size=\[5, 3\]: the encoder takes square .*=3"),
@@ -529,19 +527,19 @@ def test_what_is_changed_in_the_patch_projection_is_used(make_model, make_data):
         (dict(num_attention_heads=3), "vit_config.hidden_size=22 is not a multiple of its 3 att"),
     ],
 )
-def test_towers_that_do_not_fit_are_refused_when_they_are_built(tokenizer, vit, words):
+def test_towers_that_do_not_fit_are_refused_when_they_are_built(tokenizer, vit, message):
     from transformers import BertConfig, ViTConfig
 
     tower = dict(hidden_size=22, num_hidden_layers=1, num_attention_heads=2, intermediate_size=31)
     bert = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=17, **tower)
     sizes = dict(image_size=15, patch_size=5)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         mm.MultimodalEncoder(ViTConfig(**sizes | tower | vit), bert, tokenizer)
     square = ViTConfig(**sizes | tower | dict(image_size=[15, 15], patch_size=(5, 5)))
     assert mm.MultimodalEncoder(square, bert, tokenizer).num_patches == 9
 
 
-def test_a_loss_that_is_not_known_is_named(make_model):
+def test_an_unknown_loss_is_named(make_model):
     with pytest.raises(ValueError, match="'siglip' is not known; did you mean 'sigmoid'"):
         make_model(loss="siglip")
     assert "loss" not in make_model().architecture()
@@ -552,7 +550,7 @@ def test_a_loss_that_is_not_known_is_named(make_model):
 def test_another_image_size_interpolates_positions_and_nothing_else(
     make_model, make_data, tmp_path
 ):
-    """A plane of positions stays that plane; files, decoder and masks follow."""
+    """A linear plane of positions stays linear; files, decoder and masks follow."""
     model = make_model().add_decoder(pixels=True, words=True, width=32).to_device("cpu")
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     assert model.resize(15).vit.embeddings.position_embeddings.shape == (1, 10, 22)
@@ -564,7 +562,7 @@ def test_another_image_size_interpolates_positions_and_nothing_else(
         model.vit.embeddings.position_embeddings[:, 1:] = plane.expand(-1, -1, 22)
     assert model.resize(35) is model and (model.image_size, model.num_patches) == (35, 49)
     found = model.vit.embeddings.position_embeddings[0, 1:, 3].unflatten(0, (7, 7))
-    torch.testing.assert_close(found[3, 3], torch.tensor(9.0))  # the middle is the middle
+    torch.testing.assert_close(found[3, 3], torch.tensor(9.0))  # the centre stays the centre
     assert (found.diff(dim=0) > 0).all() and (found.diff(dim=1) > 0).all()
     torch.testing.assert_close(found + found.flip(0, 1), torch.full((7, 7), 18.0))
     batch = make_data(5, size=35).batch(range(5))

@@ -1,4 +1,4 @@
-"""The layers computed here give what transformers' own layers give, gradients too."""
+"""Our layers equal transformers' own layers, and so do their gradients."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def bert():
 
 
 def shaken(model):
-    """Biases and norms as after a training, so that one that is left out shows."""
+    """Biases and norms as after training, so that a missing one shows."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -49,18 +49,18 @@ def shaken(model):
     return model.eval()
 
 
-def same_as_transformers(bert, words, positions, valid, atol):
-    """Our states and gradients are those of its own forward pass; returns the states."""
+def same_as_transformers(bert, embedded, positions, valid, atol):
+    """Check that states and gradients are those of its own forward pass; return the states."""
     expected = (
         bert(
-            inputs_embeds=words, position_ids=positions, attention_mask=valid.long()
+            inputs_embeds=embedded, position_ids=positions, attention_mask=valid.long()
         ).last_hidden_state
         * valid[..., None]
     )
-    theirs = gradients(bert, expected, words)
-    ours = bert_states(bert, words, positions, valid)
+    theirs = gradients(bert, expected, embedded)
+    ours = bert_states(bert, embedded, positions, valid)
     torch.testing.assert_close(ours, expected)
-    for name, gradient in gradients(bert, ours, words).items():
+    for name, gradient in gradients(bert, ours, embedded).items():
         torch.testing.assert_close(gradient, theirs[name], msg=name, rtol=1e-4, atol=atol)
     return ours
 
@@ -73,20 +73,20 @@ def gradients(model, states, x):
     return found
 
 
-@pytest.mark.parametrize("filler", [False, True])
-def test_a_vit_as_transformers_runs_it(vit, filler):
+@pytest.mark.parametrize("padding", [False, True])
+def test_a_vit_as_transformers_runs_it(vit, padding):
     x = torch.randn(B, N, D, requires_grad=True)
-    real = torch.rand(B, N) > 0.4 if filler else None
+    valid = torch.rand(B, N) > 0.4 if padding else None
     mask = None
-    if real is not None:
-        real[:, 0] = True
-        mask = torch.zeros(B, 1, 1, N).masked_fill(~real[:, None, None], float("-inf"))
+    if valid is not None:
+        valid[:, 0] = True
+        mask = torch.zeros(B, 1, 1, N).masked_fill(~valid[:, None, None], float("-inf"))
     expected = x
     for layer in vit.layers:
         expected = layer(expected, mask)
-    keep = torch.ones(B, N) if real is None else real.float()
+    keep = torch.ones(B, N) if valid is None else valid.float()
     theirs = gradients(vit, expected * keep[..., None], x)
-    ours = vit_layers(vit, x, real)
+    ours = vit_layers(vit, x, valid)
     torch.testing.assert_close(ours * keep[..., None], expected * keep[..., None])
     for name, gradient in gradients(vit, ours * keep[..., None], x).items():
         torch.testing.assert_close(gradient, theirs[name], msg=name, rtol=1e-4, atol=1e-5)
@@ -100,18 +100,18 @@ def test_a_bert_as_transformers_runs_it(bert, holes):
     if holes:
         valid &= torch.rand(B, L, generator=torch.Generator().manual_seed(1)) > 0.3
         valid[:, 0] = True
-    words = torch.randn(B, L, D, requires_grad=True)
+    embedded = torch.randn(B, L, D, requires_grad=True)
     positions = torch.randint(0, 13, (B, L))
-    ours = same_as_transformers(bert, words, positions, valid, atol=1e-5)
+    ours = same_as_transformers(bert, embedded, positions, valid, atol=1e-5)
     assert not ours[~valid].any()
 
 
-def test_under_autocast_the_states_stay_float32_and_near(vit, bert):
+def test_states_under_autocast_are_float32_and_close(vit, bert):
     x, valid = torch.randn(B, N, D), torch.ones(B, L, dtype=torch.bool)
-    words, positions = torch.randn(B, L, D), torch.arange(L).expand(B, -1)
-    exact = vit_layers(vit, x), bert_states(bert, words, positions, valid)
+    embedded, positions = torch.randn(B, L, D), torch.arange(L).expand(B, -1)
+    exact = vit_layers(vit, x), bert_states(bert, embedded, positions, valid)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = vit_layers(vit, x), bert_states(bert, words, positions, valid)
+        rough = vit_layers(vit, x), bert_states(bert, embedded, positions, valid)
     for a, b in zip(exact, rough, strict=True):
         assert b.dtype == torch.float32 and not torch.equal(a, b)
         assert (a - b).norm() / a.norm() < 0.02
@@ -119,46 +119,46 @@ def test_under_autocast_the_states_stay_float32_and_near(vit, bert):
 
 def test_attention_against_a_loop():
     heads, width = 5, D // 5
-    mixed, hidden = torch.randn(B, N, 3 * D), torch.zeros(B, N, dtype=torch.bool)
-    hidden[1, 3:] = True
+    mixed, masked = torch.randn(B, N, 3 * D), torch.zeros(B, N, dtype=torch.bool)
+    masked[1, 3:] = True
     query, key, value = mixed.split(D, -1)
     expected = torch.empty(B, N, D)
     for b in range(B):
         for h in range(heads):
             part = slice(h * width, (h + 1) * width)
             for i in range(N):
-                seen = [j for j in range(N) if not hidden[b, j]]
-                scores = torch.stack([query[b, i, part] @ key[b, j, part] for j in seen])
-                expected[b, i, part] = scores.softmax(0) @ value[b, seen, part]
-    torch.testing.assert_close(attend(mixed, heads, hidden), expected)
+                visible = [j for j in range(N) if not masked[b, j]]
+                scores = torch.stack([query[b, i, part] @ key[b, j, part] for j in visible])
+                expected[b, i, part] = scores.softmax(0) @ value[b, visible, part]
+    torch.testing.assert_close(attend(mixed, heads, masked), expected)
 
 
 def test_dropout_is_drawn_where_transformers_draws_it(vit, bert):
-    """In training states differ from call to call, their mean over many is that of no dropout."""
+    """In training, states differ between calls, and their mean is that without dropout."""
     for tower in (vit, bert):
         assert draws_dropout(tower) == (tower is bert)  # transformers' defaults: 0 and 0.1
     bert.train()
-    words, valid = torch.randn(1, L, D), torch.ones(1, L, dtype=torch.bool)
-    run = lambda: bert_states(bert, words, torch.arange(L)[None], valid)  # noqa: E731
+    embedded, valid = torch.randn(1, L, D), torch.ones(1, L, dtype=torch.bool)
+    run = lambda: bert_states(bert, embedded, torch.arange(L)[None], valid)  # noqa: E731
     with torch.no_grad():
         draws = torch.stack([run() for _ in range(400)])
         assert not torch.equal(draws[0], draws[1])
-        calm = bert.eval() and run()
-    assert (draws.mean(0) - calm).norm() / calm.norm() < 0.12
+        exact = bert.eval() and run()
+    assert (draws.mean(0) - exact).norm() / exact.norm() < 0.12
     assert torch.equal(run(), run())
 
 
 def test_whose_layers_run(vit, bert):
     x = torch.randn(B, N, D)
     assert own_layers(vit, x) and own_layers(bert, x)
-    seen: list = []
-    hook = vit.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    calls: list = []
+    hook = vit.layers[1].register_forward_hook(lambda *_: calls.append(1))
     assert not own_layers(vit, x)
     hook.remove()
     assert own_layers(vit, x)
     vit.set_attn_implementation("eager")
     vit(torch.zeros(1, 3, 8, 8), output_hidden_states=True, output_attentions=True)
-    assert own_layers(vit, x)  # whatever transformers has left behind
+    assert own_layers(vit, x)  # whatever hooks transformers has left
     for layer in bert.encoder.layer:
         layer.compile()
     assert not own_layers(bert, x)
@@ -166,8 +166,8 @@ def test_whose_layers_run(vit, bert):
 
 
 def test_checkpointed_layers_give_the_same_gradient_with_dropout_too(vit, bert):
-    """And keep only their inputs: the layers are run once more on the way back."""
-    words, valid = torch.randn(2, L, D), torch.arange(L) < torch.tensor([[5], [L]])
+    """They keep only their inputs and run once more in the backward pass."""
+    embedded, valid = torch.randn(2, L, D), torch.arange(L) < torch.tensor([[5], [L]])
     x = torch.randn(B, N, D)
     found = []
     for checkpointing in (False, True):
@@ -176,7 +176,7 @@ def test_checkpointed_layers_give_the_same_gradient_with_dropout_too(vit, bert):
         torch.manual_seed(7)
         vit.zero_grad(), bert.zero_grad()
         total = vit_layers(vit, x).square().sum()
-        total = total + bert_states(bert, words, torch.arange(L).expand(2, -1), valid).sum()
+        total = total + bert_states(bert, embedded, torch.arange(L).expand(2, -1), valid).sum()
         total.backward()
         both = (*vit.named_parameters(), *bert.named_parameters())
         found.append([p.grad.clone() for _, p in both if p.grad is not None])
@@ -185,28 +185,28 @@ def test_checkpointed_layers_give_the_same_gradient_with_dropout_too(vit, bert):
 
 
 def test_many_tokens_are_computed_in_whole_numbers_of_rows(bert):
-    """And the rows beyond the real ones change nothing, whatever stands on their places."""
+    """The rows beyond the valid tokens change nothing, whatever they contain."""
     batch, length = 43, 13
     lengths = torch.randint(3, length + 1, (batch,), generator=torch.Generator().manual_seed(2))
     valid = torch.arange(length) < lengths[:, None]
-    real, place = _places(valid)
-    assert len(real) == valid.sum() > 4 * ROWS and len(real) % ROWS
-    assert len(place) % ROWS == 0 and len(place.unique()) == len(place)
-    assert torch.equal(place[: len(real)], real) and not valid.flatten()[place[len(real) :]].any()
+    kept, rows = _places(valid)
+    assert len(kept) == valid.sum() > 4 * ROWS and len(kept) % ROWS
+    assert len(rows) % ROWS == 0 and len(rows.unique()) == len(rows)
+    assert torch.equal(rows[: len(kept)], kept) and not valid.flatten()[rows[len(kept) :]].any()
     few = torch.ones(3, 5, dtype=torch.bool)
     assert all(len(rows) == 15 for rows in _places(few))
     full = torch.ones(batch, length, dtype=torch.bool)  # no padding to compute with
     assert all(len(rows) == batch * length for rows in _places(full))
 
-    words = torch.randn(batch, length, D, requires_grad=True)
+    embedded = torch.randn(batch, length, D, requires_grad=True)
     positions = torch.arange(length).expand(batch, -1)
-    ours = same_as_transformers(bert, words, positions, valid, atol=1e-4)
-    spoilt = words.detach().masked_fill(~valid[..., None], float("nan"))
+    ours = same_as_transformers(bert, embedded, positions, valid, atol=1e-4)
+    spoilt = embedded.detach().masked_fill(~valid[..., None], float("nan"))
     assert torch.equal(bert_states(bert, spoilt, positions, valid), ours)
 
 
 def lora(linear, trainable=True):
-    """A Linear as LoRA's: a subclass of nn.Linear with a product of its own beside it."""
+    """A linear layer like LoRA's: a subclass of nn.Linear that adds a product of its own."""
 
     class Lora(torch.nn.Linear):
         def forward(self, x):
@@ -246,7 +246,7 @@ CHANGES = {
         setattr(vit.layers[0], "layernorm_after", torch.nn.RMSNorm(D)),
         setattr(bert.encoder.layer[0].output, "LayerNorm", torch.nn.RMSNorm(D)),
     ),
-    "an adapter beside": lambda vit, bert: (
+    "an adapter": lambda vit, bert: (
         setattr(vit.layers[0].mlp, "activation_fn", torch.nn.Sequential(torch.nn.Linear(31, 31))),
         setattr(bert.embeddings, "dropout", torch.nn.Sequential(torch.nn.Linear(D, D))),
     ),
@@ -270,11 +270,11 @@ CHANGES = {
         vit.layers[1].mlp.fc1.double(),
         bert.encoder.layer[1].double(),
     ),
-    "attention of one's own": lambda vit, bert: (
+    "a user's attention": lambda vit, bert: (
         setattr(vit.config, "_attn_implementation", "mine"),
         setattr(bert.config, "_attn_implementation", "mine"),
     ),
-    "a hook on the way back": lambda vit, bert: (
+    "a hook on the backward pass": lambda vit, bert: (
         vit.layers[1].register_full_backward_pre_hook(lambda *_: None),
         bert.encoder.register_full_backward_hook(lambda *_: None),
     ),
@@ -301,20 +301,20 @@ def test_a_decoder_and_states_of_another_type_are_left_to_transformers(bert):
     assert not own_layers(causal, x)
 
 
-def test_who_asks_for_other_derivatives_or_watches_all_modules_gets_transformers_layers(vit):
-    x, seen = torch.randn(1, N, D), []
-    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append(1))
+def test_other_derivatives_and_hooks_on_all_modules_get_transformers_layers(vit):
+    x, found = torch.randn(1, N, D), []
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: found.append(1))
     try:
         assert not own_layers(vit, x)
     finally:
         hook.remove()
-    torch.func.grad(lambda x: seen.append(own_layers(vit, x)) or x.sum())(x)
+    torch.func.grad(lambda x: found.append(own_layers(vit, x)) or x.sum())(x)
     with torch.autograd.forward_ad.dual_level():
-        seen.append(own_layers(vit, x))
-    assert seen == [False, False] and own_layers(vit, x)
+        found.append(own_layers(vit, x))
+    assert found == [False, False] and own_layers(vit, x)
 
 
-def test_a_part_that_is_not_known_may_draw(vit):
+def test_an_unknown_part_may_draw_dropout(vit):
     assert not draws_dropout(vit)
     vit.layers[1].attention.attention_dropout = 0.3
     assert draws_dropout(vit)
@@ -324,15 +324,15 @@ def test_a_part_that_is_not_known_may_draw(vit):
 
 
 def test_a_caption_of_padding_alone_spoils_no_gradient(bert):
-    """Its own states are 0; those of the others, and all gradients, are as without it."""
+    """Its states are 0; the states of the others and all gradients are as without it."""
     lengths = torch.tensor([4, 0, L])
     valid = torch.arange(L) < lengths[:, None]
-    words = torch.randn(B, L, D, requires_grad=True)
+    embedded = torch.randn(B, L, D, requires_grad=True)
     positions = torch.arange(L).expand(B, -1)
-    states = bert_states(bert, words, positions, valid)
+    states = bert_states(bert, embedded, positions, valid)
     assert not states[1].any()
-    found = gradients(bert, states[[0, 2]], words)
-    alone = bert_states(bert, words[[0, 2]], positions[:2], valid[[0, 2]])
-    for name, gradient in gradients(bert, alone, words).items():
+    found = gradients(bert, states[[0, 2]], embedded)
+    alone = bert_states(bert, embedded[[0, 2]], positions[:2], valid[[0, 2]])
+    for name, gradient in gradients(bert, alone, embedded).items():
         assert gradient.isfinite().all()
         torch.testing.assert_close(found[name], gradient, msg=name, rtol=1e-4, atol=1e-5)

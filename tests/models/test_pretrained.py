@@ -1,4 +1,4 @@
-"""A pretrained text tower is what it was, learns beside a new ViT, and comes back from files."""
+"""A pretrained text tower is unchanged, learns with a new ViT, and comes back from files."""
 
 import importlib.util
 import json
@@ -32,7 +32,7 @@ LINES = [
     "a cat",
     "two kittens sleep on an old red sofa beside the window",
     "Ünïcode, numbers 1234 and 👩‍🚒",
-    "the flag of France " * 90,  # 361 pieces: longer than most, shorter than 512
+    "the flag of France " * 90,  # 361 tokens: longer than most, shorter than 512
 ]
 
 
@@ -53,12 +53,12 @@ def model():
     return MultimodalEncoder.from_backbones(small_vit(), minilm(), embed_dim=13).eval()
 
 
-# ---- what it is ----------------------------------------------------------------------------------
+# ---- the tower -----------------------------------------------------------------------------------
 
 
 @needs_minilm
 def test_states_are_those_of_the_checkpoint(model):
-    """Against transformers' own BertModel and tokenizer: padding, positions, segments."""
+    """Against transformers' BertModel and tokenizer: padding, positions, segments."""
     tokenizer = AutoTokenizer.from_pretrained(minilm())
     bert = BertModel.from_pretrained(minilm()).eval()
     theirs = tokenizer(LINES, padding=True, truncation=True, max_length=512, return_tensors="pt")
@@ -73,10 +73,10 @@ def test_states_are_those_of_the_checkpoint(model):
 
 
 @needs_minilm
-def test_what_enters_the_projection_is_the_sentence_vector(model):
-    """Mean over all real tokens, the ends among them: sentence-transformers' own result."""
+def test_the_input_of_the_projection_is_the_sentence_vector(model):
+    """The mean over all valid tokens, special ones too, equals sentence-transformers' result."""
     library = pytest.importorskip("sentence_transformers")
-    lines = [*LINES[:3], "the flag of France " * 60]  # that library cuts at 256 pieces
+    lines = [*LINES[:3], "the flag of France " * 60]  # that library cuts at 256 tokens
     expected = library.SentenceTransformer(minilm(), device="cpu").encode(
         lines, convert_to_tensor=True
     )
@@ -87,7 +87,7 @@ def test_what_enters_the_projection_is_the_sentence_vector(model):
 
 
 @needs_minilm
-def test_a_new_vit_of_a_preset_or_a_config_stands_beside_it():
+def test_a_new_vit_of_a_preset_or_a_config_joins_it():
     torch.manual_seed(7)
     tiny = MultimodalEncoder.from_backbones("tiny", minilm(), dropout=0.25)
     preset = MultimodalEncoder.preset("tiny", tokenizer=tiny.tokenizer, dropout=0.25)
@@ -112,7 +112,7 @@ def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path):
         minilm()
 
 
-# ---- what is read of a checkpoint ----------------------------------------------------------------
+# ---- reading a checkpoint ------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -125,8 +125,8 @@ def saved(make_model, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "of another shape"])
-def test_weights_that_are_not_there_are_no_silent_draw(saved, damage):
-    """transformers fills them in at random and only logs it."""
+def test_missing_weights_are_not_drawn_silently(saved, damage):
+    """transformers draws them at random and only logs it."""
     weights = load_file(saved / "model.safetensors")
     name = "encoder.layer.1.output.dense.weight"
     taken = weights.pop(name)
@@ -137,8 +137,8 @@ def test_weights_that_are_not_there_are_no_silent_draw(saved, damage):
         MultimodalEncoder.from_backbones(small_vit(), str(saved))
 
 
-def test_a_head_that_stays_out_is_no_news(saved, capfd):
-    """transformers prints a table of such weights, as if something were wrong."""
+def test_an_unused_head_prints_nothing(saved, capfd):
+    """transformers prints a table of such weights, as if they were an error."""
     weights = load_file(saved / "model.safetensors")
     weights["cls.predictions.bias"] = torch.zeros(5)
     save_file(weights, saved / "model.safetensors", metadata={"format": "pt"})
@@ -147,7 +147,7 @@ def test_a_head_that_stays_out_is_no_news(saved, capfd):
 
 
 def test_a_tower_of_another_kind_is_refused(saved, tmp_path):
-    """XLM-R counts positions from 2: read as a BERT it would give nonsense."""
+    """XLM-R counts positions from 2: as a BERT it would give nonsense."""
     other = tmp_path / "roberta"
     shutil.copytree(saved, other)
     values = json.loads((other / "config.json").read_text())
@@ -160,15 +160,15 @@ def test_a_tower_of_another_kind_is_refused(saved, tmp_path):
 
 
 @needs_minilm
-def test_hidden_words_are_put_back_through_its_own_vocabulary(model, tmp_path):
-    """The word head is tied to the pretrained embedding: a step changes rows of hidden words."""
+def test_masked_tokens_are_reconstructed_through_its_own_vocabulary(model, tmp_path):
+    """The token head is tied to the pretrained embedding: a step changes rows of masked tokens."""
     torch.manual_seed(0)
     learner = MultimodalEncoder.from_backbones(small_vit(), minilm(), embed_dim=13)
     pixels = torch.randint(0, 256, (7, 3, 15, 15), dtype=torch.uint8)
     data = mm.MultimodalDataset.from_pixels(pixels, ["a small cat", "an old house"] * 3 + ["a dog"])
     config = mm.TrainingConfig(
         batch_size=7, image_mask_ratio=0.0, text_mask_ratio=0.5, contrastive_weight=0.0,
-        words_weight=1.0, max_steps=1, warmup_steps=1, output_dir=str(tmp_path),
+        mlm_weight=1.0, max_steps=1, warmup_steps=1, output_dir=str(tmp_path),
         mixed_precision="no",
     )  # fmt: skip
     trainer = mm.MaskedMultimodalTrainer(config, data, model=learner)
@@ -177,14 +177,14 @@ def test_hidden_words_are_put_back_through_its_own_vocabulary(model, tmp_path):
     gradient = learner.bert.embeddings.word_embeddings.weight.grad
     absent = learner.tokenizer.convert_tokens_to_ids("zebra")
     assert gradient.shape == (30522, 384)
-    assert gradient[absent].abs().sum() > 0  # as a wrong answer: only the tied head reaches it
-    assert float(trainer.terms["words"]) < 1.5 * torch.tensor(30522.0).log()
+    assert gradient[absent].abs().sum() > 0  # a wrong answer: only the tied head reaches it
+    assert float(trainer.terms["mlm"]) < 1.5 * torch.tensor(30522.0).log()
 
 
 @pytest.mark.slow
 @needs_minilm
 def test_trained_saved_loaded_exported_and_searched(tmp_path):
-    """Real pictures: the text tower waits, then learns; each way back gives the same features."""
+    """On real images: the text tower is frozen, then learns; every copy has the same features."""
     train = mm.openmoji(32, cache_dir=tmp_path)[0].subset(range(0, 2811, 60))
     torch.manual_seed(0)
     vit = ViTConfig(
@@ -216,16 +216,16 @@ def test_trained_saved_loaded_exported_and_searched(tmp_path):
     best = mm.load(Path(run.path) / "best_model.pth")
     for again in (exported, best):
         assert again.max_length == 512 and again.bert.config.hidden_dropout_prob == 0.1
-        words = ["a Kitty's ärmel", "猫 and 👩‍🚒"]
-        assert again.tokenizer(words)["input_ids"] == model.tokenizer(words)["input_ids"]
+        lines = ["a Kitty's ärmel", "猫 and 👩‍🚒"]
+        assert again.tokenizer(lines)["input_ids"] == model.tokenizer(lines)["input_ids"]
         index = mm.Index(again, train)
         hits = sum(index.search(text, 1)[0].text == text for text in queries)
-        assert hits > len(queries) / 3  # of 47; chance is one
+        assert hits > len(queries) / 3  # of 47; at chance it is one
 
 
 @pytest.mark.slow
 def test_a_tower_by_its_name_on_a_hub(saved, tmp_path):
-    """Over HTTP, as from the hub: config, weights and tokenizer, and nothing that holds code."""
+    """Over HTTP, as from the hub: config, weights and tokenizer, and nothing with code."""
     code = """
 import sys
 from transformers import ViTConfig
@@ -244,13 +244,13 @@ MultimodalEncoder.from_backbones(vit, "me/bert", embed_dim=7).save_pretrained(sy
     model = mm.load(tmp_path / "shared")
     expected = BertModel.from_pretrained(saved, add_pooling_layer=False).state_dict()
     assert all(torch.equal(model.bert.state_dict()[name], expected[name]) for name in expected)
-    words = ["old red cat", "unknown wörds"]
-    known = AutoTokenizer.from_pretrained(saved)(words)["input_ids"]
-    assert model.tokenizer(words)["input_ids"] == known
+    lines = ["old red cat", "unknown wörds"]
+    known = AutoTokenizer.from_pretrained(saved)(lines)["input_ids"]
+    assert model.tokenizer(lines)["input_ids"] == known
 
 
-def test_the_benchmarks_other_words_stand_in_no_caption():
-    """Else finding "a kitty" would be no question of what the text tower knew before."""
+def test_the_other_words_of_the_benchmark_are_in_no_caption():
+    """Otherwise finding "a kitty" would not depend on what the text tower knew before."""
     train = mm.openmoji(32)[0]
     captions = {text for texts in train.texts for text in texts}
     words = {word for text in captions for word in re.findall(r"[\w-]+", text.lower())}
@@ -279,7 +279,7 @@ for call in (
 
 @needs_minilm
 def test_without_a_network_it_says_soon_which_checkpoint_is_missing(tmp_path):
-    """transformers alone tries for 23 seconds, then names no model."""
+    """transformers alone tries for 23 seconds and then names no model."""
     env = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
     command = [sys.executable, "-c", NO_NETWORK]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=env)
@@ -293,7 +293,7 @@ def test_without_a_network_it_says_soon_which_checkpoint_is_missing(tmp_path):
 
 
 def test_a_bert_without_its_tokenizer_is_refused(saved, tokenizer):
-    """To what transformers makes up instead, every word would be unknown."""
+    """For the tokenizer that transformers makes up instead, every word would be unknown."""
     from transformers import BertConfig, PreTrainedTokenizerFast
 
     folder = saved
@@ -327,8 +327,10 @@ TINTED, SPREAD = [0.1, 0.2, 0.3], [0.5, 0.4, 0.3]
         (dict(size=15), [0.5] * 3, [0.5] * 3),
     ],
 )  # fmt: skip
-def test_a_preprocessor_s_numbers_are_the_models(make_model, saved, tmp_path, settings, mean, std):
-    """Whether it normalises, and what it scales by; without one as the encoder's own."""
+def test_the_model_has_the_statistics_of_the_preprocessor(
+    make_model, saved, tmp_path, settings, mean, std
+):
+    """Whether it normalises, and its scale; without statistics, those of a new encoder."""
     vit = tmp_path / "vit"
     make_model().vit.save_pretrained(vit)
     (vit / "preprocessor_config.json").write_text(json.dumps(settings))

@@ -1,4 +1,4 @@
-"""What is shared comes back bit for bit; what is damaged, foreign or hostile is refused."""
+"""A shared model comes back bit for bit; damaged, foreign or hostile files are refused."""
 
 import contextlib
 import copy
@@ -25,7 +25,7 @@ from mmkit.models.decoder import ForwardSpec
 from tests.small_hub import SmallHub
 
 FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-WORDS = ["old red cat", "dog", "small blue boat and a zebra"]
+TEXTS = ["old red cat", "dog", "small blue boat and a zebra"]
 
 
 @pytest.fixture
@@ -51,13 +51,13 @@ def features(model):
     side = model.image_size
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, generator=generator)
-    texts = encode_texts(model.tokenizer, WORDS, model.max_length)
+    texts = encode_texts(model.tokenizer, TEXTS, model.max_length)
     with torch.no_grad():
         return model.encode_image(pixels), model.encode_text(*texts)
 
 
 def same_model(one, other):
-    """Everything that a user could tell them apart by."""
+    """Check everything by which a user could tell them apart."""
     a, b = one.state_dict(), other.state_dict()
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     for (name, x), (other_name, y) in zip(one.named_buffers(), other.named_buffers(), strict=True):
@@ -65,14 +65,14 @@ def same_model(one, other):
     assert one.architecture() == other.architecture()
     dropouts = [[m.p for m in x.modules() if isinstance(m, torch.nn.Dropout)] for x in (one, other)]
     assert dropouts[0] == dropouts[1]
-    assert one.tokenizer(WORDS)["input_ids"] == other.tokenizer(WORDS)["input_ids"]
+    assert one.tokenizer(TEXTS)["input_ids"] == other.tokenizer(TEXTS)["input_ids"]
     one = copy.deepcopy(one).to_device("cpu").eval()
     assert all(map(torch.equal, features(one), features(other)))
     assert not other.training
 
 
 def unlike_new(model):
-    """Other values in every parameter and buffer, so that none can be right by chance."""
+    """Change every parameter and buffer, so that none can be right by chance."""
     torch.manual_seed(5)
     with torch.no_grad():
         for tensor in model.state_dict().values():
@@ -85,7 +85,7 @@ def unlike_new(model):
 
 @pytest.mark.parametrize("options", [{}, {"dropout": 0.3}, {"pooling": "cls"}])
 def test_a_small_model_comes_back_to_the_bit(make_model, tmp_path, options):
-    """With either pooling, with dropout, with pixel statistics of its own."""
+    """With either pooling, with dropout, with its own pixel statistics."""
     model = unlike_new(make_model(image_mean=(0.4, 0.5, 0.6), **options))
     model.save_pretrained(tmp_path / "new" / "shared")
     same_model(model, mm.MultimodalEncoder.from_pretrained(tmp_path / "new/shared"))
@@ -96,7 +96,7 @@ def test_a_preset_comes_back_to_the_bit(tokenizer, tmp_path):
     model = unlike_new(mm.MultimodalEncoder.preset("tiny", tokenizer=tokenizer, dropout=0.1))
     model.save_pretrained(tmp_path)
     assert names(tmp_path) == FILES
-    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # readable alike
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # equally readable
     same_model(model, mm.load(tmp_path))
 
 
@@ -120,8 +120,8 @@ def test_towers_from_checkpoints_come_back_to_the_bit(make_model, tmp_path):
     assert again.pixel_stats[0].flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
 
 
-def test_special_tokens_of_ones_own_stay_special(make_model, tokenizer, tmp_path):
-    """They are never hidden; after loading neither."""
+def test_a_users_special_tokens_stay_special(make_model, tokenizer, tmp_path):
+    """They are never masked, also after loading."""
     model = make_model()
     model.tokenizer = copy.deepcopy(tokenizer)
     model.tokenizer.add_special_tokens({"extra_special_tokens": ["tree"]})
@@ -132,7 +132,7 @@ def test_special_tokens_of_ones_own_stay_special(make_model, tokenizer, tmp_path
 
 
 def test_tensors_that_share_memory_and_compiled_layers(make_model, tmp_path):
-    """Each name is written by itself, as the model itself calls it; the features are the same."""
+    """Each tensor is written under the model's own name; the features are the same."""
     model = unlike_new(make_model().to_device("cpu").eval())
     model.text_projection = model.image_projection
     compiled = copy.deepcopy(model)
@@ -142,7 +142,7 @@ def test_tensors_that_share_memory_and_compiled_layers(make_model, tmp_path):
     assert all(map(torch.equal, features(model), features(mm.load(tmp_path))))
 
 
-def test_half_precision_comes_back_in_float32_and_more_than_that_is_refused(make_model, tmp_path):
+def test_half_precision_comes_back_in_float32_and_float64_is_refused(make_model, tmp_path):
     model = unlike_new(make_model())
     for kind in (torch.float16, torch.bfloat16):
         half = copy.deepcopy(model).to(kind)
@@ -156,7 +156,7 @@ def test_half_precision_comes_back_in_float32_and_more_than_that_is_refused(make
 
 
 def test_an_encoder_is_copied_and_pickled_as_before(make_model):
-    """Data loading workers and a running mean of the weights need it."""
+    """Data loading workers and EMA need it."""
     model = make_model(pooling="cls")
     for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         same_model(model, again.to_device("cpu").eval())
@@ -180,8 +180,8 @@ def test_the_parts_are_readable_without_mmkit(make_model, tmp_path):
     pixels = torch.randn(2, 3, 15, 15)
     vit, bert = tower("vit", ViTConfig, ViTModel), tower("bert", BertConfig, BertModel)
     assert torch.equal(vit(pixels)[0], model.vit(pixels)[0])
-    tokens = AutoTokenizer.from_pretrained(tmp_path)(WORDS, padding=True, return_tensors="pt")
-    input_ids, valid = encode_texts(model.tokenizer, WORDS, 17)
+    tokens = AutoTokenizer.from_pretrained(tmp_path)(TEXTS, padding=True, return_tensors="pt")
+    input_ids, valid = encode_texts(model.tokenizer, TEXTS, 17)
     assert torch.equal(tokens["input_ids"], input_ids)
     states = bert(input_ids, attention_mask=valid.long())[0]
     assert torch.equal(states, model.bert(input_ids, attention_mask=valid.long())[0])
@@ -191,26 +191,26 @@ HEADS = dict(width=32, pixel_depth=1, word_depth=2)
 
 
 def predictions(model, across):
-    """Patches, hidden words and pairs of a made batch."""
+    """Predicted patches, masked tokens and pairs of a made batch."""
     side, size = model.image_size, model.patch_size
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, generator=generator)
-    texts = encode_texts(model.tokenizer, WORDS, model.max_length)
+    texts = encode_texts(model.tokenizer, TEXTS, model.max_length)
     batch = Batch(pixels, *texts, torch.arange(3))
     masks = draw_maskings(batch, model.token_info, seed=0, epoch=0, image=("random", 0.5),
-                          text=("random", 0.5), predict_words=True)  # fmt: skip
+                          text=("random", 0.5), predict_tokens=True)  # fmt: skip
     noise = torch.rand(3, 2, generator=generator) if across else None
     with torch.no_grad():
         out = model(
             batch, *masks, "drop", "replace", ForwardSpec(False, "masked", True, True, noise)
         )
     assert out.pixels.shape == (3, (side // size) ** 2, 3 * size**2)
-    return [out.pixels, out.word_logits, *([out.matching] if across else [])]
+    return [out.pixels, out.token_logits, *([out.matching] if across else [])]
 
 
 @pytest.mark.parametrize("heads", [{}, dict(across=True, matching=True), dict(norm_pix_loss=True)])
 def test_a_decoder_comes_back_to_the_bit(make_model, tmp_path, heads):
-    """From a folder and from a best_model.pth; a folder of before there were decoders has none."""
+    """From a folder and from a best_model.pth; a folder without a decoder gives none."""
     model = make_model(dropout=0.1).add_decoder(**HEADS | heads).to_device("cpu")
     model = unlike_new(model).eval()
     model.save_pretrained(tmp_path / "shared")
@@ -230,11 +230,11 @@ def test_a_decoder_comes_back_to_the_bit(make_model, tmp_path, heads):
     assert mm.load(tmp_path / "plain").decoder is None
 
 
-# -- refused in words ------------------------------------------------------------------------
+# -- error messages --------------------------------------------------------------------------
 
 
 def other_weights(folder, **changes):
-    """Weights of another shape, with a checksum that fits, as another export would have it."""
+    """Other weights with a correct checksum, as in another export."""
     weights = load_file(folder / "model.safetensors") | changes
     kept = {k: v for k, v in weights.items() if v is not None}
     save_file(kept, folder / "model.safetensors")
@@ -242,28 +242,28 @@ def other_weights(folder, **changes):
     edit(folder, lambda config: config["sha256"].update({"model.safetensors": total}))
 
 
-def cut(name, share):
+def cut(name, fraction):
     def damage(folder):
         path = folder / name
         content = path.read_bytes()
-        path.write_bytes(content[: int(share * len(content))])
+        path.write_bytes(content[: int(fraction * len(content))])
 
     return damage
 
 
-def flip(name, place):
-    """One bit of a file, at a share of its length."""
+def flip(name, position):
+    """Change one bit of a file, at a fraction of its length."""
 
     def damage(folder):
         content = bytearray((folder / name).read_bytes())
-        content[int(place * len(content))] ^= 1
+        content[int(position * len(content))] ^= 1
         (folder / name).write_bytes(bytes(content))
 
     return damage
 
 
 def setting(*keys, value):
-    """Another value in config.json."""
+    """Set another value in config.json."""
 
     def damage(folder):
         def change(config):
@@ -281,8 +281,8 @@ def only_a_pickle(folder):
     (folder / "model.safetensors").unlink()
 
 
-def text(name, words):
-    return lambda folder: (folder / name).write_text(words)
+def text(name, content):
+    return lambda folder: (folder / name).write_text(content)
 
 
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
@@ -301,7 +301,7 @@ DAMAGES = {
     "config endless": (text("config.json", "[" * 99_999), r"config\.json is damaged"),
     "config of a ViT": (
         setting("model_type", value="vit"),
-        r"config\.json is of a 'vit' model, not of an mmkit one; give a folder that save_pre",
+        r"config\.json is of a 'vit' model, not of an mmkit model; give a complete folder",
     ),
     "config of nothing": (text("config.json", "{}"), r"config\.json is not of an mmkit model"),
     "a newer mmkit": (setting("format", value=2), "has format 2, this mmkit reads 1; update mmkit"),
@@ -322,7 +322,7 @@ DAMAGES = {
         setting("architecture", "embed_dim", value=17),
         r"of another architecture .*'image_projection\.2\.weight' is \(13, 22\) there, \(17, 22\)",
     ),
-    # Sizes that would not fit into any memory: compared before anything is built.
+    # Sizes that fit into no memory: they are compared before anything is built.
     "an absurd width": (
         setting("architecture", "vit", "intermediate_size", value=10**12),
         r"of another architecture .*fc1.* is \(31, 22\) there, \(1000000000000, 22\) here",
@@ -341,18 +341,18 @@ DAMAGES = {
     ),
     "a tensor of whole numbers": (
         lambda folder: other_weights(folder, logit_bias=torch.tensor(-10)),
-        "holds numbers of type I64, which float32 does not hold",
+        "holds numbers of type I64, which float32 does not represent",
     ),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_what_is_damaged_or_foreign_is_refused(shared, name):
-    """By name of the file and in words, whichever way it is read."""
-    damage, words = DAMAGES[name]
+    """The message names the file, whichever way it is read."""
+    damage, message = DAMAGES[name]
     damage(shared)
     for read in (mm.load, mm.MultimodalEncoder.from_pretrained):
-        with pytest.raises(ValueError, match=words) as refused:
+        with pytest.raises(ValueError, match=message) as refused:
             read(shared)
         assert str(shared) in str(refused.value)
 
@@ -393,26 +393,30 @@ OF_DECODER = {
 
 @pytest.mark.parametrize("name", OF_DECODER)
 def test_a_damaged_decoder_is_refused(make_model, tmp_path, name):
-    """In words, before anything of an absurd size is built."""
+    """With a message, before anything of an absurd size is built."""
     make_model().add_decoder(**HEADS).save_pretrained(tmp_path / "shared")
-    damage, words = OF_DECODER[name]
+    damage, message = OF_DECODER[name]
     damage(tmp_path / "shared")
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=message):
         mm.load(tmp_path / "shared")
 
 
 @pytest.mark.parametrize("name", sorted(FILES - {"README.md"}))
 def test_what_is_missing_is_named(shared, name):
     (shared / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"has no {name}; give a folder that save_pretr"):
+    with pytest.raises(
+        FileNotFoundError, match=f"has no {name}; give a complete folder from save_pretr"
+    ):
         mm.load(shared)
 
 
-def test_what_lies_elsewhere_is_said(make_model, shared, tmp_path):
-    """Pickled weights, a run's folder, a single file, nothing at all: what to do instead."""
+def test_a_wrong_path_is_explained(make_model, shared, tmp_path):
+    """For pickled weights, a run's folder, a file or nothing, the message says what to do."""
     only_a_pickle(shared)
-    words = r"has no model\.safetensors; pytorch_model\.bin is not read, such a file can run code"
-    with pytest.raises(FileNotFoundError, match=words):
+    message = (
+        r"no model\.safetensors; pytorch_model\.bin is not read, since such a file can run code"
+    )
+    with pytest.raises(FileNotFoundError, match=message):
         mm.load(shared)
     run = tmp_path / "run"
     run.mkdir()
@@ -435,7 +439,7 @@ def test_what_lies_elsewhere_is_said(make_model, shared, tmp_path):
         mm.MultimodalEncoder.from_pretrained(run, trust_remote_code=True)
 
 
-# -- nothing can run -------------------------------------------------------------------------
+# -- no code runs ----------------------------------------------------------------------------
 
 
 class Hostile:
@@ -449,7 +453,7 @@ class Hostile:
 
 
 def make_hostile(folder, trace):
-    """All the ways in which a transformers folder may ask for code of its own, or for a kernel."""
+    """Use all ways in which a transformers folder can ask for its own code, or for a kernel."""
     (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Evil: pass\n")
     of_model = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}
     for file in ("config.json", "tokenizer_config.json"):
@@ -466,7 +470,7 @@ KERNEL = {
 
 
 def test_a_hostile_folder_runs_nothing(make_model, shared, tmp_path):
-    """Code beside it, pickles, kernels to fetch: none is touched, and the model is the model."""
+    """Code in the folder, pickles and kernels to download are ignored; the model is unchanged."""
     trace = tmp_path / "it_ran"
     make_hostile(shared, trace)
     kind = {"tokenizer_class": "Evil", "model_type": "evil"}
@@ -479,7 +483,7 @@ def test_a_hostile_folder_runs_nothing(make_model, shared, tmp_path):
 
 
 def test_a_checkpoint_or_a_tower_cannot_ask_for_code_either(make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *words: pytest.fail("asks whether to run code"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks whether to run code"))
     model, trace = make_model(), tmp_path / "it_ran"
     spec = model.architecture()
     spec["vit"] |= KERNEL
@@ -502,7 +506,7 @@ def test_a_checkpoint_or_a_tower_cannot_ask_for_code_either(make_model, tmp_path
     assert not trace.exists() and "evil" not in sys.modules
 
 
-# -- written whole ---------------------------------------------------------------------------
+# -- complete files --------------------------------------------------------------------------
 
 
 def test_a_full_disk_leaves_the_earlier_export_whole(make_model, shared, monkeypatch):
@@ -512,7 +516,7 @@ def test_a_full_disk_leaves_the_earlier_export_whole(make_model, shared, monkeyp
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    (shared / ".export-killed").mkdir()  # what a process that was killed left behind
+    (shared / ".export-killed").mkdir()  # left by a killed process
     monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
     with pytest.raises(OSError, match="No space left"):
         make_model(seed=1).save_pretrained(shared)
@@ -523,7 +527,7 @@ def test_a_full_disk_leaves_the_earlier_export_whole(make_model, shared, monkeyp
 
 @pytest.mark.parametrize("renamed", range(6))
 def test_killed_between_two_renames_it_is_never_a_mixture(make_model, shared, monkeypatch, renamed):
-    """The old model until the first, the new one after the last, refused in between."""
+    """The old model before the first rename, the new one after the last, refused in between."""
     replace, left = os.replace, [renamed]
 
     def killed(source, target):
@@ -540,23 +544,23 @@ def test_killed_between_two_renames_it_is_never_a_mixture(make_model, shared, mo
     if renamed in (0, 5):
         same_model(new if renamed else make_model(), mm.load(shared))
     else:
-        with pytest.raises(ValueError, match=r"of another model than config\.json beside it"):
+        with pytest.raises(ValueError, match=r"of another model than the config\.json beside it"):
             mm.load(shared)
     new.save_pretrained(shared)
     same_model(new, mm.load(shared))
 
 
 def test_weights_of_another_export_are_never_mixed_in(make_model, shared, tmp_path):
-    """Same architecture, other weights: every tensor fits, and yet they do not belong together."""
+    """The architecture is the same and every tensor fits, but the files do not belong together."""
     make_model(seed=1).save_pretrained(tmp_path / "other")
     shutil.copy(tmp_path / "other/model.safetensors", shared)
-    with pytest.raises(ValueError, match=r"of another model than config\.json beside it"):
+    with pytest.raises(ValueError, match=r"of another model than the config\.json beside it"):
         mm.load(shared)
 
 
 # -- the card --------------------------------------------------------------------------------
 
-FACTS = {
+METADATA = {
     "config": mm.TrainingConfig(
         image_mask="block", image_mask_ratio=0.4, text_mask_ratio=0.15, output_dir="/home/me/runs"
     ).to_dict(),
@@ -568,14 +572,14 @@ FACTS = {
 
 
 def test_the_card_says_what_is_known(make_model, tmp_path):
-    make_model(pooling="cls").save_pretrained(tmp_path / "shared", facts=FACTS)
+    make_model(pooling="cls").save_pretrained(tmp_path / "shared", metadata=METADATA)
     card = ModelCard.load(tmp_path / "shared/README.md")
     assert card.data.library_name == "mmkit" and "mmkit" in card.data.tags
     assert card.data.pipeline_tag == "zero-shot-image-classification"
     for row in (
-        "| picture | 15 x 15 pixels, patches of 5: 9 |",
+        "| image | 15 x 15 pixels, patches of 5: 9 |",
         "| ViT | width 22, 2 layers, 2 heads |",
-        "captions of up to 17 pieces",
+        "captions of up to 17 tokens",
         "| common space | 13 numbers |",
         "| pooling | the first token |",
         "| data | openmoji-compose-train |",
@@ -611,14 +615,14 @@ def test_the_lines_on_the_card_run(make_model, tmp_path, monkeypatch):
 
 def test_every_tensor_is_on_the_card(make_model, shared):
     card = (shared / "README.md").read_text()
-    told = re.findall(r"`([a-z_]+)(?:\.\*)?`", card)
-    assert {name.split(".")[0] for name in make_model().state_dict()} <= set(told)
+    named = re.findall(r"`([a-z_]+)(?:\.\*)?`", card)
+    assert {name.split(".")[0] for name in make_model().state_dict()} <= set(named)
 
 
-def test_a_card_that_somebody_wrote_is_kept(make_model, tmp_path):
-    """One that mmkit wrote is renewed with the model."""
+def test_a_card_that_a_user_wrote_is_kept(make_model, tmp_path):
+    """A card that mmkit wrote is replaced with the model."""
     make_model().save_pretrained(tmp_path)
-    make_model().save_pretrained(tmp_path, facts=FACTS)
+    make_model().save_pretrained(tmp_path, metadata=METADATA)
     assert "openmoji-compose-train" in (tmp_path / "README.md").read_text()
     with open(tmp_path / "README.md", "a") as file:
         file.write("Do not use it for mushrooms.\n")
@@ -628,14 +632,14 @@ def test_a_card_that_somebody_wrote_is_kept(make_model, tmp_path):
     same_model(make_model(seed=1), mm.load(tmp_path))
 
 
-def test_a_run_knows_its_facts(make_data, make_model, tmp_path):
-    """A real run of two steps: its card names what was hidden, its folder the same."""
+def test_a_run_knows_its_metadata(make_data, make_model, tmp_path):
+    """After a real run of two steps, the card names settings, data and recall."""
     config = mm.TrainingConfig(
         batch_size=11, max_steps=2, image_mask_ratio=0.3, output_dir=str(tmp_path), run_name="quick"
     )
     data = make_data(23, name="noise")
     run = mm.train_model(config, data, make_data(7, seed=1), model=make_model())
-    run.model.save_pretrained(tmp_path / "shared", facts=run.facts)
+    run.model.save_pretrained(tmp_path / "shared", metadata=run.metadata)
     card = (tmp_path / "shared/README.md").read_text()
     recall = 100 * run.best["text_to_image_R@1"]
     for row in ("| data | noise |", "| `image_mask_ratio` | 0.3 |", "| `max_steps` | 2 |"):
@@ -651,14 +655,14 @@ import sys
 import mmkit as mm
 
 model = mm.load(sys.argv[1])
-print(model.push_to_hub("me/first", facts={"data": {"name": "noise"}}, token="hf_none"))
+print(model.push_to_hub("me/first", metadata={"data": {"name": "noise"}}, token="hf_none"))
 model = mm.MultimodalEncoder.from_pretrained("me/first", token="hf_none")
 model.save_pretrained(sys.argv[2])
-for name, words in (("me/gone", "gives none of that name (404"), ("me/pickled", "has no config")):
+for name, message in (("me/gone", "has none of that name (404"), ("me/pickled", "has no config")):
     try:
         mm.MultimodalEncoder.from_pretrained(name)
     except FileNotFoundError as error:
-        assert words in str(error), error
+        assert message in str(error), error
     else:
         raise AssertionError(name)
 """
@@ -670,15 +674,15 @@ mm.MultimodalEncoder.from_pretrained("me/first").save_pretrained(sys.argv[1])
 """
 
 
-def python(code, *words, **env):
-    command = [sys.executable, "-c", code, *map(str, words)]
+def python(code, *arguments, **env):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
     env = os.environ | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"} | env
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
 
 
 @pytest.mark.slow
 def test_pushed_to_a_hub_and_loaded_by_name(shared, make_model, tmp_path):
-    """Through the hub's own mixin and client, over HTTP; then from its cache, the hub gone."""
+    """Through the hub's own mixin and client, over HTTP; then from the cache, without the hub."""
     with SmallHub() as hub:
         hub.files["me/pickled"] = {"pytorch_model.bin": b"never asked for"}
         env = {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "cache")}

@@ -1,4 +1,4 @@
-"""A resume goes on with the same experiment only, and says what differs."""
+"""Only the same experiment is resumed; a refusal names what differs."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from tests.train_small import DEFAULTS, jittered
 
 
 def defined(source: str, name: str = "f", file: str = "a.py", **values):
-    """A function from its source, as a module of one's own would define it."""
+    """A function from its source, as a user's module would define it."""
     namespace = {"__name__": values.pop("module", "mine"), **values}
     exec(compile(source, file, "exec"), namespace)
     return namespace[name]
@@ -44,7 +44,7 @@ def by_attribute(settings):
 
 
 def within(by):
-    return lambda progress: sum(share * by for share in (progress, 1.0))
+    return lambda progress: sum(fraction * by for fraction in (progress, 1.0))
 
 
 class Slope:
@@ -66,10 +66,12 @@ class Step:
 SETTINGS = types.ModuleType("settings")
 FLOOR = "def f(p):\n    return max(floor, 1 - p)"
 INNER = "def f(p):\n    def g(): return p * {}\n    return g()"
-SAME = {  # two functions that compute the same, however they are written down
+SAME = {  # two functions that compute the same, though they are written differently
     "another file, line, module, local name and docstring": lambda: (
         defined("def f(p):\n    'How far.'\n    return 1 - p"),
-        defined("\n\n# moved\ndef f(share):\n    return 1 - share", file="b.py", module="theirs"),
+        defined(
+            "\n\n# moved\ndef f(fraction):\n    return 1 - fraction", file="b.py", module="theirs"
+        ),
     ),
     "built anew": lambda: (scaled(0.5), scaled(0.5)),
     "partial": lambda: tuple(functools.partial(pow, exp=2, mod=None) for _ in range(2)),
@@ -113,7 +115,7 @@ OTHER = {
         functools.cache(defined(f"def f(p):\n    return {n}")) for n in (1, 2)
     ],
     "a tensor": lambda: [scaled(torch.tensor([n])) for n in (1, 2)],
-    "a transform's size": lambda: [lambda picture, n=n: square(n)(picture) for n in (15, 16)],
+    "a transform's size": lambda: [lambda image, n=n: square(n)(image) for n in (15, 16)],
     "C functions": lambda: [math.sin, math.cos],
     "of NumPy": lambda: [np.sin, np.cos],
     "of torch": lambda: [torch.sin, torch.cos],
@@ -162,12 +164,12 @@ def test_what_cannot_be_compared_says_why():
     assert function_identity(scaled(loop)) == function_identity(scaled(loop))
 
 
-# ---- a run that goes on --------------------------------------------------------------------------
+# ---- a resumed run -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def stopped(tmp_path, make_model, make_data):
-    """f(...) builds a trainer; a run that stopped at step 6 of 16 is there to be resumed."""
+    """f(...) builds a trainer; a run that stopped at step 6 of 16 can be resumed."""
 
     def make(data=None, val="usual", model=None, resume=True, callbacks=(), **values):
         values = dict(output_dir=str(tmp_path), run_name="run", max_steps=16) | values
@@ -197,7 +199,7 @@ def with_pixels(data, pixels, **options):
 
 
 def permuted(tokenizer):
-    """A tokenizer of the same size that numbers two words the other way round."""
+    """A tokenizer of the same size with the ids of two words swapped."""
     from mmkit.data.tokenizer import tokenizer_from_state, tokenizer_state
 
     state = tokenizer_state(tokenizer)
@@ -224,11 +226,14 @@ def permuted(tokenizer):
         ("norm", "layer_norm_eps"),
         ("frozen", "weights that never learn: 'none' -> '3 "),
         ("tokenizer", "tokenizer: it gives other tokens"),
-        ("schedule", r"schedule: function <lambda> -> function <lambda> \(another of that name\)"),
+        (
+            "schedule",
+            r"schedule: function <lambda> -> function <lambda> \(another one of this name\)",
+        ),
         ("a registered schedule", "schedule: function <lambda> -> linear"),
-        ("term schedule", "pixels_schedule: constant -> function linear"),
+        ("term schedule", "mim_schedule: constant -> function linear"),
         ("partial optimizer", r"optimizer: function partial -> function partial \(another"),
-        ("masker", r"image_mask: mine -> mine \(another of that name\)"),
+        ("masker", r"image_mask: mine -> mine \(another one of this name\)"),
     ],
 )
 def test_another_experiment_is_refused_by_name(stopped, make_model, make_data, change, words):
@@ -286,7 +291,7 @@ def test_another_experiment_is_refused_by_name(stopped, make_model, make_data, c
     elif change == "a registered schedule":
         now["schedule"] = "linear"
     elif change == "term schedule":
-        now["pixels_schedule"] = mm.schedules.linear
+        now["mim_schedule"] = mm.schedules.linear
     elif change == "partial optimizer":
         now["optimizer"] = functools.partial(torch.optim.SGD, lr=0.02, momentum=0.9)
     elif change == "masker":
@@ -297,12 +302,12 @@ def test_another_experiment_is_refused_by_name(stopped, make_model, make_data, c
     finally:
         IMAGE_MASKERS.pop("mine", None)
     no_fork = change in ("tokenizer", "width")
-    fork = "a fork cannot have" if no_fork else "or fork it, which starts a run of its own"
+    fork = "a fork cannot have" if no_fork else "or fork it, which starts another run"
     assert str(refused.value).startswith("cannot resume") and fork in str(refused.value)
 
 
 def test_the_same_experiment_goes_on_without_a_word(stopped, make_data, make_model, capsys):
-    """Built anew, all of it; a function by its registered name; other names of sets; views."""
+    """All rebuilt; a function by its registered name; other names of sets; views."""
     make = stopped(
         schedule=mm.schedules.linear, optimizer=functools.partial(torch.optim.SGD, lr=0.1)
     )
@@ -359,12 +364,12 @@ def test_a_run_from_before_this_fingerprint_goes_on_with_a_word(
 
 @pytest.fixture
 def in_files(tmp_path, tokenizer):
-    """f(folder) is the data set of 23 images in files, written where they are not there yet."""
+    """f(folder) is a data set of 23 images in files, which are written if missing."""
 
     def make(folder="images", **options):
         root = tmp_path / folder
         for row in range(23):
-            file = root / f"sub{row % 3}" / f"{row}.bmp"  # all of one size
+            file = root / f"sub{row % 3}" / f"{row}.bmp"  # all of the same size
             if not file.exists():
                 file.parent.mkdir(parents=True, exist_ok=True)
                 generator = np.random.default_rng(row)
@@ -379,7 +384,7 @@ def in_files(tmp_path, tokenizer):
 
 @pytest.fixture
 def reads(monkeypatch, tmp_path):
-    """Counts how many images are read for their contents; all files count as written long ago."""
+    """Count the images read for their contents; all files count as written long ago."""
     seen, real, now = [], mm.data.image_cache.content_hash, time.time_ns
     monkeypatch.setenv("MMKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(mm.data.image_cache.time, "time_ns", lambda: now() + 10**10)
@@ -396,7 +401,7 @@ def test_image_files_are_known_by_their_state_and_else_by_their_contents(
     assert len(reads) == 23  # for the overlap of both sets and for the fingerprint, once
     root = tmp_path / "images"
     assert make(data=in_files()).step == 6
-    shutil.move(root, tmp_path / "moved")  # another place, the same times
+    shutil.move(root, tmp_path / "moved")  # another folder, the same times
     assert make(data=in_files("moved")).step == 6
     assert len(reads) == 23  # nothing had to be read for any of this
     for file in (tmp_path / "moved").rglob("*.bmp"):
@@ -421,10 +426,10 @@ def test_image_files_are_known_by_their_state_and_else_by_their_contents(
 
 
 def test_how_images_are_read_counts(stopped, in_files):
-    """A transform of one's own by what it computes; in memory as well."""
+    """A user's transform is compared by what it computes, in memory as well."""
 
     def cut(by):
-        return lambda picture: square(15)(picture).float() / by
+        return lambda image: square(15)(image).float() / by
 
     make = stopped(data=in_files(transform=cut(255)), val=None)
     assert make(data=in_files(transform=cut(255)), val=None).step == 6
@@ -439,7 +444,7 @@ def test_how_images_are_read_counts(stopped, in_files):
 
 
 def test_of_very_many_images_a_sample_is_compared(in_files, monkeypatch, reads):
-    """And none where nobody shall look at them: then by names and sizes, which is said."""
+    """No image is read where that was ruled out; names and sizes are compared, with a warning."""
     monkeypatch.setattr(fingerprint, "_SAMPLE", 5)
     monkeypatch.setattr(mm.MultimodalDataset, "expensive", True)
     data = in_files()
@@ -457,7 +462,7 @@ def test_of_very_many_images_a_sample_is_compared(in_files, monkeypatch, reads):
         assert (found == ([], [])) == same, row
     unread = {**then["train"], "images": then["train"]["images"] | {"contents": "", "every": 0}}
     differs, unsure = fingerprint.compare_data(unread, fingerprint.of_data(data), data)
-    assert not differs and "compared by names and sizes alone" in unsure[0]
+    assert not differs and "compared by names and sizes only" in unsure[0]
 
 
 def test_shards_dealt_out_in_another_order_are_another_set(make_data, tmp_path):
@@ -471,7 +476,7 @@ def test_shards_dealt_out_in_another_order_are_another_set(make_data, tmp_path):
         data = mm.from_shards(folder, image_size=15, cache_dir=tmp_path / "cache")
         found.append((fingerprint.of_data(data), data))
     differs, _ = fingerprint.compare_data(found[0][0], *found[1])
-    assert "shards hold other images each" in differs
+    assert "images are in other shards" in differs
     assert fingerprint.compare_data(found[0][0], fingerprint.of_data(found[0][1]), found[0][1]) == (
         [],
         [],
@@ -485,7 +490,7 @@ def test_up_to_summation_is_said_only_where_it_is_so(stopped, make_model, capsys
     """Micro-batches draw dropout in another order, also the model's own dropout."""
     make = stopped()
     make(gradient_accumulation_steps=2)
-    same = "up to float summation the same: gradient_accumulation_steps: 1 -> 2"
+    same = "the same up to float summation: gradient_accumulation_steps: 1 -> 2"
     assert same in capsys.readouterr().out
     make = stopped(model=make_model(dropout=0.2), run_name="drops")
     capsys.readouterr()
@@ -494,8 +499,8 @@ def test_up_to_summation_is_said_only_where_it_is_so(stopped, make_model, capsys
     assert "float summation" not in said
     assert "other dropout from here on: gradient_accumulation_steps: 1 -> 2" in said
     make(model=make_model(dropout=0.2), run_name="drops", gradient_checkpointing=True)
-    assert "up to float summation the same: gradient_checkpointing" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="up to float summation and draws of dropout: compile"):
+    assert "the same up to float summation: gradient_checkpointing" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="up to float summation and dropout: compile"):
         make(model=make_model(dropout=0.2), run_name="drops", seed=5)
 
 
@@ -522,7 +527,7 @@ def test_another_number_of_processes_is_said_truly(
 
 
 def test_another_number_type_is_said(stopped, tmp_path, capsys):
-    """mixed_precision="auto" takes what the machine is fast in."""
+    """mixed_precision="auto" chooses the type that is fast on the machine."""
     make = stopped()
     path = tmp_path / "run/last/state.pth"
     state = read_checkpoint(path)
@@ -535,7 +540,7 @@ def test_another_number_type_is_said(stopped, tmp_path, capsys):
 
 
 def test_a_fork_may_have_what_a_resume_may_not(stopped, make_data, make_model, tmp_path, capsys):
-    """The remedy that a refusal names works: other images, no validation set, another pooling."""
+    """The remedy in a refusal works: other images, no validation set, another pooling."""
     make = stopped()
     now = dict(data=make_data(23, seed=5), val=None, model=make_model(pooling="cls"))
     with pytest.raises(ValueError, match="fork it"):
@@ -548,12 +553,12 @@ def test_a_fork_may_have_what_a_resume_may_not(stopped, make_data, make_model, t
 
 
 def test_rows_that_count_as_one_image_are_part_of_a_set(make_data):
-    """They are partners of each other's captions; how they are numbered does not matter."""
+    """Rows of one image are partners of each other's captions; their numbers do not matter."""
     data = make_data(23)
     then = fingerprint.of_data(data.subset(range(11)))
     part = make_data(23).subset(range(11))
-    part.same_pictures([f"image {row}" for row in range(11)])
+    part.same_images([f"image {row}" for row in range(11)])
     assert fingerprint.compare_data(then, fingerprint.of_data(part), part) == ([], [])
-    part.same_pictures([f"image {max(row, 3)}" for row in range(11)])
+    part.same_images([f"image {max(row, 3)}" for row in range(11)])
     differs, _ = fingerprint.compare_data(then, fingerprint.of_data(part), part)
     assert differs == ["which rows count as the same image"]

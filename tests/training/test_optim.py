@@ -1,4 +1,4 @@
-"""Muon in batches takes torch.optim.Muon's steps."""
+"""Batched Muon takes the steps of torch.optim.Muon."""
 
 import math
 
@@ -18,7 +18,7 @@ def weights():
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_steps_are_those_of_torch(decay):
-    """Several shapes, two groups of other rates, one matrix without a gradient for a while."""
+    """Several shapes, two groups of different rates, one matrix temporarily without a gradient."""
     ours, theirs = weights(), weights()
     optimizers = [
         kind([{"params": w[:4]}, {"params": w[4:], "lr": 0.03}], lr=0.01, weight_decay=decay)
@@ -44,7 +44,7 @@ def test_steps_are_those_of_torch(decay):
 @pytest.mark.parametrize("shape", [(17, 17), (13, 37), (37, 13)])
 def test_matrices_become_nearly_orthogonal_each_by_itself(shape, dtype):
     stack = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    stack[1] *= 1e-3  # its size plays no part
+    stack[1] *= 1e-3  # its norm has no effect
     found = orthogonalize(stack, dtype=dtype)
     assert found.dtype == dtype and found.shape == stack.shape
     for matrix, before in zip(found.float(), stack, strict=True):
@@ -97,7 +97,7 @@ SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
     ],
 )
 def test_what_the_caller_gives_his_optimizer_holds(make_model, build, decayed, plain):
-    """In the constructor or in the groups; what he leaves open is the configuration's."""
+    """Values in the constructor or in the groups; the others are the configuration's."""
     assert rates_and_decays(make_model, build) == {"decayed": decayed, "plain": plain}
 
 
@@ -110,7 +110,7 @@ def test_layer_decay_scales_the_callers_own_rate(make_model):
 
 def test_an_optimizer_that_wants_a_closure_is_refused(make_model):
     config = mm.TrainingConfig(optimizer=lambda groups: torch.optim.LBFGS(params(groups)))
-    with pytest.raises(ValueError, match="LBFGS computes the loss anew in each step"):
+    with pytest.raises(ValueError, match="LBFGS recomputes the loss in each step"):
         build_optimizers(make_model(), config)
 
 
@@ -121,5 +121,5 @@ def params(groups):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_rate_that_is_no_number_is_refused(make_model, value):
     config = mm.TrainingConfig(optimizer=lambda g: SGD([{**x, "lr": value} for x in g]))
-    with pytest.raises(ValueError, match="must be finite and 0 or more"):
+    with pytest.raises(ValueError, match="must be finite and at least 0"):
         build_optimizers(make_model(), config)

@@ -51,10 +51,10 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 def test_only_what_the_kit_wrote_is_removed(make, make_data):
-    """A rerun of the same name: notes, exports, runs within, also in folders of the kit."""
-    first = make(num_epochs=1, pixels_weight=1.0, val=make_data(7, seed=1)).fit()
+    """A rerun of the same name keeps notes, exports and runs inside, also in mmkit's folders."""
+    first = make(num_epochs=1, mim_weight=1.0, val=make_data(7, seed=1)).fit()
     best = (first.path / "best_model.pth").read_bytes()
-    foreign = ["notes.txt", "export/config.json", "last/mine.txt", "put_back/mine.png",
+    foreign = ["notes.txt", "export/config.json", "last/mine.txt", "reconstructions/mine.png",
                "events.out.tfevents.1.mine", "inner/metrics.jsonl", "inner/last/state.pth",
                "last/state-best.pth", "checkpoints/state.pth"]  # fmt: skip
     for name in foreign:
@@ -67,14 +67,14 @@ def test_only_what_the_kit_wrote_is_removed(make, make_data):
         assert (run.path / name).read_text() == f"my own {name}"
     assert (run.path / "link").is_symlink()
     assert [r["step"] for r in run.history] == [1, 1]
-    assert not (run.path / "put_back/00000003.png").exists()
+    assert not (run.path / "reconstructions/00000003.png").exists()
     assert len(list(run.path.glob("events*.mmkit"))) == 1
     assert (run.path / "best_model.pth").read_bytes() != best
     assert not (run.path / ".lock").exists()
 
 
 def test_the_earlier_best_model_stays_until_there_is_a_new_one(make, capsys):
-    """And is not mistaken for the new run's."""
+    """It stays, and is not mistaken for the new run's."""
     first = make(num_epochs=1).fit()
     best = (first.path / "best_model.pth").read_bytes()
     with pytest.raises(KeyboardInterrupt):
@@ -106,7 +106,7 @@ def test_an_export_in_the_place_of_a_config_is_kept(make):
     run = make(num_epochs=1).fit()
     (run.path / "config.json").write_text('{"model_type": "mmkit"}')
     before = everything(run.path)
-    with pytest.raises(FileExistsError, match=r"holds a config\.json that is no run's"):
+    with pytest.raises(FileExistsError, match=r"a config\.json that is not from a run"):
         make(num_epochs=1).fit()
     assert everything(run.path) == before
 
@@ -145,7 +145,7 @@ def test_a_run_that_cannot_start_leaves_the_earlier_one_as_it_is(
     elif part == "validation":
         how["val"] = spoilt_pixels(make_data)
     elif part == "schedule":
-        how |= dict(pixels_weight=1.0, pixels_schedule=lambda p: -1.0)
+        how |= dict(mim_weight=1.0, mim_schedule=lambda p: -1.0)
     elif part == "batch_size":
         how["batch_size"] = 24
     elif part == "room":
@@ -169,7 +169,7 @@ def test_what_was_made_for_a_run_that_cannot_start_goes_again(make, make_data, t
 
 
 def test_the_first_look_moves_nothing(make, monkeypatch, tmp_path):
-    """Draws, modes and weights of the first step are those of a run that does not look."""
+    """Draws, modes and weights of the first step are those of a run without the trial."""
     losses, data = [], data_in_files(tmp_path / "images", 23)  # its transform draws
     for looks in (True, False):
         if not looks:
@@ -181,7 +181,7 @@ def test_the_first_look_moves_nothing(make, monkeypatch, tmp_path):
 
 
 def test_the_room_that_a_run_takes_is_counted(make):
-    """What is said to be needed at least is what the files then take, up to 2 % and headers."""
+    """The bytes that are announced are those that the files take, up to 2 % and headers."""
     from mmkit.training.resume import needed_bytes
 
     trainer = make(num_epochs=1, keep_last=2, checkpoint_every=1, ema_decay=0.9)
@@ -218,7 +218,7 @@ def test_a_disk_that_is_too_small_or_read_only_is_named(make, tmp_path, options)
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "config.json", "events.out.tfevents"])
 def test_a_disk_that_fills_up_is_said_with_the_file_and_a_remedy(make, monkeypatch, file):
-    """Whichever file it is that cannot be written."""
+    """Any of the files cannot be written."""
     trainer = make()
 
     def fails(*args, **kwargs):
@@ -261,7 +261,7 @@ OTHER = """
 
 @pytest.fixture
 def other(tmp_path):
-    """A process that trains `run` and stands still at its first step."""
+    """A process that trains `run` and stops at its first step."""
     code = textwrap.dedent(OTHER.format(folder=str(tmp_path)))
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
@@ -272,13 +272,13 @@ def other(tmp_path):
 
 
 def test_a_second_run_of_that_name_is_refused(make, tmp_path, other):
-    """While the first one lives, whatever it was started with; then the name is free."""
+    """Refused while the first process lives, whatever its arguments; then the name is free."""
     before = everything(tmp_path)
     for how in ({}, dict(learning_rate=0.1)):
         with pytest.raises(run_module.InUse) as refused:
             make(max_steps=4, **how).fit()
         words = str(refused.value)
-        assert f"is being written by process {other.pid} on {os.uname().nodename}" in words
+        assert f"has been written by process {other.pid} on {os.uname().nodename}" in words
         assert "give another run_name" in words
     assert everything(tmp_path) == before
     make(run_name="another", max_steps=1).fit()
@@ -297,13 +297,13 @@ def test_a_killed_process_leaves_no_lock(make, other, tmp_path):
 
 
 def test_a_run_within_its_own_callback_is_refused(make):
-    """The same kernel, the same name: a lock that only other processes see would let it in."""
+    """The same kernel and name: a lock that only other processes see would allow it."""
     with pytest.raises(RuntimeError, match=f"written by process {os.getpid()} on"):
         make(callbacks=[at(2, lambda: make().fit())]).fit()
 
 
 def test_workers_that_outlive_their_run_do_not_hold_it(make, tmp_path):
-    """A forked process has the parent's open files, but no part in its lock."""
+    """A forked process has the parent's open files, but does not hold its lock."""
     with run_module.held(tmp_path / "run"):
         child = os.fork()
         if child == 0:
@@ -319,7 +319,7 @@ def test_workers_that_outlive_their_run_do_not_hold_it(make, tmp_path):
 
 @pytest.mark.parametrize("alive", [True, False])
 def test_without_locks_the_owner_is_asked_for(make, tmp_path, monkeypatch, alive):
-    """A file system (or a Windows) without them: a living process of this machine is in the way."""
+    """On a file system (or a Windows) without locks, a living process of this machine counts."""
     monkeypatch.setattr(run_module, "lock", lambda file, wait: None)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     if not alive:
@@ -339,7 +339,7 @@ def test_without_locks_the_owner_is_asked_for(make, tmp_path, monkeypatch, alive
 
 
 def test_two_unnamed_runs_of_one_second_are_two_folders(make, monkeypatch):
-    """Also where both chose their name before either had made its folder."""
+    """Also where both chose a name before either had created its folder."""
     monkeypatch.setattr(time, "strftime", lambda *args: "20260102-030405")
     trainers = [make(run_name="", max_steps=1) for _ in range(3)]
     assert len({trainer.path for trainer in trainers}) == 1
@@ -357,13 +357,13 @@ def test_an_interrupt_waits_for_the_step_and_is_saved(make, make_data, capsys):
     trainer = make(val=make_data(7, seed=1))
     trainer.optimizers[0].register_step_post_hook(
         lambda *args: interrupt() if trainer.step == 1 else None
-    )  # half of the weights are updated, the others are not
+    )  # half of the weights are updated
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     assert signal.getsignal(signal.SIGINT) is handler
     said = capsys.readouterr().out
-    assert "ended at step 2 of 6, between two steps" in said and "go on with resume=True" in said
+    assert "ended at step 2 of 6, between two steps" in said and "continue with resume=True" in said
     assert read_checkpoint(trainer.path / "last/state.pth")["step"] == 2
     run = make(val=make_data(7, seed=1), resume=True).fit()
     assert run.curve("loss") == whole.curve("loss")
@@ -373,7 +373,7 @@ def test_an_interrupt_waits_for_the_step_and_is_saved(make, make_data, capsys):
 
 
 def test_a_second_interrupt_ends_a_step_at_once(make, capsys):
-    """What it left half done is not saved."""
+    """A half-finished step is not saved."""
     trainer = make()
     trainer.optimizers[0].register_step_post_hook(
         lambda *args: (interrupt(), interrupt()) if trainer.step == 4 else None
@@ -395,7 +395,7 @@ def test_an_error_of_a_callback_costs_no_step(make, make_data, capsys):
 
 
 def test_last_is_saved_before_validating(make, make_data, monkeypatch):
-    """An error in it costs nothing: the epoch is validated when the run goes on."""
+    """An error in validation loses nothing: the epoch is validated when the run is resumed."""
     val = make_data(7, seed=1)
     whole = make(run_name="whole", val=val).fit()
     trainer, real = make(val=val), mm.training.loop.validate
@@ -421,7 +421,7 @@ def test_last_is_saved_before_validating(make, make_data, monkeypatch):
 
 
 def states_of(trainer, monkeypatch) -> list[tuple[int | None, bytes]]:
-    """Every state.pth that a trainer will write: (the epoch that is about to end, its bytes)."""
+    """Every state.pth that a trainer writes: (the epoch that is about to end, its bytes)."""
     real, kept = mm.training.resume.save_last, []
 
     def keeping(trainer):
@@ -433,7 +433,7 @@ def states_of(trainer, monkeypatch) -> list[tuple[int | None, bytes]]:
 
 
 def test_a_validation_after_which_it_was_killed_is_not_recorded_twice(make, make_data, monkeypatch):
-    """Killed between its record and the state that knows of it."""
+    """Killed between its record and the state that includes it."""
     val = make_data(7, seed=1)
     trainer = make(val=val, callbacks=[lambda t, r: t.stop() if r["split"] == "val" else None])
     states = states_of(trainer, monkeypatch)
@@ -466,7 +466,7 @@ def test_an_error_after_the_last_step_of_an_epoch_leaves_its_end_to_be_done(make
 def test_a_fork_of_a_state_that_was_not_validated_yet_starts_a_new_epoch(
     make, make_data, monkeypatch
 ):
-    """Its first mean training loss is of its own epoch alone."""
+    """Its first mean training loss is of its own epoch only."""
     whole = make(run_name="whole", val=make_data(7, seed=1)).fit()
     trainer = make(val=make_data(7, seed=1))
     states = states_of(trainer, monkeypatch)
@@ -503,10 +503,10 @@ def test_paths_outlive_a_change_of_the_working_folder(make, make_data, tmp_path,
     run = trainer.fit()
     monkeypatch.chdir("/")
     assert run.path == tmp_path / "runs/run" == mm.Run.load(run.path).path
-    assert run.model.embed_dim == 13 and run.facts["config"]["max_steps"] == 1
+    assert run.model.embed_dim == 13 and run.metadata["config"]["max_steps"] == 1
     assert torch.equal(cached.cached().batch([5]).pixel_values, data.batch([5]).pixel_values)
     assert torch.equal(shards.batch([5]).pixel_values, data.batch([5]).pixel_values)
-    assert data.picture_name(5) == "5.png"
+    assert data.image_name(5) == "5.png"
 
 
 def test_a_home_folder_is_found(make, tmp_path, monkeypatch):

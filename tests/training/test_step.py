@@ -1,4 +1,4 @@
-"""The gradient of a step is the gradient of the whole batch, however it is cut."""
+"""The gradient of a step is that of the whole batch, for any division into micro-batches."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def kind(request):
 
 
 def encode_with(model, modes=("drop", "replace"), schedule="constant"):
-    """A masked forward pass, its masks a pure function of the batch, as the trainer's."""
+    """A masked forward pass whose masks are a pure function of the batch, as in the trainer."""
 
     def encode(batch):
         ratio = mask_ratios(schedule, 0.4, 0.7, 0.0, batch.sample_ids, seed=0, epoch=0)
@@ -76,7 +76,7 @@ def test_accumulated_gradient_is_the_gradient_of_the_big_batch(make_model, make_
 def test_parts_computed_side_by_side_give_the_gradient_of_the_big_batch(
     make_model, make_data, kind, parts, at_once, checkpointing
 ):
-    """To rounding the whole batch's, and to the bit the same each time, whoever is first."""
+    """Equal to the whole batch's up to rounding, and bitwise the same in any thread order."""
     model, batch = make_model().train(), shared(make_data(23).batch(range(23)))
     for layer in (*model.vit.layers, *model.bert.encoder.layer):
         layer.gradient_checkpointing = checkpointing
@@ -99,7 +99,7 @@ def test_parts_computed_side_by_side_give_the_gradient_of_the_big_batch(
 
 
 def test_other_terms_side_by_side_are_those_one_after_the_other(make_model, make_data):
-    """Terms beside the contrast, and alone; parameters that no part of them needs get none."""
+    """With contrast and alone; parameters that no term needs get no gradient."""
     model, batch = make_model().train(), make_data(23).batch(range(23))
     encode, scale = encode_with(model), (model.logit_scale, model.logit_bias)
 
@@ -120,7 +120,7 @@ def test_other_terms_side_by_side_are_those_one_after_the_other(make_model, make
 
 @pytest.mark.parametrize("modes", [("drop", "drop"), ("replace", "80/10/10")])
 def test_micro_batches_of_other_widths_give_the_same_gradient(make_model, make_data, kind, modes):
-    """With a ratio per sample each micro-batch is filled up to a longest row of its own."""
+    """With a ratio per sample each micro-batch is padded to its own longest row."""
     model, batch = make_model().train(), make_data(23).batch(range(23))
     encode, scale = encode_with(model, modes, "uniform"), (model.logit_scale, model.logit_bias)
     if modes[0] == "drop":
@@ -153,7 +153,7 @@ def test_dropout_is_replayed(make_model, make_data, kind):
 
 
 def test_naive_accumulation_is_another_gradient(make_model, make_data):
-    """What the exact one is for: micro-batches that lose their negatives point elsewhere."""
+    """Micro-batches that lose their negatives give another direction."""
     model, batch = make_model().train(), make_data(23).batch(range(23))
     encode, scale = encode_with(model), (model.logit_scale, model.logit_bias)
     backward(encode, [batch], scale, Contrast())
@@ -165,7 +165,7 @@ def test_naive_accumulation_is_another_gradient(make_model, make_data):
 
 
 def test_memory_grows_with_the_micro_batch(make_model, make_data):
-    """While features are collected only the last micro-batch's graph is kept, for its gradient."""
+    """While features are collected, only the graph of the last micro-batch is kept."""
     model, batch = make_model().train(), make_data(23).batch(range(23))
     graphs = []
 

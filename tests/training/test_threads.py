@@ -1,4 +1,4 @@
-"""Parts computed at the same time are those computed one after the other."""
+"""Parts computed in parallel equal those computed one after the other."""
 
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import mmkit as mm
-from mmkit.training.threads import side_by_side
+from mmkit.training.threads import parts_at_once, side_by_side
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +22,7 @@ def test_results_come_in_the_order_of_the_items_and_at_the_same_time():
     together = threading.Barrier(3, timeout=10)
 
     def work(item):
-        together.wait()  # passes only where all three run at once
+        together.wait()  # passes only if all three run at the same time
         time.sleep(0.01 * (3 - item))
         return item * item, threading.current_thread() is threading.main_thread()
 
@@ -61,7 +61,7 @@ def test_what_one_raises_is_raised_and_threads_are_given_back():
 
 
 def test_a_forked_process_has_threads_of_its_own():
-    side_by_side(lambda x: x, [0, 1])  # the parent's are there
+    side_by_side(lambda x: x, [0, 1])  # the parent's threads exist
 
     def child():
         torch.set_num_threads(1)
@@ -78,10 +78,10 @@ def test_a_forked_process_has_threads_of_its_own():
     [
         ({}, 3),
         ({"gradient_accumulation_steps": 2}, 3),
-        ({"pixels_weight": 1.0}, 3),
+        ({"mim_weight": 1.0}, 3),
         ({"gradient_checkpointing": True}, 3),
         ({"accumulation": "naive"}, 1),
-        ({"matching_weight": 1.0, "cross_modal": True}, 1),
+        ({"itm_weight": 1.0, "cross_modal": True}, 1),
     ],
     ids=str,
 )
@@ -94,20 +94,22 @@ def test_a_step_is_cut_where_nothing_stands_against_it(
         torch.set_num_threads(3)
         config = mm.TrainingConfig(batch_size=23, output_dir=str(tmp_path), **settings)
         trainer = mm.MaskedMultimodalTrainer(config, make_data(23), None, make_model())
-        assert trainer.at_once(3 * 16) == parts
-        assert trainer.at_once(2 * 16 + 15) == min(parts, 2) and trainer.at_once(5) == 1
+        assert parts_at_once(trainer, 3 * 16) == parts
+        assert (
+            parts_at_once(trainer, 2 * 16 + 15) == min(parts, 2) and parts_at_once(trainer, 5) == 1
+        )
         dropping = trainer.model.image_projection[1]
         dropping.p = 0.1
-        assert trainer.at_once(3 * 16) == 1
+        assert parts_at_once(trainer, 3 * 16) == 1
         dropping.p = 0.0
-        trainer.net = torch.nn.Sequential(trainer.model)  # as DDP wraps it, of one process too
-        assert trainer.at_once(3 * 16) == 1
+        trainer.net = torch.nn.Sequential(trainer.model)  # as DDP wraps it, even for one process
+        assert parts_at_once(trainer, 3 * 16) == 1
     finally:
         torch.set_num_threads(before)
 
 
 def test_a_child_of_one_process_trains_with_several_threads():
-    """It is under DDP, which takes one backward pass alone."""
+    """Under DDP, which expects a single backward pass."""
     code = """
 import torch, mmkit as mm
 torch.set_num_threads(2)

@@ -1,4 +1,4 @@
-"""A run learns, says what it does, leaves readable files, and goes on after a kill."""
+"""A run learns, describes itself, writes readable files, and resumes after a kill."""
 
 import json
 import math
@@ -77,7 +77,7 @@ def test_a_run_leaves_what_it_promises(config, make_model, make_data, capsys):
     said = capsys.readouterr().out
     for words in (
         "4 of 9 patches encoded",
-        "55.6 % hidden (drop)",
+        "55.6 % masked (drop)",
         "guessing costs ln(11)",
         "cpu, float32",
     ):
@@ -104,8 +104,8 @@ def test_two_unnamed_runs_are_two_folders(config, make_model, make_data):
     assert paths[0] != paths[1] and all((path / "best_model.pth").is_file() for path in paths)
 
 
-def test_pictures_are_moved_while_training_only(config, make_model, make_data):
-    """augment="shift" changes what the encoder gets, by the pure noise of the epoch."""
+def test_images_are_moved_while_training_only(config, make_model, make_data):
+    """augment="shift" changes the input of the encoder, by noise that depends on the epoch."""
     data, pixels = make_data(53), []
     trainer = mm.MaskedMultimodalTrainer(config(augment="shift"), data, None, make_model())
     trainer.model.register_forward_pre_hook(lambda _, args: pixels.append(args[0].pixel_values))
@@ -123,22 +123,22 @@ def test_a_short_run_is_told_that_its_warmup_is_long(config, make_model, make_da
 
 def test_without_validation_the_training_loss_judges(config, make_model, make_data, capsys):
     run = mm.train_model(config(), make_data(53), None, make_model())
-    assert "judged on the training loss" in capsys.readouterr().out
+    assert "chosen by the training loss" in capsys.readouterr().out
     assert run.best["loss"] == min(r["train_loss"] for r in run.history if r["split"] == "val")
 
 
 def test_what_training_and_validation_set_share_is_said(config, make_model, make_data, capsys):
-    """How many pictures and captions, before the first step; nothing where they share nothing."""
+    """The number of shared images and captions, before the first step; nothing without any."""
     train, other = make_data(23), make_data(7, seed=1)
     pixels = torch.cat([train.batch([3, 5]).pixel_values, other.batch(range(5)).pixel_values])
     words = ["moon", "shoe", "star", train.texts[11][0].upper(), "bread", "tree", "boat"]
     val = mm.MultimodalDataset.from_pixels(pixels, words, tokenizer=train.tokenizer)
     mm.train_model(config(max_steps=1), train, val, make_model())
     (line,) = [w for w in capsys.readouterr().out.splitlines() if "also in training" in w]
-    assert "2 of 7 validation pictures (28.6 %) are also in training" in line
+    assert "2 of 7 validation images (28.6 %) are also in training" in line
     assert "(validation row = training row: 0 = 3, 1 = 5)" in line
-    assert "1 of 7 validation pictures (14.3 %) have a caption that is also in training" in line
-    assert line.startswith("beware ") and "mm.split keeps such pictures together" in line
+    assert "1 of 7 validation images (14.3 %) have a caption that is also in training" in line
+    assert line.startswith("beware ") and "mm.split keeps such images together" in line
     apart = mm.MultimodalDataset.from_pixels(
         pixels[2:], ["moon", "shoe", "star", "bread", "tree"], tokenizer=train.tokenizer
     )
@@ -153,14 +153,14 @@ def test_the_training_tokenizer_goes_to_the_validation_set(
     val.texts = [["blue moon"]] * 17
     trainer = mm.MaskedMultimodalTrainer(config(), train, val, make_model())
     assert trainer.val.tokenizer is trainer.model.tokenizer is trainer.train.tokenizer
-    assert val.tokenizer is not train.tokenizer and val.max_length == 77  # they stay as they were
+    assert val.tokenizer is not train.tokenizer and val.max_length == 77  # both are unchanged
     foreign = make_data(17, tokenizer=mm.train_wordpiece(["something else"]))
     with pytest.raises(ValueError, match="val set was given another tokenizer"):
         mm.MaskedMultimodalTrainer(config(), train, foreign, make_model())
 
 
 def other_model(make_data):
-    """Reads other tokens, and at most 5 of a caption."""
+    """A model that reads other tokens, and at most 5 of a caption."""
     from transformers import BertConfig, ViTConfig
 
     tokenizer = mm.train_wordpiece(["moon", "the old red house and the small boat"])
@@ -216,8 +216,8 @@ def test_a_view_is_encoded_once_and_shares_its_images(tmp_path, make_data, monke
     assert views[0].subset([4, 0]).batch([0]).input_ids.shape[1] == 5
     paths = [tmp_path / f"{row}.png" for row in range(3)]
     for row, path in enumerate(paths):
-        path.write_bytes(data.picture_file(row).getvalue())
-    for first, second in ((0, 1), (1, 0)):  # whichever of the two is decoded
+        path.write_bytes(data.image_file(row).getvalue())
+    for first, second in ((0, 1), (1, 0)):  # for both decoding orders
         files = mm.MultimodalDataset(paths, ["a", "b", "c"], image_size=15)
         pair = (files, files.encoded_by(data.tokenizer, 5))
         pair[first].keep_on("cpu")
@@ -234,7 +234,7 @@ def test_what_an_encoder_says_of_long_captions_is_a_remedy(make_data):
     assert model(view.batch(range(23))).text_features.shape == (23, 13)
 
 
-def test_every_picture_once_per_epoch_in_a_new_order(config, make_model, make_data):
+def test_every_image_once_per_epoch_in_a_new_order(config, make_model, make_data):
     trainer = mm.MaskedMultimodalTrainer(config(), make_data(53), None, make_model())
     epochs = [torch.cat([rows for rows, _ in trainer.epoch_batches(e)]) for e in (0, 1, 0)]
     for rows in epochs:
@@ -256,7 +256,7 @@ def test_masks_are_replayed_and_end_for_the_unmasked_epochs(config, make_model, 
 
 
 def test_the_effective_configuration_is_read_from_the_model(config, make_model, make_data):
-    """A ratio that hides nothing shows as nothing, whatever the setting says."""
+    """A ratio that masks nothing is reported as 0, whatever the setting says."""
 
     def effective(**values):
         trainer = mm.MaskedMultimodalTrainer(config(**values), make_data(53), None, make_model())
@@ -267,7 +267,7 @@ def test_the_effective_configuration_is_read_from_the_model(config, make_model, 
     assert (e["negatives"], e["compared"]) == (10, 10)  # of the first batch, 11 of 53 pairs
     assert effective(gradient_accumulation_steps=3, accumulation="naive")["negatives"] == 3
     assert effective(image_mask_mode="replace")["patches_encoded"] == 9
-    assert effective(text_mask_mode="drop")["words_encoded"] < effective()["words_encoded"]
+    assert effective(text_mask_mode="drop")["tokens_encoded"] < effective()["tokens_encoded"]
     assert effective(image_mask_ratio=0.8)["gflop_per_pair"] < e["gflop_per_pair"]
 
 
@@ -283,7 +283,7 @@ TAGGED = {
 def test_negatives_and_chance_are_counted_with_partners(
     config, make_model, make_data, capsys, captions, accumulation
 ):
-    """In the first batch by its own relation; and there is something to learn in every step."""
+    """Negatives are counted in the first batch, and every step has something to learn."""
     train, val = make_data(53, tokenizer=None), make_data(17, seed=1, tokenizer=None)
     for data in (train, val):
         data.texts = [captions(i) for i in range(len(data))]
@@ -305,8 +305,8 @@ def test_negatives_and_chance_are_counted_with_partners(
     count = f"{e['negatives']:.1f} of " if e["negatives"] < len(micro) - 1 else ""
     assert f"negatives   {count}{len(micro) - 1} per pair" in said
     assert f"chance of R@1 {chance:.1f} %" in said
-    assert ("“photo” (53 pictures)" in said) == (train.texts[0][0] == "photo")
-    assert ("“kind 0” (27 pictures), “kind 1” (26 pictures)" in said) == ("kind 0" in flat)
+    assert ("“photo” (53 images)" in said) == (train.texts[0][0] == "photo")
+    assert ("“kind 0” (27 images), “kind 1” (26 images)" in said) == ("kind 0" in flat)
     steps = [record for record in run.history if record["split"] == "train"]
     assert all(record["loss"] > 0.1 and record["grad_norm"] > 0 for record in steps)
 
@@ -336,7 +336,7 @@ def test_parameters_stand_in_the_right_group(make_model, config):
 
 
 def test_parameters_of_a_decoder_stand_in_the_right_group(make_model):
-    """Its layers' matrices are Muon's; mask tokens, biases and norms never decay, its maps do."""
+    """Muon updates its layers' matrices; mask tokens, biases and norms never decay."""
     model = make_model().add_decoder(across=True, matching=True, width=32)
     groups = {
         role: {name.removeprefix("decoder.") for name in names if name.startswith("decoder.")}
@@ -365,7 +365,7 @@ def test_the_scale_is_clamped_in_the_parameter_and_still_learns(config, make_mod
 
 
 def test_gradients_are_clipped_and_bad_steps_skipped(config, make_model, make_data):
-    """A step without a finite gradient changes nothing; too many of them stop the run in words."""
+    """A step without a finite gradient changes nothing; too many stop the run with a message."""
     trainer = mm.MaskedMultimodalTrainer(
         config(max_grad_norm=0.01, optimizer="adamw"), make_data(53), None, make_model()
     )
@@ -409,9 +409,7 @@ def test_half_the_bits_learn_as_float32_does(config, make_model, make_data):
 def test_bad_starts_are_refused_in_words(config, make_model, make_data):
     with pytest.raises(ValueError, match=r"batch_size=99 is larger than the training set \(53"):
         mm.train_model(config(batch_size=99), make_data(53), None, make_model())
-    with pytest.raises(
-        ValueError, match="batches of 10 pairs cannot be cut for 1 processes and 11"
-    ):
+    with pytest.raises(ValueError, match="10 pairs cannot be divided among 1 processes and 11"):
         mm.train_model(config(gradient_accumulation_steps=11), make_data(53), None, make_model())
     with pytest.raises(ValueError, match="masker 'blok' is not known"):
         mm.train_model(config(image_mask="blok"), make_data(53), None, make_model())
@@ -480,7 +478,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
         assert killed.returncode == -signal.SIGKILL
         mm.models.checkpoint.read_checkpoint(
             tmp_path / name / "last/state.pth"
-        )  # whole, though killed
+        )  # complete, though killed
         resumed = train_small(tmp_path, name, "--resume", **values)
         assert resumed.returncode == 0 and "resuming" in resumed.stdout, resumed.stderr
         assert losses(tmp_path, name) == losses(tmp_path, "whole")

@@ -1,4 +1,4 @@
-"""Every masker trains; what was hidden is the same on two processes and after a kill."""
+"""Every masker trains; masks are the same on two processes and after a kill."""
 
 import dataclasses
 import json
@@ -29,12 +29,12 @@ def make_trainer(tmp_path, make_model, make_data):
 @pytest.mark.parametrize("masker", sorted(IMAGE_MASKERS))
 @pytest.mark.parametrize("mode", ["drop", "replace"])
 def test_every_image_masker_trains(make_trainer, masker, mode):
-    """A step with each of them has a finite gradient in every part that saw something."""
+    """A step with each masker has a finite gradient in every part that got an input."""
     values = dict(image_mask=masker, image_mask_mode=mode, gradient_accumulation_steps=2)
     data = model = None
     if masker == "painted":
         values["painted_mask"] = torch.eye(3)
-    if masker == "layers":  # only the built-in pictures have some
+    if masker == "layers":  # only the built-in images have layers
         data = mm.openmoji(64)[1]
         model = mm.MultimodalEncoder.preset("tiny", tokenizer=data.tokenizer)
         values["batch_size"] = 16
@@ -60,15 +60,15 @@ def test_every_text_masker_trains(make_trainer, masker, mode):
     [("constant", [2, 2, 2, 2, 2]), ("linear", [2, 3, 5, 6, 7]), ("cosine", [2, 3, 5, 6, 7])],
 )
 def test_the_ratio_follows_its_schedule(make_trainer, schedule, expected):
-    """Of 9 patches, from 0.2 in the first epoch to 0.8 in the last one that hides anything."""
+    """Of 9 patches, from 0.2 in the first epoch to 0.8 in the last one that masks anything."""
     final = None if schedule == "constant" else 0.8
     trainer = make_trainer(
         num_epochs=6, unmasked_epochs=1, image_mask_ratio=0.2,
         image_mask_schedule=schedule, image_mask_final_ratio=final,
     )  # fmt: skip
     batch = trainer.first_batch()
-    hidden = [trainer.maskings(batch, epoch)[0].mask.sum(1).unique().tolist() for epoch in range(5)]
-    assert hidden == [[count] for count in expected]
+    masked = [trainer.maskings(batch, epoch)[0].mask.sum(1).unique().tolist() for epoch in range(5)]
+    assert masked == [[count] for count in expected]
     assert trainer.maskings(batch, 5) == (None, None)
 
 
@@ -89,7 +89,7 @@ def test_a_uniform_ratio_is_one_of_its_own_for_each_sample(make_trainer):
 
 
 def test_the_running_mean_is_what_attentive_looks_with(make_trainer, make_model):
-    """Not the model in training: its slowly moving copy, at half the resolution."""
+    """The attention is that of the EMA, at half the resolution, not of the trained model."""
     trainer = make_trainer(image_mask="attentive", learning_rate=0.05, num_epochs=3)
     assert make_trainer().attention_ema is None
     rising = dict(image_mask_schedule="linear", image_mask_final_ratio=0.5)
@@ -110,7 +110,7 @@ def test_the_running_mean_is_what_attentive_looks_with(make_trainer, make_model)
 
 
 def test_masks_are_drawn_once_per_step(make_trainer, monkeypatch):
-    """The replay of a micro-batch hides what the first pass hid, without a second look."""
+    """The second pass of a micro-batch masks what the first masked, without drawing again."""
     trainer = make_trainer(image_mask="attentive", gradient_accumulation_steps=3)
     calls = []
     attend, tokens = trainer.plan.tokens.attend, trainer.plan.tokens
@@ -120,12 +120,12 @@ def test_masks_are_drawn_once_per_step(make_trainer, monkeypatch):
 
 
 def test_a_run_says_how_its_ratio_changes_and_what_it_pays_for(make_trainer):
-    """The longest row is encoded; a schedule is named; the running mean's look is counted."""
+    """The longest row is encoded; a schedule is named; the EMA's forward pass is counted."""
     rising = dict(image_mask_ratio=0.2, image_mask_final_ratio=0.8)
     trainer = make_trainer(image_mask_schedule="uniform", **rising)
     longest = trainer.maskings(trainer.first_batch(), 0)[0].ids_keep.shape[1]
     assert effective_configuration(trainer)["patches_encoded"] == longest
-    assert "20 to 80 % at random; filled up to the longest" in describe(trainer)
+    assert "20 to 80 % at random; padded to the longest" in describe(trainer)
     assert "now; linear to 80 %" in describe(make_trainer(image_mask_schedule="linear", **rising))
     plain, looking = (
         effective_configuration(make_trainer(image_mask=name))["gflop_per_pair"]
@@ -135,7 +135,7 @@ def test_a_run_says_how_its_ratio_changes_and_what_it_pays_for(make_trainer):
 
 
 def test_a_run_from_before_these_fields_can_be_resumed(make_trainer, tmp_path):
-    """A field that the file does not know is its default; a missing running mean is named."""
+    """A field that the file lacks is its default; a missing EMA is an error."""
     trainer = make_trainer(run_name="old", num_epochs=1)
     trainer.fit()
     path = tmp_path / "old/last/state.pth"
@@ -147,22 +147,22 @@ def test_a_run_from_before_these_fields_can_be_resumed(make_trainer, tmp_path):
     state["config"]["image_mask"] = "attentive"
     mm.files.write_atomically(state, path)
     config = dataclasses.replace(config, image_mask="attentive")
-    with pytest.raises(ValueError, match="no running mean to resume from"):
+    with pytest.raises(ValueError, match="no EMA to resume from"):
         mm.MaskedMultimodalTrainer(config, data, None, model, resume=True)
 
 
 def test_wrong_masks_are_refused_before_training(make_trainer, make_data, tmp_path):
-    with pytest.raises(ValueError, match="needs drawings that know their layers"):
+    with pytest.raises(ValueError, match="needs drawings with layers"):
         make_trainer(image_mask="layers")
     wrong = make_trainer(image_mask="painted", painted_mask=[[1, 0], [0, 0]], run_name="wrong")
-    with pytest.raises(ValueError, match=r"painted mask is \(2, 2\), the pictures are 3 x 3"):
+    with pytest.raises(ValueError, match=r"painted mask is \(2, 2\), the images are 3 x 3"):
         wrong.fit()
     assert not (tmp_path / "wrong").exists()
 
 
 @pytest.mark.parametrize("name", ["painted", "layers", "attentive", "block"])
 def test_evaluation_under_any_masker(name):
-    """Masked scores are asked for by name; painted masks may differ from picture to picture."""
+    """Masked scores need a masker by name; painted masks may differ from image to image."""
     val = mm.openmoji(64)[1].subset(range(37))
     torch.manual_seed(0)
     model = mm.MultimodalEncoder.preset("tiny", tokenizer=val.tokenizer)
@@ -174,7 +174,7 @@ def test_evaluation_under_any_masker(name):
     if name == "painted":
         one = mm.embed(model, val.subset([17]), image_mask=(name, argument[17]))
         torch.testing.assert_close(one.image_features[0], features.image_features[17])
-        with pytest.raises(ValueError, match="5 painted masks for 37 pictures"):
+        with pytest.raises(ValueError, match="5 painted masks for 37 images"):
             mm.embed(model, val, image_mask=(name, argument[:5]))
 
 
@@ -182,7 +182,7 @@ def test_evaluation_under_any_masker(name):
 
 
 def recorded(folder, name):
-    """{(epoch, sample): (hidden patches, hidden words)} over all processes, each exactly once."""
+    """{(epoch, sample): (masked patches, masked tokens)} over all processes, each exactly once."""
     lines = [
         json.loads(line)
         for file in sorted((folder / name).glob("masks-*.jsonl"))
@@ -190,13 +190,13 @@ def recorded(folder, name):
     ]
     keys = [(epoch, sample) for epoch, sample, *_ in lines]
     assert len(keys) == len(set(keys))
-    return {(epoch, sample): hidden for epoch, sample, *hidden in lines}
+    return {(epoch, sample): masked for epoch, sample, *masked in lines}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("masker", ["block", "attentive"])
 def test_masks_are_the_same_on_two_processes_and_after_a_kill(tmp_path, masker):
-    """What each sample hid in each epoch: one process, two, and one killed in mid-epoch."""
+    """What each sample masked in each epoch: one process, two, and one killed in mid-epoch."""
     values = dict(
         image_mask=masker, image_mask_schedule="uniform", image_mask_final_ratio=0.8,
         text_mask="whole_word", text_mask_mode="80/10/10", num_epochs=2, checkpoint_every=1,

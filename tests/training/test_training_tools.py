@@ -1,4 +1,4 @@
-"""Frozen towers, layer decay, running mean, callbacks, forks, compile: each does what it says."""
+"""Frozen towers, layer decay, EMA, callbacks, forks and compilation do what they promise."""
 
 import json
 import math
@@ -51,7 +51,7 @@ def changed(before: dict, model) -> set[str]:
 @pytest.mark.parametrize("kind, tower", [("image", "vit."), ("text", "bert.")])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_a_frozen_tower_stays_as_it_is_and_learns_afterwards(make_trainer, kind, tower, optimizer):
-    """No gradient, no decay, no dropout; projections and the other tower learn; then it thaws."""
+    """No gradient, decay or dropout; projections and the other tower learn; then it is unfrozen."""
     values = {f"frozen_{kind}_epochs": 1, "optimizer": optimizer, "dropout": 0.2}
     trainer = make_trainer(num_epochs=2, warmup_steps=0, text_mask_mode="replace", **values)
     before, seen = weights(trainer.model), []
@@ -73,7 +73,7 @@ def test_a_frozen_tower_stays_as_it_is_and_learns_afterwards(make_trainer, kind,
 
 
 def test_a_frozen_tower_keeps_no_activations(make_model, make_data):
-    """Nothing of its graph is built: its features hang on the projection alone."""
+    """Its graph is not built: gradients of its features reach only the projection."""
     model, batch = make_model().train(), make_data(7).batch(range(7))
     frozen = freeze(model, "image")
     assert not model.image_tokens(batch.pixel_values).requires_grad
@@ -83,7 +83,7 @@ def test_a_frozen_tower_keeps_no_activations(make_model, make_data):
 
 
 def test_an_evaluation_in_between_leaves_a_frozen_tower_at_rest(make_trainer):
-    """Its dropout stays off although the rest of the model goes back to training."""
+    """Its dropout stays off when the rest of the model returns to training mode."""
     trainer = make_trainer(frozen_image_epochs=1, num_epochs=1, dropout=0.2)
     modes = []
 
@@ -110,7 +110,7 @@ def test_what_the_user_froze_stays_frozen(make_trainer, make_model):
 
 
 def test_layer_decay_gives_each_layer_its_rate(make_config, make_model):
-    """0.5 to the power of the layers above, in rates of both optimizers; a decoder's is full."""
+    """0.5 to the power of the layers above, in both optimizers; a decoder has the full rate."""
     model = make_model().add_decoder(across=True, matching=True, width=32)
     assert layer_multiplier(model, "vit.layernorm.weight", 0.5) == 1
     assert layer_multiplier(model, "logit_scale", 0.5) == 1
@@ -144,7 +144,7 @@ def test_layer_decay_gives_each_layer_its_rate(make_config, make_model):
 
 
 def test_an_optimizer_and_a_schedule_may_be_functions(make_trainer, make_config):
-    """Plain SGD by a function takes exactly the step that is worked out by hand."""
+    """Plain SGD from a function takes exactly the step computed by hand."""
     trainer = make_trainer(
         optimizer=lambda groups: torch.optim.SGD(groups),
         schedule=lambda progress: 1 - progress**2,
@@ -169,11 +169,11 @@ def test_an_optimizer_and_a_schedule_may_be_functions(make_trainer, make_config)
         make_trainer(optimizer=lambda groups: torch.optim.SGD(groups[:1]))
 
 
-# -- the running mean of the weights ---------------------------------------------------------
+# -- the EMA of the weights ------------------------------------------------------------------
 
 
 def test_the_running_mean_is_what_is_validated_and_kept(make_trainer, make_data):
-    """After n steps it is the weighted sum of all weights so far, worked out by hand."""
+    """After n steps it is the weighted sum of all weights so far, computed by hand."""
     seen = []
     trainer = make_trainer(
         ema_decay=0.9, num_epochs=1, val=make_data(17, seed=1), warmup_steps=0,
@@ -213,7 +213,7 @@ def test_callbacks_see_every_record_and_can_stop_the_run(make_trainer, make_data
 
 
 def test_fitting_again_goes_on_and_loses_nothing(make_trainer):
-    """After an interrupt, and after the end: the records and files of before are still there."""
+    """After an interrupt, and after the end, the earlier records and files still exist."""
     whole = make_trainer(num_epochs=2, run_name="whole").fit()
     trainer = make_trainer(num_epochs=2)
 
@@ -253,7 +253,7 @@ def test_fp16_with_both_towers_frozen_trains_the_rest(make_trainer):
 
 
 def test_a_skipped_step_changes_nothing(make_trainer):
-    """Weights, optimizers' memory, both running means and the epoch's loss stay as they are."""
+    """Weights, optimizer state, both running means and the epoch's loss stay as they are."""
     trainer = make_trainer(ema_decay=0.9, image_mask="attentive", warmup_steps=0)
     batch = trainer.first_batch()
     trainer.train_step(batch, 0)
@@ -299,12 +299,12 @@ def test_too_many_skipped_steps_stop_the_run_and_name_the_cause(make_trainer, ma
     with torch.no_grad():
         spoilt.text_projection[2].weight[0, 0] = math.inf
     trainer = make_trainer(spoilt, max_skipped_steps=2)
-    with pytest.raises(RuntimeError, match=r"not finite to begin with \(text_projection\.2"):
+    with pytest.raises(RuntimeError, match=r"not finite from the start \(text_projection\.2"):
         trainer.fit()
 
 
 def test_an_epoch_without_an_applied_step_has_no_loss(make_trainer, make_model):
-    """It is written as null, never as 0, and never the best."""
+    """It is written as null, not as 0, and is never the best."""
     spoilt = make_model()
     with torch.no_grad():
         spoilt.logit_scale.fill_(math.nan)
@@ -318,7 +318,7 @@ def test_an_epoch_without_an_applied_step_has_no_loss(make_trainer, make_model):
 
 
 def test_keep_last_keeps_the_newest_states(make_trainer):
-    """state.pth and the names of the newest three hold what the run stood at."""
+    """state.pth and the newest three named states hold the states of the run."""
     run = make_trainer(num_epochs=2, checkpoint_every=2, keep_last=3).fit()
     names = sorted(path.name for path in (run.path / "last").iterdir())
     assert names == ["state-00000006.pth", "state-00000008.pth", "state-00000010.pth", "state.pth"]
@@ -335,17 +335,17 @@ def test_a_resume_says_what_differs_what_may_and_how_to_fork(make_trainer, capsy
         make_trainer(max_steps=3, learning_rate=0.1, seed=5, log_every=2, resume=True)
     words = str(refused.value)
     assert "learning_rate: 0.005 -> 0.1" in words and "seed: 0 -> 5" in words
-    assert "log_every:" not in words and "checkpoint_every" in words  # named among what may
-    assert "fork" in words and "another run_name, and resume=" in words and "--fork" in words
+    assert "log_every:" not in words and "checkpoint_every" in words  # as free
+    assert "fork" in words and "another run_name and resume=" in words and "--fork" in words
     make_trainer(max_steps=3, gradient_accumulation_steps=2, keep_last=2, resume=True)
     said = capsys.readouterr().out
-    assert "up to float summation the same: gradient_accumulation_steps: 1 -> 2" in said
+    assert "the same up to float summation: gradient_accumulation_steps: 1 -> 2" in said
     with pytest.raises(ValueError, match="accumulation"):
         make_trainer(max_steps=3, accumulation="naive", resume=True)
 
 
 def test_a_fork_goes_on_from_another_run_under_another_recipe(make_trainer, capsys):
-    """Its first step has the losses the other run would have had; the other run stays whole."""
+    """Its first step has the losses the other run would have had; the other run is unchanged."""
     straight = make_trainer(num_epochs=3).fit()
     source = make_trainer(num_epochs=3, max_steps=7, schedule="constant", run_name="source").fit()
     kept = (source.path / "last/state.pth").read_bytes()
@@ -362,7 +362,7 @@ def test_a_fork_goes_on_from_another_run_under_another_recipe(make_trainer, caps
     assert run.history[0]["step"] == 8 and run.history[-1]["step"] == 15
     assert run.history[0]["loss"] != straight.history[8]["loss"]
     assert (source.path / "last/state.pth").read_bytes() == kept
-    # The same recipe, from a named state: the same bits as the run that was never forked.
+    # The same configuration, from a named state: the same bits as the run without a fork.
     whole = make_trainer(num_epochs=3, checkpoint_every=3, keep_last=9, run_name="whole").fit()
     state = whole.path / "last/state-00000006.pth"
     again = make_trainer(num_epochs=3, run_name="again", resume=state).fit()
@@ -370,14 +370,14 @@ def test_a_fork_goes_on_from_another_run_under_another_recipe(make_trainer, caps
 
 
 def test_a_fork_may_add_a_running_mean_or_change_the_optimizer(make_trainer, capsys):
-    """A new mean starts from the weights taken over, not from drawn ones."""
+    """A new EMA starts from the weights taken over, not from random ones."""
     source = make_trainer(max_steps=3).fit()
     asked = dict(ema_decay=0.99, image_mask="attentive", layer_decay=0.5, optimizer="adamw")
     fork = make_trainer(run_name="fork", resume=source.path, **asked)
     now = fork.model.state_dict()
     assert all(torch.equal(now[n], x) for n, x in fork.ema.module.state_dict().items())
     assert torch.equal(fork.attention_ema.module.layernorm.weight, now["vit.layernorm.weight"])
-    assert not fork.optimizers[0].state and "without memory" in capsys.readouterr().out
+    assert not fork.optimizers[0].state and "without state" in capsys.readouterr().out
     same = make_trainer(run_name="same", resume=source.path, ema_decay=0.99)
     assert all(optimizer.state for optimizer in same.optimizers)
 
@@ -427,7 +427,7 @@ def test_going_back_to_an_earlier_state_drops_the_later_ones(make_trainer):
 
 
 def test_restarts_by_torchrun_resume_by_themselves(make_trainer, monkeypatch):
-    """The same command again, as an elastic agent gives it; a run without a name is refused."""
+    """The same command again, as from an elastic agent; a run without a name is refused."""
     make_trainer(num_epochs=2, max_steps=4).fit()
     assert make_trainer(num_epochs=2, max_steps=4).step == 0
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
@@ -489,7 +489,7 @@ def test_neighbours_need_the_sigmoid_loss(make_config):
     assert make_config(exchange="neighbours", loss="sigmoid").exchange == "neighbours"
 
 
-# -- what is given is checked before anything starts -------------------------------------------
+# -- arguments are checked before anything starts ----------------------------------------------
 
 
 def said_by(trainer) -> str:
@@ -497,7 +497,7 @@ def said_by(trainer) -> str:
 
 
 def test_rates_and_decays_stand_in_the_report_as_they_hold(make_trainer):
-    """A caller's own in place of the configuration's, in the report and in the step."""
+    """The caller's own rates replace the configuration's, in the report and in the step."""
     build = lambda groups: torch.optim.SGD(groups, lr=0.1, weight_decay=0.0)  # noqa: E731
     trainer = make_trainer(optimizer=build, warmup_steps=2)
     assert "peak rates  SGD 0.1, decay 0\n" in said_by(trainer)
@@ -524,14 +524,14 @@ def test_the_models_own_dropout_is_said(make_trainer, make_model):
         (dict(batch_size=1), 1, "take more images$"),
         (dict(batch_size=7, gradient_accumulation_steps=5, accumulation="naive"), 13,
          "contrastive a single .* take batch_size=13, or fewer micro-batches"),
-        (dict(batch_size=7, gradient_accumulation_steps=5, matching_weight=1.0, cross_modal=True),
-         13, "matching a single .* take batch_size=13, or fewer micro-batches"),
+        (dict(batch_size=7, gradient_accumulation_steps=5, itm_weight=1.0, cross_modal=True),
+         13, "itm a single .* take batch_size=13, or fewer micro-batches"),
     ],
 )  # fmt: skip
 def test_a_pair_alone_is_refused_with_a_remedy_that_works(
     make_trainer, make_data, values, count, words
 ):
-    """Without a wrong pair beside it a true one has loss 0 and no gradient."""
+    """Without a mismatched pair a matching one has loss 0 and no gradient."""
     with pytest.raises(ValueError, match=words) as refused:
         make_trainer(data=make_data(count), **values)
     if size := re.search("take batch_size=([0-9]+)", str(refused.value)):
@@ -539,14 +539,14 @@ def test_a_pair_alone_is_refused_with_a_remedy_that_works(
 
 
 def test_a_batch_of_one_may_reconstruct(make_trainer, make_data):
-    values = dict(contrastive_weight=0.0, pixels_weight=1.0, decoder_width=32, max_steps=1)
+    values = dict(contrastive_weight=0.0, mim_weight=1.0, decoder_width=32, max_steps=1)
     trainer = make_trainer(data=make_data(7), batch_size=1, **values)
     _, norm = trainer.train_step(trainer.first_batch(), 0)
     assert norm > 0
 
 
 def test_floats_that_nobody_normalised_are_said_and_the_remedies_work(make_trainer, make_data):
-    """ToTensor() gives 0 to 1; by both remedies the model sees what it sees of uint8."""
+    """ToTensor() gives 0 to 1; with both remedies the model's input is that of uint8."""
     import warnings
 
     from torchvision.transforms import v2
@@ -566,7 +566,7 @@ def test_floats_that_nobody_normalised_are_said_and_the_remedies_work(make_train
 
     rows, to_tensor = data._decoded.rows, v2.ToDtype(torch.float32, scale=True)
     for row in range(23):
-        data._decoded.pixels[row, :, 0, 0] = 17 * row % 256  # with black among them
+        data._decoded.pixels[row, :, 0, 0] = 17 * row % 256  # including black
     plain = mm.embed(model, data).image_features
     raw = data._decoded.pixels.clone()
     words, features = seen(to_tensor)
@@ -580,7 +580,7 @@ def test_floats_that_nobody_normalised_are_said_and_the_remedies_work(make_train
     data._decoded.fill(raw, rows)
     words, features = seen(v2.Identity())
     assert not words and torch.equal(features, plain)
-    model.pixel_stats[0], model.pixel_stats[1] = 0, 1  # of a model that wants 0 to 1
+    model.pixel_stats[0], model.pixel_stats[1] = 0, 1  # of a model that expects 0 to 1
     assert not seen(to_tensor)[0]
 
 
@@ -594,10 +594,10 @@ def test_settings_that_change_nothing_are_said(make_trainer):
     assert words in beware(num_epochs=2, unmasked_epochs=99)
     assert words in beware(num_epochs=99, max_steps=6, unmasked_epochs=99)
     assert not beware(num_epochs=2, unmasked_epochs=99, image_mask_ratio=0, text_mask_ratio=0)
-    assert "image_mask_ratio=0.02 masks nothing so short" in beware(image_mask_ratio=0.02)
-    assert "text_mask_ratio=0.01 masks nothing so short" in beware(text_mask_ratio=0.01)
-    idle = dict(pixels_weight=0.5, decoder_width=32, max_steps=3)
-    assert "pixels_weight=0.5 has nothing" in beware(**idle, pixels_schedule=lambda p: 0.0)
+    assert "image_mask_ratio=0.02 masks nothing" in beware(image_mask_ratio=0.02)
+    assert "text_mask_ratio=0.01 masks nothing" in beware(text_mask_ratio=0.01)
+    idle = dict(mim_weight=0.5, decoder_width=32, max_steps=3)
+    assert "mim_weight=0.5 has nothing" in beware(**idle, mim_schedule=lambda p: 0.0)
     assert "all learning rates are 0" in beware(learning_rate=0, matrix_learning_rate=0)
     for name, value, need in (
         ("matrix_learning_rate", 0.1, dict(optimizer="adamw")),
@@ -607,11 +607,11 @@ def test_settings_that_change_nothing_are_said(make_trainer):
         ("cross_modal_ratio", 0.5, {}),
         ("pixel_error", "l1", {}),
         ("decoder_width", 64, {}),
-        ("words_schedule", "rising", {}),
+        ("mlm_schedule", "rising", {}),
         ("ema_momentum", 0.9, {}),
     ):
-        assert f"{name}={value!r} plays no part without" in beware(**{name: value}, **need), name
-    assert "plays no part" not in beware(text_mask="whole_word", text_mask_mode="drop")
+        assert f"{name}={value!r} has no effect without" in beware(**{name: value}, **need), name
+    assert "has no effect" not in beware(text_mask="whole_word", text_mask_mode="drop")
     trainer = make_trainer(num_epochs=99, max_steps=6, frozen_image_epochs=5)
     assert "ViT frozen for 2 epochs" in said_by(trainer)
 
@@ -627,7 +627,7 @@ def test_a_learning_rate_out_of_range_is_refused_before_the_run(make_trainer, va
 @pytest.mark.parametrize("value", [-0.5, 1.0, 50, math.nan])
 @pytest.mark.parametrize("kind", ["image", "text"])
 def test_a_ratio_out_of_range_is_refused_before_the_run(make_trainer, monkeypatch, kind, value):
-    """Of a schedule of one's own, for all samples or for one of them, in a late epoch."""
+    """From a user's schedule, for all samples or one of them, in a late epoch."""
     for late in (lambda noise: value, lambda noise: noise * 0 + value):
         late_one = lambda s, f, p, noise, late=late: late(noise) if p == 1 else s  # noqa: E731
         monkeypatch.setitem(RATIO_SCHEDULES, "late", late_one)
@@ -638,7 +638,7 @@ def test_a_ratio_out_of_range_is_refused_before_the_run(make_trainer, monkeypatc
 
 
 def test_a_model_that_was_trained_is_said_to_be(make_trainer, make_model, tmp_path):
-    """A cell that is run twice goes on from what the first left; so does a loaded model."""
+    """A cell run twice trains the same model further, as does a loaded model; a warning says so."""
     model, words = make_model(), "the model has been trained before"
     assert words not in said_by(make_trainer(model))
     make_trainer(model, max_steps=3).fit()
@@ -651,7 +651,7 @@ def test_a_model_that_was_trained_is_said_to_be(make_trainer, make_model, tmp_pa
 
 
 def test_settings_of_a_given_model_are_recorded_as_they_are(make_trainer, make_model, make_data):
-    """Those that were asked for and do not hold are said; a model of the preset has them."""
+    """Settings that a given model overrides are named; a model of the preset has them."""
     model = make_model(dropout=0.2, temperature=0.13)
     trainer = make_trainer(model, max_steps=2, temperature=0.5, dropout=0.4)
     said = said_by(trainer)
@@ -663,7 +663,7 @@ def test_settings_of_a_given_model_are_recorded_as_they_are(make_trainer, make_m
     saved = read_checkpoint(run.path / "best_model.pth")["config"]
     for recorded in (json.loads((run.path / "config.json").read_text()), saved):
         assert {name: recorded[name] for name in real} == real
-    same = make_trainer(make_model(dropout=0.2), max_steps=2, resume=True)  # goes on all the same
+    same = make_trainer(make_model(dropout=0.2), max_steps=2, resume=True)  # resumes all the same
     assert same.step == 2
     written = mm.TrainingConfig(**saved)
     mm.MaskedMultimodalTrainer(written, make_data(53), None, make_model(dropout=0.2))
@@ -677,7 +677,7 @@ def test_settings_of_a_given_model_are_recorded_as_they_are(make_trainer, make_m
 
 
 def test_a_new_model_has_what_was_asked_for_to_the_last_digit(make_config, make_data):
-    """A resume compares it with what was recorded."""
+    """Resuming compares it with the record."""
     data, values = make_data(17, size=64), dict(temperature=0.1234567891, max_steps=1)
     for resume in (False, True):
         config = make_config(**values, num_epochs=1)
@@ -687,7 +687,7 @@ def test_a_new_model_has_what_was_asked_for_to_the_last_digit(make_config, make_
 
 
 def test_a_configuration_that_is_changed_later_changes_no_run(make_config, make_model, make_data):
-    """And one whose fields no longer fit each other is refused when the run starts."""
+    """Fields that no longer fit each other are refused when the run starts."""
     config = make_config(max_steps=2)
     trainer = mm.MaskedMultimodalTrainer(config, make_data(53), None, make_model())
     config.batch_size, config.image_mask_schedule = 7, "linear"
@@ -697,7 +697,7 @@ def test_a_configuration_that_is_changed_later_changes_no_run(make_config, make_
 
 
 def test_a_torch_subset_of_ours_is_a_data_set(make_trainer, make_data, make_model):
-    """The rows of the subset, and of a subset of it; anything else is named with its remedy."""
+    """The rows of a subset, and of a subset of it; anything else is an error with a remedy."""
     data, model = make_data(53), make_model()
     first, second = torch.utils.data.random_split(
         data, [37, 16], generator=torch.Generator().manual_seed(0)
@@ -711,7 +711,7 @@ def test_a_torch_subset_of_ours_is_a_data_set(make_trainer, make_data, make_mode
     assert mm.evaluate(model, second) == mm.evaluate(model, whole)
     assert mm.Index(model, second).dataset.texts == whole.texts
     assert mm.inspect(second).rows == 16
-    assert mm.overlap(first, second, near=False).pictures == 16
+    assert mm.overlap(first, second, near=False).images == 16
 
 
 @pytest.mark.parametrize(
@@ -719,8 +719,11 @@ def test_a_torch_subset_of_ours_is_a_data_set(make_trainer, make_data, make_mode
     [
         (lambda d: torch.utils.data.DataLoader(d), r"is a DataLoader, .* \({}=loader\.dataset\)"),
         (lambda d: [(d[0]["image"], "a dog")], r"is a list, .* give mm\.MultimodalDataset\("),
-        (lambda d: torch.utils.data.TensorDataset(torch.zeros(7)), "is a TensorDataset, no data"),
-        (lambda d: torch.utils.data.Subset([1, 2, 3], [0]), "is a list, no data set"),
+        (
+            lambda d: torch.utils.data.TensorDataset(torch.zeros(7)),
+            "is a TensorDataset, not a data",
+        ),
+        (lambda d: torch.utils.data.Subset([1, 2, 3], [0]), "is a list, not a data set"),
         (lambda d: (d, d), "is a tuple, .* give one of the data sets in it"),
         (lambda d: "pairs.csv", r"is a str, .* mm\.load_data\('pairs\.csv'\)"),
     ],

@@ -23,7 +23,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 @pytest.fixture
 def lab(make_data, make_model):
-    """A lab with a model on the sixth picture, whose caption has six words; 3 x 3 patches."""
+    """A lab with a model on row 4, whose caption has six words; 3 x 3 patches."""
     lab = MaskLab(make_data(23), make_model())
     lab.row.value, lab.text_percent.value = 4, 50
     return lab
@@ -35,9 +35,9 @@ def plain_lab(make_data):
 
 
 def shown(lab):
-    """What the page shows of a lab, by part."""
+    """The contents of the page, by part of the lab."""
     canvas = lab.canvas
-    parts = dict(picture=canvas.picture, mask=canvas.mask, mode=canvas.mode, words=lab.words.value)
+    parts = dict(image=canvas.image, mask=canvas.mask, mode=canvas.mode, words=lab.words.value)
     return parts | ({"ranking": lab.ranking.value} if lab.model else {})
 
 
@@ -55,7 +55,7 @@ def paint(lab, *patches):
 @pytest.mark.parametrize(
     "name, value, changes",
     [
-        ("row", 9, "picture mask words ranking"),
+        ("row", 9, "image mask words ranking"),
         ("seed", 3, "mask words ranking"),
         ("epoch", 2, "mask words ranking"),
         ("image_masker", "attentive", "mask ranking"),
@@ -121,7 +121,7 @@ def test_the_text_mask_is_the_one_that_training_draws(lab, text, mode, tmp_path)
             assert torch.equal(drawn.substitute[1:2, :length], lab.text_masking.substitute)
 
 
-def test_nothing_hidden_is_no_masking(lab):
+def test_nothing_masked_is_no_masking(lab):
     lab.image_percent.value = lab.text_percent.value = 0
     assert lab.masking is None and lab.text_masking is None
     assert torch.equal(lab.still(), lab.dataset[4]["image"])
@@ -132,7 +132,7 @@ def test_nothing_hidden_is_no_masking(lab):
 
 
 def test_what_is_painted_in_the_browser_becomes_the_mask(lab):
-    before, old = lab._hidden().copy(), shown(lab)
+    before, old = lab._masked_patches().copy(), shown(lab)
     paint(lab, 0, 7)
     expected = before.copy()
     expected.flat[[0, 7]] ^= True
@@ -158,9 +158,9 @@ def test_other_masker_controls_go_back_to_computed_masks(lab):
         assert shown(lab) == before
     painted = lab.painted
     lab.image_masker.value = "painted"  # what was painted is still there
-    assert np.array_equal(lab._hidden(), painted)
+    assert np.array_equal(lab._masked_patches(), painted)
     lab.row.value, lab.image_mode.value, lab.text_percent.value = 6, "replace", 10
-    assert lab.image_masker.value == "painted" and np.array_equal(lab._hidden(), painted)
+    assert lab.image_masker.value == "painted" and np.array_equal(lab._masked_patches(), painted)
 
 
 def test_painted_begins_with_the_mask_that_is_shown(plain_lab):
@@ -170,8 +170,8 @@ def test_painted_begins_with_the_mask_that_is_shown(plain_lab):
 
 
 def test_one_patch_stays_when_all_are_painted(lab):
-    visible = np.argwhere(~lab._hidden())[-1]
-    paint(lab, *np.flatnonzero(~lab._hidden()))
+    visible = np.argwhere(~lab._masked_patches())[-1]
+    paint(lab, *np.flatnonzero(~lab._masked_patches()))
     assert np.argwhere(~lab.painted).tolist() == [visible.tolist()]
     assert lab.canvas.mask == lab.painted.tobytes()  # the browser is told
     assert f"row {visible[0] + 1}, column {visible[1] + 1}" in lab.words.value
@@ -187,7 +187,7 @@ def test_a_painted_mask_of_another_grid_is_refused(lab):
         lab.paint(np.zeros((2, 3)))
 
 
-def test_pictures_need_not_be_square():
+def test_images_need_not_be_square():
     pixels = torch.arange(2 * 3 * 10 * 15).reshape(2, 3, 10, 15).to(torch.uint8)
     lab = MaskLab(mm.MultimodalDataset.from_pixels(pixels, ["a cat", "a dog"]), patch_size=5)
     assert lab.grid == (2, 3) == (lab.canvas.rows, lab.canvas.columns)
@@ -219,9 +219,9 @@ def test_similarities_are_those_of_evaluation(lab):
 def test_captions_are_encoded_once_and_the_model_is_left_as_it_was(lab, monkeypatch):
     calls = []
     for name in ("encode_text", "class_attention"):
-        real = getattr(lab.model, name)
+        original = getattr(lab.model, name)
         monkeypatch.setattr(
-            lab.model, name, lambda *a, _n=name, _f=real: calls.append(_n) or _f(*a)
+            lab.model, name, lambda *a, _n=name, _f=original: calls.append(_n) or _f(*a)
         )
     lab.model.train()
     lab.image_masker.value = "attentive"
@@ -249,7 +249,7 @@ def test_captions_are_encoded_anew_for_each_text_control(make_data, make_model, 
     assert torch.equal(lab.cosines, after)
 
 
-def test_it_sees_that_the_model_was_trained(lab):
+def test_it_notices_that_the_model_was_trained(lab):
     before = lab.cosines
     with torch.no_grad():
         lab.model.text_projection[2].weight.mul_(-1)
@@ -264,20 +264,20 @@ def test_an_attentive_mask_of_the_lab_may_train_the_model(lab):
 
 
 def test_the_cost_is_that_of_what_is_encoded(lab, plain_lab):
-    length, words = int(lab.batch.valid.sum()), int(lab.text_masking.mask.sum())
-    visible = int((~lab._hidden()).sum())
+    length, masked = int(lab.batch.valid.sum()), int(lab.text_masking.mask.sum())
+    visible = int((~lab._masked_patches()).sum())
     whole = mm.cost.sample_flops(lab.model, 9, length)
-    assert lab.cost() == mm.cost.sample_flops(lab.model, visible, length - words) / whole
+    assert lab.cost() == mm.cost.sample_flops(lab.model, visible, length - masked) / whole
     lab.image_mode.value = "replace"
-    assert lab.cost() == mm.cost.sample_flops(lab.model, 9, length - words) / whole
+    assert lab.cost() == mm.cost.sample_flops(lab.model, 9, length - masked) / whole
     lab.text_mode.value = "80/10/10"
     assert lab.cost() == 1
     plain_lab.row.value, plain_lab.text_percent.value = 4, 50
-    assert plain_lab.cost() == (visible + length - words) / (9 + length)
-    assert f"({visible + length - words} of {9 + length} tokens)" in plain_lab.words.value
+    assert plain_lab.cost() == (visible + length - masked) / (9 + length)
+    assert f"({visible + length - masked} of {9 + length} tokens)" in plain_lab.words.value
 
 
-def test_the_pool_is_fixed_but_for_the_picture():
+def test_the_pool_is_fixed_but_for_the_image():
     assert pool_rows(0, 7, 24) == list(range(7))
     base = pool_rows(0, 2811, 24)
     assert len(set(base)) == 24 and base == sorted(base) and max(np.diff(base)) <= 118
@@ -297,24 +297,24 @@ def test_ties_count_against_the_rank():
 # -- what is shown ---------------------------------------------------------------------------
 
 
-def test_words_are_shown_as_the_masking_has_them(lab):
-    pieces = lab.dataset.tokenizer.convert_ids_to_tokens(lab.batch.input_ids[0])
-    hidden = lab.text_masking.mask[0].tolist()
-    kinds = [kind for _, kind in lab.pieces()]
-    assert [word for word, _ in lab.pieces()] == pieces
-    assert [kind == "dropped" for kind in kinds] == hidden
-    assert kinds[0] == kinds[-1] == "end" and sum(hidden) == 3
+def test_tokens_are_shown_under_their_masking(lab):
+    tokens = lab.dataset.tokenizer.convert_ids_to_tokens(lab.batch.input_ids[0])
+    masked = lab.text_masking.mask[0].tolist()
+    kinds = [kind for _, kind in lab.tokens()]
+    assert [token for token, _ in lab.tokens()] == tokens
+    assert [kind == "dropped" for kind in kinds] == masked
+    assert kinds[0] == kinds[-1] == "end" and sum(masked) == 3
     lab.text_mode.value = "replace"
-    assert [word == "[mask]" for word, _ in lab.pieces()] == hidden
+    assert [token == "[mask]" for token, _ in lab.tokens()] == masked
     lab.text_mode.value = "80/10/10"
     others = 0
     for seed in range(20):
         lab.seed.value = seed
         masking = lab.text_masking
-        for place, (word, kind) in enumerate(lab.pieces()):
-            number = int(masking.substitute[0, place])
-            if masking.mask[0, place] and number >= 0:
-                assert (word, kind) == (
+        for position, (token, kind) in enumerate(lab.tokens()):
+            number = int(masking.substitute[0, position])
+            if masking.mask[0, position] and number >= 0:
+                assert (token, kind) == (
                     lab.dataset.tokenizer.convert_ids_to_tokens(number),
                     "other",
                 )
@@ -330,36 +330,36 @@ def test_captions_are_text_and_not_markup(make_data, make_model):
     for html in (lab.words.value, lab.ranking.value):
         assert "&lt;b&gt;cat&lt;/b&gt; &amp; &quot;dog&quot;" in html
         assert "<b>cat" not in html
-    html = caption_html("<i>", [("<u>", "seen")])
+    html = caption_html("<i>", [("<u>", "visible")])
     assert "&lt;i&gt;" in html and "&lt;u&gt;" in html and "<i" not in html and "<u" not in html
 
 
-def test_the_ranking_goes_from_the_best_down_and_marks_the_right_one():
+def test_the_ranking_begins_with_the_best_and_marks_the_correct_one():
     html = ranking_html(["a", "b", "c"], torch.tensor([0.1, -0.5, 0.9]), torch.tensor([1, 0, 0]))
     assert html.index(">c<") < html.index(">a<") < html.index(">b<")
     assert html.count("✓") == 1 and 'class="text right" title="a"' in html
     assert "left: 25.0%; width: 25.0%" in html and "left: 50.0%; width: 45.0%" in html
 
 
-def test_the_picture_is_sent_as_it_is_and_the_still_has_its_hidden_patches_grey(plain_lab):
+def test_the_image_is_sent_as_it_is_and_the_still_has_its_masked_patches_grey(plain_lab):
     image = plain_lab.dataset[0]["image"]
-    sent = np.asarray(Image.open(io.BytesIO(plain_lab.canvas.picture)))
-    assert np.array_equal(sent, image.permute(1, 2, 0)) and plain_lab.canvas.picture == png(image)
-    mask = torch.from_numpy(plain_lab._hidden())
+    sent = np.asarray(Image.open(io.BytesIO(plain_lab.canvas.image)))
+    assert np.array_equal(sent, image.permute(1, 2, 0)) and plain_lab.canvas.image == png(image)
+    mask = torch.from_numpy(plain_lab._masked_patches())
     pixels = mask.repeat_interleave(5, 0).repeat_interleave(5, 1)
     assert torch.equal(plain_lab.still(), torch.where(pixels, 208, image))
 
 
-def test_a_normalised_picture_is_shown_in_its_own_range(make_data):
+def test_a_normalised_image_is_shown_in_its_own_range(make_data):
     data = make_data(3)
     data._decoded.pixels = data._decoded.pixels.float() / 100 - 1
     lab = MaskLab(data, patch_size=5)
-    assert lab.picture().dtype == torch.uint8
-    assert lab.picture().min() == 0 and lab.picture().max() == 255
+    assert lab.image().dtype == torch.uint8
+    assert lab.image().min() == 0 and lab.image().max() == 255
 
 
 @pytest.mark.parametrize("name", ["lab", "plain_lab"])
-def test_a_saved_page_has_a_picture(name, request, monkeypatch):
+def test_a_saved_page_has_an_image(name, request, monkeypatch):
     lab = request.getfixturevalue(name)
     bundle = lab._repr_mimebundle_()
     assert set(bundle) == {WIDGET, "image/png", "text/plain"}
@@ -425,7 +425,7 @@ def test_a_lab_that_is_gone_leaves_no_model_no_data_and_no_widget(make_data, mak
     assert set(_instances) == before
 
 
-def test_labs_on_a_page_work_without_a_name_the_last_ones(make_data, make_model):
+def test_the_last_labs_on_a_page_work_without_a_variable(make_data, make_model):
     _SHOWN.clear()
     views, models = [], []
     for seed in range(5):

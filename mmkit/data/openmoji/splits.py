@@ -1,12 +1,13 @@
-"""Which images are held out: the committed table `splits.csv`, worked out from scratch.
+"""The derivation of the committed table `splits.csv`: which images are held out.
 
 A random split of emoji leaks: "a woman firefighter with dark skin tone" is nearly the same image
-as the one with medium skin tone, and a model that has seen the one scores on the other without
-having learnt anything. So whole families are held out (`concept`), or whole combinations of family,
-gender and tone (`compose`), and what `mm.overlap` calls near-duplicates stays on one side of both:
-of the test images that names alone would choose, 308 and 294, it finds 62 and 15 in training. The
-table is committed so that the splits are the same everywhere and at every image size;
-`python -m mmkit.openmoji_splits` writes it anew, and a test compares.
+as the one with medium skin tone, and a model that was trained on the one recognises the other
+without having learnt anything. Therefore whole families are held out (`concept`), or whole
+combinations of family, gender and tone (`compose`), and images that `mm.overlap` calls
+near-duplicates stay on one side of both splits: of the 308 and 294 test images that names alone
+would choose, it finds 62 and 15 in training. The table is committed so that the splits are the same
+everywhere and at every image size;
+`python -m mmkit.data.openmoji.splits` writes it anew, and a test compares.
 Walk-through: notebooks/01_data.ipynb.
 """
 
@@ -26,19 +27,19 @@ from .names import TONES, base_name, gender, group, skeleton, tones, wording
 
 FIELDS = ("codepoints", "same_as", "family", "gender", "tone", "split")
 NEAR_IDENTICAL = 0.5  # mean absolute difference out of 255, judged at 32 px
-SIZES = 32, 96  # of images that are looked at for look-alikes: thin lines fade in small ones
-MARGIN = 1.25  # limits of `mm.overlap` times this: it judges at other sizes, rounded
+SIZES = 32, 96  # at which look-alikes are searched: thin lines fade in small images
+MARGIN = 1.25  # factor on the limits of `mm.overlap`, which compares other sizes, rounded
 _NOT_GUESSABLE = {"Flags", "Symbols", "Component"}  # groups that are always trained on
 
 
 def _components(count: int, links: list[tuple[int, int]]) -> list[int]:
-    """For each of `count` rows the first of those that links connect it with."""
+    """For each of `count` rows the first row that links connect it with."""
     _, first, group = np.unique(connected(count, links), return_index=True, return_inverse=True)
     return first[group].tolist()
 
 
 def _links_by(keys: list[str]) -> list[tuple[int, int]]:
-    """Link every row with the first one that has the same key."""
+    """Links of every row with the first row of the same key."""
     first: dict[str, int] = {}
     return [(first.setdefault(key, row), row) for row, key in enumerate(keys)]
 
@@ -46,8 +47,8 @@ def _links_by(keys: list[str]) -> list[tuple[int, int]]:
 def near_identical(pixels: np.ndarray, limit: float = NEAR_IDENTICAL) -> list[tuple[int, int]]:
     """Pairs of rows of uint8 (N, 3, 32, 32) whose mean absolute difference is at most `limit`.
 
-    Means over 8 x 8 blocks differ by at most as much as the pixels do, so comparing those first
-    leaves few pairs to look at in full.
+    Means over 8 x 8 blocks differ by at most as much as the pixels do, so comparing them first
+    leaves few pairs to compare in full.
     """
     full = torch.from_numpy(np.array(pixels)).float()  # (N, 3, 32, 32)
     blocks = F.avg_pool2d(full, 8).flatten(1)  # (N, 48)
@@ -58,10 +59,11 @@ def near_identical(pixels: np.ndarray, limit: float = NEAR_IDENTICAL) -> list[tu
 
 
 def look_alikes(pixels: np.ndarray) -> set[tuple[int, int]]:
-    """Pairs of rows of uint8 (N, 3, S, S) that look alike as they are or mirrored.
+    """Pairs of rows of uint8 (N, 3, S, S) that look alike, directly or mirrored.
 
-    The measure is that of `mm.overlap` with wider limits (`MARGIN`), so that what is apart here is
-    apart for it at every image size, and in double precision, so that every machine agrees.
+    The measure is that of `mm.overlap` with wider limits (`MARGIN`), so that images that differ
+    here differ for it at every image size. It is computed in double precision, so that the result
+    is the same on every machine.
     """
     full = torch.from_numpy(np.array(pixels)).double()
     signature, mirrored = map(image_duplicates.unrounded_signature, (full, full.flip(3)))
@@ -76,14 +78,14 @@ def look_alikes(pixels: np.ndarray) -> set[tuple[int, int]]:
 
 
 def _merge_identical(stems: list[str], pixels: np.ndarray) -> dict[str, list[str]]:
-    """{picture: the other emoji that are the same picture}, without those that are drawn wrongly.
+    """{emoji: the other emoji with the same image}, without those that are drawn wrongly.
 
-    A name with a skin tone whose drawing equals the untoned one is wrong and dropped. The name that
-    says most (man rather than person), then the shortest, comes first.
+    An emoji with a skin tone whose drawing equals the one without is wrong and left out. The most
+    specific name (man rather than person), then the shortest one, comes first.
     """
     same = defaultdict(list)
-    for stem, picture in zip(stems, pixels, strict=True):
-        same[picture.tobytes()].append(stem)
+    for stem, image in zip(stems, pixels, strict=True):
+        same[image.tobytes()].append(stem)
     merged = {}
     for emoji in same.values():
         fewest = min(len(tones(stem)) for stem in emoji)
@@ -94,18 +96,18 @@ def _merge_identical(stems: list[str], pixels: np.ndarray) -> dict[str, list[str
 
 
 def _vague(stem: str) -> bool:
-    """Does the name leave open who is in the picture?"""
+    """Does the name not say who is in the image?"""
     return "person" in gender(stem) or gender(stem) == "" or base_name(stem) == "family"
 
 
 def derive_splits(cache_dir: str | Path | None = None) -> list[dict[str, str]]:
-    """Work the committed table out again from the packages: names, code points and pictures.
+    """Derive the committed table again from the packages: names, code points and images.
 
-    1. Identical pictures at 32 px become one row. 2. Families (same wording or code points once
-    person, tone and direction are taken away; near-identical images) are held out whole, by a
-    hash, for `concept`, unless they look like something outside. 3. Of the rest, combinations of
-    family, gender and tone are held out for `compose` by a rotating assignment. 4. Images that look
-    alike and would straddle a boundary go to one side of it together.
+    1. Identical images at 32 px become one row. 2. Whole families (same wording or code points
+    without person, tone and direction, or near-identical images) are held out for `concept` by a
+    hash, unless they look like an image outside. 3. Of the rest, combinations of family, gender and
+    tone are held out for `compose` by a rotating assignment. 4. Images that look alike but fall on
+    different sides are moved to the same side.
     """
     stems = named_drawings()
     pixels = render(stems, 32, cache_dir)
@@ -137,10 +139,10 @@ def derive_splits(cache_dir: str | Path | None = None) -> list[dict[str, str]]:
 
 
 def _hold_out_concepts(stems: list[str], concept: list[int]) -> list[str]:
-    """Whole concepts into concept_test and concept_val, by a hash of their first code points.
+    """Assign whole concepts to concept_test and concept_val by a hash of their first code points.
 
-    The number in the hash is the one that comes nearest to 8 % and 4 % of the pictures, with no
-    family larger than 24 pictures among them: one huge family would make a lopsided test.
+    The number in the hash was chosen so that the fractions of images are closest to 8 % and 4 %
+    without a family of more than 24 images, which would dominate the test.
     """
     always_train = {
         root for stem, root in zip(stems, concept, strict=True) if group(stem)[0] in _NOT_GUESSABLE
@@ -156,9 +158,9 @@ def _hold_out_concepts(stems: list[str], concept: list[int]) -> list[str]:
 def _train_on_look_alikes(
     split: list[str], concept: list[int], alike: list[tuple[int, int]]
 ) -> None:
-    """Concepts that look like an image of another side are trained on, whole, in place.
+    """Move whole concepts that look like an image of another side to training, in place.
 
-    Repeated, since two concepts of one side may look alike: where one of them goes, both go.
+    This is repeated, since two concepts of one side may look alike: if one moves, both must.
     """
     while straddling := {concept[i] for a, b in alike if split[a] != split[b] for i in (a, b)}:
         for row, root in enumerate(concept):
@@ -166,10 +168,11 @@ def _train_on_look_alikes(
 
 
 def _hold_out_combinations(rows: list[dict[str, str]]) -> None:
-    """Give some combinations of family, gender and tone to compose_test and compose_val, in place.
+    """Assign some combinations of family, gender and tone to the compose parts, in place.
 
-    Each family starts at its own tone and each gender moves it on, so that every family is trained
-    on in other tones and every tone in other families. Pairs of tones (a, b) rotate by a + 2 b.
+    Each family starts at its own tone and each gender shifts it, so that every family occurs in
+    training with other tones and every tone with other families. Pairs of tones (a, b) shift by
+    a + 2 b.
     """
     order, genders = list(TONES.values()), ["", "man", "woman", "person"]
     for row in rows:
@@ -178,19 +181,19 @@ def _hold_out_combinations(rows: list[dict[str, str]]) -> None:
         tone = [order.index(name) for name in row["tone"].split("+")]
         who = [genders.index(name) for name in row["gender"].split("+")]
         start = stable_hash("compose " + row["family"]) % 10 + 2 * who[0] + sum(who[1:])
-        place = (start + tone[0] + 2 * sum(tone[1:])) % 5
-        if place == 0:
+        turn = (start + tone[0] + 2 * sum(tone[1:])) % 5
+        if turn == 0:
             row["split"] = "compose_test"
-        elif place == 2 and start // 5 % 2:  # half as many
+        elif turn == 2 and start // 5 % 2:  # half as many
             row["split"] = "compose_val"
 
 
 def _keep_together(rows: list[dict[str, str]], alike: list[tuple[int, int]]) -> None:
-    """Where images that look alike fall on several sides, all go where most of them are, in place.
+    """Move images that look alike to the side where most of them are, in place.
 
-    Of equally many the test wins, then validation; but with an image that has no tone, so that it
-    is no combination to hold out, all are trained on. The images of one combination (a woman
-    walking left, and right) move with each other.
+    In a tie the test wins, then validation; but if one of the images has no tone and can therefore
+    not be held out as a combination, all go to training. The images of one combination (a woman
+    walking left, and right) move together.
     """
     combination = [
         f"{row['family']} {row['gender']} {row['tone']}" if row["tone"] else f"row {i}"

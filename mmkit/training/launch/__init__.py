@@ -1,1 +1,1 @@
-"""Several processes, started from a notebook."""
+"""Start several processes from a notebook."""

@@ -1,6 +1,6 @@
-"""Start several processes from a notebook, see the first of them, get its result back.
+"""Start several processes from a notebook, show the output of rank 0 and return its result.
 
-Each process is a rank; rank 0 is the one that is seen and whose result comes back.
+Each process is a rank.
 Walk-through: notebooks/06_many_processes.ipynb.
 """
 
@@ -27,7 +27,7 @@ import torch
 from .preflight import gpus, preflight, start_method
 from .ranks import run_rank
 
-_needed: set[str] = set()  # slow imports that an earlier launch made use of
+_needed: set[str] = set()  # slow imports that an earlier launch used
 
 
 def launch(
@@ -41,13 +41,26 @@ def launch(
     """Run `fn(*args, **kwargs)` in several processes of this machine; returns rank 0's result.
 
     Works in a notebook (accelerate's notebook_launcher forks, so that `fn` may be defined in a
-    cell), on GPUs (one process each) or on a CPU (gloo). With 1 process `fn` is simply called, or,
-    with child=True, called in a process of its own, so that later launches from here stay possible.
-    What rank 0 prints is seen while it runs; of the others only stderr. Each process computes with
-    an equal part of this process's threads. A result is pickled, and its tensors come to the CPU.
-    port: where the processes meet; None for any free one.
-    Raises ValueError or RuntimeError where this kernel cannot launch, with every reason and its
-    remedy; RuntimeError with the traceback of the rank that failed first, from that rank's error.
+    cell), on GPUs (one process each) or on a CPU (gloo). The output of rank 0 is shown while it
+    runs; of the other ranks only stderr. Each process computes with an equal part of this process's
+    threads.
+
+    Args:
+        fn: the function.
+        *args: its positional arguments.
+        **kwargs: its arguments by name.
+        num_processes: number of processes, at least 1.
+        port: port at which the processes meet; None = any free one.
+        child: with 1 process, call `fn` in a process of its own instead of this one, so that later
+            launches from here stay possible.
+    Returns:
+        The result of `fn` in rank 0. Unless `fn` ran in this process, it is pickled and its tensors
+        are on the CPU.
+    Raises:
+        ValueError, RuntimeError: this kernel cannot launch; the message lists every reason and its
+            remedy.
+        RuntimeError: a rank failed; the message has the traceback of the rank that failed first,
+            and the cause is that rank's error.
     """
     preflight(fn, (args, kwargs), num_processes, port, child)
     if num_processes == 1 and not child:
@@ -73,11 +86,11 @@ def launch(
 
 @contextlib.contextmanager
 def _environment(threads: int):
-    """What the processes inherit. All is put back, with what torch and accelerate leave behind."""
+    """Set the environment that the processes inherit, and restore it fully at the end."""
     before = dict(os.environ)
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # else accelerate decides, and warns
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # or accelerate decides, and warns
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for GPUs must not start CUDA
-    if not gpus():  # else each rank trains an independent copy and nothing fails
+    if not gpus():  # or each rank trains an independent copy without any error
         os.environ["ACCELERATE_USE_CPU"] = "true"
     try:
         yield
@@ -89,7 +102,7 @@ def _environment(threads: int):
 
 @contextlib.contextmanager
 def _quiet(*names: str):
-    """No log messages below these names: what went wrong is told once, by `launch`."""
+    """Silence the loggers of these names: `launch` reports an error once."""
     loggers, nowhere = [logging.getLogger(name) for name in names], logging.NullHandler()
     before = [logger.propagate for logger in loggers]
     for logger in loggers:
@@ -105,10 +118,10 @@ def _quiet(*names: str):
 
 @contextlib.contextmanager
 def _heard():
-    """Pipes for what the ranks say, where stdout or stderr is not this process's own.
+    """Pipes for the output of the ranks, where stdout or stderr is not this process's own.
 
-    A notebook's streams are such, and redirected ones. A forked kernel sends each line over a
-    connection of its own, and they overtake one another; through one pipe lines keep their order.
+    That is so in a notebook, and for redirected streams. A forked kernel sends each line over a
+    connection of its own, so that lines may change places; in one pipe they keep their order.
     """
     with contextlib.ExitStack() as ends:
         pipes = {}
@@ -121,7 +134,7 @@ def _heard():
 
 @contextlib.contextmanager
 def _pipe_to(stream):
-    """A pipe's two ends; what comes through is handed on to the stream by a thread, at once."""
+    """The two ends of a pipe, whose content a thread writes to the stream at once."""
     source, way = os.pipe()
 
     def hand_on():
@@ -136,7 +149,7 @@ def _pipe_to(stream):
         yield source, way
     finally:
         os.close(way)
-        thread.join(1.0)  # seconds; all is said, unless a process that a rank started lives on
+        thread.join(1.0)  # seconds; longer only where a process that a rank started still lives
         stream.flush()
 
 
@@ -150,12 +163,12 @@ def _run(job: dict, port: int) -> None:
     """Run all ranks to their end; RuntimeError where one of them fails."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    gc.freeze()  # a rank that threw away our garbage would wait for threads that it does not have
+    gc.freeze()  # a rank that freed our garbage would wait for threads that it does not have
     try:
         _in_a_fresh_thread(lambda: _start(job, port))
     except ChildFailedError as failure:
         message, original = _first_failure(job, failure)
-        traceback.clear_frames(failure.__traceback__)  # ends the server that the ranks met at
+        traceback.clear_frames(failure.__traceback__)  # ends the server at which the ranks met
         raise RuntimeError(message) from original
     finally:
         gc.unfreeze()
@@ -164,14 +177,14 @@ def _run(job: dict, port: int) -> None:
 def _in_a_fresh_thread(start: Callable[[], None]) -> None:
     """Call `start`, which forks, and wait for it; an interrupt ends the processes it started.
 
-    Why a thread: a forked process has one thread, but its OpenMP believes in all those that the
-    forking thread ever computed with, and waits for them for ever. A new thread has had none.
+    A new thread is needed because a forked process has one thread, but its OpenMP waits forever for
+    all those that the forking thread ever computed with. A new thread has had none.
     """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            stream.flush()  # else every rank says again what is still in the buffer
+            stream.flush()  # or every rank prints again what is still in the buffer
     raised: list[BaseException] = []
-    ended = threading.Event()  # an interrupted join() takes a running thread for ended
+    ended = threading.Event()  # an interrupted join() treats a running thread as ended
 
     def run():
         try:
@@ -186,7 +199,7 @@ def _in_a_fresh_thread(start: Callable[[], None]) -> None:
     try:
         ended.wait()
     except BaseException:
-        while not ended.wait(0.1):  # it may be about to fork only now
+        while not ended.wait(0.1):  # `start` may fork only now
             for process in set(multiprocessing.active_children()) - others:
                 process.terminate()
         raise
@@ -197,9 +210,9 @@ def _in_a_fresh_thread(start: Callable[[], None]) -> None:
 def _start(job: dict, port: int) -> None:
     from accelerate import launchers, notebook_launcher
 
-    if job["processes"] == 1:  # which accelerate would run in this kernel
+    if job["processes"] == 1:  # accelerate would run it in this kernel
         return _start_one(job, port)
-    launchers.print = lambda *words: None  # "Launching training on 2 CUDAs.", on a CPU too
+    launchers.print = lambda *text: None  # "Launching training on 2 CUDAs.", even on a CPU
     try:
         notebook_launcher(run_rank, (job,), job["processes"], use_port=str(port))
     finally:
@@ -213,7 +226,7 @@ def _start_one(job: dict, port: int) -> None:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=1,
-        run_id="mmkit",  # without one torch makes one up, and warns
+        run_id="mmkit",  # without one torch invents one, and warns
         rdzv_endpoint=f"127.0.0.1:{port}",
         rdzv_backend="static",
         rdzv_configs={"rank": 0},
@@ -224,12 +237,12 @@ def _start_one(job: dict, port: int) -> None:
 
 
 def _receive(job: dict):
-    """Rank 0's result, from a file that it wrote a moment ago into a folder that only we see."""
+    """Rank 0's result, from the file that it has just written into our private folder."""
     try:
         answer = torch.load(job["folder"] / "result", map_location="cpu", weights_only=False)
     except Exception as error:
         raise RuntimeError(
-            f"what rank 0 returned cannot be read in this process: {error}; define its class "
+            f"the result of rank 0 cannot be read in this process: {error}; define its class "
             "before the launch, or return numbers, text and tensors"
         ) from error
     _needed.update(answer["imported"])
@@ -237,25 +250,25 @@ def _receive(job: dict):
 
 
 _LIKELY = {
-    "SIGKILL": "most likely no memory was left (`dmesg` tells); take a smaller batch_size or "
+    "SIGKILL": "most likely no memory was left (see `dmesg`); take a smaller batch_size or "
     "fewer processes",
     "SIGBUS": "most likely shared memory (/dev/shm) is full; take fewer num_workers",
-    "SIGTERM": "somebody, or a time limit, ended it",
+    "SIGTERM": "a user or a time limit ended it",
 }
 
 
 def _first_failure(job: dict, failure) -> tuple[str, BaseException | None]:
-    """What to say of an elastic ChildFailedError, and the error at its root, where there is one."""
+    """The message for an elastic ChildFailedError, and the original error, where there is one."""
     reports = sorted(pickle.loads(path.read_bytes()) for path in job["folder"].glob("error-*"))
     rank, end = failure.get_first_failure()
-    if rank in [report[1] for report in reports]:  # it raised, perhaps because another one had
+    if rank in [report[1] for report in reports]:  # it raised, perhaps because another rank had
         _, rank, what, text, original = reports[0]
         message = f"rank {rank} of {job['processes']} failed with {what}\n\n{text}"
         return message, pickle.loads(original) if original else None
-    words = f"rank {rank} of {job['processes']}"
+    which = f"rank {rank} of {job['processes']}"
     if end.exitcode >= 0:
-        words += f" ended itself with exit code {end.exitcode} (os._exit?)"
-        return f"{words}; return from the function, or raise", None
+        which += f" ended itself with exit code {end.exitcode} (os._exit?)"
+        return f"{which}; return from the function, or raise", None
     name = signal.Signals(-end.exitcode).name
-    likely = _LIKELY.get(name, "it crashed outside Python; its last words are above")
-    return f"{words} was killed by {name}: {likely}", None
+    likely = _LIKELY.get(name, "it crashed outside Python; its last output is above")
+    return f"{which} was killed by {name}: {likely}", None

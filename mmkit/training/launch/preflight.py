@@ -1,4 +1,4 @@
-"""What would make a launch of several processes from this kernel fail, and what to do about it.
+"""Checks before a launch of several processes from this kernel, with remedies.
 
 Walk-through: notebooks/06_many_processes.ipynb.
 """
@@ -21,10 +21,17 @@ def preflight(
     port: int | None = None,
     child: bool = False,
 ) -> None:
-    """Raise one error that lists all that would make a launch from this kernel fail.
+    """Raise one error that lists everything that would make a launch from this kernel fail.
 
-    call: (args, kwargs) of `fn`; child: see `launch`. ValueError where an argument is wrong, else
-    RuntimeError.
+    Args:
+        fn: see `launch`.
+        call: (args, kwargs) of `fn`.
+        num_processes: see `launch`.
+        port: see `launch`.
+        child: see `launch`.
+    Raises:
+        ValueError: an argument is wrong.
+        RuntimeError: the arguments are right, but this kernel or machine cannot launch.
     """
     wrong, here = _wrong_arguments(fn, num_processes, port, child), []
     if num_processes != 1 or child:
@@ -32,8 +39,8 @@ def preflight(
         if start_method() == "spawn":
             here += _unsendable(fn, *call)
     if wrong or here:
-        words = "".join(f"\n- {problem}" for problem in wrong + here)
-        raise (ValueError if wrong else RuntimeError)(f"mm.launch cannot start:{words}")
+        problems = "".join(f"\n- {problem}" for problem in wrong + here)
+        raise (ValueError if wrong else RuntimeError)(f"mm.launch cannot start:{problems}")
 
 
 def start_method() -> str:
@@ -43,10 +50,10 @@ def start_method() -> str:
 
 
 def gpus() -> int:
-    """How many GPUs a launch would use; 0 where it runs on the CPU."""
+    """The number of GPUs that a launch would use; 0 where it runs on the CPU."""
     if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return 0
-    return torch.cuda.device_count()  # by NVML: CUDA stays untouched, forking possible
+    return torch.cuda.device_count()  # by NVML: CUDA is not started, so that forking stays possible
 
 
 def _wrong_arguments(fn, num_processes, port, child) -> list[str]:
@@ -63,7 +70,7 @@ def _wrong_arguments(fn, num_processes, port, child) -> list[str]:
         )
     if port is not None and (num_processes != 1 or child):
         try:
-            with socket.socket() as probe:  # as the processes' own meeting point will be opened
+            with socket.socket() as probe:  # opened as the processes' meeting point will be
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(("", port))
                 probe.listen()
@@ -76,7 +83,7 @@ def _wrong_arguments(fn, num_processes, port, child) -> list[str]:
 
 
 def _wrong_kernel() -> list[str]:
-    """What this process is, or has done before, that rules a launch out."""
+    """Messages on the state of this process that prevents a launch."""
     from accelerate.state import AcceleratorState, PartialState
 
     wrong = []
@@ -90,8 +97,8 @@ def _wrong_kernel() -> list[str]:
     elif PartialState._shared_state or AcceleratorState._shared_state:
         wrong.append(
             "an Accelerator was already made in this kernel (train_model and trainers make one), "
-            "which ties it to one process; restart the kernel and run every training of this "
-            "notebook through mm.launch"
+            "which ties it to one process; restart the kernel and start every training run of this "
+            "notebook by mm.launch"
         )
     if multiprocessing.current_process().daemon:
         wrong.append(
@@ -119,9 +126,9 @@ def _wrong_devices(num_processes) -> list[str]:
 
 
 def _cuda_was_used() -> bool:
-    """Whether a process forked now could not use CUDA, or autograd beside it: asked of one.
+    """Whether a process forked now could not use CUDA or autograd, found out by forking one.
 
-    torch.cuda.is_initialized() alone does not know: after is_available() it is False.
+    torch.cuda.is_initialized() does not tell: after is_available() it is still False.
     """
     if torch.cuda.is_initialized():
         return True
@@ -131,14 +138,14 @@ def _cuda_was_used() -> bool:
     try:
         lost = torch.cuda._is_in_bad_fork()
         torch.zeros(1, requires_grad=True).sum().backward()
-    except RuntimeError:  # autograd's threads for the GPUs stayed behind
+    except RuntimeError:  # autograd's threads for the GPUs are in the parent only
         lost = True
     finally:
         os._exit(lost)
 
 
 def _unsendable(fn, args: tuple, kwargs: dict) -> list[str]:
-    """What cannot be pickled for a new process: where there is no fork, nothing else gets there."""
+    """Messages on what cannot be pickled, which a process that is not forked needs."""
     wrong = []
     for name, thing in [("fn", fn), *enumerate(args, 1), *kwargs.items()]:
         reason = _cannot_be_pickled(thing)
@@ -154,7 +161,7 @@ def _unsendable(fn, args: tuple, kwargs: dict) -> list[str]:
 
 
 def _cannot_be_pickled(thing) -> str:
-    """Why; "" where it can."""
+    """The reason why a value cannot be pickled; "" where it can."""
     try:
         with open(os.devnull, "wb") as nowhere:
             pickle.Pickler(nowhere).dump(thing)

@@ -1,4 +1,4 @@
-"""What each process of a launch does: meet the others, compute, leave its result or its error.
+"""The work of each process of a launch: meet the others, compute, save the result or the error.
 
 Walk-through: notebooks/06_many_processes.ipynb.
 """
@@ -19,7 +19,7 @@ from ...joint_calls import depart
 from .preflight import gpus
 
 _LINGER = 1.0  # seconds
-# What takes a process seconds to import. Forked, it has what this one has.
+# Modules that take seconds to import. A forked process has those of its parent.
 SLOW_IMPORTS = (
     "torch._dynamo",
     "torch.utils.tensorboard",
@@ -29,7 +29,7 @@ SLOW_IMPORTS = (
 
 
 def run_rank(job: dict) -> None:
-    """One rank: meet the others, run the function, leave its result or its error in a file."""
+    """Run the function in one rank, and save its result or its error to a file."""
     if os.getpid() == job["parent"]:
         raise RuntimeError(
             "accelerate called the function in this kernel instead of starting processes, as it "
@@ -37,7 +37,7 @@ def run_rank(job: dict) -> None:
         )
     rank = int(os.environ["RANK"])
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)  # dies at once, also where Python cannot answer
+        signal.signal(number, signal.SIG_DFL)  # end at once, even where Python cannot react
     _speak(rank, job["pipes"])
     try:
         _meet(job)
@@ -50,19 +50,19 @@ def run_rank(job: dict) -> None:
             dist.destroy_process_group()
     except BaseException as error:
         report = _report(rank, error)
-        with renamed(job["folder"] / f"error-{rank}") as file:  # we may be ended at any time
+        with renamed(job["folder"] / f"error-{rank}") as file:  # we may be killed at any time
             file.write(report)
-        time.sleep(_LINGER)  # a rank that was killed, so that we failed, must be seen first
+        time.sleep(_LINGER)  # a killed rank that caused this error must be noticed first
         raise SystemExit(1) from None
 
 
 def _speak(rank: int, pipes: dict[str, tuple[int, int]]) -> None:
-    """Rank 0 is heard line by line; the others would say the same again, but for their errors.
+    """Show the output of rank 0 line by line; of the other ranks, which repeat it, only stderr.
 
     pipes: to the "stdout" and "stderr" that only the parent has.
     """
     for name, (source, way) in pipes.items():
-        os.close(source)  # else writing would wait for ever where the parent is gone
+        os.close(source)  # or writing would wait forever once the parent is gone
         setattr(sys, name, open(way, "w", buffering=1, encoding="utf-8", closefd=False))
     if rank:
         sys.stdout = open(os.devnull, "w")
@@ -76,7 +76,7 @@ def _meet(job: dict) -> None:
     from accelerate.state import PartialState
 
     seen, expected = PartialState(cpu=not gpus()).num_processes, job["processes"]
-    if seen != expected:  # else every process would silently train a model of its own
+    if seen != expected:  # or every process would silently train a model of its own
         raise RuntimeError(f"{expected} processes were asked for, each sees {seen}")
     torch.set_num_threads(job["threads"])
 
@@ -93,7 +93,7 @@ def _send(job: dict, value) -> None:
 
 
 def _report(rank: int, error: BaseException) -> bytes:
-    """When, who, what in one line, the traceback, and the error itself where it can be sent."""
+    """Time, rank, one-line message, traceback, and the error itself where it can be pickled."""
     what = "".join(traceback.format_exception_only(error)).strip()
     try:
         original = pickle.dumps(error)

@@ -1,4 +1,4 @@
-"""The built-in pictures: captions say what is drawn, and nothing leaks from training to test."""
+"""The built-in images: captions describe the drawings, and nothing leaks from training to test."""
 
 import importlib
 import subprocess
@@ -26,13 +26,13 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pixels(cache):
-    """Every distinct picture at 32 px, where identity is judged."""
+    """Every distinct image at 32 px, the size at which identity is decided."""
     return render([entry["codepoints"] for entry in TABLE], 32, cache)
 
 
 @pytest.fixture(scope="module")
 def sets(cache, pixels):
-    """{split: {part: dataset}} at the size that is rendered already."""
+    """{split: {part: dataset}} at the size that is already rendered."""
     made = {}
     tokenizer = None
     for split in module.SPLITS:
@@ -89,15 +89,15 @@ def test_two_people_are_told_from_left_to_right_as_they_are_drawn(cache):
     )
     assert gender(stem) == "man+woman" and tones(stem) == ["light", "dark"]
     light, dark = np.array([0xFA, 0xDC, 0xBC]), np.array([0x6A, 0x46, 0x2F])
-    picture = render([stem], 64, cache)[0].astype(int)
+    image = render([stem], 64, cache)[0].astype(int)
     for colour, side in ((light, "left"), (dark, "right")):
-        close = np.abs(picture - colour[:, None, None]).max(0) <= 3
+        close = np.abs(image - colour[:, None, None]).max(0) <= 3
         columns = np.nonzero(close)[1]
         assert len(columns) > 20
         assert (columns.mean() < 32) == (side == "left")
 
 
-def test_captions_are_unique_per_picture_and_have_no_traces_of_the_alias_format():
+def test_captions_are_unique_per_image_and_have_no_traces_of_the_alias_format():
     owners = defaultdict(set)
     for row, entry in enumerate(TABLE):
         for text in module._captions(entry, "en"):
@@ -114,7 +114,7 @@ def test_every_tone_word_of_a_caption_stands_in_the_code_points():
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_every_picture_has_a_clean_name_in_every_language(language):
+def test_every_image_has_a_clean_name_in_every_language(language):
     for entry in TABLE:
         for text in module._captions(entry, language):
             assert text.strip() == text and text and not set(text) & set("_:")
@@ -127,14 +127,14 @@ def test_german_names(cache, pixels):
     assert "a grinning face" not in texts
 
 
-# ---- pictures ------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------
 
 
-def test_no_picture_is_in_the_table_twice(pixels):
-    assert len({picture.tobytes() for picture in pixels}) == len(TABLE)
+def test_no_image_is_in_the_table_twice(pixels):
+    assert len({image.tobytes() for image in pixels}) == len(TABLE)
 
 
-def test_a_merged_picture_has_all_its_captions(sets):
+def test_a_merged_image_has_all_its_captions(sets):
     compose = sets["compose"]
     index = {
         meta["codepoints"]: texts
@@ -160,7 +160,7 @@ def test_wrong_labels_are_gone_and_nothing_else():
 
 
 def test_another_size_is_the_same_drawing(pixels, cache):
-    """Rendered at 64 px and averaged down, a picture is close to itself at 32 px."""
+    """Rendered at 64 px and averaged down, an image is close to itself at 32 px."""
     rows = range(0, len(TABLE), 373)
     large = render([TABLE[row]["codepoints"] for row in rows], 64, cache).astype(float)
     small = large.reshape(len(rows), 3, 32, 2, 32, 2).mean((3, 5))
@@ -191,14 +191,14 @@ def test_a_render_that_dies_leaves_nothing_behind(tmp_path, monkeypatch):
         patch.setattr(module, "_render", dies_at_the_second)
         render(stems, 11, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    # what a killed process leaves is half a file under another name, which is never read
+    # a killed process leaves half a file under another name, which is never read
     (tmp_path / "openmoji-half.tmp").write_bytes(b"\x93NUMPY half of it")
     assert render(stems, 11, tmp_path).shape == (3, 3, 11, 11)
 
 
 def test_two_processes_may_render_at_once(tmp_path):
     program = (
-        "import sys, numpy as np; from mmkit.data.openmoji import named_drawings, render;"
+        "import sys, numpy as np; from mmkit.data.openmoji.images import named_drawings, render;"
         "print(int(np.array(render(named_drawings()[::40], 13, sys.argv[1])).sum()))"
     )
     both = [
@@ -256,13 +256,13 @@ def test_sizes(sets):
     assert shared[0] == shared[1]
 
 
-def test_no_picture_is_on_two_sides(sets):
+def test_no_image_is_on_two_sides(sets):
     for parts in sets.values():
         ids = [row for part in PARTS for row in parts[part].sample_ids.tolist()]
         assert len(ids) == len(set(ids))
 
 
-def test_near_identical_pictures_never_straddle_a_boundary(pixels):
+def test_near_identical_images_never_straddle_a_boundary(pixels):
     pairs = near_identical(pixels)
     assert len(pairs) > 50
     assert [(a, b) for a, b in pairs if TABLE[a]["split"] != TABLE[b]["split"]] == []
@@ -271,7 +271,7 @@ def test_near_identical_pictures_never_straddle_a_boundary(pixels):
 @pytest.mark.parametrize("size", [32, 37, 64])
 @pytest.mark.parametrize("split", ["compose", "concept"])
 def test_no_image_looks_like_one_of_another_part(split, size, cache):
-    """At the sizes that the table was made from and at others, by the measure that users have."""
+    """At the sizes that the table was made from and at others, by the users' own measure."""
     train, val, test = openmoji(size, split, cache_dir=cache)
     for one, other in ((train, val), (train, test), (val, test)):
         found = overlap(one, other)
@@ -335,14 +335,14 @@ def test_no_caption_is_in_training_and_test(sets):
 
 
 def test_the_random_split_leaks_as_it_says(sets):
-    """Most of its test pictures have a sibling in training: that is what it is there to show."""
+    """Most of its test images have a variant in training, as it is meant to show."""
     known = {meta["family"] for meta in sets["random"]["train"].meta}
     toned = [meta for meta in sets["random"]["test"].meta if meta["tone"]]
     assert len(toned) > 100
     assert np.mean([meta["family"] in known for meta in toned]) > 0.95
 
 
-def test_it_is_deterministic_and_says_whose_pictures_they_are(sets, cache):
+def test_it_is_deterministic_and_says_whose_images_they_are(sets, cache):
     again = openmoji(32, "random", cache_dir=cache, tokenizer=sets["random"]["train"].tokenizer)
     for part, dataset in zip(PARTS, again, strict=True):
         first = sets["random"][part]
@@ -351,12 +351,12 @@ def test_it_is_deterministic_and_says_whose_pictures_they_are(sets, cache):
         assert "OpenMoji" in dataset.attribution and "CC BY-SA 4.0" in dataset.attribution
 
 
-def test_pixels_and_facts_belong_to_the_sample_id(sets, pixels):
+def test_pixels_and_metadata_belong_to_the_sample_id(sets, pixels):
     test = sets["compose"]["test"]
     assert test.tokenizer is sets["compose"]["train"].tokenizer
     for row in (0, 17, len(test) - 1):
-        picture = test[row]
-        assert np.array_equal(picture["image"].numpy(), pixels[picture["sample_id"]])
+        image = test[row]
+        assert np.array_equal(image["image"].numpy(), pixels[image["sample_id"]])
         assert test.meta[row]["group"] == "People & Body"
-        assert test.meta[row]["codepoints"] == TABLE[picture["sample_id"]]["codepoints"]
-        assert picture["text"] == caption(test.meta[row]["codepoints"])
+        assert test.meta[row]["codepoints"] == TABLE[image["sample_id"]]["codepoints"]
+        assert image["text"] == caption(test.meta[row]["codepoints"])

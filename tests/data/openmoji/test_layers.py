@@ -1,4 +1,4 @@
-"""The layers of the built-in drawings: every pixel is what the drawing says it is."""
+"""The layers of the built-in drawings: every pixel has the label of the drawing."""
 
 import importlib
 import pickle
@@ -13,7 +13,7 @@ from mmkit.data.dataset import MultimodalDataset
 from mmkit.data.openmoji import layers as module
 from mmkit.data.openmoji.drawings import drawing_path, rasterize, read_table
 from mmkit.data.openmoji.images import render
-from mmkit.data.openmoji.layers import LAYERS, MIN_SHARE, DrawingLayers, relabel
+from mmkit.data.openmoji.layers import LAYERS, MIN_FRACTION, DrawingLayers, relabel
 
 SIZE = 48
 STEMS = [entry["codepoints"] for entry in read_table()]
@@ -36,7 +36,7 @@ def layers(cache):
 
 @pytest.fixture
 def forget():
-    """What a new process starts with: nothing in memory, and afterwards nothing of this test."""
+    """Start with empty caches, like a new process, and leave nothing of this test in them."""
 
     def clear():
         module._rows.cache_clear()
@@ -59,7 +59,7 @@ def rgb(colour):
 
 
 def repainted(layers, row, paper):
-    """The picture (H, W, 3) that a label map and its colours stand for."""
+    """The image (H, W, 3) of a label map and its colours."""
     label_map, labels = layers.label_map(row)
     return np.array([rgb(paper), *(rgb(colour) for _, colour in labels)])[label_map]
 
@@ -74,9 +74,9 @@ def pixels_of(layers, row, name):
 
 
 def test_labels_painted_in_their_colours_are_the_drawing(layers):
-    """On coloured paper, so that white paint is told from paper; equal in every pixel.
+    """On coloured paper, to distinguish white paint from paper; equal in every pixel.
 
-    What is faint counts like any other paint; strokes of opacity 0 (1F234, 1F250) do not count.
+    Translucent paint counts like any other; strokes of opacity 0 (1F234, 1F250) do not count.
     """
     for stem in [*STEMS[::17], *TRANSLUCENT, "1F234", "1F250"]:
         svg = re.sub(r' (fill-)?opacity="0\.\d+"', "", drawing_path(stem).read_text())
@@ -84,16 +84,16 @@ def test_labels_painted_in_their_colours_are_the_drawing(layers):
         assert np.array_equal(repainted(layers, STEMS.index(stem), "#12fe34"), drawn), stem
 
 
-def test_labels_fit_the_picture_that_is_trained_on(layers, cache):
-    """Smoothed edges apart, that is where a pixel differs from a neighbour: 99.7 % agree."""
+def test_labels_fit_the_image_that_is_trained_on(layers, cache):
+    """Except for smoothed edges, where a pixel differs from a neighbour, 99.7 % agree."""
     rows = [row for row in range(3, len(STEMS), 37) if STEMS[row] not in TRANSLUCENT]
-    pictures = render([STEMS[row] for row in rows], SIZE, cache).transpose(0, 2, 3, 1).astype(int)
+    images = render([STEMS[row] for row in rows], SIZE, cache).transpose(0, 2, 3, 1).astype(int)
     agree = []
-    for row, picture in zip(rows, pictures, strict=True):
+    for row, image in zip(rows, images, strict=True):
         label_map, _ = layers.label_map(row)
         windows = np.lib.stride_tricks.sliding_window_view(np.pad(label_map, 1, "edge"), (3, 3))
         inside = (windows == label_map[..., None, None]).all((2, 3))
-        close = np.abs(repainted(layers, row, "#ffffff") - picture).max(2) < 24
+        close = np.abs(repainted(layers, row, "#ffffff") - image).max(2) < 24
         agree.append(close[inside])
     agree = np.concatenate(agree)
     assert len(agree) > 0.6 * len(rows) * SIZE**2 and agree.mean() > 0.997
@@ -108,12 +108,12 @@ def test_labels_fit_the_picture_that_is_trained_on(layers, cache):
         (FIREFIGHTER, "color", "#a57939"),
         (RED_HAIR, "hair", "#e27022"),
         (RED_HAIR, "skin", "#fcea2b"),
-        (BLIND_MAN, "skin", "#fadcbc"),  # its group stands inside `color`
+        (BLIND_MAN, "skin", "#fadcbc"),  # its group is inside `color`
     ],
 )
-def test_a_region_is_where_the_picture_shows_its_colour(layers, cache, row, name, colour):
-    picture = render([STEMS[row]], SIZE, cache)[0].transpose(1, 2, 0).astype(int)
-    shown = np.abs(picture - rgb(colour)).max(2) <= 3
+def test_a_region_is_where_the_image_shows_its_colour(layers, cache, row, name, colour):
+    image = render([STEMS[row]], SIZE, cache)[0].transpose(1, 2, 0).astype(int)
+    shown = np.abs(image - rgb(colour)).max(2) <= 3
     assert shown.sum() > 15
     assert pixels_of(layers, row, name)[shown].mean() > 0.97
     assert pixels_of(layers, row, colour)[shown].mean() > 0.97
@@ -138,7 +138,7 @@ SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8">
 
 
 def test_colours_are_inherited_and_groups_merged():
-    """Hex in any form, SVG's default black, invisible paint, groups with names of their own."""
+    """Hex in any form, SVG's default black, invisible paint, groups with other names."""
     svg, labels = relabel(SVG)
     assert labels == [
         ("color", "#ffffff"),
@@ -174,7 +174,7 @@ def test_a_drawing_that_is_not_flat_is_refused(monkeypatch, tmp_path, old, new):
 
 
 def slow_regions(layers, row, grid):
-    """{name: patches it touches}, by going through pixels one at a time."""
+    """{name: patches it touches}, by a loop over pixels."""
     label_map, labels = layers.label_map(row)
     height, width = SIZE // grid[0], SIZE // grid[1]
     found = {}
@@ -185,7 +185,7 @@ def slow_regions(layers, row, grid):
                 label = label_map[y, x]
                 if label > 0 and name in labels[label - 1]:
                     patches.append(y // height * grid[1] + x // width)
-        if len(patches) >= MIN_SHARE * SIZE**2:
+        if len(patches) >= MIN_FRACTION * SIZE**2:
             found[name] = set(patches)
     return found
 
@@ -206,19 +206,19 @@ def test_regions_equal_a_slow_loop_over_pixels(layers, grid):
 
 
 def test_a_wisp_is_no_region(layers):
-    """Some drawing has a colour of a few pixels; it is in the label map and not in `names`."""
+    """A colour of only a few pixels is in the label map, but not in `names`."""
     dropped = 0
     for row in range(0, len(STEMS), 11):
         label_map, labels = layers.label_map(row)
         for name in {name for label in labels for name in label}:
             pixels = int(pixels_of(layers, row, name).sum())
-            assert (name in layers.names(row)) == (pixels >= MIN_SHARE * label_map.size)
-            dropped += 0 < pixels < MIN_SHARE * label_map.size
+            assert (name in layers.names(row)) == (pixels >= MIN_FRACTION * label_map.size)
+            dropped += 0 < pixels < MIN_FRACTION * label_map.size
     assert dropped > 10
 
 
 def test_regions_do_not_depend_on_the_batch(layers):
-    """Alone, reversed or among others: the same regions, up to filling."""
+    """Alone, reversed or among others: the same regions, up to padding."""
     ids = torch.arange(0, len(STEMS), 101)
     together = layers.regions(ids, (8, 8))
     assert torch.equal(together, layers.regions(ids.flip(0), (8, 8)).flip(0))
@@ -236,7 +236,7 @@ def test_a_grid_that_does_not_fit_is_refused(layers, grid):
 
 @pytest.mark.parametrize("row", [-1, len(STEMS)])
 def test_an_unknown_sample_is_refused(layers, row):
-    wanted = f"sample id {row} is no row of the table of {len(STEMS)} drawings .*; take"
+    wanted = f"sample id {row} is not a row of the table of {len(STEMS)} drawings .*; take"
     with pytest.raises(ValueError, match=wanted):
         layers.regions(torch.tensor([0, row]), (8, 8))
     with pytest.raises(ValueError, match=wanted):
@@ -272,7 +272,7 @@ def test_nothing_is_rendered_before_the_first_use_and_then_once(
 
 
 def test_half_a_file_is_never_read(three, forget, tmp_path, monkeypatch):
-    """A render that dies leaves nothing; what a killed process leaves has another name."""
+    """A failed rendering leaves nothing; a killed process leaves a file of another name."""
     whole = module._render
 
     def dies_at_the_second(stem, size):
@@ -288,8 +288,8 @@ def test_half_a_file_is_never_read(three, forget, tmp_path, monkeypatch):
     assert half.read_bytes() == b"\x93NUMPY half of it"
 
 
-def test_pictures_and_layers_share_a_folder(three, tmp_path):
-    """Files of the same drawings and size must not be taken for each other."""
+def test_images_and_layers_share_a_folder(three, tmp_path):
+    """Files of the same drawings and size must not be confused."""
     stems = ["1F34E", "1F600", "1F1EB-1F1F7"]
     DrawingLayers(13, tmp_path).names(0)
     assert render(stems, 13, tmp_path).shape == (3, 3, 13, 13)
@@ -297,7 +297,7 @@ def test_pictures_and_layers_share_a_folder(three, tmp_path):
 
 
 class Regions(torch.utils.data.Dataset):
-    """The regions of drawings 0 to 3, worked out where a worker process is."""
+    """The regions of drawings 0 to 3, computed in a worker process."""
 
     def __init__(self, layers):
         self.layers = layers
@@ -310,7 +310,7 @@ class Regions(torch.utils.data.Dataset):
 
 
 def test_worker_processes_get_the_same_regions(layers):
-    """And what is sent to one is a size and a folder, not a table."""
+    """A worker process is sent a size and a folder, not a table."""
     expected = [layers.regions(torch.tensor([row]), (4, 4)) for row in range(4)]
     sent = pickle.dumps(layers)
     assert len(sent) < 1000

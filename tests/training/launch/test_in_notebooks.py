@@ -22,7 +22,7 @@ class Found:
 def meet(start):
     print(f"rank {rank_and_world_size()[0]} starts")
     print("not again", file=sys.stderr) if rank_and_world_size()[0] else os.write(1, b"C, too\\n")
-    total = torch.randn(2_000_000).exp().sum()  # OpenMP again: hangs where the fork was careless
+    total = torch.randn(2_000_000).exp().sum()  # OpenMP again: hangs after a careless fork
     total = torch.tensor(start + rank_and_world_size()[0])
     dist.all_reduce(total)
     found = Found()
@@ -118,7 +118,7 @@ class Kernel:
         self.manager.shutdown_kernel(now=True)
 
     def first_words(self) -> str:
-        """What the running cell prints first, while it runs."""
+        """The first output of the running cell, while it runs."""
         while True:
             message = self.client.get_iopub_msg(timeout=60)
             if message["header"]["msg_type"] == "stream":

@@ -1,4 +1,4 @@
-"""Launching says what is wrong before it fails, and why a rank failed; a result comes back.
+"""Problems are reported before a launch, errors of a rank after it; a result is returned.
 
 Each launch is made in a process of its own: what one kernel did must not matter to another.
 """
@@ -34,7 +34,7 @@ def refused(*args, **options):
 
 
 def run(code: str, seconds: int = 60, **environment) -> subprocess.CompletedProcess:
-    """Run code as a cell of a fresh process; what it printed."""
+    """Run code as a cell of a fresh process and return what it printed."""
     command = [sys.executable, "-c", BEGIN + REFUSED + textwrap.dedent(code)]
     environment = {**os.environ, "TQDM_DISABLE": "1"} | environment
     done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment)
@@ -44,7 +44,7 @@ def run(code: str, seconds: int = 60, **environment) -> subprocess.CompletedProc
 
 @pytest.fixture(autouse=True)
 def no_accelerator(monkeypatch):
-    """What other tests trained in this process must not matter here."""
+    """Isolate from what other tests have trained in this process."""
     from accelerate.state import AcceleratorState, PartialState
 
     for state in (AcceleratorState, PartialState):
@@ -60,7 +60,7 @@ def test_one_process_is_a_plain_call():
 
 @pytest.mark.slow
 def test_one_process_of_its_own_leaves_this_one_free_for_more():
-    """A training in a child makes its Accelerator there; a launch of two can follow."""
+    """Training in a child process makes the Accelerator there; a launch of two can follow."""
     done = run("""
         def one():
             from accelerate import Accelerator
@@ -235,7 +235,7 @@ def test_processes_that_start_anew_work():
 
 
 def test_threads_are_shared_out_and_do_not_hang():
-    """After OpenMP work here, children that compute with several threads would wait for ever."""
+    """After OpenMP work here, children that compute with several threads would wait forever."""
     done = run("""
         def work():
             x = torch.randn(300, 300)
@@ -273,7 +273,7 @@ def test_a_result_comes_back_and_only_rank_0_is_heard():
         def speak(word, times=1):
             print(word * times, rank_and_world_size()[0])
             os.write(1, b"C\\n")
-            os.write(2, f"stderr of {rank_and_world_size()[0]}\\n".encode())  # others write, too
+            os.write(2, f"stderr of {rank_and_world_size()[0]}\\n".encode())  # others, too
             mine = Mine()
             mine.rows = torch.arange(3) + rank_and_world_size()[0]
             return mine
@@ -292,7 +292,7 @@ def test_a_port_of_ones_own():
     done = run(f"""
         def port():
             return os.environ["MASTER_PORT"]
-        for _ in range(2):  # at once again, too
+        for _ in range(2):  # also a second time at once
             print(mm.launch(port, num_processes=2, port={port}))
     """)
     assert done.stdout.split() == [str(port)] * 2
@@ -336,7 +336,7 @@ def test_a_failing_rank_is_named_and_its_traceback_shown():
             sys.exit(0)
         for function in (second, first, both, leaves):
             attempt(function)
-        print(mm.launch(rank_and_world_size, num_processes=2))  # and this kernel can go on
+        print(mm.launch(rank_and_world_size, num_processes=2))  # and this kernel can launch again
         """)
     )
     second, first, both, leaves, after = done.stdout.split("-----\n")
@@ -344,11 +344,11 @@ def test_a_failing_rank_is_named_and_its_traceback_shown():
     assert "in second\n" in second and "in deep\n" in second
     assert second.endswith("| from ValueError('only here', 17)\n")
     assert first.startswith("rank 0 of 2 failed with Odd: odd") and "in first" in first
-    assert first.endswith("| from None\n")  # an error that pickle cannot bring back
+    assert first.endswith("| from None\n")  # an error that cannot be pickled
     assert "failed with KeyError: 'both'" in both
     assert "failed with SystemExit: 0" in leaves
     assert after == "(0, 2)\n"
-    assert done.stderr == ""  # told once
+    assert done.stderr == ""  # reported once
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_a_failing_rank_is_named_and_its_traceback_shown():
 )
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_is_named(end, words, rank):
-    """Not the other one, that noticed and failed for it."""
+    """And not the other rank, which failed because of it."""
     done = run(
         FAILING
         + textwrap.dedent(f"""
@@ -415,7 +415,7 @@ def test_what_cannot_be_sent_back_is_named():
 
 
 def test_each_process_checks_that_it_sees_the_others():
-    """Else each would train a model of its own, and nothing would fail."""
+    """Otherwise each would train a model of its own without any error."""
     done = run(
         FAILING
         + textwrap.dedent("""
@@ -438,7 +438,7 @@ def alive(pid: int) -> bool:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_output_is_live_and_an_interrupt_ends_the_processes(number):
-    """What rank 0 says is read while it runs. Signals go to the launching process alone."""
+    """The output of rank 0 is read while it runs. Signals go only to the launching process."""
     code = BEGIN + textwrap.dedent("""
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
         def sleeps():
@@ -480,7 +480,7 @@ def test_what_was_slow_to_import_is_imported_before_the_next_fork():
 
 @pytest.mark.slow
 def test_a_training_in_two_processes_returns_its_run(tmp_path):
-    """With the losses of the same training in one process."""
+    """With the losses of the same training run in one process."""
     done = run(
         f"""
         from tests.train_small import DEFAULTS, data, model
@@ -498,7 +498,7 @@ def test_a_training_in_two_processes_returns_its_run(tmp_path):
     assert "processes: 2" in done.stdout and "found Run" in done.stdout
     one, two = (mm.training.run.Run.load(tmp_path / name).curve("loss") for name in ("one", "two"))
     assert one[0] == two[0] == list(range(1, 11))
-    assert two[1] == pytest.approx(one[1], rel=1e-2)  # sums in another order, ten steps on
+    assert two[1] == pytest.approx(one[1], rel=1e-2)  # sums in another order, after ten steps
     assert two[1][0] == pytest.approx(one[1][0], rel=1e-5)
 
 
@@ -538,7 +538,7 @@ TRAINED = """
     ],
 )
 def test_a_call_by_one_rank_alone_ends_in_words(tmp_path, who, call, words):
-    """In a callback, where the other rank goes on training: not in waiting for ever."""
+    """In a callback, while the other rank goes on training: an error instead of a deadlock."""
     done = run(
         TRAINED
         + f"""
@@ -551,7 +551,7 @@ def test_a_call_by_one_rank_alone_ends_in_words(tmp_path, who, call, words):
         seconds=150,
         OMP_NUM_THREADS="1",
     )
-    assert "RuntimeError" in done.stdout and "must be called by each of them" in done.stdout
+    assert "RuntimeError" in done.stdout and "all processes must make a call" in done.stdout
     assert words in done.stdout and "training, after the callbacks" in done.stdout
 
 
@@ -566,7 +566,7 @@ def test_a_call_by_all_ranks_works_and_one_whose_others_have_gone_home_is_said(t
     def callback(trainer, record):
         found.append(mm.evaluate(trainer.model, trainer.extra)["loss"])
         if trainer.rank == 0:
-            torch.rand(record["step"])  # each may do other things that no other takes part in
+            torch.rand(record["step"])  # ranks may differ in calls that are not joint
 
     def both(folder, callback):
         return train(folder, callback), found

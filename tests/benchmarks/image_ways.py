@@ -1,8 +1,8 @@
-"""Ways to read pictures from the disk into squares of 64 pixels, ours and those of others.
+"""Ways to read images from the disk into squares of 64 pixels, ours and those of others.
 
-Each way is a function of a part (a range of picture numbers) that reads it with two processes and
-returns how many pictures came out. "alone" ways only decode: nothing is sent to another process,
-there are no captions. Loaders give batches of 128. Used by own_pictures.py.
+Each way is a function of a part (a range of image numbers) that reads it with two processes and
+returns how many images it has read. "alone" ways only decode: nothing is sent to another process,
+there are no captions. Loaders give batches of 128. Used by own_images.py.
 """
 
 import functools
@@ -18,7 +18,7 @@ import torch
 
 import mmkit as mm
 from mmkit.data.loader import load_batches
-from tests.benchmarks.made_pictures import PER_SHARD, path_of
+from tests.benchmarks.made_images import PER_SHARD, path_of
 
 SIDE, BATCH, WORKERS = 64, 128, 2
 Way = Callable[[range], int]
@@ -28,13 +28,13 @@ Way = Callable[[range], int]
 
 
 def with_pillow(path: Path, draft: bool = False) -> None:
-    """The shortest loop body: open, convert, cut a square; draft decodes at a half if that does."""
+    """The shortest loop body: open, convert, crop a square; draft: at half size if enough."""
     from PIL import Image, ImageOps
 
-    with Image.open(path) as picture:
+    with Image.open(path) as image:
         if draft:
-            picture.draft("RGB", (SIDE, SIDE))
-        ImageOps.fit(picture.convert("RGB"), (SIDE, SIDE), method=Image.Resampling.BICUBIC)
+            image.draft("RGB", (SIDE, SIDE))
+        ImageOps.fit(image.convert("RGB"), (SIDE, SIDE), method=Image.Resampling.BICUBIC)
 
 
 def with_torchvision(path: Path) -> None:
@@ -58,9 +58,9 @@ def alone(folder: Path, read: Callable[[Path], None]) -> Way:
 
     def run(part: range) -> int:
         paths = [folder / path_of(number) for number in part]
-        pieces = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
+        chunks = [paths[i : i + BATCH] for i in range(0, len(paths), BATCH)]
         with get_context("fork").Pool(WORKERS) as pool:
-            return sum(pool.imap_unordered(functools.partial(_each, read), pieces))
+            return sum(pool.imap_unordered(functools.partial(_each, read), chunks))
 
     return run
 
@@ -76,7 +76,7 @@ def keys_of(rows: range, epoch: int = 0) -> list:
 
 
 def stream(data: mm.MultimodalDataset) -> Way:
-    """Decoded anew, in worker processes, captions and all: what an epoch without a cache is."""
+    """Decoded in worker processes, captions included: an epoch without a cache."""
 
     def run(part: range) -> int:
         return sum(map(len, load_batches(data, keys_of(part), WORKERS, False)))
@@ -85,12 +85,12 @@ def stream(data: mm.MultimodalDataset) -> Way:
 
 
 def fill(data: mm.MultimodalDataset) -> Way:
-    """Decoded into the cache, written and synced: what a first epoch with a cache is."""
+    """Decoded into the cache, written and synced: the first epoch with a cache."""
 
     def run(part: range) -> int:
         some = data.subset(part)
         some.cached(WORKERS)
-        shutil.rmtree(some._decoded.pixels.folder)  # or the next round finds them
+        shutil.rmtree(some._decoded.pixels.folder)  # or the next round finds it
         return len(some)
 
     return run
@@ -124,7 +124,7 @@ def open_clip_way(folder: Path, kind: str, scratch: Path, captions: list[str]) -
     import open_clip
     import open_clip_train.data as theirs
 
-    # webdataset 1.0 marks the end of each shard by an empty sample, which open_clip 3.3 trips over.
+    # webdataset 1.0 marks the end of each shard by an empty sample, at which open_clip 3.3 fails.
     theirs.tar_file_expander = functools.partial(theirs.tar_file_expander, eof_value=None)
     transform = open_clip.transform.image_transform(SIDE, is_train=False)
     tokenizer = open_clip.tokenizer.SimpleTokenizer()
@@ -185,7 +185,7 @@ def all_ways(folder: Path, scratch: Path) -> tuple[dict[str, Way], dict[str, str
 
 
 def shards(folder: Path, scratch: Path) -> mm.MultimodalDataset:
-    """The same pictures in tar shards."""
+    """The same images in tar shards."""
     tars = sorted(map(str, (folder / "shards").glob("*.tar")))
     data = mm.from_shards(tars, image_size=SIDE, cache_dir=scratch / "cache")
     data.encoded_captions()
@@ -193,7 +193,7 @@ def shards(folder: Path, scratch: Path) -> mm.MultimodalDataset:
 
 
 def parts_of(count: int, rounds: int) -> list[range]:
-    """Ranges of whole shards, one per round, each of the same size, 8,000 pictures at most."""
+    """Ranges of whole shards, one per round, each of the same size, 8,000 images at most."""
     size = max(2 * PER_SHARD, min(8000, count // rounds) // PER_SHARD * PER_SHARD)
     starts = itertools.cycle(range(0, max(1, count - size + 1), size))
     return [range(start, min(start + size, count)) for start in itertools.islice(starts, rounds)]

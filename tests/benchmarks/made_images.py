@@ -1,8 +1,9 @@
-"""Pictures for own_pictures.py: emoji laid over photographs, as files, tables and tar shards.
+"""Images for own_images.py: emoji laid over photographs, as files, tables and tar shards.
 
-In a folder of the given number: images/<class>/<number>.jpg (ImageFolder's tree; about 160 pixels,
-5 to 8 KB, quality 85), pairs.csv (columns filepath and caption, paths from that folder) and
-shards/. Made once: a folder with shards is whole. All follows from the number of a picture.
+In a folder named by the number of images: images/<class>/<number>.jpg (ImageFolder's tree; about
+160 pixels, 5 to 8 KB, quality 85), pairs.csv (columns filepath and caption, paths relative to that
+folder) and shards/. Made once: a folder with shards is complete. An image is a function of its
+number.
 """
 
 import csv
@@ -30,7 +31,7 @@ CLASSES, PER_SHARD, QUALITY = 100, 1000, 85
 
 
 def path_of(number: int) -> str:
-    """Where a picture lies, from the folder."""
+    """The path of an image, relative to the folder."""
     return f"images/{number % CLASSES:03d}/{number:06d}.jpg"
 
 
@@ -42,15 +43,15 @@ def photographs() -> dict:
     folder = Path(skimage.data.__file__).parent
     found = {}
     for name in PHOTOGRAPHS:
-        picture = Image.open(next(folder.glob(f"{name}.*"))).convert("RGB")
-        scale = 300 / min(picture.size)
-        size = (round(picture.width * scale), round(picture.height * scale))
-        found[name] = picture.resize(size, Image.Resampling.LANCZOS)
+        image = Image.open(next(folder.glob(f"{name}.*"))).convert("RGB")
+        scale = 300 / min(image.size)
+        size = (round(image.width * scale), round(image.height * scale))
+        found[name] = image.resize(size, Image.Resampling.LANCZOS)
     return found
 
 
-def picture_of(number: int, emoji: mm.MultimodalDataset, photos: dict) -> tuple[bytes, str]:
-    """(JPEG, caption) of a number: a piece of a photograph, on it a coloured card with an emoji."""
+def image_of(number: int, emoji: mm.MultimodalDataset, photos: dict) -> tuple[bytes, str]:
+    """(JPEG, caption) of a number: part of a photograph and, on it, an emoji on a coloured card."""
     from PIL import Image, ImageChops
 
     rng = random.Random(number)
@@ -59,23 +60,23 @@ def picture_of(number: int, emoji: mm.MultimodalDataset, photos: dict) -> tuple[
     photo, side = photos[name], rng.uniform(0.8, 1.5)
     wide, high = round(width * side), round(height * side)
     left, top = rng.randint(0, photo.width - wide), rng.randint(0, photo.height - high)
-    picture = photo.resize((width, height), box=(left, top, left + wide, top + high))
+    image = photo.resize((width, height), box=(left, top, left + wide, top + high))
     row = emoji[rng.randrange(len(emoji))]
     drawing = Image.fromarray(row["image"].permute(1, 2, 0).numpy())
     drawing = drawing.resize((rng.randint(64, 120),) * 2)
     card = ImageChops.multiply(drawing, Image.new("RGB", drawing.size, COLOURS[colour]))
     x, y = rng.randint(0, width - card.width), rng.randint(0, height - card.height)
-    picture.paste(card, (x, y))
+    image.paste(card, (x, y))
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=QUALITY)
-    place = f"{'upper' if y + card.height / 2 < height / 2 else 'lower'} "
-    place += "left" if x + card.width / 2 < width / 2 else "right"
+    image.save(file, "JPEG", quality=QUALITY)
+    where = f"{'upper' if y + card.height / 2 < height / 2 else 'lower'} "
+    where += "left" if x + card.width / 2 < width / 2 else "right"
     scene = name.replace("_", " ")
-    return file.getvalue(), f"{row['text']} on a {colour} card, {place}, over the {scene}"
+    return file.getvalue(), f"{row['text']} on a {colour} card, {where}, over the {scene}"
 
 
 def _make_part(folder: Path, numbers: range) -> list[tuple[str, str]]:
-    """Files and shards of these numbers; returns (path from the folder, caption) of each."""
+    """Files and shards of these numbers; returns (relative path, caption) of each."""
     import webdataset
 
     emoji, photos = mm.openmoji(image_size=112)[0], photographs()
@@ -84,7 +85,7 @@ def _make_part(folder: Path, numbers: range) -> list[tuple[str, str]]:
         shard = folder / "shards.part" / f"{start // PER_SHARD:05d}.tar"
         with webdataset.TarWriter(str(shard)) as tar:
             for number in range(start, min(start + PER_SHARD, numbers.stop)):
-                jpeg, caption = picture_of(number, emoji, photos)
+                jpeg, caption = image_of(number, emoji, photos)
                 path = path_of(number)
                 (folder / path).write_bytes(jpeg)
                 tar.write({"__key__": f"{number:06d}", "jpg": jpeg, "txt": caption})
@@ -93,7 +94,7 @@ def _make_part(folder: Path, numbers: range) -> list[tuple[str, str]]:
 
 
 def make(folder: Path, count: int) -> Path:
-    """The folder of so many pictures, made by two processes where it is not there yet."""
+    """The folder of so many images, made by two processes if it does not exist yet."""
     folder = Path(folder) / str(count)
     if (folder / "shards").is_dir():
         return folder
