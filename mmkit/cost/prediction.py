@@ -127,9 +127,7 @@ def predict(  # noqa: PLR0913 (by name)
     Returns:
         The `Prediction`.
     Raises:
-        ValueError: an unknown preset, a side that is not a multiple of the patch size, captions
-            longer than the encoder takes, a batch that is too small for its parts, or "layers",
-            whose masked fraction depends on the images.
+        ValueError: arguments that do not fit each other, or "layers", whose fraction is not known.
     """
     model = looked_at(config, model_or_preset)
     _check(config, model, caption_length, longest_caption, processes, image_size)
@@ -139,9 +137,7 @@ def predict(  # noqa: PLR0913 (by name)
     kept = kept_by_pair(
         config, model, shape.encoded, shape.whole, shape.padded, numbers, shape.masked_tokens
     )
-    weights = sum(p.numel() for p in model.parameters()) + _more_positions(model, side)
-    learning = weights - sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    matrices = parameter_groups(model)["matrices"].values() if config.optimizer == "muon" else ()
+    weights, learning, matrices = _weights(config, model, side)
     muon = sum(p.numel() for p in matrices)
     copies = at_once * weight_copies(model, numbers)
     pair, graph = _pair_flops(config, model, shape), math.ceil(shape.pairs)
@@ -159,9 +155,16 @@ def predict(  # noqa: PLR0913 (by name)
         passes=shape.micro_batches * (1 + shape.replayed / 3),
         processes=processes,
     )
-    if rates is not None:
-        prediction.seconds = prediction.time(rates)
+    prediction.seconds = None if rates is None else prediction.time(rates)
     return prediction
+
+
+def _weights(config: TrainingConfig, model: MultimodalEncoder, side: int) -> tuple[int, int, list]:
+    """(all weights, those that learn, the matrices that Muon updates)."""
+    weights = sum(p.numel() for p in model.parameters()) + _more_positions(model, side)
+    learning = weights - sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    muon = config.optimizer == "muon"
+    return weights, learning, list(parameter_groups(model)["matrices"].values()) if muon else []
 
 
 class _Shape(NamedTuple):

@@ -189,16 +189,14 @@ def backward(
 ) -> Tensor:
     """Add the gradient of ONE loss over all these micro-batches to every parameter.
 
-    With several micro-batches all but the last are computed twice, so that memory grows with the
-    micro-batch and not with the batch.
+    All micro-batches but the last run twice, so that memory grows with one of them, not with all.
 
     Args:
         encode: the masked forward pass that returns features, the same at each call.
         micro_batches: the parts of this process's batch, in order.
         scale_parameters: logit_scale and logit_bias.
         contrast: the contrastive loss and its weight.
-        whole: the forward pass with the other terms, run once per micro-batch with a graph;
-            returns (output, weighted sum of the other terms, or None where there are none).
+        whole: the forward pass with the other terms: (output, their weighted sum or None).
         how: how gradients reach the parameters; None = `Mechanics()`.
         weight: another factor of the contrastive gradient, besides that of `contrast`.
         synchronize: whether processes sum their gradients at the end.
@@ -206,8 +204,7 @@ def backward(
         This process's part of the contrastive loss, a global mean, unweighted and detached.
     """
     how, whole = how or Mechanics(), whole or (lambda micro: (encode(micro), None))
-    device = scale_parameters[0].device
-    size = how.at_once
+    device, size = scale_parameters[0].device, how.at_once
     rounds = [micro_batches[i : i + size] for i in range(0, len(micro_batches), size)]
     if not contrast.weight:
         _backward_of_parts(whole, rounds, how, synchronize)
@@ -228,8 +225,7 @@ def backward(
         features, micro_batches, scale_parameters, contrast, weight
     )
     with contextlib.nullcontext() if alone else how.no_sync():
-        own = at_features[len(at_features) - len(last) :]
-        _pull(kept, own, None if others else at_scales, how)
+        _pull(kept, at_features[-len(last) :], None if others else at_scales, how)
     del kept
     for i, micros in enumerate(others):
         final = i == len(others) - 1

@@ -126,12 +126,9 @@ def describe(trainer) -> str:
         A text of several lines: run, model, peak rates, data, masks, negatives, cost, machine,
         validation, and under "beware" settings that are likely mistakes.
     Example:
-        >>> config = mm.TrainingConfig(batch_size=8, max_steps=1, image_mask_ratio=0.5)
-        >>> text = mm.describe(mm.MaskedMultimodalTrainer(config, data, model=model))
-        >>> for line in text.splitlines()[3:5]:
-        ...     print(line)
+        >>> trainer = mm.MaskedMultimodalTrainer(mm.TrainingConfig(batch_size=8), data, model=model)
+        >>> print(mm.describe(trainer).splitlines()[3])
         data        23 images, ...
-        image mask  random, ...
     """
     e, config = effective_configuration(trainer), trainer.config
     left_out = e["compared"] - e["negatives"]

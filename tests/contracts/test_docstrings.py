@@ -11,7 +11,17 @@ import torch
 
 import mmkit as mm
 
-PACKAGES = ("data", "masking", "losses", "models", "evaluation", "training", "cost", "plots")
+PACKAGES = (
+    "data",
+    "masking",
+    "losses",
+    "models",
+    "evaluation",
+    "training",
+    "cost",
+    "plots",
+    "widgets",
+)
 FIRST_MET = """
     Index Masking MultimodalDataset MultimodalDataset.batch MultimodalEncoder
     MultimodalEncoder.preset MultimodalEncoder.from_backbones MaskedMultimodalTrainer TrainingConfig
