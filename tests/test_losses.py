@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mmkit as mm
 from mmkit import info_nce, recall_at_k, sigmoid_loss
 from mmkit.data.partners import correct_pairs, partner_counts
-from mmkit.losses import info_nce_rows, sigmoid_rows
+from mmkit.losses import CONTRASTIVE, info_nce_rows, sigmoid_rows
 
 B, D = 7, 11
 
@@ -219,3 +220,29 @@ def test_recall_warns_if_it_does_not_rank_by_cosines():
         warnings.simplefilter("error")
         right = recall_at_k(image, F.normalize(long, dim=1), ks=(1,))
     assert misled["image_to_text"][1] < right["image_to_text"][1] == 1
+
+
+def test_a_loss_of_ones_own_is_trained_and_measured_by_its_name(
+    make_data, make_model, tmp_path, monkeypatch
+):
+    """Only images look for captions: one function and one line, in two micro-batches."""
+
+    def one_way(rows, candidates, scale, bias, offset, partners):
+        own = torch.arange(len(rows[0])) + offset
+        return F.cross_entropy(scale * rows[0] @ candidates[1].T, own, reduction="sum")
+
+    monkeypatch.setitem(CONTRASTIVE, "one_way", one_way)
+    data, model = make_data(20), make_model()
+    config = dict(batch_size=20, image_mask_ratio=0.0, output_dir=str(tmp_path), loss="one_way")
+    config |= dict(gradient_accumulation_steps=2, mixed_precision="no")
+    trainer = mm.MaskedMultimodalTrainer(mm.TrainingConfig(**config), data, model=model)
+    found = mm.embed(model, data)
+    logits = model.logit_scale.exp() * found.image_features @ found.text_features.T
+    expected = F.cross_entropy(logits, torch.arange(20)).item()
+    assert mm.evaluate(model, data)["loss"] == pytest.approx(expected, rel=1e-5)
+    loss, _ = trainer.train_step(trainer.first_batch(), epoch=0)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - mm.evaluate(make_model(), data)["loss"]) > 1e-3  # InfoNCE is another
+    config["loss"] = "one_wy"
+    with pytest.raises(ValueError, match="did you mean 'one_way'"):
+        mm.train_model(mm.TrainingConfig(**config), data)
