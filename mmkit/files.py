@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # full disk, quota, limit of the process
+_SEEKING = threading.Lock()
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -177,6 +179,17 @@ class OpenFile:
 
     def __del__(self):
         os.close(self.number)
+
+
+def read_at(file: OpenFile, offset: int, buffer) -> int:
+    """Read bytes at an offset into a buffer; how many were read (fewer at the end of the file)."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file.number, [buffer], file.start + offset)
+    with _SEEKING:  # a system whose reads need a file position
+        os.lseek(file.number, file.start + offset, os.SEEK_SET)
+        found = os.read(file.number, memoryview(buffer).nbytes)
+    memoryview(buffer).cast("B")[: len(found)] = found
+    return len(found)
 
 
 class OpenFiles:

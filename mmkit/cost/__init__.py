@@ -11,33 +11,28 @@ from ..models.flops import (
 )
 from ..older_names import older_functions
 from .measure import (
-    crossover,
-    fit_rates,
+    StepCost,
     matmul_rate,
-    measure_rates,
     measure_ratios,
-    predict_batch,
+    measure_step,
     step_seconds,
     step_time,
 )
-from .prediction import Prediction, Rates, predict
+from .prediction import Prediction, predict
 from .profile import step_parts
 
 __getattr__ = older_functions(__name__, "mm.cost", put_back_flops="reconstruction_flops")
 
 __all__ = [
     "Prediction",
-    "Rates",
-    "crossover",
-    "fit_rates",
+    "StepCost",
     "logit_flops",
     "matmul_rate",
-    "measure_rates",
     "measure_ratios",
+    "measure_step",
     "muon_flops",
     "objective_flops",
     "predict",
-    "predict_batch",
     "reconstruction_flops",
     "sample_flops",
     "step_flops",

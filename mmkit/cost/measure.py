@@ -1,19 +1,18 @@
-"""The cost of a training step, measured; fits and comparisons with its prediction.
+"""The cost of a training step, measured.
 
 A multiply-add counts as two operations. Walk-through: notebooks/09_speed.ipynb.
 """
 
-import dataclasses
-import itertools
-import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from ..config import TrainingConfig
 from ..data.batch import Batch
 from ..losses import info_nce
 from ..masking.plan import draw_maskings
@@ -21,8 +20,6 @@ from ..models.encoder import MultimodalEncoder
 from ..models.flops import step_flops
 from ..older_names import older_arguments
 from ..training.random_state import random_state_kept
-from ..training.threads import parts_at_once
-from .prediction import Prediction, Rates, looked_at, predict
 
 
 @older_arguments(num_words="num_tokens")
@@ -160,90 +157,6 @@ def measure_ratios(
     return costs
 
 
-def fit_rates(predictions: Sequence[Prediction], seconds: Sequence[float]) -> Rates:
-    """Fit the rates with which predictions match measured seconds.
-
-    Least squares of the RELATIVE errors with rates of at least 0: of all ways to set some rates to
-    0, the best one in which the others are positive.
-
-    Args:
-        predictions: of at least 6 configurations.
-        seconds: measured for each of them, above 0.
-    Returns:
-        The fitted `Rates`.
-    Raises:
-        ValueError: fewer than 6 configurations, unequal numbers, or a time that is not above 0.
-    """
-    if len(predictions) != len(seconds) or len(seconds) < 6 or min(seconds) <= 0:
-        raise ValueError(
-            f"{len(predictions)} predictions and {len(seconds)} times cannot be fitted; measure "
-            "at least 6 configurations (ratios and batches), all longer than 0 s"
-        )
-    took = torch.tensor(list(seconds), dtype=torch.float64)
-    work = torch.tensor([p.work() for p in predictions], dtype=torch.float64) / took[:, None]
-    kinds = [i for i in range(work.shape[1]) if work[:, i].any()]
-    best, least = torch.zeros(work.shape[1], dtype=torch.float64), math.inf
-    for chosen in itertools.chain(*(itertools.combinations(kinds, n) for n in (1, 2, 3, 4))):
-        columns = work[:, chosen]
-        scale = columns.norm(dim=0)  # or passes and gigabytes would differ by orders of magnitude
-        found = torch.linalg.lstsq(columns / scale, torch.ones_like(took)).solution / scale
-        error = float((columns @ found - 1).square().sum())
-        if (found > 0).all() and error < least:
-            best, least = torch.zeros_like(best), error
-            best[list(chosen)] = found
-    return Rates(*best.tolist())
-
-
-def measure_rates(
-    trainer: Any,
-    ratios: Sequence[float] = (0.0, 0.5, 0.75),
-    batches: Sequence[int] | None = None,
-    rounds: int = 5,
-) -> Rates:
-    """Fit `Rates` to the steps of a trainer at each ratio and batch; this trains its weights.
-
-    The configurations take turns as in `step_seconds`; a first round is not counted. Measured with
-    the trainer's device, precision and threads; its configuration stays as it is.
-
-    Args:
-        trainer: a MaskedMultimodalTrainer of one process.
-        ratios: image mask ratios, in [0, 1).
-        batches: pairs of a step, at most the trainer's batch; None = the whole, half and a quarter
-            of it.
-        rounds: counted steps of each configuration.
-    Returns:
-        The fitted `Rates`.
-    Raises:
-        ValueError: fewer than 6 configurations, a batch larger than the trainer's, or a run of
-            several processes.
-    """
-    if trainer.processes > 1:
-        raise ValueError(f"rates are of one process; this run has {trainer.processes}")
-    batch, config = trainer.first_batch(), trainer.config
-    batches = batches or sorted({max(1, len(batch) // n) for n in (1, 2, 4)})
-    if max(batches) > len(batch):
-        raise ValueError(
-            f"a batch of {max(batches)} is more than the {len(batch)} pairs that the trainer has; "
-            "take smaller ones"
-        )
-    before, ways = vars(config).copy(), list(itertools.product(ratios, batches))
-    times: dict[tuple, list[float]] = {way: [] for way in ways}
-    predictions = []
-    try:
-        vars(config).update(image_mask="random", painted_mask=None)
-        vars(config).update(image_mask_schedule="constant", image_mask_final_ratio=None)
-        for _ in range(rounds + 1):
-            for ratio, size in ways:
-                config.image_mask_ratio = ratio
-                times[ratio, size].append(step_time(trainer, batch[:size]))
-        for ratio, size in ways:
-            config.image_mask_ratio, config.batch_size = ratio, size
-            predictions.append(predict_batch(trainer, batch[:size]))
-    finally:
-        vars(config).update(before)
-    return fit_rates(predictions, [statistics.median(times[way][1:]) for way in ways])
-
-
 def step_time(trainer: Any, batch: Batch) -> float:
     """Measure one training step on a batch; this trains the weights.
 
@@ -260,71 +173,64 @@ def step_time(trainer: Any, batch: Batch) -> float:
     return time.perf_counter() - start
 
 
-def predict_batch(trainer: Any, batch: Batch, rates: Rates | None = None) -> Prediction:
-    """`predict` for a trainer's next step, with the caption lengths of a batch.
+@dataclass
+class StepCost:
+    """What one training step took."""
+
+    seconds: float  # median
+    flops: float  # as torch's FlopCounterMode counts them
+    kept_bytes: float  # what autograd keeps of a micro-batch, at most, without the weights
+    peak_bytes: float | None  # highest memory in use on a GPU; None on a CPU
+
+
+def measure_step(trainer: Any, rounds: int = 3) -> StepCost:
+    """Time, operations and memory of a step of this trainer, measured; this trains its weights.
 
     Args:
         trainer: a MaskedMultimodalTrainer.
-        batch: this process's part of a batch.
-        rates: of the device; None = no seconds are predicted.
+        rounds: timed steps, after one that is counted and one that is not.
     Returns:
-        The `Prediction`.
+        The `StepCost`; `mm.cost.predict` counts its operations before it runs.
     """
-    micro_batches = trainer.config.gradient_accumulation_steps
-    return predict(
-        trainer.config,
-        trainer.model,
-        caption_length=batch.valid.sum(1).float().mean().item(),
-        longest_caption=batch.valid.shape[1],
-        processes=trainer.processes,
-        rates=rates,
-        device=trainer.device,
-        at_once=parts_at_once(trainer, len(batch) // micro_batches),
-    )
+    batch, cuda, kept = trainer.first_batch(), trainer.device.type == "cuda", _Kept(trainer)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda packed: packed.tensor),
+        FlopCounterMode(display=False) as counter,
+    ):
+        trainer.train_step(batch, epoch=0)
+    step_time(trainer, batch)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(trainer.device)
+    seconds = statistics.median(step_time(trainer, batch) for _ in range(rounds))
+    peak = float(torch.cuda.max_memory_allocated(trainer.device)) if cuda else None
+    return StepCost(seconds, float(counter.get_total_flops()), float(kept.most), peak)
 
 
-def crossover(
-    config: TrainingConfig,
-    model_or_preset: MultimodalEncoder | str,
-    rates: Rates,
-    *,
-    caption_length: float,
-    gain: float,
-    largest: int = 1024,
-) -> int | None:
-    """The smallest image side at which masking makes a step `gain` times as fast, by `predict`.
+class _Kept:
+    """Counts the bytes that autograd keeps: each storage once, for as long as it is kept."""
 
-    With smaller images `config.image_mask_ratio` saves less, because captions and fixed costs
-    remain. Compares a step with nothing masked to a masked one at all multiples of the patch size;
-    an image has (side / patch)^2 patches.
+    def __init__(self, trainer: Any):
+        self.weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
+        self.users: Counter[int] = Counter()  # address of a storage -> how often it is kept
+        self.bytes = self.most = 0
 
-    Args:
-        config: the masked configuration.
-        model_or_preset: an encoder, or the name of a preset.
-        rates: of the machine, see `Rates`.
-        caption_length: mean number of tokens of a caption, both ends included.
-        gain: factor, above 1.
-        largest: largest side to try, in pixels.
-    Returns:
-        The side in pixels; None where there is none up to `largest`.
-    Raises:
-        ValueError: patches are reconstructed (with nothing masked there are none), or gain is not
-            above 1.
-    """
-    if not gain > 1:
-        raise ValueError(f"gain={gain!r} must be above 1: how much faster than with nothing masked")
-    if "mim" in config.terms:
-        raise ValueError("mim_weight above 0 needs masked patches; compare with mim_weight=0")
-    plain = dict(image_mask="random", painted_mask=None, image_mask_schedule="constant")
-    whole = dataclasses.replace(
-        config, image_mask_ratio=0.0, image_mask_final_ratio=None, **plain  # type: ignore[arg-type]
-    )  # fmt: skip
-    model = looked_at(config, model_or_preset)
-    for side in range(model.patch_size, largest + 1, model.patch_size):
-        times = [
-            predict(c, model, caption_length=caption_length, rates=rates, image_size=side).seconds
-            for c in (whole, config)
-        ]
-        if times[0] >= gain * times[1]:  # type: ignore[operator]
-            return side
-    return None
+    def pack(self, tensor: torch.Tensor) -> "_Packed":
+        return _Packed(self, tensor)
+
+
+class _Packed:
+    """A kept tensor; autograd drops it when the backward pass has used it."""
+
+    def __init__(self, kept: _Kept, tensor: torch.Tensor):
+        storage = tensor.untyped_storage()
+        self.kept, self.tensor, self.address = kept, tensor, storage.data_ptr()
+        self.size = 0 if self.address in kept.weights else storage.nbytes()
+        if not kept.users[self.address]:
+            kept.bytes += self.size
+            kept.most = max(kept.most, kept.bytes)
+        kept.users[self.address] += 1
+
+    def __del__(self):
+        self.kept.users[self.address] -= 1
+        if not self.kept.users[self.address]:
+            self.kept.bytes -= self.size

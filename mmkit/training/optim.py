@@ -16,7 +16,6 @@ from ..config import TrainingConfig
 from ..device import multiplies_bfloat16
 from ..distributed import broadcast, rank_and_world_size
 from .own_optimizer import own_optimizer
-from .threads import MOST_AT_ONCE, side_by_side
 
 _NEVER_DECAYED = ("position_embeddings", "cls_token", "mask_token", "logit_", "token_type")
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # one iteration is a x + b (x x^T) x + c (x x^T)^2 x
@@ -102,22 +101,14 @@ class Muon(torch.optim.Muon):
         """Update all matrices that have a gradient; closure is not called."""
         rank, processes = rank_and_world_size()
         learning = [[p for p in part if p.grad is not None] for part in self.parts]
-        mine, jobs = set(learning[rank]), []
+        mine = set(learning[rank])
         for group in self.param_groups:
             alike: dict[torch.Size, list[Tensor]] = {}
             for parameter in group["params"]:
                 if parameter in mine:
                     alike.setdefault(parameter.shape, []).append(parameter)
-            jobs += [(matrices, group) for matrices in alike.values()]
-        on_cpu = all(matrix.device.type == "cpu" for matrix in mine)
-        count = min(MOST_AT_ONCE, torch.get_num_threads()) if on_cpu else 1
-
-        def update(number: int) -> None:  # each thread updates a part of every shape
-            for matrices, group in jobs:
-                if own := matrices[number::count]:
-                    self._update(own, group)
-
-        side_by_side(update, range(count))
+            for matrices in alike.values():
+                self._update(matrices, group)
         for owner, part in enumerate(learning):
             if processes > 1:
                 broadcast(part, owner)

@@ -21,7 +21,6 @@ from ..distributed import all_gather_with_grad, neighbour_exchange, rank_and_wor
 from ..losses import CONTRASTIVE, check_loss, sigmoid_block
 from ..models.encoder import EncoderOutput, MultimodalEncoder
 from .random_state import random_states, set_random_states
-from .threads import add_gradients, side_by_side
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's: a temperature below 0.01 makes training unstable
 _LOGITS = 2**22  # entries of a similarity matrix held at once (16 MB in float32)
@@ -152,8 +151,6 @@ class Mechanics:
     grad_scale: Callable[[Tensor], Tensor] = lambda loss: loss  # an fp16 scaler's `scale`
     # keeps DDP from summing gradients before the last micro-batch
     no_sync: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    at_once: int = 1  # micro-batches computed in parallel (threads.py; one process, no dropout)
-    parameters: Sequence[nn.Parameter] = ()  # the trainable ones; needed where at_once > 1
 
 
 class Part(Protocol):
@@ -197,35 +194,33 @@ def backward(
         This process's part of the contrastive loss, a global mean, unweighted and detached.
     """
     how, whole = how or Mechanics(), whole or (lambda micro: (encode(micro), None))
-    device, size = scale_parameters[0].device, how.at_once
-    rounds = [micro_batches[i : i + size] for i in range(0, len(micro_batches), size)]
+    device = scale_parameters[0].device
     if not contrast.weight:
-        _backward_of_parts(whole, rounds, how, synchronize)
+        _backward_of_parts(whole, micro_batches, how, synchronize)
         return torch.zeros((), device=device)
-    *others, last = rounds
+    *others, last = micro_batches
     states, features = [], []
-    for micros in others:
+    for micro in others:
         states.append(random_states(device))
         with torch.no_grad():
-            features += side_by_side(lambda micro: _features(encode(micro)), micros)
+            features.append(_features(encode(micro)))
     alone = synchronize and not others
-    # The graph of the last round is kept: a second pass would only repeat it.
+    # The graph of the last micro-batch is kept: a second pass would only repeat it.
     with contextlib.nullcontext() if alone else how.no_sync():
-        kept = side_by_side(whole, last)
+        kept = whole(last)
     afterwards = random_states(device)
-    features += [_features(out) for out, _ in kept]
+    features.append(_features(kept[0]))
     loss, at_features, at_scales = _loss_and_gradients(
         features, micro_batches, scale_parameters, contrast, weight
     )
     with contextlib.nullcontext() if alone else how.no_sync():
-        _pull(kept, at_features[-len(last) :], None if others else at_scales, how)
+        _pull(kept, at_features[-1], None if others else at_scales, how)
     del kept
-    for i, micros in enumerate(others):
+    for i, micro in enumerate(others):
         final = i == len(others) - 1
         with contextlib.nullcontext() if final and synchronize else how.no_sync():
             set_random_states(states[i], device)
-            own = at_features[i * size : (i + 1) * size]
-            _pull(side_by_side(whole, micros), own, at_scales if final else None, how)
+            _pull(whole(micro), at_features[i], at_scales if final else None, how)
     if others:
         set_random_states(afterwards, device)
     return loss
@@ -250,44 +245,34 @@ def _loss_and_gradients(features, micro_batches, scale_parameters, contrast: Con
 
 
 def _pull(
-    outputs: Sequence[tuple[EncoderOutput, Tensor | None]],
-    feature_gradients: Sequence[tuple[Tensor, Tensor]],
+    output: tuple[EncoderOutput, Tensor | None],
+    feature_gradients: tuple[Tensor, Tensor],
     scale_grads: list[Tensor] | None,
     how: Mechanics,
 ):
-    """Propagate the gradient at the features of micro-batches to the parameters.
+    """Propagate the gradient at the features of a micro-batch to the parameters.
 
-    outputs: of each micro-batch, with its other terms. scale_grads: of logit_scale and logit_bias,
-    which get ONE gradient per step (one per micro-batch would multiply it); None in all rounds but
-    one.
+    output: with its other terms. scale_grads: of logit_scale and logit_bias, which get ONE gradient
+    per step (one per micro-batch would multiply it); None for all micro-batches but one.
     """
-    surrogates = []
-    for i, ((out, rest), gradient) in enumerate(zip(outputs, feature_gradients, strict=True)):
-        surrogate = (out.image_features * gradient[0]).sum() + (
-            out.text_features * gradient[1]
-        ).sum()
-        scales = (out.logit_scale, out.logit_bias)
-        once = scale_grads if scale_grads and i == 0 else [torch.zeros_like(x) for x in scales]
-        surrogate = surrogate + out.logit_scale * once[0] + out.logit_bias * once[1]
-        if rest is not None:
-            surrogate = surrogate + rest * rank_and_world_size()[1]
-        surrogates.append(how.grad_scale(surrogate))
-    add_gradients(surrogates, how.parameters)
+    (out, rest), (at_image, at_text) = output, feature_gradients
+    surrogate = (out.image_features * at_image).sum() + (out.text_features * at_text).sum()
+    scales = (out.logit_scale, out.logit_bias)
+    once = scale_grads or [torch.zeros_like(x) for x in scales]
+    surrogate = surrogate + out.logit_scale * once[0] + out.logit_bias * once[1]
+    if rest is not None:
+        surrogate = surrogate + rest * rank_and_world_size()[1]
+    how.grad_scale(surrogate).backward()
 
 
-def _backward_of_parts(whole, rounds: list[Sequence], how: Mechanics, synchronize: bool):
+def _backward_of_parts(whole, micro_batches: Sequence, how: Mechanics, synchronize: bool):
     """Add the gradient of terms that are sums over samples; each micro-batch runs once."""
-    for i, micros in enumerate(rounds):
-        final = synchronize and i == len(rounds) - 1
+    for i, micro in enumerate(micro_batches):
+        final = synchronize and i == len(micro_batches) - 1
         with contextlib.nullcontext() if final else how.no_sync():
-            parts = side_by_side(whole, micros)
-            losses = [
-                how.grad_scale(rest * rank_and_world_size()[1])
-                for _, rest in parts
-                if rest is not None
-            ]
-            if losses:
-                add_gradients(losses, how.parameters)
+            _, rest = whole(micro)
+            if rest is not None:
+                how.grad_scale(rest * rank_and_world_size()[1]).backward()
 
 
 def _features(out: EncoderOutput) -> tuple[Tensor, Tensor]:

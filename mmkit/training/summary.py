@@ -24,7 +24,6 @@ from ..models.layers import dropouts
 from ..noise import mask_noise
 from ..objective import PAIR_ENTROPY
 from .optim import Muon, orthogonalizing_type
-from .threads import parts_at_once
 
 
 def effective_configuration(trainer) -> dict:
@@ -75,7 +74,6 @@ def effective_configuration(trainer) -> dict:
         "processes": trainer.processes,
         "threads": torch.get_num_threads(),
         "not_normalised": as_if_not_normalised(batch.pixel_values, model.pixel_stats),
-        "side_by_side": parts_at_once(trainer, round(pairs / config.gradient_accumulation_steps)),
     }
 
 
@@ -150,8 +148,7 @@ def describe(trainer) -> str:
         "negatives": f"{count} per pair{_guessing(config, e['guessing_costs'])}",
         "cost": f"{e['gflop_per_pair']:.2f} GFLOP per pair and step",
         "machine": f"{e['device']}, {e['precision']} ({e['why_precision']}), "
-        f"processes: {e['processes']}, threads: {e['threads']}"
-        + (f", {e['side_by_side']} parts in parallel" if e["side_by_side"] > 1 else ""),
+        f"processes: {e['processes']}, threads: {e['threads']}",
     }
     if cut := trainer.train.cut_captions():
         lines["data"] += f"; {cut:,} captions are longer than {trainer.train.max_length} tokens"

