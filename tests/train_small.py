@@ -28,6 +28,7 @@ DEFAULTS = dict(
     mixed_precision="no",
     text_mask_ratio=0.3,
 )
+QUICK = DEFAULTS | dict(num_epochs=2)
 
 
 def data(count: int, tokenizer=None, seed: int = 0) -> mm.MultimodalDataset:
