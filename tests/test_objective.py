@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-import mmkit as mm
 from mmkit.config import TERMS
-from mmkit.evaluation.reconstruction import evaluate_reconstruction
 from mmkit.training.step import Contrast, backward
 from tests.terms_by_hand import ALL, BESIDE, CASES, by_hand, check_close, gradients
 
@@ -181,48 +179,3 @@ def test_schedules_by_hand(make_terms_trainer):
         weights = trainer.objective.weights(4, 5)
         assert ("mlm" in weights) == bool(expected[4])
     assert "lambda" in trainer.config.to_dict()["mlm_schedule"]
-
-
-# -- validation ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["drop", "replace", "80/10/10"])
-def test_reconstruction_is_the_same_in_any_batches(make_terms_trainer, make_data, mode):
-    """17 pairs at once, or 5 or 2 at a time: the mean over all that is masked."""
-    values = BESIDE | dict(text_mask_mode=mode, cross_modal=True)
-    model, val = make_terms_trainer(**values).model.eval(), make_data(17, seed=1)
-    options = dict(text_mode=mode, baseline=torch.full((9, 75), 0.4))
-    found = [evaluate_reconstruction(model, val, batch_size=n, **options) for n in (17, 5, 2)]
-    for other in found[1:]:
-        assert other == pytest.approx(found[0], rel=1e-5)
-    assert {"mim_loss", "pixel_error", "mean_patch_error", "visible_mean_error", "mlm_loss",
-            "mlm_accuracy", "mlm_perplexity"} == found[0].keys()  # fmt: skip
-
-
-# -- error messages --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "values, message",
-    [
-        (dict(mlm_weight=0.3), "mlm_weight=0.3 with text_mask_ratio=0 .*text_mask_ratio=0.3"),
-        (dict(mim_weight=1, image_mask_ratio=0), "masks nothing, .*image_mask_ratio=0.75"),
-        (dict(itm_weight=1.0), "itm_weight=1.0 needs cross_modal=True"),
-        (dict(contrastive_weight=0), "nothing is learned: one of contrastive_weight, mim_"),
-        (dict(mim_weight=-1), "mim_weight=-1 must be 0 or more"),
-        (dict(cross_modal_ratio=0), r"cross_modal_ratio=0 must be in \(0, 1\]"),
-        (dict(decoder_width=33), "decoder_width=33 must be a multiple of 32"),
-        (dict(decoder_depth=0), "decoder_depth=0 must be at least 1"),
-        (dict(pixel_error="mae"), "pixel_error='mae' is not a choice"),
-        (dict(contrastive_view="whole"), "known: masked, unmasked"),
-        (dict(mlm_schedule="risng"), "mlm_schedule='risng' is not known; did you mean 'ris"),
-        (dict(mim_weight=1, image_mask="layers", image_mask_ratio=0), "masks nothing"),
-        (dict(mim_weight=1, image_mask="painted", painted_mask=[[0, 0]]), "masks nothing"),
-        (dict(contrastive_view="unmasked"), "would mask nothing"),
-        (dict(cross_modal=True), "cross_modal=True needs a decoder"),
-        (dict(term_gradients_every=0.5), "term_gradients_every=0.5 must be a whole number"),
-    ],
-)
-def test_an_impossible_configuration_is_refused(values, message):
-    with pytest.raises(ValueError, match=message):
-        mm.TrainingConfig(**values)

@@ -73,6 +73,20 @@ def model(tokenizer, dropout: float) -> mm.MultimodalEncoder:
     return mm.MultimodalEncoder(vit, bert, tokenizer, embed_dim=13, dropout=dropout)
 
 
+def other_model(make_data):
+    """A model that reads other tokens, and at most 5 of a caption."""
+    from transformers import BertConfig, ViTConfig
+
+    tokenizer = mm.train_wordpiece(["moon", "the old red house and the small boat"])
+    tower = dict(hidden_size=22, num_hidden_layers=1, num_attention_heads=2, intermediate_size=31)
+    return mm.MultimodalEncoder(
+        ViTConfig(image_size=15, patch_size=5, **tower),
+        BertConfig(vocab_size=len(tokenizer), max_position_embeddings=5, **tower),
+        tokenizer,
+        embed_dim=13,
+    )
+
+
 class Dying(mm.MaskedMultimodalTrainer):
     """A trainer that is killed by SIGKILL, as by a crash of the machine, before step `kill_at`.
 

@@ -241,8 +241,3 @@ def test_two_threads_give_the_same_bits_twice(make_model, make_data, tmp_path):
     finally:
         torch.set_num_threads(threads)
     assert differences(*ends) == []
-
-
-def test_float16_on_a_cpu_is_only_by_request():
-    assert mm.device.pick_precision("auto", torch.device("cpu")) != torch.float16
-    assert mm.device.pick_precision("fp16", torch.device("cpu")) == torch.float16

@@ -351,10 +351,3 @@ def test_a_home_folder_is_found(make_short_run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert make_short_run(output_dir="~/runs", max_steps=1).fit().path == tmp_path / "runs/run"
-
-
-def test_a_path_is_shown_from_the_working_folder_on(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert mm.files.shown(tmp_path / "runs/x") == "runs/x"
-    assert mm.files.shown("runs/x") == "runs/x"
-    assert mm.files.shown("/proc/self") == "/proc/self"

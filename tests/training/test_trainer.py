@@ -14,7 +14,7 @@ from mmkit.masking.text import TEXT_MASKERS
 from mmkit.models.attention import class_attention
 from mmkit.models.checkpoint import read_checkpoint
 from mmkit.widgets.mask_lab import MaskLab
-from tests.train_small import QUICK
+from tests.train_small import QUICK, other_model
 from tests.training.small_runs import (
     differences,
     losses,
@@ -50,20 +50,6 @@ def test_images_are_moved_while_training_only(make_config, make_model, make_data
     assert not torch.equal(pixels[0], batch.pixel_values)
 
 
-def other_model(make_data):
-    """A model that reads other tokens, and at most 5 of a caption."""
-    from transformers import BertConfig, ViTConfig
-
-    tokenizer = mm.train_wordpiece(["moon", "the old red house and the small boat"])
-    tower = dict(hidden_size=22, num_hidden_layers=1, num_attention_heads=2, intermediate_size=31)
-    return mm.MultimodalEncoder(
-        ViTConfig(image_size=15, patch_size=5, **tower),
-        BertConfig(vocab_size=len(tokenizer), max_position_embeddings=5, **tower),
-        tokenizer,
-        embed_dim=13,
-    )
-
-
 def test_others_on_the_same_data_do_not_move_a_training(make_config, make_model, make_data):
     """A model with another tokenizer is evaluated in a callback, and trained beside it."""
     other = other_model(make_data)
@@ -91,38 +77,6 @@ def test_others_on_the_same_data_do_not_move_a_training(make_config, make_model,
     assert losses(data, evaluate) == alone
     assert losses(data, train_beside) == alone
     assert all(map(torch.equal, before, data.encoded_captions()))
-
-
-def test_a_view_is_encoded_once_and_shares_its_images(tmp_path, make_data, monkeypatch):
-    calls, encode = [], mm.data.partners.encode_texts
-    monkeypatch.setattr(
-        mm.data.partners, "encode_texts", lambda *args: calls.append(args[2]) or encode(*args)
-    )
-    data = make_data(23)
-    assert data.encoded_by(data.tokenizer, 77) is data
-    for _ in range(3):
-        views = [data.encoded_by(data.tokenizer, length) for length in (5, 7)]
-        assert [view.batch(range(23)).input_ids.shape[1] for view in views] == [5, 7]
-    assert calls == [5, 7]
-    assert views[0].subset([4, 0]).batch([0]).input_ids.shape[1] == 5
-    paths = [tmp_path / f"{row}.png" for row in range(3)]
-    for row, path in enumerate(paths):
-        path.write_bytes(data.image_file(row).getvalue())
-    for first, second in ((0, 1), (1, 0)):  # for both decoding orders
-        files = mm.MultimodalDataset(paths, ["a", "b", "c"], image_size=15)
-        pair = (files, files.encoded_by(data.tokenizer, 5))
-        pair[first].keep_on("cpu")
-        assert pair[second].resident
-        assert torch.equal(pair[second].batch([2]).pixel_values, data.batch([2]).pixel_values)
-
-
-def test_what_an_encoder_says_of_long_captions_is_a_remedy(make_data):
-    model, data = other_model(make_data), make_data(23)
-    with pytest.raises(ValueError, match="the encoder takes 5") as error:
-        model(data.batch(range(23)))
-    remedy = str(error.value).split("take batches of ")[1]
-    view = eval(remedy, {"dataset": data, "model": model})
-    assert model(view.batch(range(23))).text_features.shape == (23, 13)
 
 
 def test_every_image_once_per_epoch_in_a_new_order(make_config, make_model, make_data):

@@ -1,15 +1,9 @@
-"""Frozen towers, layer decay, EMA, callbacks, forks and compilation do what they promise."""
+"""A torch Subset of a data set is one, too; anything else is named, with a remedy."""
 
 import pytest
 import torch
 
 import mmkit as mm
-
-
-def test_neighbours_need_the_sigmoid_loss(make_config):
-    with pytest.raises(ValueError, match="needs loss='sigmoid'"):
-        make_config(exchange="neighbours")
-    assert make_config(exchange="neighbours", loss="sigmoid").exchange == "neighbours"
 
 
 def test_a_torch_subset_of_ours_is_a_data_set(make_trainer, make_data, make_model):

@@ -1,4 +1,4 @@
-"""Every masker trains; masks are the same on two processes and after a kill."""
+"""Features under any masker."""
 
 import pytest
 import torch
