@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
+import mmkit as mm
 from mmkit import MultimodalDataset
 from tests.data.two_colours import BLUE, RED, TEXTS
 
