@@ -14,6 +14,7 @@ from mmkit.masking.text import TEXT_MASKERS, Caption, random_text_mask
 from mmkit.models.decoder import ForwardSpec
 from mmkit.models.patches import patchify, unpatchify
 from tests.masking.test_plan import draw
+from tests.train_small import other_model
 
 
 @pytest.fixture
@@ -594,3 +595,12 @@ def test_constant_positions_stay_constant_at_every_size(make_model):
             model.vit.embeddings.position_embeddings.fill_(0.7)
         positions = model.resize(size).vit.embeddings.position_embeddings
         torch.testing.assert_close(positions, torch.full((1, 1 + (size // 5) ** 2, 22), 0.7))
+
+
+def test_what_an_encoder_says_of_long_captions_is_a_remedy(make_data):
+    model, data = other_model(make_data), make_data(23)
+    with pytest.raises(ValueError, match="the encoder takes 5") as error:
+        model(data.batch(range(23)))
+    remedy = str(error.value).split("take batches of ")[1]
+    view = eval(remedy, {"dataset": data, "model": model})
+    assert model(view.batch(range(23))).text_features.shape == (23, 13)
