@@ -26,7 +26,6 @@ _OWN = {  # fields that also take a function
     **{f"{term}_schedule": TERM_SCHEDULES for term in TERMS},
 }
 _CHOICES = _OWN | {
-    "loss": ("info_nce", "sigmoid"),
     "image_mask_mode": ("drop", "replace"),
     "text_mask_mode": ("drop", "replace", "80/10/10"),
     "image_mask_schedule": RATIO_SCHEDULES,

@@ -11,6 +11,7 @@ Walk-through: notebooks/03_training.ipynb, 07_reconstruction.
 """
 
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,6 @@ from torch import Tensor
 
 from .data.partners import correct_pairs
 from .errors import nearest
-
-CONTRASTIVE = ("info_nce", "sigmoid")
 
 
 def check_loss(name: str):
@@ -313,6 +312,21 @@ def sigmoid_loss(
     partners = _checked(partners, group_ids, len(image_features))
     total = sigmoid_rows(image_features, text_features, scale, logit_bias, 0, partners)
     return total / len(image_features)
+
+
+Pairs = tuple[Tensor, Tensor]  # image and text features, (R, D) each
+
+# Each contrastive loss by its name in `TrainingConfig.loss`: a function of the features of R rows
+# and of all C candidates, scale, logit_bias, the index of row 0 among the candidates, and partners.
+# It sums over the R rows; the sum over disjoint rows, divided by C, is the loss of the batch.
+CONTRASTIVE: dict[str, Callable[[Pairs, Pairs, Tensor, Tensor, int, Partners], Tensor]] = {
+    "info_nce": lambda rows, candidates, scale, bias, offset, partners: info_nce_rows(
+        *rows, *candidates, scale, offset, partners
+    ),
+    "sigmoid": lambda rows, candidates, scale, bias, offset, partners: sigmoid_rows(
+        rows[0], candidates[1], scale, bias, offset, partners
+    ),
+}
 
 
 # -- what was masked -------------------------------------------------------------------------

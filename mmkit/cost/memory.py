@@ -137,5 +137,5 @@ def exchanged_bytes(
         return sent
     if config.exchange == "neighbours":
         return sent + 2 * fraction * features
-    modalities = 2 if config.loss == "info_nce" else 1
-    return sent + modalities * 3 * fraction * features
+    times = 6 if config.loss == "info_nce" else 4  # no gradient at the other images for "sigmoid"
+    return sent + times * fraction * features

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.dataset import MultimodalDataset
 from ..data.loader import as_dataset
 from ..data.partners import correct_pairs, partner_counts
-from ..losses import check_loss, info_nce_rows, say_if_no_unit_vectors, sigmoid_rows, similarity
+from ..losses import CONTRASTIVE, check_loss, say_if_no_unit_vectors, similarity
 from ..models.encoder import MultimodalEncoder
 from ..older_names import older_functions
 from .features import (  # noqa: F401 (mm.retrieval offers them all)
@@ -172,15 +172,11 @@ def pool_loss(model: MultimodalEncoder, features: Features, loss: str | None = N
     finite = (images.isfinite() & texts.isfinite()).all(1)
     if finite.any() and not finite.all():
         images, texts, captions, table = (x[finite] for x in (images, texts, captions, table))
-    scale, partners = model.logit_scale.exp().cpu(), (captions, table)
+    scale, bias = model.logit_scale.exp().cpu(), model.logit_bias.cpu()
     total = 0.0
     for rows in _chunks(len(images), len(images)):
-        own = (images[rows], texts[rows])
-        if loss == "sigmoid":
-            bias = model.logit_bias.cpu()
-            total += float(sigmoid_rows(own[0], texts, scale, bias, rows.start, partners))
-        else:
-            total += float(info_nce_rows(*own, images, texts, scale, rows.start, partners))
+        own, pool, partners = (images[rows], texts[rows]), (images, texts), (captions, table)
+        total += float(CONTRASTIVE[loss](own, pool, scale, bias, rows.start, partners))
     return total / len(images)
 
 

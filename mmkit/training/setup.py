@@ -16,6 +16,7 @@ import torch
 from ..config import TrainingConfig
 from ..data.dataset import MultimodalDataset
 from ..errors import nearest
+from ..losses import check_loss
 from ..masking.image import IMAGE_MASKERS
 from ..masking.plan import find_masker
 from ..masking.text import TEXT_MASKERS
@@ -48,6 +49,7 @@ def check_arguments(config: Any, model: Any = None, callbacks: Any = (), resume:
         )
     find_masker(config.image_mask, IMAGE_MASKERS)
     find_masker(config.text_mask, TEXT_MASKERS)
+    check_loss(config.loss)
 
 
 def check_batches(config: TrainingConfig, count: int, processes: int):

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data.partners import correct_pairs
 from ..distributed import all_gather_with_grad, neighbour_exchange, rank_and_world_size, row_counts
-from ..losses import check_loss, info_nce_rows, sigmoid_block, sigmoid_rows
+from ..losses import CONTRASTIVE, check_loss, sigmoid_block
 from ..models.encoder import EncoderOutput, MultimodalEncoder
 from .random_state import random_states, set_random_states
 from .threads import add_gradients, side_by_side
@@ -64,7 +64,7 @@ def contrastive_fraction(
         logit_scale: scalar, the logarithm of the factor of the cosines.
         logit_bias: scalar, for the sigmoid loss.
         partners: of these rows, see `Batch.partners`; None = images and captions are one to one.
-        kind: "info_nce" or "sigmoid".
+        kind: a name in `losses.CONTRASTIVE`.
         exchange: "gather", or "neighbours" (sigmoid only), around a ring of processes.
     Returns:
         A scalar with gradients for all four tensors.
@@ -78,18 +78,11 @@ def contrastive_fraction(
     partners = _partners_of_all(partners, counts)
     if kind == "sigmoid" and exchange == "neighbours":
         return _ring_of_texts(image, text, scale, logit_bias, partners, counts) / total
-    all_text = all_gather_with_grad(text, counts)
-    if kind == "sigmoid":
+    candidates = all_gather_with_grad(image, counts), all_gather_with_grad(text, counts)
 
-        def rows_loss(part: slice) -> Tensor:
-            start = offset + part.start
-            return sigmoid_rows(image[part], all_text, scale, logit_bias, start, partners)
-    else:
-        all_image = all_gather_with_grad(image, counts)
-
-        def rows_loss(part: slice) -> Tensor:
-            candidates = (all_image, all_text, scale, offset + part.start, partners)
-            return info_nce_rows(image[part], text[part], *candidates)
+    def rows_loss(part: slice) -> Tensor:
+        rows, first = (image[part], text[part]), offset + part.start
+        return CONTRASTIVE[kind](rows, candidates, scale, logit_bias, first, partners)
 
     return _in_chunks(rows_loss, len(image), total) / total
 

@@ -16,31 +16,20 @@ from PIL import Image
 
 import mmkit as mm
 from mmkit.data import decoding, image_cache
-from tests.conftest import centre_square
-from tests.data.test_sources import (
+from tests.conftest import captions, centre_square
+from tests.data.seven_images import (
     NAMES,
     OPTIONS,
     SIDE,
     TEXTS,
     by_hand,
     folder,
-    images,
     lists,
     parquet,
 )
+from tests.train_small import DEFAULTS
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("MMKIT_CACHE", str(folder))
-    return folder
-
-
-@pytest.fixture
-def root(tmp_path):
-    """Seven images of different sizes."""
-    return images(tmp_path / "images")
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
@@ -327,3 +316,42 @@ def test_a_cached_file_that_is_cut_off_while_in_use_is_said(root, cache):
         data.batch([6])
     again = pickle.loads(pickle.dumps(data._decoded.pixels))[[0]]
     assert torch.equal(torch.from_numpy(again), by_hand(root)[:1])
+
+
+def test_a_run_is_the_same_with_the_cache_without_it_and_in_memory(tmp_path, make_model):
+    """The losses of each step are equal bit for bit."""
+    generator = np.random.default_rng(0)
+    (tmp_path / "p").mkdir()
+    rows = ["image,text"]
+    for i, text in enumerate(captions(23)):
+        pixels = generator.integers(0, 256, (17, 19, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"p/{i}.png")
+        rows += [f"p/{i}.png,{text}", f"p/{i}.png,again {text}"]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    losses = {}
+    for name, options, workers in (
+        ("cached", {}, 0),
+        ("anew", dict(cache_gigabytes=0), 2),
+        ("memory", dict(device="cpu"), 0),
+    ):
+        data = mm.from_table(tmp_path / "pairs.csv", image_size=15, **options)
+        values = dict(output_dir=str(tmp_path), run_name=name, num_epochs=2, num_workers=workers)
+        run = mm.train_model(mm.TrainingConfig(**DEFAULTS | values), data, None, make_model())
+        losses[name] = run.curve("loss")[1]
+        assert data.resident == (name != "anew")
+    assert len(losses["cached"]) == 6
+    assert losses["cached"] == losses["anew"] == losses["memory"]
+
+
+def test_files_are_read_whole_only_where_they_may_be_equal(tmp_path, monkeypatch):
+    contents = [b"x" * 5000, b"y" + b"x" * 4999, b"z" * 5000, b"x" * 5000, b"x" * 4999]
+    paths = [str(tmp_path / str(i)) for i in range(5)]
+    for path, content in zip(paths, contents, strict=True):
+        Path(path).write_bytes(content)
+    read, hashed = [], image_cache.content_hash
+    monkeypatch.setattr(
+        image_cache, "content_hash", lambda store, i: read.append(i) or hashed(store, i)
+    )
+    keys = image_cache.same_files(paths)
+    equal = {(i, j) for i in range(5) for j in range(i) if keys[i] == keys[j]}
+    assert equal == {(3, 0)} and read == [0, 1, 3]
