@@ -117,3 +117,42 @@ def make_data(tokenizer):
         return MultimodalDataset.from_pixels(pixels, captions(count), **options)
 
     return make
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """f(...) is the configuration of a short run, two epochs, named "run"."""
+    from tests.train_small import QUICK  # which takes captions from here
+
+    def make(**values):
+        return TrainingConfig(**QUICK | dict(output_dir=str(tmp_path), run_name="run") | values)
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(make_config, make_model, make_data):
+    """f(...) builds a trainer of a short run: 53 pairs, five steps an epoch."""
+
+    def make(model=None, resume=False, callbacks=(), data=None, val=None, **values):
+        model = model or make_model(dropout=values.get("dropout", 0.0))
+        data = data or make_data(53)
+        return MaskedMultimodalTrainer(make_config(**values), data, val, model, resume, callbacks)
+
+    return make
+
+
+@pytest.fixture
+def make_terms_trainer(make_config, make_model, make_data):
+    """f(...) builds a trainer with 23 pairs a step, two of which share a caption."""
+
+    def make(val=None, resume=False, callbacks=(), model=None, **values):
+        config = make_config(**dict(batch_size=23) | values)
+        train = make_data(23)
+        train.texts[5].append(train.texts[17][0])  # correct for image 5, not the other way round
+        model = model or make_model(dropout=config.dropout)
+        trainer = MaskedMultimodalTrainer(config, train, val, model, resume, callbacks)
+        trainer.net.train()
+        return trainer
+
+    return make

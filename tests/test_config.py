@@ -165,3 +165,35 @@ def test_a_painted_mask_becomes_plain_values(painted):
 def test_to_dict_is_plain():
     config = TrainingConfig(schedule=math.sin)
     assert json.loads(json.dumps(config.to_dict()))["schedule"] == "function sin"
+
+
+def test_neighbours_need_the_sigmoid_loss(make_config):
+    with pytest.raises(ValueError, match="needs loss='sigmoid'"):
+        make_config(exchange="neighbours")
+    assert make_config(exchange="neighbours", loss="sigmoid").exchange == "neighbours"
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        (dict(mlm_weight=0.3), "mlm_weight=0.3 with text_mask_ratio=0 .*text_mask_ratio=0.3"),
+        (dict(mim_weight=1, image_mask_ratio=0), "masks nothing, .*image_mask_ratio=0.75"),
+        (dict(itm_weight=1.0), "itm_weight=1.0 needs cross_modal=True"),
+        (dict(contrastive_weight=0), "nothing is learned: one of contrastive_weight, mim_"),
+        (dict(mim_weight=-1), "mim_weight=-1 must be 0 or more"),
+        (dict(cross_modal_ratio=0), r"cross_modal_ratio=0 must be in \(0, 1\]"),
+        (dict(decoder_width=33), "decoder_width=33 must be a multiple of 32"),
+        (dict(decoder_depth=0), "decoder_depth=0 must be at least 1"),
+        (dict(pixel_error="mae"), "pixel_error='mae' is not a choice"),
+        (dict(contrastive_view="whole"), "known: masked, unmasked"),
+        (dict(mlm_schedule="risng"), "mlm_schedule='risng' is not known; did you mean 'ris"),
+        (dict(mim_weight=1, image_mask="layers", image_mask_ratio=0), "masks nothing"),
+        (dict(mim_weight=1, image_mask="painted", painted_mask=[[0, 0]]), "masks nothing"),
+        (dict(contrastive_view="unmasked"), "would mask nothing"),
+        (dict(cross_modal=True), "cross_modal=True needs a decoder"),
+        (dict(term_gradients_every=0.5), "term_gradients_every=0.5 must be a whole number"),
+    ],
+)
+def test_an_impossible_configuration_is_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**values)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mmkit as mm
 from mmkit.files import renamed, write_atomically
 from mmkit.models.checkpoint import read_checkpoint
 
@@ -156,3 +157,10 @@ def test_two_processes_may_write_the_same_file(tmp_path):
     last = read_checkpoint(path)
     assert last["step"] == 39 and len(last["w"].unique()) == 1
     assert [p.name for p in tmp_path.iterdir()] == ["state.pth"]
+
+
+def test_a_path_is_shown_from_the_working_folder_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert mm.files.shown(tmp_path / "runs/x") == "runs/x"
+    assert mm.files.shown("runs/x") == "runs/x"
+    assert mm.files.shown("/proc/self") == "/proc/self"

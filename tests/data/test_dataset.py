@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
+import mmkit as mm
 from mmkit import MultimodalDataset
 from tests.data.two_colours import BLUE, RED, TEXTS
 
@@ -108,3 +109,26 @@ def test_bad_input_is_refused_in_words(files, tmp_path):
             data.batch([0, 1])
         with pytest.raises(ValueError, match=rf"{name} \(row 1\) cannot be read"):
             MultimodalDataset([files[0], tmp_path / name], ["a", "b"], device="cpu")
+
+
+def test_a_view_is_encoded_once_and_shares_its_images(tmp_path, make_data, monkeypatch):
+    calls, encode = [], mm.data.partners.encode_texts
+    monkeypatch.setattr(
+        mm.data.partners, "encode_texts", lambda *args: calls.append(args[2]) or encode(*args)
+    )
+    data = make_data(23)
+    assert data.encoded_by(data.tokenizer, 77) is data
+    for _ in range(3):
+        views = [data.encoded_by(data.tokenizer, length) for length in (5, 7)]
+        assert [view.batch(range(23)).input_ids.shape[1] for view in views] == [5, 7]
+    assert calls == [5, 7]
+    assert views[0].subset([4, 0]).batch([0]).input_ids.shape[1] == 5
+    paths = [tmp_path / f"{row}.png" for row in range(3)]
+    for row, path in enumerate(paths):
+        path.write_bytes(data.image_file(row).getvalue())
+    for first, second in ((0, 1), (1, 0)):  # for both decoding orders
+        files = mm.MultimodalDataset(paths, ["a", "b", "c"], image_size=15)
+        pair = (files, files.encoded_by(data.tokenizer, 5))
+        pair[first].keep_on("cpu")
+        assert pair[second].resident
+        assert torch.equal(pair[second].batch([2]).pixel_values, data.batch([2]).pixel_values)

@@ -12,7 +12,6 @@ import torch
 import mmkit as mm
 from mmkit.files import write_atomically
 from mmkit.models.checkpoint import load_weights, read_checkpoint
-from mmkit.training.random_state import random_state, set_random_state
 from tests.models.hostile import Hostile
 
 
@@ -169,14 +168,3 @@ def test_a_checkpoint_is_loaded_for_another_image_size(make_model, tmp_path):
         ValueError, match=r"position_embeddings' is .*mm\.load\(path\).*image_size=…"
     ):
         load_weights(make_model().resize(25), state["model_state_dict"])
-
-
-def test_random_state_goes_through_a_file(tmp_path):
-    """Python, NumPy and torch draw the same numbers after the state went to disk and back."""
-    import numpy as np
-
-    write_atomically(random_state(), tmp_path / "random.pth")
-    drawn = random.random(), np.random.rand(), torch.rand(3)
-    set_random_state(read_checkpoint(tmp_path / "random.pth"))
-    again = random.random(), np.random.rand(), torch.rand(3)
-    assert drawn[:2] == again[:2] and torch.equal(drawn[2], again[2])

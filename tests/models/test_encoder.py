@@ -14,6 +14,7 @@ from mmkit.models.decoder import ForwardSpec
 from mmkit.models.patches import patchify, unpatchify
 from tests.masking.drawn import draw
 from tests.models.images import images
+from tests.train_small import other_model
 
 
 def mask_some(model, texts, ratio):
@@ -431,14 +432,10 @@ def test_another_image_size_interpolates_positions_and_nothing_else(
         model.encode_image(make_data(5).batch(range(5)).pixel_values)
 
 
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        (dict(temperature=0), "temperature=0 must be above 0"),
-        (dict(image_mean=(0.5,)), "must have three numbers each"),
-        (dict(image_std=(0.5, 0.0, 0.5)), "those of image_std must be above 0"),
-    ],
-)
-def test_a_model_of_numbers_that_cannot_be_is_refused(make_model, values, words):
-    with pytest.raises(ValueError, match=words):
-        make_model(**values)
+def test_what_an_encoder_says_of_long_captions_is_a_remedy(make_data):
+    model, data = other_model(make_data), make_data(23)
+    with pytest.raises(ValueError, match="the encoder takes 5") as error:
+        model(data.batch(range(23)))
+    remedy = str(error.value).split("take batches of ")[1]
+    view = eval(remedy, {"dataset": data, "model": model})
+    assert model(view.batch(range(23))).text_features.shape == (23, 13)

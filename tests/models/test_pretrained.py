@@ -412,3 +412,16 @@ def test_the_model_has_the_statistics_of_the_preprocessor(
     model = MultimodalEncoder.from_backbones(str(vit), str(saved))
     expected = torch.tensor([mean, std]).float().reshape(2, 3, 1, 1)
     torch.testing.assert_close(model.pixel_stats, expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(temperature=0), "temperature=0 must be above 0"),
+        (dict(image_mean=(0.5,)), "must have three numbers each"),
+        (dict(image_std=(0.5, 0.0, 0.5)), "those of image_std must be above 0"),
+    ],
+)
+def test_a_model_of_numbers_that_cannot_be_is_refused(make_model, values, words):
+    with pytest.raises(ValueError, match=words):
+        make_model(**values)
