@@ -1,4 +1,4 @@
-"""Workers give the same batches; a torch Subset is a data set, and anything else is named."""
+"""Batches of worker processes, also without room for shared memory; what counts as a data set."""
 
 import subprocess
 import sys
