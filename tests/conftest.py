@@ -1,4 +1,4 @@
-"""Small real models and artificial images that the unit tests share."""
+"""Small real models, their trainers and artificial images that the unit tests share."""
 
 import pytest
 import torch
@@ -71,6 +71,35 @@ def make_model(tokenizer):
             dropout=dropout,
             **options,
         )
+
+    return make
+
+
+@pytest.fixture
+def make_decoding(make_model):
+    """The small encoder with a decoder, every parameter moved away from its initial value."""
+
+    def make(dropout=0.0, **heads):
+        small = dict(pixels=True, words=True, width=32, pixel_depth=1, word_depth=1)
+        model = make_model(dropout=dropout).add_decoder(**small | heads)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        return model.to_device("cpu").eval()
+
+    return make
+
+
+@pytest.fixture
+def trainer_of(make_model, make_data, tmp_path):
+    """A trainer whose only batch has 23 pairs (or as given), with a small encoder."""
+
+    def make(count=23, **settings):
+        config = TrainingConfig(
+            **dict(batch_size=count, mixed_precision="no", output_dir=str(tmp_path)) | settings
+        )
+        return MaskedMultimodalTrainer(config, make_data(count), None, make_model())
 
     return make
 

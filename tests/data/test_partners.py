@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from mmkit import MultimodalDataset
-from mmkit.data.partners import correct_pairs, very_common
+from mmkit.data.partners import correct_pairs, partner_counts, very_common
+from tests.relation import IDS, TABLE, matrix
 
 
 def slow_partners(data, rows, which):
@@ -62,3 +63,13 @@ def test_very_common_captions_are_counted(make_data):
             own = slice(int(first[j]), int(first[j] + counts[j]))
             total += float(pairs[i, own].mean()) if i != j else 0.0
     assert data.correct_captions.left_out() == pytest.approx(total / (113 * 112))
+
+
+def test_the_relation_is_that_of_a_loop():
+    """It is not symmetric, so that an exchange of the two directions would show."""
+    assert torch.equal(correct_pairs(TABLE, IDS), matrix(IDS, TABLE))
+    assert torch.equal(correct_pairs(TABLE[:3], IDS[4:]), matrix(IDS[4:], TABLE[:3]))
+    assert not torch.equal(matrix(IDS, TABLE), matrix(IDS, TABLE).T)
+    of_images, of_captions = partner_counts(TABLE, IDS)
+    assert torch.equal(of_images, matrix(IDS, TABLE).sum(1))
+    assert torch.equal(of_captions, matrix(IDS, TABLE).sum(0))

@@ -12,9 +12,11 @@ from mmkit.evaluation.reconstruction import (
     example_images,
     guesses,
     mean_patches,
+    partners,
     reconstruct,
 )
 from mmkit.models.patches import patchify
+from tests.models.decoding import CORRECT
 from tests.terms_by_hand import BESIDE
 from tests.train_small import DEFAULTS
 
@@ -113,6 +115,16 @@ def test_a_run_keeps_a_strip_at_each_validation(make_model, make_data, tmp_path)
     size = Image.open(paths[0]).size
     assert (images[0].width, images[0].height) == size
     assert "pixel_error" in run.history[-1] and "image_to_text_R@1" not in run.history[-1]
+
+
+def test_partners_by_hand():
+    """The next row of another group, cyclically; none if there is no other group."""
+    assert partners(CORRECT, "matched") is None
+    assert partners(CORRECT, "none").tolist() == [-1] * 5
+    groups = torch.tensor([0, 0, 1, 2, 0])
+    assert partners(groups[:, None] == groups, "mismatched").tolist() == [2, 2, 3, 4, 2]
+    assert partners(CORRECT, "mismatched").tolist() == [1, 2, 3, 0, 0]  # 4 matches 3
+    assert partners(torch.ones(3, 3, dtype=torch.bool), "mismatched").tolist() == [-1] * 3
 
 
 @pytest.mark.parametrize("mode", ["drop", "replace", "80/10/10"])

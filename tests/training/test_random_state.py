@@ -5,7 +5,9 @@ import random
 import numpy as np
 import torch
 
-from mmkit.training.random_state import OwnState, random_state_kept
+from mmkit.files import write_atomically
+from mmkit.models.checkpoint import read_checkpoint
+from mmkit.training.random_state import OwnState, random_state, random_state_kept, set_random_state
 
 
 def draws(count: int) -> list[tuple]:
@@ -53,3 +55,14 @@ def test_draws_of_a_run_and_of_its_caller_do_not_move_each_other():
         assert found + draws(1) == caller
     with own.inside():
         assert draws(1) == run[3:]
+
+
+def test_random_state_goes_through_a_file(tmp_path):
+    """Python, NumPy and torch draw the same numbers after the state went to disk and back."""
+    import numpy as np
+
+    write_atomically(random_state(), tmp_path / "random.pth")
+    drawn = random.random(), np.random.rand(), torch.rand(3)
+    set_random_state(read_checkpoint(tmp_path / "random.pth"))
+    again = random.random(), np.random.rand(), torch.rand(3)
+    assert drawn[:2] == again[:2] and torch.equal(drawn[2], again[2])
