@@ -14,13 +14,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
 import numpy as np
 from tqdm import tqdm
 
 from ..errors import Refused
 from ..files import as_path, cache_folder, renamed, writing_cache
-from .spool import GZIP, Spool, is_address
+from .spool import GZIP, WEB, Spool, file_system, is_address
 from .tar_index import SHARD_IMAGE_SUFFIXES, Suffixes, TarIndex, scan_tar
 
 FOLDER_PATTERNS = ("*.tar", "*.tar.gz", "*.tgz")
@@ -59,7 +58,7 @@ def _expand(name: str) -> Iterator[str]:
         yield from _shards_of(name)  # before braces, since a file may be called {a}.tar
         return
     for one in _alternatives(name):
-        if is_address(one) and not glob.has_magic(one):
+        if one.startswith(WEB) or (is_address(one) and not glob.has_magic(one)):
             yield one
             continue
         paths = [one] if os.path.exists(one) else _fitting(one)
@@ -75,7 +74,7 @@ def _fitting(pattern: str) -> list[str]:
     """The files that a glob denotes, also at an address."""
     if not is_address(pattern):
         return sorted(glob.glob(pattern, recursive=True))
-    system, path = fsspec.url_to_fs(pattern)
+    system, path = file_system(pattern)
     return sorted(system.unstrip_protocol(found) for found in system.glob(path))
 
 
@@ -239,8 +238,12 @@ def _read_cached(path: Path) -> tuple[tuple[bool, int], TarIndex] | None:
 
 def shard_identity(url: str) -> str:
     """What fsspec knows of an address; path, size in bytes and time of a file."""
+    if url.startswith(WEB):
+        return json.dumps([url])
     if is_address(url):
-        system, path = fsspec.url_to_fs(url)
+        system, path = file_system(url)
+        if not system.exists(path):
+            raise FileNotFoundError(f"shard {url} does not exist; check the address")
         return json.dumps([url, system.ukey(path)])
     status = os.stat(url)
     return json.dumps([os.path.realpath(url), status.st_size, status.st_mtime_ns])

@@ -284,7 +284,7 @@ def way_in(source) -> Way:
         return _of_object(source)
     text, path = os.fspath(source), Path(source).expanduser()
     if text.startswith("pipe:"):
-        return from_shards, text
+        return from_shards, text  # which says that commands are no longer run
     if path.is_dir():
         return _of_folder(path)
     if path.exists():

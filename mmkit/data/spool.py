@@ -1,7 +1,8 @@
 """Local copies of shards that cannot be read in place: addresses (https://, s3://, hf://), gzip.
 
 Each is fetched once per machine, whatever the number of processes, and gets its name once it is
-complete. fsspec reads addresses; what it needs for one (s3fs, gcsfs) it names itself.
+complete. Addresses other than http(s) are read by fsspec, which names the package that it needs
+(s3fs, gcsfs).
 Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
@@ -10,8 +11,10 @@ import gzip
 import hashlib
 import os
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
+from urllib.request import urlopen
 
 import fsspec
 
@@ -22,9 +25,20 @@ BLOCK = 16_000_000  # bytes in memory while a shard is fetched
 GZIP = b"\x1f\x8b"
 
 
+WEB = ("http://", "https://")
+
+
 def is_address(url: str) -> bool:
     """Is it an address, and not a path?"""
     return "://" in url
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """(fsspec's file system of an address, the path in it); OSError names a missing package."""
+    try:
+        return fsspec.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise OSError(f"shard {url} cannot be fetched: {error}") from None
 
 
 class Spool:
@@ -89,14 +103,18 @@ class Spool:
 
 
 @contextlib.contextmanager
-def _unpacked(url: str):
+def _unpacked(url: str) -> Iterator[Any]:
     """The bytes of a path or an address, without gzip; OSError names what cannot be fetched."""
-    packed = not is_address(url) or url.lower().endswith((".gz", ".tgz"))
     try:
-        source: BinaryIO = fsspec.open(url, "rb", compression="gzip" if packed else None).open()
-    except ImportError as error:
+        if url.startswith(WEB):
+            source: Any = urlopen(url, timeout=60)
+        else:
+            system, path = file_system(url)
+            source = system.open(path, "rb")
+    except (OSError, ValueError) as error:
         raise OSError(f"shard {url} cannot be fetched: {error}") from None
-    except FileNotFoundError:
-        raise FileNotFoundError(f"shard {url} does not exist; check the address") from None
     with source:
-        yield source
+        packed = not is_address(url) or url.lower().endswith((".gz", ".tgz"))
+        yield gzip.GzipFile(fileobj=source) if packed else source
+        if getattr(source, "length", 0):  # of an HTTP response: bytes that have not come
+            raise OSError(f"shard {url} cannot be fetched: the connection was closed too early")

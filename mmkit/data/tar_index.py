@@ -102,6 +102,11 @@ def scan_tar(fd: int, suffixes: Suffixes) -> TarIndex:
     members, apart = _members(fd), False
     try:
         for member in members:
+            if member is None:  # where another tar begins
+                if sample is not None:
+                    sample.finish(fd, index)
+                sample = None
+                continue
             parts = None if _META.match(member.name) or member.isdir() else split_name(member.name)
             if parts is None:
                 continue
@@ -306,15 +311,16 @@ class _Headers:
         return data
 
 
-def _members(fd: int) -> Iterator[tarfile.TarInfo]:
+def _members(fd: int) -> Iterator[tarfile.TarInfo | None]:
     """The members of a tar, or of several one after the other (cat a.tar b.tar), in order.
 
-    Raises `Refused` at the first damaged position.
+    None stands after each tar. Raises `Refused` at the first damaged position.
     """
     headers, start = _Headers(fd), 0
     while start < headers.size or not start:
         headers.position, headers.left = start, HEADER_BYTES
         end = yield from _members_of_one(fd, headers)
+        yield None
         start = _after_zeros(fd, end)
 
 

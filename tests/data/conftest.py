@@ -1,7 +1,12 @@
 """Images in files, tables and shards that the tests of several modules read."""
 
 import json
+import threading
+import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -92,3 +97,35 @@ def files(tmp_path):
         paths.append(tmp_path / f"{i}.png")
         image.save(paths[-1])
     return paths
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder on 127.0.0.1 and keeps what it was asked for."""
+
+    def __init__(self, folder: Path):
+        self.asked: list[str] = []
+        self.wait, self.cut_at = 0.0, None
+        super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def copyfile(self, source, outputfile):
+        server: Any = self.server
+        server.asked.append(self.path)
+        time.sleep(server.wait)
+        outputfile.write(source.read(server.cut_at))
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """A server of `tmp_path`: its `url`, what was `asked`, `wait` seconds, `cut_at` bytes."""
+    with Server(tmp_path) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()

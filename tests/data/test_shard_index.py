@@ -23,8 +23,11 @@ def test_names_stand_for_shards(make_shards, tmp_path):
         all_three[2],
         *all_three[:2],
     ]
-    assert expand_urls("pipe:cat {a,b}.tar") == ["pipe:cat a.tar", "pipe:cat b.tar"]
-    assert expand_urls(r"pipe:sed 's/\.//' x.tar") == [r"pipe:sed 's/\.//' x.tar"]
+    assert expand_urls("s3://x/{a,b}.tar") == ["s3://x/a.tar", "s3://x/b.tar"]
+    assert expand_urls(f"file://{folder}/0000[02].tar") == [
+        f"file://{folder}/00000.tar",
+        f"file://{folder}/00002.tar",
+    ]
     odd = write_tar(tmp_path / "{a}[b].tar", pair("0"))
     assert expand_urls(odd) == [str(odd)]
 
@@ -37,7 +40,7 @@ def test_names_stand_for_shards(make_shards, tmp_path):
         ("set/{00000..00001}.tar", r"no file .*00001\.tar \(of .*\{00000"),
         ("empty", "folder .*empty has no shards"),
         ("unbalanced{.tar", "no file"),
-        ("http://x.org/0.tar", "pipe:curl"),
+        ("file:///nowhere/*.tar", "no file fits file:///nowhere"),
     ],
 )
 def test_what_is_not_there_is_said(make_shards, tmp_path, monkeypatch, name, says):

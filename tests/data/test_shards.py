@@ -90,10 +90,12 @@ def test_a_shard_that_changed_or_went_is_said(make_shards):
         store.open(4)
 
 
-def test_a_command_that_gives_another_shard_than_before_is_noticed(make_shards, tmp_path, cache):
+def test_an_address_that_gives_another_shard_than_before_is_noticed(
+    make_shards, tmp_path, cache, serve
+):
     folder = make_shards(1, 20)
     (tmp_path / "now.tar").write_bytes((folder / "00000.tar").read_bytes())
-    index = read_index(f"pipe:cat {tmp_path}/now.tar")
+    index = read_index(f"{serve.url}/now.tar")
     (tmp_path / "now.tar").write_bytes((folder / "00001.tar").read_bytes())
     for path in (cache / "spool").glob("*.tar"):
         path.unlink()

@@ -244,14 +244,14 @@ def test_the_suffix_of_images_can_be_named(by_artists, tmp_path):
         assert data[0]["image"].equal(by_artists[i]["image"])
 
 
-def test_shards_that_are_not_looked_at_are_said_to_be(by_artists, tmp_path):
-    """The output of a command exceeds the spool: a bad image stops the training run."""
+def test_shards_that_are_not_looked_at_are_said_to_be(by_artists, tmp_path, serve):
+    """What lies at an address exceeds the spool: a bad image stops the training run."""
     written = write_shards(by_artists, tmp_path / "out", samples_per_shard=30)
     room = max(path.stat().st_size for path in written) / 1e9  # room for one of three
     members = [member("x.png", b"no image"), member("x.txt", b"x")]
     write_tar(tmp_path / "out/00002.tar", members)
     options: dict = dict(image_size=11, num_workers=0, on_error="skip")
-    url = f"pipe:cat {tmp_path}/out/{{00000..00002}}.tar"
+    url = f"{serve.url}/out/{{00000..00002}}.tar"
     data = from_shards(url, spool_gigabytes=room, **options)
     said = str(data.report)
     assert "not checked: the shards fill 0.0 GB, more than spool_gigabytes=0.000" in said
