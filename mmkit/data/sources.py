@@ -183,8 +183,7 @@ def from_shards(
     _known_metadata(index, meta, name_of(urls))
     _check_lost_shards(index, options_.max_skipped, name_of(urls))
     spooled = sum(shard.size for shard in index.shards if shard.spooled) / 1e9
-    unchecked = options.get("check") is None and spooled > spool_gigabytes
-    if unchecked:
+    if unchecked := options.get("check") is None and spooled > spool_gigabytes:
         options_.check = "none"  # each check of an image would fetch its shard again
     found = Found(name_of(urls), "sample")
     for line, captions in enumerate(index.captions):

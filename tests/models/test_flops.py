@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmkit import cost
+from tests.cost.predicted import predicted
 
 
 def counted(trainer) -> int:
@@ -25,7 +25,7 @@ def test_operations_are_those_that_torch_counts(trainer_of, ratio, micro_batches
     """Nothing, half and most masked; all micro-batches but the last go forward twice."""
     trainer = trainer_of(image_mask_ratio=ratio, gradient_accumulation_steps=micro_batches)
     expected = counted(trainer)
-    prediction = cost.predict_batch(trainer, trainer.first_batch())
+    prediction = predicted(trainer)
     assert prediction.flops == pytest.approx(expected, rel=1e-6 if micro_batches == 1 else 0.02)
 
 
@@ -51,5 +51,5 @@ def test_operations_are_those_that_torch_counts(trainer_of, ratio, micro_batches
 def test_operations_of_every_kind_of_step(trainer_of, settings, within):
     trainer = trainer_of(**settings)
     expected = counted(trainer)
-    prediction = cost.predict_batch(trainer, trainer.first_batch())
+    prediction = predicted(trainer)
     assert prediction.flops == pytest.approx(expected, rel=within)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import mmkit as mm
 from mmkit import info_nce, sigmoid_loss
 from mmkit.masking.plan import draw_maskings, mask_ratios
-from mmkit.training.step import MAX_LOGIT_SCALE, Contrast, Mechanics, backward, naive_backward
+from mmkit.training.step import MAX_LOGIT_SCALE, Contrast, backward, naive_backward
 from tests.conftest import shared
 from tests.training.small_runs import changed, weights_of
 
@@ -73,53 +73,6 @@ def test_accumulated_gradient_is_the_gradient_of_the_big_batch(make_model, make_
     ours = gradients(model)
     assert relative_error(ours, reference) < 1e-5
     torch.testing.assert_close(ours["logit_scale"], reference["logit_scale"])
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("parts, at_once", [(2, 2), (3, 2), (4, 4), (7, 3)])
-def test_parts_computed_side_by_side_give_the_gradient_of_the_big_batch(
-    make_model, make_data, kind, parts, at_once, checkpointing
-):
-    """Equal to the whole batch's up to rounding, and bitwise the same in any thread order."""
-    model, batch = make_model().train(), shared(make_data(23).batch(range(23)))
-    for layer in (*model.vit.layers, *model.bert.encoder.layer):
-        layer.gradient_checkpointing = checkpointing
-    encode, scale = encode_with(model), (model.logit_scale, model.logit_bias)
-    expected = whole_batch_loss(model, encode(batch), batch, kind)
-    expected.backward()
-    reference = gradients(model)
-    reference.setdefault("logit_bias", torch.zeros(()))
-    how = Mechanics(at_once=at_once, parameters=list(model.parameters()))
-    found = []
-    for _ in range(3):
-        model.zero_grad()
-        loss = backward(encode, batch.split(parts), scale, Contrast(kind), how=how)
-        torch.testing.assert_close(loss, expected.detach())
-        found.append(gradients(model))
-        assert relative_error(found[-1], reference) < 1e-5
-    torch.testing.assert_close(found[0]["logit_scale"], reference["logit_scale"])
-    for again in found[1:]:
-        assert all(torch.equal(found[0][name], again[name]) for name in found[0])
-
-
-def test_other_terms_side_by_side_are_those_one_after_the_other(make_model, make_data):
-    """With contrast and alone; parameters that no term needs get no gradient."""
-    model, batch = make_model().train(), make_data(23).batch(range(23))
-    encode, scale = encode_with(model), (model.logit_scale, model.logit_bias)
-
-    def whole(micro):
-        out = encode(micro)
-        return out, out.image_tokens.square().sum() / len(batch)
-
-    for weight in (0.0, 0.5):
-        found = []
-        for how in (Mechanics(), Mechanics(at_once=2, parameters=list(model.parameters()))):
-            model.zero_grad()
-            contrast = Contrast(weight=weight)
-            backward(encode, batch.split(4), scale, contrast, whole=whole, how=how)
-            found.append(gradients(model))
-        assert relative_error(found[1], found[0]) < 1e-5
-        assert any("bert" in name for name in found[1]) == bool(weight)
 
 
 @pytest.mark.parametrize("modes", [("drop", "drop"), ("replace", "80/10/10")])
