@@ -204,7 +204,10 @@ def within(root: str, written, where: str, beside: str = "", remedy: str = "") -
         if path != limit and not path.startswith(limit.rstrip(os.sep) + os.sep):
             if remedy:
                 common = os.path.commonpath([limit, os.path.dirname(path)])
-                remedy = f", or {remedy}, for example root={common!r}"
+                example = (
+                    f", for example root={common!r}" if os.path.dirname(common) != common else ""
+                )
+                remedy = f", or {remedy}{example}"
             raise Refused(
                 "outside the folder",
                 f"{where}: {_short(text)} leads to {path}, outside {limit}; move it there{remedy}",

@@ -9,11 +9,13 @@ from tests.data.awkward import OPTIONS, watched
 from tests.data.awkward_any import ANY
 from tests.data.awkward_files import CHECKPOINTS, PUBLISHED
 from tests.data.awkward_images import IMAGES
+from tests.data.awkward_seams import SEAMS
 from tests.data.awkward_shards import SHARDS
 from tests.data.awkward_sources import FOLDERS, HUB
 from tests.data.awkward_tables import PATHS, TABLES
 
-CASES = [*TABLES, *PATHS, *IMAGES, *HUB, *FOLDERS, *ANY, *PUBLISHED, *SHARDS, *CHECKPOINTS]
+CASES = [*TABLES, *PATHS, *IMAGES, *HUB, *FOLDERS, *ANY, *PUBLISHED, *SHARDS, *SEAMS]
+CASES += CHECKPOINTS
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +57,7 @@ def test_each_input_is_loaded_skipped_or_rejected(case, tmp_path):
         str(report).encode()
     else:
         for on_error in ("raise", "skip"):
-            with pytest.raises((ValueError, FileNotFoundError)) as refused:
+            with pytest.raises((ValueError, OSError)) as refused:
                 load(on_error=on_error, **OPTIONS)
             assert re.search(case.words, str(refused.value), re.DOTALL), refused.value
             assert len(str(refused.value)) < 2000

@@ -30,6 +30,7 @@ OPTIONS = dict(image_size=8, num_workers=0, max_skipped=1.0, check="decode")  # 
 def watched(folder: Path, monkeypatch):
     """Separate caches in this folder, no program that a decoder could start, at most 30 seconds."""
     monkeypatch.setenv("MMKIT_CACHE", str(folder))
+    monkeypatch.setenv("HOME", str(folder))
     ghostscript = folder / "gs"
     ghostscript.write_text(f"#!/bin/sh\ntouch {folder}/started\n")
     ghostscript.chmod(0o755)

@@ -13,6 +13,7 @@ from mmkit import from_shards
 from mmkit.data.loader import load_batches
 from mmkit.data.shards import write_shards
 from mmkit.errors import Refused
+from tests.data.awkward import one_colour
 from tests.data.seven_images import (
     NAMES,
     OPTIONS,
@@ -268,3 +269,34 @@ def test_shards_that_are_not_looked_at_are_said_to_be(by_artists, tmp_path, serv
         assert "each decoded" in str(looked.report) and not looked.report.why_unchecked
     on_purpose = from_shards(url, spool_gigabytes=room, check="none", **options)
     assert str(on_purpose.report).count("not checked\n") == 1
+
+
+def test_a_cut_shard_trips_the_limit(make_real_shards):
+    """How many samples it loses is not known: shards are counted, not the one row that is said."""
+    folder, options = make_real_shards(4, 3), dict(image_size=8, num_workers=0, on_error="skip")
+    whole = (folder / "00001.tar").read_bytes()
+    (folder / "00001.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="1 of 4 shards are cut off or damaged, more than"):
+        from_shards(folder, **options)
+    data = from_shards(folder, max_skipped=0.25, **options)
+    assert data.report.skipped == {"truncated shard": 1} and len(data) < 12
+    (folder / "00001.tar").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"1 of 4 shards are .* this is not a tar"):
+        from_shards(folder, **options)
+
+
+@pytest.fixture
+def make_real_shards(cache, tmp_path):
+    """So many shards of so many real images."""
+
+    def make(shards: int, each: int):
+        (tmp_path / "real").mkdir()
+        for i in range(shards):
+            members = []
+            for j in range(each):
+                image = one_colour("PNG", colour=(50 * i, 50 * j, 9))
+                members += [member(f"{i}-{j}.png", image), member(f"{i}-{j}.txt", b"a colour")]
+            write_tar(tmp_path / "real" / f"{i:05d}.tar", members)
+        return tmp_path / "real"
+
+    return make
