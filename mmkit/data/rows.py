@@ -203,11 +203,10 @@ def within(root: str, written, where: str, beside: str = "", remedy: str = "") -
         limit = _limit(root)
         if path != limit and not path.startswith(limit.rstrip(os.sep) + os.sep):
             if remedy:
-                common = os.path.commonpath([limit, os.path.dirname(path)])
-                example = (
-                    f", for example root={common!r}" if os.path.dirname(common) != common else ""
-                )
-                remedy = f", or {remedy}{example}"
+                folder = os.path.dirname(path)
+                common = os.path.commonpath([limit, folder])
+                common = folder if common == os.path.dirname(common) else common
+                remedy = f", or {remedy}, for example root={common!r}"
             raise Refused(
                 "outside the folder",
                 f"{where}: {_short(text)} leads to {path}, outside {limit}; move it there{remedy}",
