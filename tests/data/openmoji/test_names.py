@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from mmkit.data.openmoji.images import render
-from mmkit.data.openmoji.names import caption, gender, tones, wording
+from mmkit.data.openmoji.names import caption
 from tests.data.openmoji.table import TABLE
+from tests.openmoji_names import gender, tones, wording
 
 
 @pytest.mark.parametrize(

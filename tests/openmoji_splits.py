@@ -7,7 +7,7 @@ combinations of family, gender and tone (`compose`), and images that `mm.overlap
 near-duplicates stay on one side of both splits: of the 308 and 294 test images that names alone
 would choose, it finds 62 and 15 in training. The table is committed so that the splits are the same
 everywhere and at every image size;
-`python -m mmkit.data.openmoji.splits` writes it anew, and a test compares.
+`python -m tests.openmoji_splits` writes it anew, and a test compares.
 Walk-through: notebooks/01_data.ipynb.
 """
 
@@ -19,13 +19,23 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .. import image_duplicates
-from ..clusters import connected
-from .drawings import TABLE
-from .images import named_drawings, render, stable_hash
-from .names import TONES, base_name, gender, group, skeleton, tones, wording
+from mmkit.data import image_duplicates
+from mmkit.data.clusters import connected
+from mmkit.data.openmoji.drawings import TABLE, drawing_path
+from mmkit.data.openmoji.images import render, stable_hash
+from mmkit.data.openmoji.names import characters, names
+from tests.openmoji_names import (
+    TONES,
+    base_name,
+    english,
+    gender,
+    group,
+    skeleton,
+    tones,
+    wording,
+)
 
-FIELDS = ("codepoints", "same_as", "family", "gender", "tone", "split")
+FIELDS = "codepoints same_as family gender tone split group subgroup captions".split()
 NEAR_IDENTICAL = 0.5  # mean absolute difference out of 255, judged at 32 px
 SIZES = 32, 96  # at which look-alikes are searched: thin lines fade in small images
 MARGIN = 1.25  # factor on the limits of `mm.overlap`, which compares other sizes, rounded
@@ -130,12 +140,34 @@ def derive_splits(cache_dir: str | Path | None = None) -> list[dict[str, str]]:
             "gender": gender(stem) or ("person" if family[i] in gendered else ""),
             "tone": "+".join(tones(stem)),
             "split": split[i],
+            "captions": "|".join(english(one) for one in [stem, *merged[stem]]),
         }
         for i, stem in enumerate(kept)
     ]
+    _add_groups(rows)
     _hold_out_combinations(rows)
     _keep_together(rows, near + alike)
     return rows
+
+
+def named_drawings() -> list[str]:
+    """File names of all drawings of Unicode emoji with a name, without extras and logos."""
+    stems = sorted(path.stem for path in drawing_path("").parent.glob("*.svg"))
+    return [stem for stem in stems if characters(stem) in names("en")]
+
+
+def _add_groups(table: list[dict[str, str]]) -> None:
+    """Add Unicode's group and subgroup to every row; new emoji have those of their family."""
+    own = [group(entry["codepoints"]) for entry in table]
+    of_family = {
+        entry["family"]: found for entry, found in zip(table, own, strict=True) if found[0]
+    }
+    full = [
+        found if found[0] else of_family.get(entry["family"], found)
+        for entry, found in zip(table, own, strict=True)
+    ]
+    for entry, (main, sub) in zip(table, full, strict=True):
+        entry |= {"group": main, "subgroup": sub}
 
 
 def _hold_out_concepts(stems: list[str], concept: list[int]) -> list[str]:

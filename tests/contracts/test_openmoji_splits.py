@@ -5,11 +5,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mmkit.data.openmoji.images import _emoji_of, named_drawings, openmoji
-from mmkit.data.openmoji.names import characters, names, tones
-from mmkit.data.openmoji.splits import derive_splits, near_identical
+from mmkit.data.openmoji.images import openmoji
+from mmkit.data.openmoji.names import characters, emoji_of, names
 from mmkit.data.splits import overlap
+from tests.data.openmoji.conftest import cache, pixels, sets  # noqa: F401 (fixtures)
 from tests.data.openmoji.table import PARTS, TABLE
+from tests.openmoji_names import tones
+from tests.openmoji_splits import derive_splits, named_drawings, near_identical
 
 
 def combination(meta):
@@ -22,7 +24,7 @@ def test_no_image_is_in_the_table_twice(pixels):
 
 def test_wrong_labels_are_gone_and_nothing_else():
     """40 two-toned "people" are drawn without tone; every other named drawing is in the table."""
-    used = {stem for entry in TABLE for stem in _emoji_of(entry)}
+    used = {stem for entry in TABLE for stem in emoji_of(entry)}
     dropped = set(named_drawings()) - used
     assert len(dropped) == 40
     for stem in dropped:
