@@ -16,14 +16,6 @@ from mmkit.training import optim
 from tests.benchmarks.peers import LEARNING_RATE, Mmkit
 
 
-class Serial(Mmkit):
-    """Both threads in every product, instead of half of the batch for each."""
-
-    def __init__(self, *settings, **options):
-        super().__init__(*settings, **options)
-        self.trainer.at_once = lambda size: 1  # type: ignore[method-assign]
-
-
 class TransformersLayers(Mmkit):
     """Layers as transformers computes them: three products for queries, keys and values, padding
     in all of them, and everything kept for the backward pass."""
@@ -129,7 +121,6 @@ class Float32(Mmkit):
 
 
 SAVINGS: dict[str, Any] = {
-    "serial": Serial,
     "transformers' layers": TransformersLayers,
     "padded captions": Padded,
     "captions of full length": FullLength,
