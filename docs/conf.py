@@ -31,6 +31,7 @@ extensions = [
     "extensions.settings",
 ]
 root_doc = "docs/index"
+smartquotes_action = "D"  # -- becomes a dash; quotes stay as they are
 include_patterns = ["docs/**", "notebooks/**"]
 exclude_patterns = ["docs/_build", "**/.ipynb_checkpoints", "notebooks/runs"]
 exclude_patterns += [p.name for p in ROOT.iterdir() if p.name not in ("docs", "notebooks")]

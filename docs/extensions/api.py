@@ -80,6 +80,8 @@ def link_by_last_name(app, env, node, contnode):
     if not ends and kind != "name":
         ends = [full for full in objects if full.endswith(f".{last}")]
     ends = [full for full in ends if not objects[full].aliased]
+    if kind == "name" and "." not in target:  # of a class, Sphinx knows its own methods
+        ends = [full for full in ends if objects[full].objtype not in ("method", "property")]
     if len(ends) != 1:
         return None
     entry = objects[ends[0]]
@@ -99,8 +101,7 @@ def document_fields(app, what, name, value, options, lines):
         return  # `TrainingConfig` has a page of its own
     lines += ["", "Attributes:"]
     for field in found:
-        comment = field.comment or "see above"
-        comment += f" (default: {field.default})" if field.default else ""
+        comment = field.comment + (f" (default: {field.default})" if field.default else "")
         lines.append(f"    {field.name} ({field.annotation}): {comment}")
     lines.append("")
 

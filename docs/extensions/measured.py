@@ -110,7 +110,7 @@ class ResultTable(SphinxDirective):
                 path = f"{self.options['rows']} > {row.step}{path[1:]}"
             path = f"{self.arguments[0]} > {path.replace('{row}', row.name)}"
             texts.append(lookup.shown(lookup.value_at(path), how))
-        return " ± ".join(texts)
+        return "\u00a0±\u00a0".join(texts)
 
     def rows(self) -> list["Row"]:
         """The rows to show, in their order."""

@@ -29,6 +29,12 @@ COMMANDS = {
 Row = tuple[str, str, str]  # name, default, meaning
 
 
+def _inline(text: str) -> nodes.Node:
+    """Text, or code: between backticks, or a --flag."""
+    code = text.strip("`")
+    return nodes.literal(code, code) if text.startswith(("`", "--")) else nodes.Text(text)
+
+
 def _table(header: tuple[str, ...], rows: list, code_columns: int) -> nodes.table:
     group = nodes.tgroup(cols=len(header))
     group += [nodes.colspec(colwidth=1) for _ in header]
@@ -37,8 +43,8 @@ def _table(header: tuple[str, ...], rows: list, code_columns: int) -> nodes.tabl
             row = nodes.row()
             for column, text in enumerate(line):
                 code = isinstance(part, nodes.tbody) and column < code_columns and text
-                content = nodes.literal(text, text) if code else nodes.Text(text)
-                row += nodes.entry("", nodes.paragraph("", "", content))
+                texts = [f"`{text}`"] if code else re.split(r"(`[^`]+`|--[a-z-]+)", text)
+                row += nodes.entry("", nodes.paragraph("", "", *map(_inline, texts)))
             part += row
         group += part
     return nodes.table("", group, classes=["settings"])
