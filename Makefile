@@ -11,6 +11,7 @@ PYTHON ?= $(or $(shell for p in python3 python3.14 python3.13 python3.12 python3
 
 VENV := .venv/bin/python
 READY := .venv/.ready
+DOCS_READY := .venv/.docs
 ARGS ?=
 NB ?= $(wildcard notebooks/[0-9]*.ipynb)
 
@@ -24,7 +25,7 @@ ifneq ($(shell $(VENV) -c "" 2>/dev/null && cat $(READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(READY)
 endif
 
-.PHONY: help setup train lab test notebooks bench lint format clean
+.PHONY: help setup train lab test notebooks bench docs lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -76,6 +77,13 @@ bench: $(READY)  ## a training step beside open_clip's and transformers' (leave 
 	$(VENV) -m pip install --quiet -e ".[bench]"
 	$(VENV) -m tests.benchmarks.step_speed $(ARGS)
 
+$(DOCS_READY): $(READY)
+	$(VENV) -m pip install --quiet -e ".[docs]"
+	touch $(DOCS_READY)
+
+docs: $(DOCS_READY)  ## the book, docs/_build/html/index.html; built without a network, warnings are errors
+	$(VENV) -m sphinx --quiet --fail-on-warning --keep-going -c docs -d docs/_build/doctrees . docs/_build/html
+
 lint: $(READY)  ## style and types of code, style of notebooks
 	$(VENV) -m ruff check .
 	$(VENV) -m ruff format --check .
@@ -89,5 +97,5 @@ format: $(READY)  ## put code and notebooks into that style
 	$(VENV) -m ruff format .
 
 clean:  ## remove caches and builds; keeps .venv and runs/
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find mmkit tests notebooks \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +

@@ -84,7 +84,7 @@ class Index:
                 a uint8 tensor (3, H, W).
             k: number of results, in [1, N].
         Returns:
-            A list of `Hit`s.
+            A list of `Hit`.
         Raises:
             ValueError: k is out of range, or the query is as `query` refuses it.
         """

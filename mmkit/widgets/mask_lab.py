@@ -60,7 +60,7 @@ class MaskLab:
 
     `MaskLab(dataset)` as the last line of a cell shows it. Controls, all usable by keyboard: `row`,
     `seed`, `epoch`; `image_masker`, `image_percent`, `image_mode` for the patches; `text_masker`,
-    `text_percent`, `text_mode` for the tokens. `masking` and `text_masking` are the `Masking`s
+    `text_percent`, `text_mode` for the tokens. `masking` and `text_masking` are each the `Masking`
     shown, of one row, None where nothing is masked: bit for bit those that training draws for this
     sample, seed, epoch and ratio. (But "attentive" uses the attention of this model at full
     resolution, training that of its running mean at half; and of several captions this shows the

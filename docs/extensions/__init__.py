@@ -1,0 +1,1 @@
+"""What the book needs beside Sphinx: measured numbers, reference pages, formulae."""
