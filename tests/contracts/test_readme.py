@@ -1,10 +1,9 @@
-"""The README links to existing files and quotes its notebooks; CONTRIBUTING lists the modules."""
+"""The README links to existing files and quotes result files; CONTRIBUTING lists the modules."""
 
 import json
 import re
+import statistics
 from pathlib import Path
-
-import nbformat
 
 from tests.module_tree import PAGE, page
 
@@ -25,41 +24,34 @@ def test_the_tree_of_modules_is_that_of_their_docstrings():
     assert page(written) == written
 
 
-def plain(text):
-    """The text on one line, without Markdown's marks for emphasis and code."""
-    return " ".join(re.sub(r"[*`]", "", text).split())
+def number(text: str, row: str) -> list[float]:
+    """The numbers in the second cell of the README's row that begins like this."""
+    (cell,) = re.findall(rf"^\| {re.escape(row)}[^|]*\|([^|]*)\|", text, re.MULTILINE)
+    return [float(found) for found in re.findall(r"\d+\.?\d*", cell)]
 
 
-def printed(notebook):
-    """What the cells of a notebook printed when it was last run."""
-    cells = nbformat.read(ROOT / f"notebooks/{notebook}.ipynb", as_version=4).cells
-    return "".join(o.get("text", "") for cell in cells for o in cell.get("outputs", []))
+def result(name: str) -> dict:
+    return json.loads((ROOT / f"tests/benchmarks/results/{name}.json").read_text())
 
 
-def test_what_maskers_take_away_is_what_the_notebook_measured():
-    rows = re.findall(
-        r"^(\w+) .* ([\d.]+) % +[\d.]+ % at 0.25 0.5 0.75 0.9$", printed("02_masking"), re.M
+def test_the_table_is_that_of_its_result_files():
+    at = {(row["seconds"], row["masked"]): row["mean"] for row in result("equal_time")["rows"]}
+    for row, masked in (("R@1 after 20 and 60 s", 0.5), ("the same, nothing masked", 0.0)):
+        measured = [round(at[seconds, masked], 1) for seconds in (20, 60)]
+        assert number(README, row)[-2:] == measured
+    race = result("race")["runs"]
+    for row, who in (("from image files", "mmkit"), ("the same, open_clip", "open_clip")):
+        curves = [r["curve"] for r in race if (r["phase"], r["who"]) == ("race", who)]
+        first = [next(s for s, score in curve if score >= 0.45) for curve in curves]
+        assert number(README, row) == [round(statistics.median(first))]
+    steps = next(
+        r for r in result("step_speed")["rows"] if (r["size"], r["masked"]) == ("tiny", 0.5)
     )
-    at = {name: f"{float(fraction):.0f}" for name, fraction in rows}
-    quoted = [f"at 75 % masked {at['grid']} % with a grid", f"{at['random']} at random"]
-    quoted += [f"{at['attentive']} where the model's own attention", f"{at['block']} with blocks"]
-    assert all(text in plain(README) for text in quoted)
+    speed = rows["tiny", 0.5]["steps"]["open_clip"]["our speed / theirs"]["median"]
+    assert number(README, "a whole training step") == [round(speed, 1)]
 
 
-def test_what_naive_accumulation_loses_is_what_the_notebook_measured():
-    row = r"naive, 8 micro-batches +R@1 \(points\) .* -([\d.]+) ± ([\d.]+)\n"
-    lost, half_width = map(float, re.search(row, printed("06_many_processes")).groups())
-    quoted = f"{lost:.1f} points of R@1 at equal steps (95 % interval ± {half_width:.1f})"
-    assert quoted in plain(README)
-
-
-def test_the_table_of_equal_times_is_that_of_its_results():
-    """Time of a step and R@1 after each time, a row for each masked fraction."""
-    results = ROOT / "tests/benchmarks/results/equal_time.json"
-    table = {}
-    for row in json.loads(results.read_text())["rows"]:
-        line = table.setdefault(row["masked"], [f"{row['ms of a step']:.0f} ms"])
-        line.append(f"{row['mean']:.1f} %")
-    for masked, cells in table.items():
-        fraction = f"{100 * masked:.0f} %" if masked else "none"
-        assert f"| {' | '.join([fraction, *cells])} |" in plain(README)
+def test_it_is_short_and_its_twelve_lines_are_those_of_the_book():
+    assert len(README.splitlines()) <= 160
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert code[0] in (ROOT / "docs/index.md").read_text()
