@@ -246,7 +246,8 @@ def _nothing(report: Report) -> str:
 
 def _path(root: str | None, written, where: str) -> str:
     if root is None and isinstance(written, str | os.PathLike) and str(written).strip():
-        return within(os.sep, os.path.abspath(written), where)
+        path = os.path.abspath(written)
+        return within(os.path.splitdrive(path)[0] + os.sep, path, where)
     return within(root or os.sep, written, where)
 
 

@@ -18,11 +18,10 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import Refused
-from ..files import as_path, cache_folder, renamed, writing_cache
-from .spool import GZIP, Spool
+from ..files import as_path, cache_folder, open_to_read, pread, renamed, writing_cache
+from .spool import GZIP, PIPE, Spool
 from .tar_index import SHARD_IMAGE_SUFFIXES, Suffixes, TarIndex, scan_tar
 
-PIPE = "pipe:"
 FOLDER_PATTERNS = ("*.tar", "*.tar.gz", "*.tgz")
 _VERSION = 3  # of the cached indexes: increase it when the same shard would give another index
 
@@ -81,7 +80,7 @@ def _alternatives(name: str) -> list[str]:
     if "{" not in name:  # braceexpand removes backslashes, which a command may need
         return [name]
     try:
-        return list(braceexpand(name))
+        return list(braceexpand(name, escape=os.sep != "\\"))  # paths of Windows have them
     except ValueError:
         return [name]
 
@@ -244,8 +243,8 @@ def open_shard(url: str, identity: str, spool: Spool) -> tuple[int, bool]:
     """(a file descriptor of the uncompressed tar, whether it is a copy in the spool)."""
     if url.startswith(PIPE):
         return spool.open(url, identity), True
-    descriptor = os.open(url, os.O_RDONLY)
-    if os.pread(descriptor, len(GZIP), 0) != GZIP:
+    descriptor = open_to_read(url)
+    if pread(descriptor, len(GZIP), 0) != GZIP:
         return descriptor, False
     os.close(descriptor)
     return spool.open(os.path.realpath(url), identity), True

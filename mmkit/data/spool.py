@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import Refused
-from ..files import lock, renamed
+from ..files import lock, open_to_read, renamed
 
 BLOCK = 16_000_000  # bytes in memory while a shard is fetched
 GZIP = b"\x1f\x8b"
+PIPE = "pipe:"
 
 
 class Spool:
@@ -46,9 +47,8 @@ class Spool:
             lock(mine)
             while True:
                 with contextlib.suppress(FileNotFoundError):
-                    descriptor = os.open(path, os.O_RDONLY)
-                    os.utime(descriptor)  # last used now
-                    return descriptor
+                    os.utime(path)  # last used now
+                    return open_to_read(path)
                 self._fetch(url, path)
 
     def _fetch(self, url: str, path: Path) -> None:
@@ -77,15 +77,19 @@ class Spool:
         too_much = sum(size for _, size, _ in files) - room
         for _, size, path in sorted(files):
             if too_much > 0 and path.suffix == ".tar":
-                path.unlink(missing_ok=True)
-                too_much -= size
+                with contextlib.suppress(PermissionError):  # Windows: a process reads it
+                    path.unlink(missing_ok=True)
+                    too_much -= size
 
 
 def _copy(url: str, write: Callable[[bytes], None]) -> None:
     """Write the bytes of a shard block by block, decompressed if they are gzip."""
-    from webdataset.gopen import gopen  # 2 s, most of it torch
+    if url.startswith(PIPE):
+        from webdataset.gopen import gopen  # 2 s, most of it torch
 
-    stream: Any = gopen(url, "rb")
+        stream: Any = gopen(url, "rb")
+    else:
+        stream = open(url, "rb")
     try:
         packed: Any = _Whole(stream)
         source: Any = gzip.GzipFile(fileobj=packed) if packed.head == GZIP else packed
