@@ -1,9 +1,15 @@
-"""Small real models and artificial images that the unit tests share."""
+"""Small real models, their trainers and artificial images that the unit tests share."""
 
 import pytest
 import torch
 
-from mmkit import MultimodalDataset, MultimodalEncoder, train_wordpiece
+from mmkit import (
+    MaskedMultimodalTrainer,
+    MultimodalDataset,
+    MultimodalEncoder,
+    TrainingConfig,
+    train_wordpiece,
+)
 
 WORDS = "red green blue old new small big cat dog house tree boat star moon bread shoe".split()
 
@@ -70,6 +76,35 @@ def make_model(tokenizer):
 
 
 @pytest.fixture
+def make_decoding(make_model):
+    """The small encoder with a decoder, every parameter moved away from its initial value."""
+
+    def make(dropout=0.0, **heads):
+        small = dict(pixels=True, words=True, width=32, pixel_depth=1, word_depth=1)
+        model = make_model(dropout=dropout).add_decoder(**small | heads)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        return model.to_device("cpu").eval()
+
+    return make
+
+
+@pytest.fixture
+def trainer_of(make_model, make_data, tmp_path):
+    """A trainer whose only batch has 23 pairs (or as given), with a small encoder."""
+
+    def make(count=23, **settings):
+        config = TrainingConfig(
+            **dict(batch_size=count, mixed_precision="no", output_dir=str(tmp_path)) | settings
+        )
+        return MaskedMultimodalTrainer(config, make_data(count), None, make_model())
+
+    return make
+
+
+@pytest.fixture
 def make_data(tokenizer):
     """Random images with captions, for arithmetic, not for learning."""
 
@@ -80,5 +115,44 @@ def make_data(tokenizer):
         )
         options = {"tokenizer": tokenizer} | options
         return MultimodalDataset.from_pixels(pixels, captions(count), **options)
+
+    return make
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """f(...) is the configuration of a short run, two epochs, named "run"."""
+    from tests.train_small import QUICK  # which takes captions from here
+
+    def make(**values):
+        return TrainingConfig(**QUICK | dict(output_dir=str(tmp_path), run_name="run") | values)
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(make_config, make_model, make_data):
+    """f(...) builds a trainer of a short run: 53 pairs, five steps an epoch."""
+
+    def make(model=None, resume=False, callbacks=(), data=None, val=None, **values):
+        model = model or make_model(dropout=values.get("dropout", 0.0))
+        data = data or make_data(53)
+        return MaskedMultimodalTrainer(make_config(**values), data, val, model, resume, callbacks)
+
+    return make
+
+
+@pytest.fixture
+def make_terms_trainer(make_config, make_model, make_data):
+    """f(...) builds a trainer with 23 pairs a step, two of which share a caption."""
+
+    def make(val=None, resume=False, callbacks=(), model=None, **values):
+        config = make_config(**dict(batch_size=23) | values)
+        train = make_data(23)
+        train.texts[5].append(train.texts[17][0])  # correct for image 5, not the other way round
+        model = model or make_model(dropout=config.dropout)
+        trainer = MaskedMultimodalTrainer(config, train, val, model, resume, callbacks)
+        trainer.net.train()
+        return trainer
 
     return make

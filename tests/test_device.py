@@ -97,3 +97,8 @@ def test_a_gpu_that_only_emulates_bfloat16_takes_fp16(monkeypatch, emulated, exp
     cuda = torch.device("cuda")
     assert pick_precision("auto", cuda) == expected
     assert orthogonalizing_type(cuda) == (torch.float32 if emulated else torch.bfloat16)
+
+
+def test_float16_on_a_cpu_is_only_by_request():
+    assert mm.device.pick_precision("auto", torch.device("cpu")) != torch.float16
+    assert mm.device.pick_precision("fp16", torch.device("cpu")) == torch.float16

@@ -1,4 +1,4 @@
-"""Losses against slow loops over pairs, value and gradient."""
+"""Losses against slow loops over pairs, patches and tokens, value and gradient."""
 
 import functools
 import math
@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mmkit as mm
-from mmkit import info_nce, recall_at_k, sigmoid_loss
-from mmkit.data.partners import correct_pairs, partner_counts
+from mmkit import info_nce, sigmoid_loss
 from mmkit.losses import CONTRASTIVE, info_nce_rows, sigmoid_rows
+from mmkit.models.patches import patchify
+from mmkit.objective import term_sums
+from tests.models.decoding import draw, wanted
+from tests.relation import IDS, TABLE, matrix
 
 B, D = 7, 11
 
@@ -49,19 +52,7 @@ def slow_sigmoid(image, text, scale, bias, correct):
     return total / B
 
 
-def matrix(caption_ids, image_captions):
-    """(N, M) bool: caption j is correct for image i, by a loop."""
-    rows = [[int(c) in own for c in caption_ids] for own in image_captions.tolist()]
-    return torch.tensor(rows)
-
-
 GROUPS = torch.tensor([0, 1, 0, 3, 1, 5, 0])  # a transitive relation: equal is correct
-# Drawn captions, and all captions of each image: 2 and 6 are shared, images 0 and 4 are the same,
-# and image 3 has a caption that no row draws. Most relations hold in one direction only.
-IDS = torch.tensor([2, 1, 2, 3, 9, 6, 8])
-TABLE = torch.tensor(
-    [[2, 9, -1], [1, 2, 6], [2, -1, -1], [3, 7, -1], [2, 9, -1], [6, -1, -1], [8, 6, 1]]
-)
 PARTNERS = [
     None,
     GROUPS,
@@ -77,16 +68,6 @@ def correct_of(partners):
     if partners is GROUPS:
         return GROUPS[:, None] == GROUPS
     return matrix(*partners) if isinstance(partners, tuple) else partners
-
-
-def test_the_relation_is_that_of_a_loop():
-    """It is not symmetric, so that an exchange of the two directions would show."""
-    assert torch.equal(correct_pairs(TABLE, IDS), matrix(IDS, TABLE))
-    assert torch.equal(correct_pairs(TABLE[:3], IDS[4:]), matrix(IDS[4:], TABLE[:3]))
-    assert not torch.equal(matrix(IDS, TABLE), matrix(IDS, TABLE).T)
-    of_images, of_captions = partner_counts(TABLE, IDS)
-    assert torch.equal(of_images, matrix(IDS, TABLE).sum(1))
-    assert torch.equal(of_captions, matrix(IDS, TABLE).sum(0))
 
 
 @pytest.mark.parametrize("partners", PARTNERS)
@@ -209,19 +190,6 @@ def test_the_scale_may_be_a_number_and_rows_must_be_pairs(loss):
             loss(image, wrong, scale=scale)
 
 
-def test_recall_warns_if_it_does_not_rank_by_cosines():
-    """A caption with a long vector is then nearest to every image."""
-    image = torch.eye(D)[:B]
-    long = image.clone()
-    long[3] += 1.1
-    with pytest.warns(UserWarning, match="long, not 1: they are ranked by dot products"):
-        misled = recall_at_k(image, 3 * long, ks=(1,))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        right = recall_at_k(image, F.normalize(long, dim=1), ks=(1,))
-    assert misled["image_to_text"][1] < right["image_to_text"][1] == 1
-
-
 def test_a_loss_of_ones_own_is_trained_and_measured_by_its_name(
     make_data, make_model, tmp_path, monkeypatch
 ):
@@ -246,3 +214,39 @@ def test_a_loss_of_ones_own_is_trained_and_measured_by_its_name(
     config["loss"] = "one_wy"
     with pytest.raises(ValueError, match="did you mean 'one_way'"):
         mm.train_model(mm.TrainingConfig(**config), data)
+
+
+@pytest.mark.parametrize("error", ["mse", "l1"])
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_the_loss_is_of_masked_patches_alone(make_decoding, make_data, error, norm_pix_loss):
+    """Against a slow loop over rows with 2, 3, … masked patches; no gradient at visible ones."""
+    model, batch = make_decoding(norm_pix_loss=norm_pix_loss), make_data(7).batch(range(7))
+    image, _ = draw(model, batch, "uniform")
+    assert len(image.mask.sum(1).unique()) > 2
+    out = model(batch, image, None, wanted=wanted(tokens=False))
+    out.pixels.retain_grad()
+    found = term_sums(model, out, batch, (image, None), error)["mim"]
+    target, total = patchify(model.normalize(batch.pixel_values), 5), 0.0
+    for row, position in image.mask.nonzero().tolist():
+        true = target[row, position]
+        if norm_pix_loss:
+            true = (true - true.mean()) / (true.var() + 1e-6) ** 0.5
+        off = out.pixels[row, position] - true
+        total = total + (off.abs() if error == "l1" else off**2).mean()
+    torch.testing.assert_close(found, total)
+    found.backward()
+    assert torch.equal(out.pixels.grad.abs().sum(-1) > 0, image.mask)
+
+
+def test_the_loss_is_of_masked_words_alone(make_decoding, make_data):
+    """In the order of `mask.nonzero()`, for captions of 2 to 6 words."""
+    model, batch = make_decoding(), make_data(7).batch(range(7))
+    _, text = draw(model, batch)
+    assert len(text.mask.sum(1).unique()) > 2
+    out = model(batch, None, text, wanted=wanted(pixels=False), text_mode="replace")
+    found = term_sums(model, out, batch, (None, text))["mlm"]
+    total = 0.0
+    positions = text.mask.nonzero().tolist()
+    for logits, (row, position) in zip(out.token_logits, positions, strict=True):
+        total = total - logits.log_softmax(0)[batch.input_ids[row, position]]
+    torch.testing.assert_close(found, total)

@@ -28,6 +28,7 @@ DEFAULTS = dict(
     mixed_precision="no",
     text_mask_ratio=0.3,
 )
+QUICK = DEFAULTS | dict(num_epochs=2)
 
 
 def data(count: int, tokenizer=None, seed: int = 0) -> mm.MultimodalDataset:
@@ -70,6 +71,20 @@ def model(tokenizer, dropout: float) -> mm.MultimodalEncoder:
     bert = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=17, **tower, **drop)
     torch.manual_seed(0)
     return mm.MultimodalEncoder(vit, bert, tokenizer, embed_dim=13, dropout=dropout)
+
+
+def other_model(make_data):
+    """A model that reads other tokens, and at most 5 of a caption."""
+    from transformers import BertConfig, ViTConfig
+
+    tokenizer = mm.train_wordpiece(["moon", "the old red house and the small boat"])
+    tower = dict(hidden_size=22, num_hidden_layers=1, num_attention_heads=2, intermediate_size=31)
+    return mm.MultimodalEncoder(
+        ViTConfig(image_size=15, patch_size=5, **tower),
+        BertConfig(vocab_size=len(tokenizer), max_position_embeddings=5, **tower),
+        tokenizer,
+        embed_dim=13,
+    )
 
 
 class Dying(mm.MaskedMultimodalTrainer):

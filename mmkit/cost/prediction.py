@@ -83,13 +83,12 @@ def predict(
         flops += 3 * 2 * text * max(0.0, caption_length - _SPECIAL) * head
     muon = config.optimizer == "muon"
     matrices = list(parameter_groups(model)["matrices"].values()) if muon else []
-    weights = [p.numel() for p in model.parameters()]
     learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
     of_muon = sum(p.numel() for p in matrices)
     return Prediction(
         flops_per_pair=flops,
         flops=config.batch_size * flops + sum(muon_flops(*p.shape) for p in matrices),
-        weights=4.0 * sum(weights),
+        weights=4.0 * sum(p.numel() for p in model.parameters()),
         gradients=4.0 * learning,
         optimizer_state=8.0 * (learning - of_muon) + 4.0 * of_muon / processes,
         exchanged=_exchanged(config, model.embed_dim, 4.0 * learning, 4.0 * of_muon, processes),

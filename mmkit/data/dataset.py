@@ -347,7 +347,7 @@ class MultimodalDataset:
         pixels: Any = self.cached(num_workers, self.cache_dir, self.cache_gigabytes)._decoded.pixels
         return (
             f"{len(self):,} images decoded once ({pixels.nbytes / 1e9:.2f} GB in "
-            f"{pixels.folder}), {time.perf_counter() - started:.1f} s"
+            f"{pixels.path.parent}), {time.perf_counter() - started:.1f} s"
         )
 
     def fingerprint(self) -> str:

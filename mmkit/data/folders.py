@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import Refused
-from ..files import as_path
 from .dataset import MultimodalDataset
-from .rows import Found, Options, load, within
+from .rows import Found, Options, existing_folder, load, within
 from .tables import read_lines
 
 IMAGE_SUFFIXES = set(
@@ -35,32 +34,6 @@ _HEADS: tuple[bytes, ...] = (
 _HEADS += (b"\0\0\0\x0cjP  ",)  # JPEG 2000
 # Names of texts that describe a folder, not an image.
 _ABOUT = set("readme license licence notice citation attribution changelog requirements".split())
-
-
-# ---- paths that are given ------------------------------------------------------------------------
-
-
-def _existing(path: str | os.PathLike) -> Path:
-    path = Path(as_path(path)).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; check the path")
-    return path
-
-
-def existing_file(path: str | os.PathLike) -> Path:
-    """The path of an existing file; otherwise FileNotFoundError or ValueError."""
-    path = _existing(path)
-    if not path.is_file():  # reading from a pipe might never end
-        raise ValueError(f"{path} is not a file; for a folder take load_data")
-    return path
-
-
-def existing_folder(path: str | os.PathLike) -> Path:
-    """The path of an existing folder; otherwise FileNotFoundError or ValueError."""
-    folder = _existing(path)
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; for a table take from_table")
-    return folder
 
 
 # ---- contents of a folder ------------------------------------------------------------------------
@@ -192,13 +165,16 @@ def _looks_unread(head: bytes) -> bool:
 # ---- loaders -------------------------------------------------------------------------------------
 
 
-def from_folder(path: str | os.PathLike, **options) -> MultimodalDataset:
+def from_folder(
+    path: str | os.PathLike, *, encoding: str | None = None, **options
+) -> MultimodalDataset:
     """Load a folder with a .txt beside each image; each line of the .txt is a caption.
 
     A .txt without an image is a row that cannot be loaded, except for README.txt and the like.
 
     Args:
         path: the folder; images may be in folders below it.
+        encoding: of the .txt (None: by its byte order mark, else UTF-8).
         **options: of `Options`, see `load_data`.
 
     Returns:
@@ -223,7 +199,7 @@ def from_folder(path: str | os.PathLike, **options) -> MultimodalDataset:
         try:
             if refused:
                 raise refused
-            found.add(line, image, _captions(folder, image, tree), {"file": image})
+            found.add(line, image, _captions(folder, image, tree, encoding), {"file": image})
         except Refused as error:
             found.add(line, error)
     known = {name for image, _ in tree.images for name in _names(image)}
@@ -234,14 +210,17 @@ def from_folder(path: str | os.PathLike, **options) -> MultimodalDataset:
     return load(found, options_, root=str(folder))
 
 
-def _captions(folder: Path, image: str, tree: Tree) -> list[str]:
+def _captions(folder: Path, image: str, tree: Tree, encoding: str | None) -> list[str]:
     """The lines of the .txt beside an image; `Refused` if there is none that can be read."""
     words = tree.words_of(image)
     none = f"{folder / image} has no {Path(image).stem}.txt beside it"
+    others = [os.path.basename(name) for name in tree.others if _stem(name) in _names(image)]
+    if others:
+        none += f", but {', '.join(others)}: captions are read from a .txt; rename them"
     if words is None:
         raise Refused("no caption", none)
     try:
-        return read_lines(within(str(folder), words, image))
+        return read_lines(within(str(folder), words, image), encoding)
     except Refused as error:
         raise (Refused("no caption", none) if error.reason == "missing" else error) from None
     except ValueError as error:

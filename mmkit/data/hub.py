@@ -4,50 +4,18 @@ Nothing is copied: images are read from the table when they are needed.
 Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
-import io
+import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from ..errors import Refused, nearest
+from ..errors import nearest
 from ..files import cache_folder
 from .dataset import MultimodalDataset
-from .rows import Found, Options, load, within
+from .image_files import Cells
+from .rows import Found, Options, existing_folder, load, within
 from .tables import listed, pick_column
-
-
-class Column:
-    """Images in a column of a Hugging Face data set: bytes, or paths of files."""
-
-    def __init__(self, dataset, column: str, root: str, source: str):
-        self.dataset, self.column, self.root = dataset.select_columns([column]), column, root
-        self.source = source  # name of the data set in messages
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def name(self, i: int) -> str:
-        """Source, column and row."""
-        return f"{self.source}, {self.column} of row {i}"
-
-    def stamp(self, i: int) -> str:
-        """Not known."""
-        return ""
-
-    def open(self, i: int) -> BinaryIO:
-        """The bytes of image i; raises OSError or `Refused`."""
-        value = self.dataset[i][self.column]
-        path = value
-        if isinstance(value, dict):
-            path, value = value.get("path"), value.get("bytes")
-        if isinstance(value, bytes):
-            return io.BytesIO(value)
-        if path is None:
-            raise Refused("no image", f"{self.name(i)} is empty")
-        if isinstance(path, str):
-            return open(within(self.root, path, self.name(i)), "rb")
-        raise Refused("no image", f"{self.name(i)} holds {type(value).__name__}, not an image")
 
 
 def from_hub(
@@ -85,15 +53,7 @@ def from_hub(
     options_ = Options.named(from_hub, options)
     datasets = _datasets()
     table, name = _hub_table(datasets, source, split, options_)
-    if hasattr(table, "keys") and len(table) == 1:
-        table = next(iter(table.values()))
-    if hasattr(table, "keys"):
-        raise ValueError(f"{name} has splits {', '.join(map(str, table))}; give split='…'")
-    if not hasattr(table, "select_columns"):
-        raise ValueError(f"{name} is {type(table).__name__}, not a data set of `datasets`")
-    if not hasattr(table, "__len__"):
-        raise ValueError(f"{name} is a stream; give a data set with a length (streaming=False)")
-    table = table.with_format(None)  # plain values, whatever format was set
+    table = _one_table(table, name)
     image_of = pick_column(table.column_names, image, "image", name)
     text_of = [pick_column(table.column_names, wanted, "text", name) for wanted in listed(text)]
     meta = listed(meta)
@@ -102,12 +62,34 @@ def from_hub(
     if isinstance(table.features[image_of], datasets.Image):
         table = table.cast_column(image_of, datasets.Image(decode=False))
     found = Found(name, "row", hint="is root='…' the folder of the images?")
-    for line, row in enumerate(table.select_columns([*{*text_of, *meta}])):
-        captions = [caption for column in text_of for caption in listed(row[column])]
-        found.add(line, line, captions, {column: row[column] for column in meta})
+    named = _named_classes(table.select_columns([*{*text_of, *meta}]))
+    rows = ((line, row | {image_of: line}) for line, row in enumerate(named))
+    found.add_rows(rows, image_of, text_of, meta)
     beside = os.path.dirname(name) if os.path.exists(name) else ""
-    store = Column(table, image_of, str(root or beside or "."), name)
-    return load(found, options_, store=store)
+    inside = str(existing_folder(root or beside or "."))
+    find = functools.partial(within, inside, remedy="give a root that holds all images")
+    return load(found, options_, store=Cells(table[image_of], f"{name}, {image_of}", find))
+
+
+def _named_classes(table) -> Iterator[dict]:
+    """The rows of a table, with the names of classes in place of their numbers."""
+    kinds = {name: kind for name, kind in table.features.items() if hasattr(kind, "int2str")}
+    for row in table:
+        classes = {name: kind for name, kind in kinds.items() if row[name] is not None}
+        yield row | {name: kind.int2str(row[name]) for name, kind in classes.items()}
+
+
+def _one_table(table, name: str):
+    """The only split, with plain values; ValueError if it is not a data set with a length."""
+    if hasattr(table, "keys") and len(table) == 1:
+        table = next(iter(table.values()))
+    if hasattr(table, "keys"):
+        raise ValueError(f"{name} has splits {', '.join(map(str, table))}; give split='…'")
+    if not hasattr(table, "select_columns"):
+        raise ValueError(f"{name} is {type(table).__name__}, not a data set of `datasets`")
+    if not hasattr(table, "__len__"):
+        raise ValueError(f"{name} is a stream; give a data set with a length (streaming=False)")
+    return table.with_format(None)  # whatever format was set
 
 
 def _datasets():
@@ -125,12 +107,13 @@ class UnknownSplit(ValueError):
     """A split that a data set does not have."""
 
 
-def known_split(split: str | None, known: Iterable | None, name: str) -> None:
+def known_split(split: str | Sequence[str] | None, known: Iterable | None, name: str) -> None:
     """Raise UnknownSplit for a split that is not known; known: None = there are no splits."""
     if split is not None and known is None:
         raise UnknownSplit(f"{name} has no splits; leave split={split!r} out")
-    if split is not None and known is not None and split not in known:
-        raise UnknownSplit(f"{name} has no split {split!r}; {nearest(split, known)}")
+    for one in [] if split is None else listed(split):
+        if known is not None and one not in known:
+            raise UnknownSplit(f"{name} has no split {one!r}; {nearest(one, known)}")
 
 
 def _name(table) -> str:

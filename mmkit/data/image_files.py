@@ -1,13 +1,18 @@
-"""Stores of encoded images: files, members of tar shards, a column of a table.
+"""Stores of encoded images: files, members of tar shards, cells of a table.
 
 A store gives for image i its `name(i)` in messages and, by `open(i)`, its bytes as a binary file.
 Nothing here decodes.
 Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
+import io
 import os
-from collections.abc import Sequence
-from typing import BinaryIO, Protocol, cast
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO, Protocol, cast
+
+from PIL import Image
+
+from ..errors import Refused
 
 
 class ImageStore(Protocol):
@@ -55,6 +60,48 @@ class Files:
             return ""
         # tar, rsync and cp -p set the time of writing, but nothing sets the time of change
         return f"{status.st_size}:{status.st_mtime_ns}:{status.st_ctime_ns}"
+
+
+class Cells:
+    """Images in the cells of a column: bytes, {"bytes", "path"}, PIL images, or paths.
+
+    Args:
+        cells: one for each image; anything that is indexed by a row.
+        source: name of the column in messages.
+        find: makes the path in a cell the path of a file; (path, name in messages).
+    """
+
+    def __init__(self, cells: Sequence, source: str, find: Callable[[Any, str], str]):
+        self.cells, self.source, self.find = cells, source, find
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def name(self, i: int) -> str:
+        """Source and row."""
+        return f"{self.source} of row {i}"
+
+    def stamp(self, i: int) -> str:
+        """Not known."""
+        return ""
+
+    def open(self, i: int) -> BinaryIO:
+        """The bytes of image i; raises OSError or `Refused`."""
+        value = self.cells[i]
+        path = value
+        if isinstance(value, dict):
+            path, value = value.get("path"), value.get("bytes")
+        if isinstance(value, Image.Image):
+            file = io.BytesIO()
+            value.save(file, value.format or "PNG")
+            value = file.getvalue()
+        if isinstance(value, bytes | bytearray):
+            return io.BytesIO(value)
+        if path is None:
+            raise Refused("no image", f"{self.name(i)} is empty")
+        if isinstance(path, str | os.PathLike):
+            return open(self.find(path, self.name(i)), "rb")
+        raise Refused("no image", f"{self.name(i)} holds {type(value).__name__}, not an image")
 
 
 def checked_files(paths: Sequence[str | os.PathLike], count: int) -> Files:

@@ -4,14 +4,15 @@ Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
 import os
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import Refused
 from .dataset import MultimodalDataset
-from .folders import existing_file, existing_folder
 from .hub import known_split
-from .rows import Found, Options, load
-from .tables import read_json, read_lines
+from .rows import Found, Options, existing_file, existing_folder, load
+from .tables import listed, read_json, read_lines
 
 
 def from_coco(
@@ -55,7 +56,7 @@ def from_coco(
 def from_flickr30k(
     annotations: str | os.PathLike,
     images: str | os.PathLike,
-    split: str | None = None,
+    split: str | Sequence[str] | None = None,
     **options,
 ) -> MultimodalDataset:
     """Load Flickr30k as published, or any file of Karpathy's splits.
@@ -64,7 +65,7 @@ def from_flickr30k(
         annotations: dataset_flickr30k.json (also dataset_coco.json or dataset_flickr8k.json), or
             results_20130124.token.
         images: the folder of its images.
-        split: "train", "val" or "test" of the JSON file (None: all).
+        split: "train", "val", "test", "restval" of the JSON file, or several (None: all).
         **options: of `Options`, see `load_data`.
 
     Returns:
@@ -84,14 +85,19 @@ def from_flickr30k(
             if not text:
                 continue
             name, tab, caption = text.partition("\t")
-            why = Refused("no caption", f"{path}, line {line}: no tab in {text[:60]!r}")
-            found.add(line, name.rpartition("#")[0] or name if tab else why, caption)
+            image: Any = name.rpartition("#")[0] or name
+            if not tab:
+                image = Refused("no caption", f"{path}, line {line}: no tab in {text[:60]!r}")
+            elif re.search(r"\.\d+$", image) and not os.path.lexists(os.path.join(root, image)):
+                why = f"{image} does not exist: Flickr8k's list names images that it does not have"
+                image = Refused("missing", f"{path}, line {line}: {why}; on_error='skip' goes on")
+            found.add(line, image, caption)
         return load(found, options_, root=root)
     try:
         entries = read_json(path)["images"]
         known_split(split, {image.get("split") for image in entries}, str(path))
         for line, image in enumerate(entries, 1):
-            if split is None or image.get("split") == split:
+            if split is None or image.get("split") in listed(split):
                 name = os.path.join(image.get("filepath", ""), image["filename"])
                 texts = [sentence["raw"] for sentence in image["sentences"]]
                 found.add(line, name, texts, {"split": image.get("split")})

@@ -24,8 +24,8 @@ CHECKS = {"decode": "each decoded", "head": "heads and ends checked"}  # as it i
 EXAMPLES = 5  # messages kept for each reason
 _PLAIN = (  # fields that go to JSON as they are
     "source rows loaded skipped examples images captions checked why_unchecked bytes "
-    "identical_images shared_captions common_captions left_out blank_captions max_length unknown "
-    "blank dark"
+    "identical_images shared_captions common_captions left_out list_cells blank_captions "
+    "max_length unknown blank dark"
 ).split()
 
 
@@ -58,6 +58,7 @@ class Report:
     # a batch's other captions that are correct and therefore not negatives
     common_captions: dict[str, int] = field(default_factory=dict)
     left_out: float = 0.0
+    list_cells: int = 0  # rows with a list of captions written in one cell, which was divided
     blank_captions: int = 0  # without text, in rows that have other captions
     # what `mm.inspect` adds
     caption_tokens: Sequence[int] = ()  # of each caption, ends included
@@ -127,6 +128,8 @@ class Report:
         rows.append(("captions", f"{self.captions:,}; {self.shared_captions:,} of several images"))
         if self.common_captions:
             rows.append(("  very common", self.common_in_words()))
+        if self.list_cells:
+            rows.append(("  written as a list", f"{self.list_cells:,} rows, divided"))
         if self.blank_captions:
             rows.append(("  blank", f"{self.blank_captions:,} of rows with others, left out"))
         if len(self.caption_words):

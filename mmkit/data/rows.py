@@ -5,26 +5,31 @@ is a `Refused`, raised or counted. The loaders themselves are in sources.py.
 Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
+import contextlib
 import functools
 import inspect
+import itertools
 import os
 import stat
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import torch
 
 from ..errors import Refused, as_type, nearest
+from ..files import as_path
 from .captions import clean_captions, count_blank
 from .dataset import HASH_BYTES, MultimodalDataset
-from .image_files import Files, ImageStore
+from .image_files import Cells, Files, ImageStore
 from .image_headers import Reading
 from .images import check_image
 from .report import Report, count_captions
+from .tables import Row, listed, written_list
 
 # For an image that can be decoded now, but failed with all others (a full disk or memory).
 TRY_AGAIN = "the image could not be decoded at first; load the data once more"
@@ -99,6 +104,7 @@ class Found:
     texts: list[Any] = field(default_factory=list)
     meta: list[dict] = field(default_factory=list)
     hint: str = ""  # the probable cause if an image does not exist
+    lists: int = 0  # rows whose captions were written as a list in one cell
 
     def add(self, line: int, image, text=None, meta: dict | None = None) -> None:
         """Add one row."""
@@ -106,6 +112,45 @@ class Found:
         self.images.append(image)
         self.texts.append(text)
         self.meta.append(meta or {})
+
+    def add_rows(self, rows: Iterable[Row], image: str, text: list[str], meta: list[str]) -> None:
+        """Add the rows of a table, by the columns of image, captions and metadata."""
+        for line, row in rows:
+            if isinstance(row, Refused):
+                self.add(line, row)
+                continue
+            cells = [row.get(column) for column in text]
+            lists = [written_list(cell) for cell in cells]
+            self.lists += any(lists)
+            each = zip(lists, cells, strict=True)
+            captions = [caption for many, cell in each for caption in many or listed(cell)]
+            self.add(line, row.get(image), captions, {column: row.get(column) for column in meta})
+
+
+# ---- paths that are given ------------------------------------------------------------------------
+
+
+def _existing(path: str | os.PathLike) -> Path:
+    path = Path(as_path(path)).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; check the path")
+    return path
+
+
+def existing_file(path: str | os.PathLike) -> Path:
+    """The path of an existing file; otherwise FileNotFoundError or ValueError."""
+    path = _existing(path)
+    if not path.is_file():  # reading from a pipe might never end
+        raise ValueError(f"{path} is not a file; for a folder take load_data")
+    return path
+
+
+def existing_folder(path: str | os.PathLike) -> Path:
+    """The path of an existing folder; otherwise FileNotFoundError or ValueError."""
+    folder = _existing(path)
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; for a table take from_table")
+    return folder
 
 
 # ---- files within a folder -----------------------------------------------------------------------
@@ -116,11 +161,22 @@ def _real_folder(path: str) -> str:
     return os.path.realpath(path)
 
 
-def within(root: str, written, where: str) -> str:
+def _limit(root: str) -> str:
+    """The folder that holds all images of a root.
+
+    In a cache of the hub, …/snapshots/REVISION has links to …/blobs.
+    """
+    real = _real_folder(root)
+    repository, below, _ = real.partition(f"{os.sep}snapshots{os.sep}")
+    return repository if below and os.path.isdir(os.path.join(repository, "blobs")) else real
+
+
+def within(root: str, written, where: str, beside: str = "", remedy: str = "") -> str:
     """The real path of the image that a row names, under the folder `root`.
 
-    Raises Refused if it is not a path, does not exist, is not a file, or leads out of the folder
-    (by "..", an absolute path or a link).
+    beside: a second folder from which the path may start, that of a table. remedy: what a caller
+    with a `root` says of a path that leads out. Raises Refused if it is not a path, does not exist,
+    is not a file, or leads out of the folder (by "..", an absolute path or a link).
     """
     if not isinstance(written, str | os.PathLike) or not str(written).strip():
         raise Refused("no image", f"{where} names no image: {_short(repr(written))}")
@@ -132,9 +188,10 @@ def within(root: str, written, where: str) -> str:
             "a web address", f"{where}: {text[:80]} is not a file; download first (img2dataset)"
         )
     if text.strip().lower().startswith("file://"):
-        text = text.strip()[7:]
-    for variant in _variants(text):
-        folder, name = os.path.split(os.path.join(root, variant))
+        text = unquote(text.strip()[7:])
+    starts = [root, beside] if beside else [root]
+    for start, variant in itertools.product(starts, _variants(text)):
+        folder, name = os.path.split(_as_on_disk(os.path.join(start, variant)))
         try:
             path = os.path.join(_real_folder(folder), name)
             status = os.lstat(path)
@@ -143,13 +200,16 @@ def within(root: str, written, where: str) -> str:
                 status = os.stat(path)
         except (OSError, ValueError):
             continue
-        real_root = _real_folder(root)
-        if path != real_root and not path.startswith(real_root.rstrip(os.sep) + os.sep):
-            folder = f", for example root={os.path.dirname(path)!r}" if os.path.isabs(text) else ""
+        limit = _limit(root)
+        if path != limit and not path.startswith(limit.rstrip(os.sep) + os.sep):
+            if remedy:
+                folder = os.path.dirname(path)
+                common = os.path.commonpath([limit, folder])
+                common = folder if common == os.path.dirname(common) else common
+                remedy = f", or {remedy}, for example root={common!r}"
             raise Refused(
                 "outside the folder",
-                f"{where}: {_short(text)} leads to {path}, outside {real_root}; move it there, or "
-                f"give a root that holds all images{folder}",
+                f"{where}: {_short(text)} leads to {path}, outside {limit}; move it there{remedy}",
             )
         if not stat.S_ISREG(status.st_mode):
             raise Refused("not a file", f"{where}: {path} is not a file")
@@ -159,11 +219,20 @@ def within(root: str, written, where: str) -> str:
 
 def _variants(text: str) -> list[str]:
     """A path as it is written, and as other systems may have meant it."""
-    stripped = text.strip()
-    variants = [text, stripped, *(unicodedata.normalize(f, stripped) for f in ("NFC", "NFD"))]
-    if "\\" in stripped:
-        variants.append(stripped.replace("\\", "/"))
-    return list(dict.fromkeys(variants))
+    return list(dict.fromkeys([text, text.strip(), text.strip().replace("\\", "/")]))
+
+
+def _as_on_disk(path: str) -> str:
+    """The path with its names as the disk has them, whose letters may be composed otherwise."""
+    if path.isascii() or os.path.lexists(path):
+        return path
+    folder, name = os.path.split(path)
+    folder = folder if folder == path else _as_on_disk(folder)
+    with contextlib.suppress(OSError, ValueError):
+        if not os.path.lexists(os.path.join(folder, name)):
+            composed = {unicodedata.normalize("NFC", one): one for one in os.listdir(folder)}
+            name = composed.get(unicodedata.normalize("NFC", name), name)
+    return os.path.join(folder, name)
 
 
 def _short(text: str, most: int = 100) -> str:
@@ -174,16 +243,23 @@ def _short(text: str, most: int = 100) -> str:
 
 
 def load(
-    found: Found, options: Options, store: ImageStore | None = None, root: str | None = None
-) -> MultimodalDataset:
+    found: Found, options: Options, store: ImageStore | None = None, root: str | None = None,
+    beside: str = "", remedy: str = "",
+) -> MultimodalDataset:  # fmt: skip
     """The data set of the rows that were found: each is checked, merged by image, and counted.
 
     store: the store of images given as numbers; without one they are paths under `root` (None:
-    anywhere).
+    anywhere), see `within`.
     """
     _real_folder.cache_clear()  # a link may have changed since the last call
     report = Report(found.source, rows=len(found.lines), checked=options.check or "")
+    report.list_cells = found.lists
     refuse = functools.partial(_refuse, report, options)
+    place = functools.partial(_path, root, beside=beside, remedy=remedy)
+    if store is None and not all(_names_file(image) for image in found.images):
+        store = Cells(found.images, found.source, place)  # the images themselves
+        given = enumerate(found.images)
+        found.images = [x if isinstance(x, Refused) else row for row, x in given]
     kept: dict[Any, int] = {}  # image -> its index in `texts`
     texts: list[list[str]] = []
     meta, lines, rows_of, sizes = [], [], [], []
@@ -196,7 +272,7 @@ def load(
                 raise image
             captions = clean_captions(where, text)
             if store is None:
-                image = _path(root, image, where)
+                image = place(image, where)
             if image not in kept:
                 sizes.append(_look(store, image, where, options))
                 kept[image] = len(texts)
@@ -244,11 +320,17 @@ def _nothing(report: Report) -> str:
     return f"none of {report.rows:,} rows can be loaded: {reasons}"
 
 
-def _path(root: str | None, written, where: str) -> str:
-    if root is None and isinstance(written, str | os.PathLike) and str(written).strip():
-        path = os.path.abspath(written)
-        return within(os.path.splitdrive(path)[0] + os.sep, path, where)
-    return within(root or os.sep, written, where)
+def _names_file(image) -> bool:
+    """Is it a path, or nothing at all, and not bytes or an image?"""
+    return image is None or isinstance(image, str | os.PathLike | Refused | int | float)
+
+
+def _path(root: str | None, written, where: str, **options: str) -> str:
+    named = isinstance(written, str | os.PathLike) and str(written).strip()
+    if root is None and named and not str(written).strip().lower().startswith("file://"):
+        written = os.path.abspath(os.path.expanduser(written))
+        root = os.path.splitdrive(written)[0] + os.sep
+    return within(root or os.path.abspath(os.sep), written, where, **options)
 
 
 def _look(store: ImageStore | None, image, where: str, options: Options) -> tuple[int, int, int]:

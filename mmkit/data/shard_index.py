@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 from ..errors import Refused
 from ..files import as_path, cache_folder, open_to_read, pread, renamed, writing_cache
-from .spool import GZIP, PIPE, Spool
+from .spool import GZIP, WEB, Spool, file_system, is_address
 from .tar_index import SHARD_IMAGE_SUFFIXES, Suffixes, TarIndex, scan_tar
 
 FOLDER_PATTERNS = ("*.tar", "*.tar.gz", "*.tgz")
-_VERSION = 3  # of the cached indexes: increase it when the same shard would give another index
+_VERSION = 4  # of the cached indexes: increase it when the same shard would give another index
 
 
 # -- which shards ----------------------------------------------------------------------------
@@ -32,10 +32,10 @@ _VERSION = 3  # of the cached indexes: increase it when the same shard would giv
 def expand_urls(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list[str]:
     """The shards that one or several names denote, in order.
 
-    A name is a file, a glob, brace notation ("cc3m/{00000..00331}.tar"), a folder (its *.tar and
-    *.tar.gz, sorted) or "pipe:" with a shell command that writes a tar ("pipe:curl -fsL URL"). Give
-    only commands that you would run yourself. Raises FileNotFoundError for files that do not exist,
-    ValueError for no shard at all or the same one twice.
+    A name is a file, a folder (its *.tar and *.tar.gz, sorted) or an address that fsspec knows
+    ("https://…", "s3://…", "hf://datasets/…"); names may have globs, and braces as in
+    "cc3m/{00000..00331}.tar". Raises FileNotFoundError for files that do not exist, ValueError for
+    no shard at all or the same one twice.
     """
     single = isinstance(source, str | bytes | os.PathLike) or not isinstance(source, Iterable)
     names: list = [source] if single else [*source]  # type: ignore[misc]
@@ -49,35 +49,40 @@ def expand_urls(source: str | os.PathLike | Sequence[str | os.PathLike]) -> list
 
 
 def _expand(name: str) -> Iterator[str]:
-    if os.path.exists(name := name if name.startswith(PIPE) else os.path.expanduser(name)):
+    if name.startswith("pipe:"):
+        raise ValueError(
+            f"{name}: commands are no longer run; give the address itself (https://, s3://, gs://, "
+            "hf://), or the path of a file that the command has written"
+        )
+    if os.path.exists(name := name if is_address(name) else os.path.expanduser(name)):
         yield from _shards_of(name)  # before braces, since a file may be called {a}.tar
         return
     for one in _alternatives(name):
-        if one.startswith(PIPE):
+        if one.startswith(WEB) or (is_address(one) and not glob.has_magic(one)):
             yield one
             continue
-        paths = [one] if os.path.exists(one) else sorted(glob.glob(one, recursive=True))
+        paths = [one] if os.path.exists(one) else _fitting(one)
         if not paths:
             what = "no file fits" if glob.has_magic(one) else "there is no file"
             where = "" if one == name else f" (of {name})"
-            remedy = f'; from elsewhere: "{_fetching(one)}"' if "://" in one else ""
-            raise FileNotFoundError(f"shards: {what} {one}{where}; check the path{remedy}")
+            raise FileNotFoundError(f"shards: {what} {one}{where}; check the path")
         for path in paths:
-            yield from _shards_of(path)
+            yield from [path] if is_address(path) else _shards_of(path)
 
 
-def _fetching(url: str) -> str:
-    """The command that writes the content of a web address."""
-    if url.startswith("s3://"):
-        return f"pipe:aws s3 cp {url} -"
-    return f"pipe:gsutil cat {url}" if url.startswith("gs://") else f"pipe:curl -fsL {url}"
+def _fitting(pattern: str) -> list[str]:
+    """The files that a glob denotes, also at an address."""
+    if not is_address(pattern):
+        return sorted(glob.glob(pattern, recursive=True))
+    system, path = file_system(pattern)
+    return sorted(system.unstrip_protocol(found) for found in system.glob(path))
 
 
 def _alternatives(name: str) -> list[str]:
     """The names that braces denote, as in webdataset; unbalanced braces are letters."""
     from braceexpand import braceexpand
 
-    if "{" not in name:  # braceexpand removes backslashes, which a command may need
+    if "{" not in name:  # braceexpand removes backslashes
         return [name]
     try:
         return list(braceexpand(name, escape=os.sep != "\\"))  # paths of Windows have them
@@ -98,7 +103,7 @@ def _shards_of(path: str) -> list[str]:
     if os.path.isfile(path):
         return [path]
     if not os.path.isdir(path):
-        raise ValueError(f"{path} is neither a file nor a folder; try 'pipe:cat {path}'")
+        raise ValueError(f"{path} is neither a file nor a folder; write it to a file first")
     found = sorted(str(p) for pattern in FOLDER_PATTERNS for p in Path(path).glob(pattern))
     if not found:
         raise FileNotFoundError(
@@ -114,9 +119,9 @@ def _shards_of(path: str) -> list[str]:
 class Shard:
     """One shard as it was when it was indexed."""
 
-    url: str  # a path, or "pipe:" and a command
+    url: str  # a path or an address
     identity: str  # text that changes when the shard does
-    spooled: bool  # read from a copy: the output of a command, or gzip
+    spooled: bool  # read from a copy: of an address, or of gzip
     size: int  # bytes of the tar, unpacked
 
 
@@ -153,14 +158,14 @@ def read_index(
     source: as `expand_urls` takes it. image: suffixes; the first that a sample has is its image.
     text: "txt" for a member that is one caption, "json.caption" for a string or a list of strings
     in a JSON member, or several of these, which are all read. meta: keys of the .json that are
-    metadata of the image. spool_gigabytes: disk space for the output of "pipe:" and gzip.
+    metadata of the image. spool_gigabytes: disk space for copies of addresses and gzip.
     on_error: "skip" counts a file that is not a tar as refused.
 
     Indexes are stored, one small file per shard, in the folder `cache_dir` (see `openmoji()`),
-    until the shard changes; the output of a command is assumed not to change.
+    until the shard changes; the content of a web address is assumed not to change.
 
     Raises FileNotFoundError for a shard that does not exist, `Refused` (a ValueError) for a file
-    that is not a tar, OSError for a command that fails.
+    that is not a tar, OSError for an address that cannot be fetched.
     """
     suffixes = Suffixes.named(image, text, meta)
     folder = cache_folder(cache_dir)
@@ -232,16 +237,21 @@ def _read_cached(path: Path) -> tuple[tuple[bool, int], TarIndex] | None:
 
 
 def shard_identity(url: str) -> str:
-    """The command of a pipe; path, size in bytes and time of a file."""
-    if url.startswith(PIPE):
-        return url
+    """What fsspec knows of an address; path, size in bytes and time of a file."""
+    if url.startswith(WEB):
+        return json.dumps([url])
+    if is_address(url):
+        system, path = file_system(url)
+        if not system.exists(path):
+            raise FileNotFoundError(f"shard {url} does not exist; check the address")
+        return json.dumps([url, system.ukey(path)])
     status = os.stat(url)
     return json.dumps([os.path.realpath(url), status.st_size, status.st_mtime_ns])
 
 
 def open_shard(url: str, identity: str, spool: Spool) -> tuple[int, bool]:
     """(a file descriptor of the uncompressed tar, whether it is a copy in the spool)."""
-    if url.startswith(PIPE):
+    if is_address(url):
         return spool.open(url, identity), True
     descriptor = open_to_read(url)
     if pread(descriptor, len(GZIP), 0) != GZIP:

@@ -26,13 +26,12 @@ from .image_headers import Reading, open_head
 from .loader import as_dataset
 from .shard_index import (
     FOLDER_PATTERNS,
-    PIPE,
     Shard,
     ShardIndex,
     open_shard,
     shard_identity,
 )
-from .spool import Spool
+from .spool import Spool, is_address
 from .tar_index import SAMPLE_ID
 
 OPEN_SHARDS = 64  # per process; the system allows 1,024 files or so
@@ -48,7 +47,7 @@ _ANY = Reading(max_pixels=10**12, max_aspect=10**6, max_bytes=10**12)  # reading
 def _open(shard: Shard, spool: Spool, root: str) -> OpenFile:
     """Open an indexed shard if it has not changed since. root: the start of relative paths."""
     again = "build the data set again"
-    url = shard.url if shard.url.startswith(PIPE) else os.path.join(root, shard.url)
+    url = shard.url if is_address(shard.url) else os.path.join(root, shard.url)
     try:
         if (identity := shard_identity(url)) != shard.identity:
             raise Refused("changed shard", f"shard {shard.url} has changed; {again}")
@@ -93,7 +92,7 @@ class TarMembers:
         return self.keys[i]
 
     def stamp(self, i: int) -> str:
-        """Offset, size and time of the shard; "" for the output of a command."""
+        """Offset, size and time of the shard; "" for an address."""
         shard = int(self.shard[i])
         if shard not in self._times:  # an identity ends with the time of the file
             found = re.search(r", (\d+)\]$", self.shards[shard].identity)

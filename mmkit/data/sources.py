@@ -13,22 +13,21 @@ from typing import Any
 
 import torch
 
-from ..errors import Refused, nearest
+from ..errors import nearest
 from .dataset import MultimodalDataset
 from .folders import (
     IMAGE_SUFFIXES,
     Tree,
-    existing_file,
     from_class_folders,
     from_folder,
     look_through,
 )
 from .hub import from_hub
-from .rows import Found, Options, load
+from .rows import Found, Options, existing_file, existing_folder, load
 from .shard_index import ShardIndex, name_of, read_index
 from .shards import TarMembers
 from .tables import TABLES, Row, listed, pick_column, read_table
-from .tar_index import SHARD_IMAGE_SUFFIXES
+from .tar_index import DAMAGED, SHARD_IMAGE_SUFFIXES
 
 # ---- lists, tables -------------------------------------------------------------------------------
 
@@ -40,7 +39,7 @@ def from_lists(paths: Sequence, texts: Sequence, *, meta=None, **options) -> Mul
     same image, and caches decoded images.
 
     Args:
-        paths: one file per row.
+        paths: one file per row (or its bytes, or a PIL image).
         texts: for each row a caption or a list of captions.
         meta: for each row a dict of metadata, kept in `data.meta`.
         **options: of `Options`, see `load_data`.
@@ -77,20 +76,22 @@ def from_table(
     root: str | os.PathLike | None = None,
     encoding: str | None = None,
     separator: str | None = None,
-    quotes: bool = True,
+    quotes: bool | str = True,
     **options,
 ) -> MultimodalDataset:
-    """Load a CSV, TSV, JSON or parquet file, or a data frame, with a row per image and caption.
+    r"""Load a CSV, TSV, JSON or parquet file, or a data frame, with a row per image and caption.
 
     Args:
         path: the file (JSON: an object per line, or an array of objects), or a data frame.
         image: the column of the image paths (None: found by its usual names).
         text: columns of captions, or of lists of them (None: usual names); equal images are merged.
         meta: columns kept in `data.meta`, for example to split by them.
-        root: folder of the images (None: that of the table; with a frame they may be anywhere).
+        root: folder that holds all images, from which their paths start (or from the table's);
+            None: that of the table; with a frame they may be anywhere.
         encoding: of a text file (None: by its byte order mark, else UTF-8).
         separator: of a CSV file (None: recognises comma, semicolon, tab and bar).
-        quotes: whether double quotes enclose fields of a CSV file; False treats them as letters.
+        quotes: whether double quotes enclose fields of a CSV file; False treats them as letters,
+            "backslash" reads \" within a field as a quote.
         **options: of `Options`, see `load_data`.
 
     Returns:
@@ -119,15 +120,11 @@ def from_table(
     for wanted in meta:
         pick_column(columns, wanted, "meta", name)
     found = Found(name, unit, hint="is root='…' the folder of the images?")
-    for line, row in rows:
-        if isinstance(row, Refused):
-            found.add(line, row)
-        else:
-            captions = [caption for column in text_of for caption in listed(row.get(column))]
-            kept = {column: row.get(column) for column in meta}
-            found.add(line, row.get(image_of), captions, kept)
-    anywhere = frame is not None and root is None
-    return load(found, options_, root=None if anywhere else str(root or file.parent))
+    found.add_rows(rows, image_of, text_of, meta)
+    beside = "" if frame is not None else str(file.parent)
+    inside = str(existing_folder(root)) if root is not None else beside or None
+    remedy = "give a root that holds all images"
+    return load(found, options_, root=inside, beside=beside, remedy=remedy)
 
 
 def _is_frame(source) -> bool:
@@ -161,12 +158,12 @@ def from_shards(
     those that `write_shards` wrote, if every sample has one and all differ, else row numbers.
 
     Args:
-        urls: files, globs, a folder, "00{000..331}.tar", "pipe:command", or a list of these.
+        urls: files, globs, a folder, "00{000..331}.tar", addresses, or a list of these.
         image: suffixes of images; the first that a sample has is its image (None: usual ones).
         text: suffixes of captions; "json.caption" is a key of the .json member (None: that and
             "txt").
         meta: keys of the .json kept in `data.meta`, for example to split by them.
-        spool_gigabytes: disk space for the output of commands and of .tar.gz.
+        spool_gigabytes: disk space for copies of addresses (https://, s3://, hf://) and of .tar.gz.
         **options: of `Options`, see `load_data`.
 
     Returns:
@@ -176,7 +173,7 @@ def from_shards(
         FileNotFoundError: a shard does not exist.
         ValueError: a file that is not a tar, an unknown key, or a sample that cannot be loaded
             (see `load_data`).
-        OSError: a command fails.
+        OSError: an address cannot be fetched.
     """
     options_ = Options.named(from_shards, {"cache_gigabytes": 0.0} | options)
     meta = listed(meta)
@@ -184,9 +181,9 @@ def from_shards(
     suffixes: dict = dict(image=image or SHARD_IMAGE_SUFFIXES, text=text or ("txt", "json.caption"))
     index = read_index(urls, meta=meta, on_error=options_.on_error, **suffixes, **where)
     _known_metadata(index, meta, name_of(urls))
+    _check_lost_shards(index, options_.max_skipped, name_of(urls))
     spooled = sum(shard.size for shard in index.shards if shard.spooled) / 1e9
-    unchecked = options.get("check") is None and spooled > spool_gigabytes
-    if unchecked:
+    if unchecked := options.get("check") is None and spooled > spool_gigabytes:
         options_.check = "none"  # each check of an image would fetch its shard again
     found = Found(name_of(urls), "sample")
     for line, captions in enumerate(index.captions):
@@ -213,6 +210,17 @@ def _known_metadata(index: ShardIndex, meta: Sequence[str], name: str) -> None:
         if len(index) and not any(key in metadata for metadata in index.meta):
             hint = nearest(key, index.fields) if index.fields else "no sample has a .json"
             raise ValueError(f"{name}: no .json has the key {key!r}; {hint}")
+
+
+def _check_lost_shards(index: ShardIndex, most: float, name: str) -> None:
+    """Raise ValueError if too many shards are damaged, since nobody knows what was in them."""
+    lost = [refused for refused in index.refused if refused.reason in DAMAGED]
+    count = len(index.shards) + sum(refused.reason == "not a tar" for refused in lost)
+    if len(lost) > most * count:
+        raise ValueError(
+            f"{name}: {len(lost)} of {count} shards are cut off or damaged, more than max_skipped="
+            f"{most:g} of them, and how many samples that loses is not known. {lost[0]}"
+        )
 
 
 # ---- any source ----------------------------------------------------------------------------------
@@ -275,7 +283,7 @@ def way_in(source) -> Way:
         return _of_object(source)
     text, path = os.fspath(source), Path(source).expanduser()
     if text.startswith("pipe:"):
-        return from_shards, text
+        return from_shards, text  # which says that commands are no longer run
     if path.is_dir():
         return _of_folder(path)
     if path.exists():

@@ -1,25 +1,42 @@
-"""Local copies of shards that cannot be read in place: the output of a command, gzip.
+"""Local copies of shards that cannot be read in place: addresses (https://, s3://, hf://), gzip.
 
 Each is fetched once per machine, whatever the number of processes, and gets its name once it is
-complete. Walk-through: notebooks/08_your_own_images.ipynb.
+complete. Addresses other than http(s) are read by fsspec, which names the package that it needs
+(s3fs, gcsfs).
+Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
 import contextlib
 import gzip
 import hashlib
 import os
-import subprocess
 import zlib
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
+
+import fsspec
 
 from ..errors import Refused
 from ..files import lock, open_to_read, renamed
 
 BLOCK = 16_000_000  # bytes in memory while a shard is fetched
 GZIP = b"\x1f\x8b"
-PIPE = "pipe:"
+WEB = ("http://", "https://")
+
+
+def is_address(url: str) -> bool:
+    """Is it an address, and not a path?"""
+    return "://" in url
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """(fsspec's file system of an address, the path in it); OSError names a missing package."""
+    try:
+        return fsspec.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise OSError(f"shard {url} cannot be fetched: {error}") from None
 
 
 class Spool:
@@ -37,8 +54,8 @@ class Spool:
     def open(self, url: str, identity: str) -> int:
         """A file descriptor of the uncompressed tar; the caller closes it.
 
-        identity: text that changes with the shard (its path, size, time). Raises OSError if the
-        command fails, `Refused` for damaged gzip, ValueError if the spool is too small.
+        identity: text that changes with the shard (its path, size, time). Raises OSError if it
+        cannot be fetched, `Refused` for damaged gzip, ValueError if the spool is too small.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.tar"
@@ -52,14 +69,15 @@ class Spool:
                 self._fetch(url, path)
 
     def _fetch(self, url: str, path: Path) -> None:
-        with renamed(path) as file:
-
-            def write(block: bytes) -> None:
-                file.write(block)
-                file.flush()
-                self._make_room(Path(file.name), url)
-
-            _copy(url, write)
+        with renamed(path) as file, _unpacked(url) as source:
+            try:
+                while block := source.read(BLOCK):
+                    file.write(block)
+                    file.flush()
+                    self._make_room(Path(file.name), url)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                why = f"shard {url}: gzip data: {error}; fetch it again or leave it out"
+                raise Refused("damaged shard", why) from None
 
     def _make_room(self, part: Path, url: str) -> None:
         """Remove shards until all fit, including the one being written."""
@@ -82,51 +100,19 @@ class Spool:
                     too_much -= size
 
 
-def _copy(url: str, write: Callable[[bytes], None]) -> None:
-    """Write the bytes of a shard block by block, decompressed if they are gzip."""
-    if url.startswith(PIPE):
-        from webdataset.gopen import gopen  # 2 s, most of it torch
-
-        stream: Any = gopen(url, "rb")
-    else:
-        stream = open(url, "rb")
+@contextlib.contextmanager
+def _unpacked(url: str) -> Iterator[Any]:
+    """The bytes of a path or an address, without gzip; OSError names what cannot be fetched."""
     try:
-        packed: Any = _Whole(stream)
-        source: Any = gzip.GzipFile(fileobj=packed) if packed.head == GZIP else packed
-        while block := source.read(BLOCK):
-            write(block)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        remedy = "fetch it again or leave it out"
-        raise Refused("damaged shard", f"shard {url}: gzip data: {error}; {remedy}") from None
-    except OSError:
-        if not _status(stream):
-            raise
-    finally:
-        with contextlib.suppress(OSError):  # a failed command is reported below
-            stream.close()
-    # Not left to gopen, which ignores some statuses, and all of them under GOPEN_VERBOSE.
-    if _status(stream):
-        raise OSError(
-            f"shard {url} cannot be fetched: the command ended with status {_status(stream)}; "
-            "run it in a terminal to see what it says"
-        )
-
-
-def _status(stream) -> int | None:
-    """The exit status of a command; None while it runs, and for a file."""
-    process: subprocess.Popen | None = getattr(stream, "proc", None)
-    return None if process is None else process.poll()
-
-
-class _Whole:
-    """A complete stream whose first two bytes can be inspected."""
-
-    def __init__(self, stream):
-        self.stream, self.head = stream, stream.read(2)
-        self._rest = self.head
-
-    def read(self, count: int) -> bytes:
-        if self._rest:
-            given, self._rest = self._rest[:count], self._rest[count:]
-            return given
-        return self.stream.read(count)
+        if url.startswith(WEB):
+            source: Any = urlopen(url, timeout=60)
+        else:
+            system, path = file_system(url)
+            source = system.open(path, "rb")
+    except (OSError, ValueError) as error:
+        raise OSError(f"shard {url} cannot be fetched: {error}") from None
+    with source:
+        packed = not is_address(url) or url.lower().endswith((".gz", ".tgz"))
+        yield gzip.GzipFile(fileobj=source) if packed else source
+        if getattr(source, "length", 0):  # of an HTTP response: bytes that have not come
+            raise OSError(f"shard {url} cannot be fetched: the connection was closed too early")

@@ -1,18 +1,23 @@
 """Read tables of images and captions: CSV, TSV, JSON lines; every row is returned or refused.
 
-A row is (line, {column: value}) or (line, Refused). What makes a whole table unreadable (its
-encoding, its separator, an unclosed quote) is a ValueError whose message gives the remedy.
+By Python's own csv and json, which say in which line an error is; also packed by gzip. A row is
+(line, {column: value}) or (line, Refused). What makes a whole table unreadable (its encoding, its
+separator, an unclosed quote) is a ValueError whose message gives the remedy.
 Walk-through: notebooks/08_your_own_images.ipynb.
 """
 
+import ast
 import codecs
 import csv
+import gzip
+import io
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from ..errors import Refused, nearest
 
@@ -27,7 +32,23 @@ _MARKS = {  # byte order marks; the longer ones first, as UTF-32's begins with U
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+_OTHERS = {  # the first bytes of files that are no text
+    b"PK\x03\x04": "a zip archive (a spreadsheet, perhaps); save it as CSV",
+    b"\xd0\xcf\x11\xe0": "an Excel file; save it as CSV",
+    b"SQLite format 3": "an SQLite data base; export the table as CSV",
+    b"ARROW1": "an Arrow file; save it as parquet",
+    b"FEA1": "a Feather file; save it as parquet",
+    b"PAR1": "a parquet file; give it the suffix .parquet",
+}
+GZIP = b"\x1f\x8b"
 Row = tuple[int, dict[str, Any] | Refused]
+
+
+def open_unpacked(path: str | os.PathLike) -> BinaryIO:
+    """The bytes of a file, unpacked if it is gzip."""
+    with open(path, "rb") as file:
+        packed = file.read(2) == GZIP
+    return cast(BinaryIO, gzip.open(path) if packed else open(path, "rb"))
 
 
 def find_encoding(path: str | os.PathLike, encoding: str | None = None) -> str:
@@ -43,13 +64,14 @@ def find_encoding(path: str | os.PathLike, encoding: str | None = None) -> str:
             raise ValueError(
                 f"encoding={encoding!r} is not known; try 'utf-8', 'cp1252' or 'latin-1'"
             ) from None
-    with open(path, "rb") as file:
+    with open_unpacked(path) as file:
         head = file.read(4096)
     for mark, name in _MARKS.items():
         if head.startswith(mark):
             return name
-    if head.startswith(b"PK\x03\x04"):
-        raise ValueError(f"{path} is a zip archive (a spreadsheet, perhaps); save it as CSV")
+    for mark, what in _OTHERS.items():
+        if head.startswith(mark):
+            raise ValueError(f"{path} is {what}")
     if head[1::2].count(0) > len(head) // 4 or head[::2].count(0) > len(head) // 4:
         little = head[1::2].count(0) > head[::2].count(0)
         raise ValueError(
@@ -62,7 +84,7 @@ def find_encoding(path: str | os.PathLike, encoding: str | None = None) -> str:
 def _lines(path: str | os.PathLike, encoding: str) -> Iterator[str]:
     """The lines of a text file with their ends; ValueError names a line that cannot be read."""
     number = 0
-    with open(path, encoding=encoding, newline="") as file:
+    with io.TextIOWrapper(open_unpacked(path), encoding, newline="") as file:
         try:
             for line in file:
                 number += 1
@@ -80,7 +102,7 @@ def _undecodable(path: str | os.PathLike, encoding: str) -> int:
     """The first line that cannot be read; 0 if the encoding does not separate lines by bytes."""
     if not encoding.startswith(("utf-8", "utf_8", "ascii")):
         return 0
-    with open(path, "rb") as file:
+    with open_unpacked(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 line.decode("utf-8")
@@ -103,14 +125,17 @@ def read_csv(
     *,
     encoding: str | None = None,
     separator: str | None = None,
-    quotes: bool = True,
+    quotes: bool | str = True,
 ) -> tuple[list[str], Iterator[Row]]:
-    """(columns, rows) of a table whose first line names its columns.
+    r"""(columns, rows) of a table whose first line names its columns.
 
     separator: None recognises comma, semicolon, tab and bar. quotes: a field may be in double
-    quotes and then contain separators and line ends; False treats quotes as letters. A row with
-    more or fewer fields than the header, or with broken quotes, is refused.
+    quotes and then contain separators, line ends, and quotes that are doubled; False treats quotes
+    as letters; "backslash" is for quotes written \" within a field. Columns without a name are
+    ignored. A row with more or fewer fields than the header, or with broken quotes, is refused.
     """
+    if quotes not in (True, False, "backslash"):
+        raise ValueError(f"quotes={quotes!r} is not a choice; take True, False or 'backslash'")
     found = find_encoding(path, encoding)
     separator = _separator(path, found, quotes) if separator is None else separator
     if len(separator) != 1 or separator in '"\r\n':
@@ -118,34 +143,42 @@ def read_csv(
     lines = _lines(path, found)
     first = next(lines, "")
     skipped = first.lower().startswith("sep=")  # spreadsheets write this line
-    reader = _reader(lines if skipped else itertools.chain([first], lines), separator, quotes)
+    every = lines if skipped else itertools.chain([first], lines)
+    spaced = re.compile(re.escape(separator) + ' +"')  # a.png, "a red one"
+    strip = bool(quotes) and any(spaced.search(line) for line in _lines(path, found))
+    reader = _reader(every, separator, quotes, strip)
     before, why = int(skipped), ""
     try:
         columns = [name.strip() for name in next(reader, [])]
     except csv.Error as error:
         _check_quotes(path, error, 1 + before, reader.line_num + before)
         columns, why = [], _explained(error)
-    twice = {name for name in columns if columns.count(name) > 1}
-    if not columns or twice:
+    twice = {name for name in columns if name and columns.count(name) > 1}
+    if not any(columns) or twice:
         why = f"column {min(twice)!r} occurs twice" if twice else why or "it is empty"
         raise ValueError(f"{path} has no usable first line: {why}; it must name the columns")
-    return columns, _csv_rows(path, reader, columns, before)
+    return [name for name in columns if name], _csv_rows(path, reader, columns, before)
 
 
-def _reader(lines: Iterable[str], separator: str, quotes: bool):
+def _reader(lines: Iterable[str], separator: str, quotes: bool | str, strip: bool = False):
     # one limit for the whole process: it is raised, never lowered
     csv.field_size_limit(max(MOST_LETTERS, csv.field_size_limit()))
-    if quotes:
-        return csv.reader(lines, delimiter=separator, strict=True)
-    return csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_NONE)
+    options: dict[str, Any] = dict(delimiter=separator, skipinitialspace=strip)
+    if not quotes:
+        return csv.reader(lines, quoting=csv.QUOTE_NONE, **options)
+    if quotes == "backslash":
+        options |= dict(doublequote=False, escapechar="\\")
+    return csv.reader(lines, strict=True, **options)
+
+
+_QUOTES = """quotes=False if quotes are letters, or quotes='backslash' if they are written \\\""""
 
 
 def _check_quotes(path, error: csv.Error, line: int, last: int) -> None:
     """Raise ValueError if an unclosed quote in this line swallows the rest of the table."""
     if "end of data" in str(error) or ("limit" in str(error) and last > line):
         raise ValueError(
-            f"{path}: a double quote in line {line} is never closed; correct it, or give "
-            "quotes=False if quotes are letters"
+            f"{path}: a double quote in line {line} is never closed; correct it, or give {_QUOTES}"
         ) from None
 
 
@@ -153,7 +186,7 @@ def _explained(error: csv.Error) -> str:
     """The message of a csv error, with a remedy."""
     if "limit" in str(error):
         return f"a field has more than {MOST_LETTERS:,} letters; shorten it or leave the row out"
-    return f"{error}; give quotes=False if quotes are letters"
+    return f"{error}; give {_QUOTES}"
 
 
 def _csv_rows(path, reader, columns: list[str], before: int) -> Iterator[Row]:
@@ -171,7 +204,7 @@ def _csv_rows(path, reader, columns: list[str], before: int) -> Iterator[Row]:
             yield line, Refused(kind, f"{path}, {lines}: {_explained(error)}")
             continue
         if len(fields) == len(columns):
-            yield line, dict(zip(columns, fields, strict=True))
+            yield line, {n: x for n, x in zip(columns, fields, strict=True) if n}
         elif fields:  # a blank line is not a row
             yield (
                 line,
@@ -183,7 +216,7 @@ def _csv_rows(path, reader, columns: list[str], before: int) -> Iterator[Row]:
             )
 
 
-def _separator(path, encoding: str, quotes: bool) -> str:
+def _separator(path, encoding: str, quotes: bool | str) -> str:
     """The separator that gives the header and the next lines equally many fields, at least two."""
     lines = list(itertools.islice(_lines(path, encoding), 50))
     if not lines:
@@ -209,7 +242,7 @@ def _separator(path, encoding: str, quotes: bool) -> str:
     return best
 
 
-def _some_rows(lines: list[str], separator: str, quotes: bool) -> list[list[str]]:
+def _some_rows(lines: list[str], separator: str, quotes: bool | str) -> list[list[str]]:
     """The rows that can be read; broken quotes are reported later."""
     rows, reader = [], _reader(lines, separator, quotes)
     while True:
@@ -304,8 +337,8 @@ def _json_rows(path, encoding: str | None) -> Iterator[Row]:
 def read_json(path: str | os.PathLike) -> Any:
     """The value of a JSON file; ValueError if it is not one."""
     try:
-        text = Path(path).read_text(encoding=find_encoding(path))
-        return json.loads(text)
+        with open_unpacked(path) as file:
+            return json.loads(file.read().decode(find_encoding(path)))
     except UnicodeError:
         raise ValueError(f"{path} is not UTF-8 text; it should be a JSON file") from None
     except (ValueError, RecursionError) as error:
@@ -324,17 +357,32 @@ TABLES = (".csv", ".tsv", ".tab", ".jsonl", ".ndjson", ".json", ".token", ".parq
 
 
 def read_table(
-    path: Path, encoding: str | None = None, separator: str | None = None, quotes: bool = True
+    path: Path, encoding: str | None = None, separator: str | None = None, quotes: bool | str = True
 ) -> tuple[list[str], Iterator[Row], str, str]:
     """(columns, rows, name of a row in messages, hint for a missing column) of a table.
 
     The suffix decides how it is read. Parquet files are read as data sets (hub.py).
     """
-    if path.suffix.lower() in (".jsonl", ".ndjson", ".json"):
-        unit = "entry" if path.suffix.lower() == ".json" else "line"  # of an array, perhaps
+    suffix = Path(path.stem if path.suffix.lower() == ".gz" else path.name).suffix.lower()
+    if suffix in (".jsonl", ".ndjson", ".json"):
+        unit = "entry" if suffix == ".json" else "line"  # of an array, perhaps
         return *read_jsonl(path, encoding=encoding), unit, ""
     columns, rows = read_csv(path, encoding=encoding, separator=separator, quotes=quotes)
     return columns, rows, "line", ". The first line of a table must name its columns"
+
+
+_LIST = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)
+
+
+def written_list(cell) -> list | None:
+    """The captions of a cell that holds a list as Python or JSON write it: "['a', 'b']"."""
+    if not isinstance(cell, str) or not _LIST.fullmatch(cell):
+        return None
+    try:
+        value = ast.literal_eval(cell.strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+    return value if all(isinstance(text, str) for text in value) else None
 
 
 def listed(values) -> list:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ SHARD_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff
 SAMPLE_ID = "mmkit_sample_id"  # the key of the id in the .json of our own shards
 HEADER_BYTES = 64 * 1024  # of a member with long name and pax records; tar writers need 2 KB
 CAPTION_BYTES = 1_000_000  # a novel; more is a mistake or an attack
+DAMAGED = ("not a tar", "truncated shard", "damaged shard")  # reasons for which a shard is refused
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset uses such names for its own metadata
 
@@ -98,10 +99,15 @@ def scan_tar(fd: int, suffixes: Suffixes) -> TarIndex:
     one refused row. Raises `Refused` if the first header is not that of a tar, OSError if the disk
     fails.
     """
-    index, sample, seen = TarIndex(), None, set[str]()
-    members = _members(fd)
+    index, sample, seen = TarIndex(), None, dict[str, set[str]]()
+    members, apart = _members(fd), False
     try:
         for member in members:
+            if member is None:  # where another tar begins
+                if sample is not None:
+                    sample.finish(fd, index)
+                sample = None
+                continue
             parts = None if _META.match(member.name) or member.isdir() else split_name(member.name)
             if parts is None:
                 continue
@@ -110,7 +116,8 @@ def scan_tar(fd: int, suffixes: Suffixes) -> TarIndex:
                 if sample is not None:
                     sample.finish(fd, index)
                 sample = _Sample(key, suffixes, again=key in seen)
-                seen.add(key)
+            apart |= suffix not in seen.setdefault(key, {suffix}) and sample.again
+            seen[key].add(suffix)
             sample.add(suffix, member)
     except Refused as damage:
         if sample is not None and sample.complete():
@@ -122,6 +129,9 @@ def scan_tar(fd: int, suffixes: Suffixes) -> TarIndex:
     else:
         if sample is not None:
             sample.finish(fd, index)
+    if apart:
+        why = "; its members are not together: sort them, as tar --sort=name does"
+        index.refused = [(reason, message + why) for reason, message in index.refused]
     return index
 
 
@@ -137,6 +147,7 @@ class _Sample:
         self.others: list[str] = []  # suffixes that are not read
         self.note: tarfile.TarInfo | None = None  # a .json that nobody asked for
         self.problem: tuple[str, str] | None = None
+        self.again = again
         if again:
             self.refuse("two samples of one name", "a sample of this name has occurred before")
 
@@ -301,9 +312,31 @@ class _Headers:
         return data
 
 
-def _members(fd: int) -> Iterator[tarfile.TarInfo]:
-    """The members of a tar in order; raises `Refused` at the first damaged position."""
-    headers, count, end = _Headers(fd), 0, 0
+def _members(fd: int) -> Iterator[tarfile.TarInfo | None]:
+    """The members of a tar, or of several one after the other (cat a.tar b.tar), in order.
+
+    None stands after each tar. Raises `Refused` at the first damaged position.
+    """
+    headers, start = _Headers(fd), 0
+    while start < headers.size or not start:
+        headers.position, headers.left = start, HEADER_BYTES
+        end = yield from _members_of_one(fd, headers)
+        yield None
+        start = _after_zeros(fd, end)
+
+
+def _after_zeros(fd: int, position: int) -> int:
+    """The position of the first block that is not only zeros; the size of the file without one."""
+    while data := pread(fd, 2**20, position):
+        if rest := data.lstrip(b"\0"):
+            return position + (len(data) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
+        position += len(data)
+    return position
+
+
+def _members_of_one(fd: int, headers: "_Headers") -> Generator[tarfile.TarInfo, None, int]:
+    """The members of the tar at this position; returns where the zeros begin that end it."""
+    count, end = 0, headers.position
     try:
         tar: Any = tarfile.TarFile(fileobj=headers, errors="backslashreplace")  # type: ignore
         while (member := tar.next()) is not None:
@@ -323,10 +356,11 @@ def _members(fd: int) -> Iterator[tarfile.TarInfo]:
     except Exception as error:  # tarfile: IndexError, OverflowError, … from a damaged header
         raise _damage(headers, count, end, headers.cut_off, str(error)) from None
     # tarfile treats anything that is not a header as the end.
-    rest = pread(fd, 1_000_000, tar.offset)
+    rest = pread(fd, tarfile.BLOCKSIZE, tar.offset)
     if not count or len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
         why = "no header, and not the zeros that end a tar"
-        raise _damage(headers, count, end, len(rest) < tarfile.BLOCKSIZE, why)
+        raise _damage(headers, count or end, end, len(rest) < tarfile.BLOCKSIZE, why)
+    return int(tar.offset)
 
 
 def _damage(headers: _Headers, count: int, end: int, cut_off: bool, why: str) -> Refused:
@@ -344,8 +378,7 @@ def _what_instead(headers: _Headers) -> str:
     start = pread(headers.fd, 40, 0)
     for mark, name in _COMPRESSED.items():
         if start.startswith(mark):
-            command = f"{name} -dc FILE"
-            return f"it is compressed by {name}; unpack it, or give 'pipe:{command}' (gzip is read)"
+            return f"it is compressed by {name}; unpack it (only gzip is read as it is)"
     seems = "an empty file" if not headers.size else f"it begins {start!r}"
     if start.lstrip().lower().startswith((b"<!doctype", b"<html")):
         seems = "it is a web page, perhaps with the reason for a failed download"

@@ -1,22 +1,36 @@
-"""The command line does the whole job on the built-in images."""
+"""The command line does the whole job on the built-in images, and on images of one's own."""
 
 import dataclasses
 import inspect
+import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mmkit as mm
 import mmkit.cli.commands as cli
 from mmkit.cli.source_flags import Source
+from tests.cli.own_images import (
+    FLAGS,
+    as_classes,
+    as_parquet,
+    run_on,
+    scene,
+    table,
+    with_bad_rows,
+)
 
 
-def mmkit(*words):
+def spawn(*words):
+    """`python -m mmkit` with these words, in a process of its own."""
     command = [sys.executable, "-m", "mmkit", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
@@ -25,7 +39,7 @@ def mmkit(*words):
 def test_train_then_evaluate_then_search(tmp_path):
     """A few steps, then a table, a grid of ten searches, and a search by a given text."""
     where = ["--output-dir", tmp_path, "--run-name", "quick"]
-    done = mmkit("train", "--max-steps", 3, "--batch-size", 32, *where)
+    done = spawn("train", "--max-steps", 3, "--batch-size", 32, *where)
     assert done.returncode == 0, done.stderr
     for words in (
         "3 steps of 32.0",
@@ -37,10 +51,10 @@ def test_train_then_evaluate_then_search(tmp_path):
         assert words in done.stdout, done.stdout
     assert (tmp_path / "quick/searches.png").stat().st_size > 50_000
     checkpoint = tmp_path / "quick/best_model.pth"
-    done = mmkit("evaluate", "--checkpoint", checkpoint, "--part", "val", "--masked", 0.75)
+    done = spawn("evaluate", "--checkpoint", checkpoint, "--part", "val", "--masked", 0.75)
     assert "compose val: " in done.stdout and "75 % of patches masked" in done.stdout, done.stderr
     grid = tmp_path / "found.png"
-    done = mmkit("search", "a red heart", "--checkpoint", checkpoint, "--k", 7, "--out", grid)
+    done = spawn("search", "a red heart", "--checkpoint", checkpoint, "--k", 7, "--out", grid)
     assert len(done.stdout.splitlines()) == 8 and grid.stat().st_size > 10_000, done.stderr
 
 
@@ -57,7 +71,7 @@ def test_any_masker_trains_and_scores(tmp_path, masker, said):
     """Also maskers without a ratio; a painted array is a flag in JSON."""
     painted = ["--painted-mask", str(torch.eye(8).int().tolist())] if masker == "painted" else []
     where = ["--output-dir", tmp_path, "--run-name", masker, "--image-mask-ratio", 0.75]
-    done = mmkit(
+    done = spawn(
         "train", "--max-steps", 2, "--batch-size", 32, "--image-mask", masker, *painted, *where
     )
     assert done.returncode == 0 and said in done.stdout, done.stderr
@@ -99,14 +113,14 @@ def test_export_writes_a_folder_that_is_read_like_a_checkpoint(make_model, tmp_p
     state = {"architecture": model.architecture(), "model_state_dict": model.state_dict()}
     state |= {"data": {"name": "noise"}, "config": mm.TrainingConfig().to_dict(), "epoch": 4}
     write_atomically(state, checkpoint)
-    done = mmkit("export", "--checkpoint", checkpoint, "--out", tmp_path / "shared")
+    done = spawn("export", "--checkpoint", checkpoint, "--out", tmp_path / "shared")
     assert done.returncode == 0 and "written to" in done.stdout, done.stderr
     weights = mm.load(tmp_path / "shared").state_dict()
     assert all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
     card = (tmp_path / "shared/README.md").read_text()
     for row in ("| data | noise |", "| `image_mask_ratio` | 0.5 |", "| weights of epoch | 5 |"):
         assert row in card
-    again = mmkit("export", "--checkpoint", tmp_path / "shared", "--out", tmp_path / "again")
+    again = spawn("export", "--checkpoint", tmp_path / "shared", "--out", tmp_path / "again")
     assert again.returncode == 0, again.stderr
     assert "| data | noise |" in (tmp_path / "again/README.md").read_text()
 
@@ -169,12 +183,117 @@ def test_each_flag_shows_its_own_sentence_and_default(command, monkeypatch, caps
 
 
 def test_errors_are_one_line(tmp_path):
-    wrong = mmkit("train", "--image-mask-ratio", 1.5, "--output-dir", tmp_path)
+    wrong = spawn("train", "--image-mask-ratio", 1.5, "--output-dir", tmp_path)
     assert wrong.returncode != 0 and "Traceback" not in wrong.stderr
     assert "must be in [0, 1)" in wrong.stderr + wrong.stdout
-    gone = mmkit("evaluate", "--checkpoint", tmp_path / "gone.pth")
+    gone = spawn("evaluate", "--checkpoint", tmp_path / "gone.pth")
     assert (
         gone.returncode == 2
         and "no checkpoint at" in gone.stderr
         and "Traceback" not in gone.stderr
     )
+
+
+# ---- images of one's own -------------------------------------------------------------------------
+
+
+def test_inspect_says_what_is_odd_and_writes_it_down(mmkit, own, tmp_path):
+    with_bad_rows(own)
+    files = ["--json", tmp_path / "r.json", "--figure", tmp_path / "r.png"]
+    status, said, _ = mmkit("inspect", own / "pairs.csv", *FLAGS, "--root", own / "pics", *files)
+    assert status == 0
+    assert re.search(r"^rows +51 = 48 loaded \+ 3 skipped$", said, re.MULTILINE), said
+    for reason in ("missing", "not an image", "no caption"):
+        assert re.search(rf"^  {reason} +1; ", said, re.MULTILINE), said
+    assert "each decoded" in said and re.search("^duplicates", said, re.MULTILINE)
+    assert f"written: {tmp_path / 'r.json'}" in said and f"written: {tmp_path / 'r.png'}" in said
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["rows"], report["loaded"], sum(report["skipped"].values())) == (51, 48, 3)
+    assert report["width"]["median"] == 32
+    with Image.open(tmp_path / "r.png") as figure:
+        assert figure.width > 600
+    status, said, _ = mmkit("inspect", own / "pairs.csv", *FLAGS, "--root", own / "pics",
+                            "--no-near", "--max-length", 4)  # fmt: skip
+    assert status == 0 and "duplicates" not in said and "48 are longer than 4 and are cut" in said
+
+
+def test_a_set_with_bad_rows_is_trained_on_scored_and_searched(mmkit, own, tmp_path):
+    """With the flags it needs, in folders whose names must be quoted, as its last lines say."""
+    with_bad_rows(own)
+    source = [own / "pairs.csv", *FLAGS, "--root", own / "pics", "--on-error", "skip"]
+    status, said, complaint = mmkit(*run_on(tmp_path, *source))
+    assert status == 0, complaint
+    assert "51 = 48 loaded + 3 skipped" in said
+    assert "No overlap of training and test found.\n" in said
+    count = int(re.search(r"test part: (\d+) images", said)[1])
+    assert 0 < count < 20 and (tmp_path / "runs/my own/searches.png").is_file()
+    model = tmp_path / "runs/my own/best_model.pth"
+    (line,) = [line for line in said.splitlines() if " -m mmkit search " in line]
+    words = shlex.split(line)
+    assert words[2:4] == ["mmkit", "search"] and words[4].startswith("image of number ")
+    assert words[5:] == ["--data", *map(str, source), "--checkpoint", str(model)]
+    out = tmp_path / "found.png"
+    status, found, complaint = mmkit(*words[3:], "--k", 3, "--out", out)
+    assert status == 0 and len(found.splitlines()) == 4 and out.is_file(), complaint
+
+    scores = table(said)
+    status, again, complaint = mmkit("evaluate", "--data", *source, "--checkpoint", model)
+    assert status == 0 and table(again) == scores and "beware" not in again, complaint
+    assert f"test part: {count} images" in again
+    status, said, _ = mmkit("evaluate", "--data", *source, "--checkpoint", model, "--part", "all")
+    assert status == 0 and "all of pairs.csv: 48 images" in said
+    assert "beware: these are all images, including those that the model was trained on" in said
+    by = ["--group", "artist", "--part", "val"]
+    status, said, _ = mmkit("evaluate", "--data", *source, "--checkpoint", model, *by)
+    assert status == 0 and "beware: pairs.csv-train is not what it was" in said
+    assert "val part: " in said
+    other = as_classes(own)
+    status, said, _ = mmkit("evaluate", "--data", other, "--checkpoint", model)
+    assert "beware: trained on pairs.csv-train, not on classes-train" in said
+
+
+def test_four_images_in_a_test_part_are_enough(mmkit, tmp_path):
+    """The grid of ten searches shows six images, if there are as many."""
+    rows = ["image,text"]
+    for i in range(30):
+        scene(i).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,number {i}")
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    for seed in range(20):
+        parts = mm.split(mm.from_table(tmp_path / "pairs.csv"), seed=seed)
+        if len(parts[2]) < 6:
+            break
+    status, said, complaint = mmkit(*run_on(tmp_path, tmp_path / "pairs.csv", "--seed", seed))
+    assert status == 0 and f"each with its nearest of {len(parts[2])}" not in complaint, complaint
+    assert f"test part: {len(parts[2])} images" in said and len(parts[2]) < 6
+
+
+def test_what_the_parts_share_is_said_in_numbers(mmkit, tmp_path):
+    """Grouped by content, near-duplicates fall into different parts."""
+    rows = ["image,text"]
+    for i in range(30):
+        scene(i).save(tmp_path / f"{i}.png")
+        brighter = Image.fromarray(np.minimum(255, np.asarray(scene(i)) * 1.03 + 2).astype("uint8"))
+        brighter.save(tmp_path / f"again-{i}.png")
+        rows += [f"{i}.png,number {i}", f"again-{i}.png,the other {i}"]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    data = tmp_path / "pairs.csv"
+    status, said, complaint = mmkit(*run_on(tmp_path, data, "--group", "content", steps=1))
+    assert status == 0, complaint
+    train, _, test = mm.split(mm.from_table(data, image_size=64), by="content")
+    near = mm.overlap(train, test).near
+    fraction = f"{near} of {len(test)} test images ({100 * near / len(test):.1f} %)"
+    assert near > 0 and f"{fraction} are near-duplicates of one in training" in said
+    assert "Scores on test are too high" in said
+
+
+def test_all_of_the_built_in_images_are_not_a_part(mmkit):
+    status, _, complaint = mmkit("evaluate", "--part", "all")
+    assert status == 2 and "--part all is for images of your own" in complaint
+
+
+def test_a_library_that_is_not_there_is_one_line(mmkit, own, monkeypatch):
+    path = as_parquet(own)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    status, _, complaint = mmkit("inspect", path)
+    assert status == 2 and 'pip install "mmkit[data]"' in complaint

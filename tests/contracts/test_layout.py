@@ -3,8 +3,13 @@
 import importlib
 import pkgutil
 import types
+from pathlib import Path
 
 import mmkit
+
+ROOT = Path(__file__).parents[2]
+# Tests of no single module, and tests and measurements that need what most machines lack.
+APART = ("contracts", "browser", "gpu", "benchmarks")
 
 
 def modules():
@@ -41,3 +46,17 @@ def test_all_of_the_public_names_are_still_there():
         "widgets write_shards zero_shot"
     ).split()
     assert [name for name in before if not hasattr(mmkit, name)] == []
+
+
+def test_tests_mirror_the_package():
+    """mmkit/a/b.py has tests/a/test_b.py, and each test file outside `APART` has its module."""
+    package, tests = ROOT / "mmkit", ROOT / "tests"
+    wanted = {
+        path.relative_to(package).with_name(f"test_{path.name}").as_posix()
+        for path in package.rglob("*.py")
+        if not path.stem.startswith("__")
+    }
+    there = {path.relative_to(tests) for path in tests.rglob("test_*.py")}
+    given = {path.as_posix() for path in there if path.parts[0] not in APART}
+    missing, alone = sorted(wanted - given), sorted(given - wanted)
+    assert not missing and not alone, f"not there: {missing}; of no module: {alone}"

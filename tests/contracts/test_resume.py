@@ -1,6 +1,5 @@
 """A run that was killed, at any time and any number of times, ends as one that was not."""
 
-import copy
 import itertools
 import math
 import os
@@ -15,7 +14,7 @@ import mmkit as mm
 from mmkit.models.checkpoint import read_checkpoint
 from tests.killing import Forks
 from tests.train_small import DEFAULTS
-from tests.training.test_trainer_masks import recorded
+from tests.training.small_runs import differences, recorded_masks
 
 # All features whose state must be saved, at once.
 EVERYTHING = dict(
@@ -24,8 +23,6 @@ EVERYTHING = dict(
     itm_weight=0.2, cross_modal=True, decoder_width=32, decoder_depth=1, ema_decay=0.9,
     term_gradients_every=3,
 )  # fmt: skip
-CLOCKS = {"seconds", "samples_per_second", "waiting_for_data"}
-MAY_DIFFER = CLOCKS | {"run_name", "num_workers"}
 FILES = ("last/state.pth", "best_model.pth")
 
 
@@ -34,26 +31,6 @@ def forks():
     forks = Forks()
     yield forks
     forks.close()
-
-
-def differences(one, other, where="") -> list[str]:
-    """Where two states differ in a single bit; times, the name and `num_workers` may."""
-    if isinstance(one, torch.Tensor):
-        same = one.dtype == other.dtype and torch.equal(one, other)
-    elif isinstance(one, dict):
-        keys = [*one, *(key for key in other if key not in one)]
-        return [
-            d
-            for key in keys
-            if key not in MAY_DIFFER
-            for d in differences(one.get(key), other.get(key), f"{where}/{key}")
-        ]
-    elif isinstance(one, list | tuple):
-        pairs = enumerate(zip(one, other, strict=True))
-        return [d for i, pair in pairs for d in differences(*pair, f"{where}/{i}")]
-    else:
-        same = type(one) is type(other) and one == other
-    return [] if same else [where]
 
 
 def check_same(folder, one, other):
@@ -245,8 +222,8 @@ def test_the_number_of_processes_may_change_on_resume(forks, tmp_path, before, a
     ]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
-    drawn = recorded(tmp_path, "changed")
-    assert len(drawn) == 3 * 53 and drawn == recorded(tmp_path, "straight")
+    drawn = recorded_masks(tmp_path, "changed")
+    assert len(drawn) == 3 * 53 and drawn == recorded_masks(tmp_path, "straight")
 
 
 def test_two_threads_give_the_same_bits_twice(make_model, make_data, tmp_path):
@@ -264,97 +241,3 @@ def test_two_threads_give_the_same_bits_twice(make_model, make_data, tmp_path):
     finally:
         torch.set_num_threads(threads)
     assert differences(*ends) == []
-
-
-# -- the loss scale --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def make_trainer(tmp_path, make_model, make_data):
-    def make(resume=False, **values):
-        values = dict(output_dir=str(tmp_path), run_name="run", num_epochs=4) | values
-        values = DEFAULTS | dict(mixed_precision="fp16", image_mask="attentive") | values
-        config = mm.TrainingConfig(**values)
-        return mm.MaskedMultimodalTrainer(config, make_data(53), None, make_model(), resume)
-
-    return make
-
-
-def set_scale(trainer, scale: float, **more):
-    trainer.scaler.load_state_dict(trainer.scaler.state_dict() | dict(scale=scale) | more)
-    trainer.scaler.scale(torch.zeros(()))  # from now on it is a tensor
-
-
-def everything_but_the_scale(trainer) -> list:
-    optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
-    return copy.deepcopy(
-        [
-            trainer.model.state_dict(),
-            optimizers,
-            (trainer.attention_ema and trainer.attention_ema.state_dict()),
-        ]
-    )
-
-
-def test_an_overflowing_step_changes_nothing_but_the_scale(make_trainer):
-    """Weights, both optimizers and the EMA stay; the scale halves; the step is counted."""
-    trainer = make_trainer()
-    batch = trainer.first_batch()
-    set_scale(trainer, 128.0)
-    _, norm = trainer.train_step(batch, 0)
-    assert math.isfinite(norm) and trainer.skipped == 0
-    before = everything_but_the_scale(trainer)
-    set_scale(trainer, 2.0**40)
-    _, norm = trainer.train_step(batch, 0)
-    assert not math.isfinite(norm)
-    assert differences(before, everything_but_the_scale(trainer)) == []
-    assert trainer.scaler.get_scale() == 2.0**39
-    assert (trainer.skipped, trainer.skipped_in_a_row) == (1, 1)
-
-
-def test_skipped_steps_stand_in_the_metrics(make_trainer):
-    """The first scale is too high for this model, as it may be for a real one."""
-    trainer = make_trainer()
-    records = [r for r in trainer.fit().history if r["split"] == "train"]
-    overflowed = [r["grad_norm"] is None for r in records]
-    assert 0 < sum(overflowed) < 10 and overflowed[0]
-    assert [r["skipped_steps"] for r in records] == [sum(overflowed[: i + 1]) for i in range(20)]
-    assert trainer.scaler.get_scale() == 2.0 ** (16 - sum(overflowed))
-
-
-def test_the_scale_and_its_growth_go_on_where_they_were(make_trainer, tmp_path):
-    """Saved in mid-growth: it grows at the step at which it would have."""
-    trainer = make_trainer(max_steps=9)
-    set_scale(trainer, 32.0, growth_interval=5)
-    scales = []
-    step = trainer.train_step
-
-    def noting(*args):
-        scales.append(trainer.scaler.get_scale())
-        return step(*args)
-
-    trainer.train_step = noting
-    trainer.fit()
-    assert scales == [32.0] * 5 + [64.0] * 4
-    saved = read_checkpoint(tmp_path / "run/last/state.pth")["scaler"]
-    assert (saved["scale"], saved["growth_interval"], saved["_growth_tracker"]) == (64.0, 5, 4)
-
-    resumed = make_trainer(resume=True, max_steps=9)
-    batch = resumed.first_batch()
-    scales = [(resumed.scaler.get_scale(), resumed.train_step(batch, 0))[0] for _ in range(2)]
-    assert scales == [64.0, 128.0]  # from a count of 4 to 5; from 0 it would take five steps
-    assert resumed.skipped == 0
-
-
-def test_steps_skipped_in_a_row_are_counted_across_a_kill(make_trainer):
-    """A run stops after 20 of them in a row, also when it is restarted in between."""
-    trainer = make_trainer(max_steps=3)
-    set_scale(trainer, 2.0**60)
-    trainer.fit()
-    assert trainer.skipped_in_a_row == 3
-    assert make_trainer(resume=True, max_steps=3).skipped_in_a_row == 3
-
-
-def test_float16_on_a_cpu_is_only_by_request():
-    assert mm.device.pick_precision("auto", torch.device("cpu")) != torch.float16
-    assert mm.device.pick_precision("fp16", torch.device("cpu")) == torch.float16

@@ -8,7 +8,7 @@ import torch
 
 import mmkit as mm
 from tests import world_cases
-from tests.test_objective import by_hand, check_close
+from tests.terms_by_hand import by_hand, check_close
 from tests.world_cases import BATCHES, CHUNK, GRADIENTS, LOSSES, OBJECTIVES, PAIRS, WIDTH
 
 pytestmark = pytest.mark.slow

@@ -1,11 +1,13 @@
 """Awkward, broken and hostile inputs: how each is made, and what is expected of it.
 
 A maker writes its input into a folder and returns a function that loads it. The cases themselves
-are in awkward_tables.py, awkward_images.py, awkward_sources.py, awkward_any.py and
-awkward_files.py; test_awkward_inputs.py tests all of them.
+are in awkward_tables.py, awkward_images.py, awkward_sources.py, awkward_any.py,
+awkward_files.py and awkward_shards.py; tests/contracts/test_awkward_inputs.py tests all of them.
 """
 
+import contextlib
 import io
+import signal
 import struct
 import zlib
 from collections.abc import Callable
@@ -21,6 +23,30 @@ RED, GREEN, BLUE = (200, 30, 40), (20, 180, 60), (10, 50, 220)
 PLAIN = {"a": RED, "b": GREEN, "c": BLUE}  # a.png, b.png, c.png in every folder
 
 Maker = Callable[[Path], Callable]  # folder -> load(**options)
+OPTIONS = dict(image_size=8, num_workers=0, max_skipped=1.0, check="decode")  # of each loader
+
+
+@contextlib.contextmanager
+def watched(folder: Path, monkeypatch):
+    """Separate caches in this folder, no program that a decoder could start, at most 30 seconds."""
+    monkeypatch.setenv("MMKIT_CACHE", str(folder))
+    monkeypatch.setenv("HOME", str(folder))
+    ghostscript = folder / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {folder}/started\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+    def stop(*_):  # a reader that waits for ever (for a pipe, for example)
+        raise TimeoutError("it takes more than 30 seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(30)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert not (folder / "started").exists()
 
 
 @dataclass(frozen=True)

@@ -132,13 +132,14 @@ ANY = [
          r"cifar99 does not exist; check the path, or take mm.from_hub\('cifar99'\)"),
     Case("a table on the web", anything(lambda f: "https://x.org/pairs.csv"), "reject",
          "is a web address; download it first"),
-    Case("shards at Amazon", anything(lambda f: "s3://b/x.tar"), "reject",
-         '"pipe:aws s3 cp s3://b/x.tar -"'),
-    Case("shards at Google", anything(lambda f: "gs://b/x.tar"), "reject",
-         '"pipe:gsutil cat gs://b/x.tar"'),
+    Case("shards at Amazon", anything(lambda f: "s3://b/x.tar"), "reject", "Install s3fs"),
+    Case("a command", anything(lambda f: "pipe:cat x.tar"), "reject",
+         "commands are no longer run; give the address itself"),
+    Case("shards that no server has", anything(lambda f: "http://127.0.0.1:9/x.tar"), "reject",
+         "shard http://127.0.0.1:9/x.tar cannot be fetched: .*refused"),
     *[Case(f"a tar compressed by {name}",
            tree({f"x.tar{end}": compress(b"x" * 999)}, "load_data", f"in/x.tar{end}"), "reject",
-           f"x.tar{end}: it is compressed by {name}; unpack it, or give 'pipe:{name} -dc FILE'")
+           f"x.tar{end}: it is compressed by {name}; unpack it \\(only gzip is read as it is")
       for name, end, compress in (("xz", ".xz", lzma.compress), ("bzip2", ".bz2", bz2.compress))],
     # frames, lists, options
     Case("a data frame",

@@ -16,31 +16,20 @@ from PIL import Image
 
 import mmkit as mm
 from mmkit.data import decoding, image_cache
-from tests.conftest import centre_square
-from tests.data.test_sources import (
+from tests.conftest import captions, centre_square
+from tests.data.seven_images import (
     NAMES,
     OPTIONS,
     SIDE,
     TEXTS,
     by_hand,
     folder,
-    images,
     lists,
     parquet,
 )
+from tests.train_small import DEFAULTS
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("MMKIT_CACHE", str(folder))
-    return folder
-
-
-@pytest.fixture
-def root(tmp_path):
-    """Seven images of different sizes."""
-    return images(tmp_path / "images")
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
@@ -58,12 +47,16 @@ def decodes(monkeypatch):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(image_cache, "CHUNK_BYTES", 2 * 3 * SIDE * SIDE)  # 2, 2, 2, 1 images
+    monkeypatch.setattr(image_cache, "SYNC_BYTES", 2 * 3 * SIDE * SIDE)  # 2, 2, 2, 1 images
 
 
-def files_of(cache):
-    found = (cache / "pictures").rglob("*")
-    return sorted(path.name for path in found if path.is_file() and path.name != "lock")
+def sizes_of(cache):
+    """{size of an image in bytes: how many are complete in its cache}."""
+    found = {}
+    for path in (cache / "images").glob("*.keys"):
+        count = path.stat().st_size // 16
+        found[path.with_suffix(".rows").stat().st_size // max(1, count)] = count
+    return found
 
 
 def test_an_image_is_decoded_once_wherever_it_lies(root, decodes):
@@ -117,41 +110,42 @@ def test_a_fill_that_stops_leaves_nothing_half(root, cache, small_chunks, decode
         patch.setattr(decoding.ImageDecoder, "decode", stop)
         with pytest.raises(KeyboardInterrupt):
             data.cached()
-    assert len(files_of(cache)) == 2 and len(decodes) == 3  # one chunk and the list of its images
+    assert sizes_of(cache) == {3 * SIDE * SIDE: 3} and len(decodes) == 3  # all that were finished
     del decodes[:]
     assert torch.equal(data.cached().batch(range(7)).pixel_values, by_hand(root))
-    assert len(decodes) == 5 and len(files_of(cache)) == 8
+    assert len(decodes) == 4 and sizes_of(cache) == {3 * SIDE * SIDE: 7}
 
 
 def test_a_fill_that_is_killed_leaves_nothing_half(root, cache, small_chunks):
-    """SIGKILL when the third file is written but not yet renamed."""
+    """SIGKILL when four images are on the disk, but not yet the keys of the last two."""
 
     def fill():
         torch.set_num_threads(1)
-        replace, count = os.replace, [0]
+        fsync, count = os.fsync, [0]
 
-        def killed(*names):
+        def killed(number):
+            fsync(number)
             count[0] += 1
-            if count[0] == 4:
+            if count[0] == 2:
                 os.kill(os.getpid(), signal.SIGKILL)
-            replace(*names)
 
-        image_cache.os.replace = killed
+        image_cache.os.fsync = killed
         lists(root, **OPTIONS).cached()
 
     process = multiprocessing.get_context("fork").Process(target=fill)
     process.start()
     process.join(30)
     assert process.exitcode == -signal.SIGKILL
-    assert [name.endswith((".npy", ".json")) for name in files_of(cache)].count(True) == 3
+    assert sizes_of(cache) == {2 * 3 * SIDE * SIDE: 2}  # two rows for each of two keys
     data = lists(root, **OPTIONS).cached()
     assert torch.equal(data.batch(range(7)).pixel_values, by_hand(root))
+    assert sizes_of(cache) == {3 * SIDE * SIDE: 7}
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".json"])
+@pytest.mark.parametrize("suffix", [".rows", ".keys"])
 def test_a_file_of_the_cache_that_is_cut_off_is_made_anew(root, cache, small_chunks, suffix):
     lists(root, **OPTIONS).cached()
-    path = min((cache / "pictures").rglob(f"*{suffix}"))
+    (path,) = (cache / "images").glob(f"*{suffix}")
     os.truncate(path, path.stat().st_size // 2)
     data = lists(root, **OPTIONS).cached()
     assert torch.equal(data.batch(range(7)).pixel_values, by_hand(root))
@@ -226,7 +220,7 @@ def test_a_cache_has_its_bound(root, cache):
     assert "decoded anew in each epoch" in data.prepare() and not data.resident
     with pytest.raises(ValueError, match=r"cannot be cached: .* is more than cache_gigabytes"):
         data.cached(max_gigabytes=0.9 * bound)
-    assert not (cache / "pictures").exists()
+    assert not (cache / "images").exists()
     none = lists(root, **OPTIONS | dict(cache_gigabytes=0))
     assert none.prepare() == "" and not none.resident
     data = lists(root, **OPTIONS | dict(cache_gigabytes=1.1 * bound))
@@ -235,11 +229,11 @@ def test_a_cache_has_its_bound(root, cache):
 
 def test_another_order_or_part_decodes_nothing_and_adds_nothing(root, cache, small_chunks, decodes):
     data = lists(root, **OPTIONS).cached()
-    before = files_of(cache)
+    before = sizes_of(cache)
     for rows in ([6, 1, 3], [5, 4, 3, 2, 1, 0], [2, 2]):
         part = lists(root, **OPTIONS).subset(rows).cached()
         assert torch.equal(part.batch(range(len(rows))).pixel_values, by_hand(root)[rows])
-    assert len(decodes) == len(data) and files_of(cache) == before
+    assert len(decodes) == len(data) and sizes_of(cache) == before
 
 
 def test_what_was_not_used_for_longest_goes_first(root, cache):
@@ -247,32 +241,57 @@ def test_what_was_not_used_for_longest_goes_first(root, cache):
     sizes = [SIDE, SIDE - 1, SIDE - 2]
     for size in sizes:
         lists(root, **OPTIONS | dict(image_size=size)).cached()
-    assert len(files_of(cache)) == 6
     for days, size in enumerate(reversed(sizes), 2):  # the first is the oldest
-        for path in (cache / "pictures").rglob("*.json"):
-            if np.load(path.with_suffix(".npy"), mmap_mode="r").shape[-1] == size:
-                os.utime(path, (time.time() - days * 86400,) * 2)
+        for path in (cache / "images").glob("*.rows"):
+            if path.stat().st_size == 7 * 3 * size**2:
+                os.utime(path.with_suffix(".keys"), (time.time() - days * 86400,) * 2)
     lists(root, **OPTIONS).cached()  # used again, so no longer the oldest
-    four = sum(7 * 3 * size**2 + 128 for size in range(SIDE - 3, SIDE + 1))
+    four = sum(7 * 3 * size**2 for size in range(SIDE - 3, SIDE + 1))
+
+    def left():
+        return sorted(round((size / 3) ** 0.5) for size in sizes_of(cache))
+
     room = dict(cache_gigabytes=(four - 200) / 1e9)
     lists(root, **OPTIONS | room | dict(image_size=SIDE - 3)).prepare()
-    left = [np.load(p, mmap_mode="r").shape[-1] for p in (cache / "pictures").rglob("*.npy")]
-    assert sorted(left) == [SIDE - 3, SIDE - 2, SIDE]
+    assert left() == [SIDE - 3, SIDE - 2, SIDE]
     tight = dict(cache_gigabytes=7 * 3 * (SIDE + 1) ** 2 / 1e9)
     lists(root, **OPTIONS | tight | dict(image_size=SIDE + 1)).prepare()
-    left = [np.load(p, mmap_mode="r").shape[-1] for p in (cache / "pictures").rglob("*.npy")]
-    assert sorted(left) == [SIDE - 3, SIDE, SIDE + 1]  # two of them are from today
+    assert left() == [SIDE - 3, SIDE, SIDE + 1]  # two of them are from today
+
+
+def test_a_cache_begun_anew_is_another_file(root, cache, decodes):
+    """More images than the limit: what still reads the old file reads what it read before."""
+    data = lists(root, **OPTIONS).cached()
+    pixels = pickle.loads(pickle.dumps(data._decoded.pixels))
+    assert torch.equal(torch.from_numpy(data._decoded.pixels[[3]]), by_hand(root)[[3]])
+    for name in NAMES:
+        Image.open(root / name).rotate(180).save(root / f"{name} turned.png")
+    paths = [root / f"{name} turned.png" for name in NAMES]
+    bound = 8 * 3 * SIDE * SIDE / 1e9
+    turned = mm.from_lists(paths, TEXTS, **OPTIONS | dict(cache_gigabytes=bound)).cached(
+        max_gigabytes=bound
+    )
+    assert sizes_of(cache) == {3 * SIDE * SIDE: 7} and len(decodes) == 14
+    assert not torch.equal(turned.batch([3]).pixel_values, by_hand(root)[[3]])
+    assert torch.equal(data.batch([3]).pixel_values, by_hand(root)[[3]])
+    with pytest.raises(FileNotFoundError):  # it had not opened the file, which is gone
+        pixels[[3]]
 
 
 @pytest.mark.parametrize("damage", ["other", "cut", "folder"])
-def test_remembered_hashes_that_are_damaged_are_forgotten(root, cache, damage, decodes):
-    path = cache / "content.sqlite"
+def test_remembered_hashes_that_are_damaged_are_forgotten(
+    root, cache, damage, decodes, monkeypatch
+):
+    later = time.time_ns() + 10**10  # long after all was written, so that hashes are stored
+    monkeypatch.setattr(image_cache.time, "time_ns", lambda: later)
     lists(root, **OPTIONS).cached()
+    (path,) = cache.glob("*.keys")
+    assert path.stat().st_size == 7 * 16
     if damage == "folder":
         path.unlink()
         path.mkdir()
     else:
-        path.write_bytes(b"nothing" * 999 if damage == "other" else path.read_bytes()[:3000])
+        path.write_bytes(b"nothing" * 999 if damage == "other" else path.read_bytes()[:55])
     data = lists(root, **OPTIONS).cached()
     assert len(decodes) == 7
     assert torch.equal(data.batch(range(7)).pixel_values, by_hand(root))
@@ -312,7 +331,7 @@ def test_images_that_are_read_do_not_stay_in_memory(root, cache):
     for row in range(7):
         assert data.batch([row]).pixel_values.any()
     assert mapped_files() - before < 3 * side * side
-    kept = [np.load(path, mmap_mode="r") for path in (cache / "pictures").rglob("*.npy")]
+    kept = [np.memmap(path, mode="r") for path in (cache / "images").glob("*.rows")]
     assert (
         sum(int(one.sum()) for one in kept) and mapped_files() - before > 6 * 3 * side * side
     )  # a mapping
@@ -320,10 +339,49 @@ def test_images_that_are_read_do_not_stay_in_memory(root, cache):
 
 def test_a_cached_file_that_is_cut_off_while_in_use_is_said(root, cache):
     data = lists(root, **OPTIONS).cached()
-    (path,) = (cache / "pictures").rglob("*.npy")
+    (path,) = (cache / "images").glob("*.rows")
     assert torch.equal(data.batch([6, 0]).pixel_values, by_hand(root)[[6, 0]])
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(OSError, match="was cut off while in use; remove it"):
         data.batch([6])
     again = pickle.loads(pickle.dumps(data._decoded.pixels))[[0]]
     assert torch.equal(torch.from_numpy(again), by_hand(root)[:1])
+
+
+def test_a_run_is_the_same_with_the_cache_without_it_and_in_memory(tmp_path, make_model):
+    """The losses of each step are equal bit for bit."""
+    generator = np.random.default_rng(0)
+    (tmp_path / "p").mkdir()
+    rows = ["image,text"]
+    for i, text in enumerate(captions(23)):
+        pixels = generator.integers(0, 256, (17, 19, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"p/{i}.png")
+        rows += [f"p/{i}.png,{text}", f"p/{i}.png,again {text}"]
+    (tmp_path / "pairs.csv").write_text("\n".join(rows))
+    losses = {}
+    for name, options, workers in (
+        ("cached", {}, 0),
+        ("anew", dict(cache_gigabytes=0), 2),
+        ("memory", dict(device="cpu"), 0),
+    ):
+        data = mm.from_table(tmp_path / "pairs.csv", image_size=15, **options)
+        values = dict(output_dir=str(tmp_path), run_name=name, num_epochs=2, num_workers=workers)
+        run = mm.train_model(mm.TrainingConfig(**DEFAULTS | values), data, None, make_model())
+        losses[name] = run.curve("loss")[1]
+        assert data.resident == (name != "anew")
+    assert len(losses["cached"]) == 6
+    assert losses["cached"] == losses["anew"] == losses["memory"]
+
+
+def test_files_are_read_whole_only_where_they_may_be_equal(tmp_path, monkeypatch):
+    contents = [b"x" * 5000, b"y" + b"x" * 4999, b"z" * 5000, b"x" * 5000, b"x" * 4999]
+    paths = [str(tmp_path / str(i)) for i in range(5)]
+    for path, content in zip(paths, contents, strict=True):
+        Path(path).write_bytes(content)
+    read, hashed = [], image_cache.content_hash
+    monkeypatch.setattr(
+        image_cache, "content_hash", lambda store, i: read.append(i) or hashed(store, i)
+    )
+    keys = image_cache.same_files(paths)
+    equal = {(i, j) for i in range(5) for j in range(i) if keys[i] == keys[j]}
+    assert equal == {(3, 0)} and read == [0, 1, 3]

@@ -3,6 +3,8 @@
 import io
 import re
 import struct
+import time
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -14,7 +16,9 @@ import mmkit as mm
 from mmkit.data import images
 from mmkit.data.image_headers import open_head, to_srgb
 from mmkit.data.images import check_image, read_image, read_square, square, to_rgb
-from tests.data.awkward import BLUE, GREEN, RED, chunk, encoded
+from mmkit.errors import Refused
+from tests.data.awkward import BLUE, GREEN, RED, chunk, encoded, png_claiming
+from tests.data.seven_images import lists
 
 CORNERS = np.full((46, 94, 3), 200, np.uint8)  # lies on its side; a corner shows how
 CORNERS[:23, :47] = RED
@@ -205,26 +209,6 @@ def test_alpha_that_was_never_written_is_none(palette):
     assert colour(clear, background=GREEN) == GREEN
 
 
-def test_twelve_bits_in_sixteen_are_said_and_the_remedy_works(tmp_path):
-    """Divided by the full range, so that a series stays comparable; `inspect` names the remedy."""
-    grey = np.linspace(0, 4095, 97).astype(np.uint16)[None].repeat(89, 0)
-    Image.fromarray(grey).save(tmp_path / "a.png")
-    Image.fromarray(grey).save(tmp_path / "b.tif")
-    Image.new("RGB", (97, 89), RED).save(tmp_path / "c.png")
-    paths, texts = [tmp_path / name for name in ("a.png", "b.tif", "c.png")], ["a", "b", "c"]
-    options = dict(num_workers=0, cache_gigabytes=0, image_size=29)
-    report = mm.inspect(mm.from_lists(paths, texts, **options), near=False)
-    assert [name[-5:] for name in report.dark] == ["a.png", "b.tif"]
-    said = str(report)
-    assert "nearly black" in said and report.to_dict()["dark"] == report.dark
-    (remedy,) = set(re.findall(r"reading=(mm\.Reading\(white=\d+\))", said))
-    data = mm.from_lists(paths, texts, reading=eval(remedy), **options)
-    assert not mm.inspect(data, near=False).dark
-    for row in range(2):
-        seen = data[row]["image"].int()
-        assert seen.max() > 235 and seen.min() < 20 and data[2]["image"][0].eq(RED[0]).all()
-
-
 def test_a_tiff_of_twelve_bits_says_so_itself():
     """With two pixels in three bytes, as microscopes write them, 4,095 is white."""
     head = struct.pack("<2sHI", b"II", 42, 8)
@@ -390,14 +374,6 @@ def test_a_compressed_image_loads_once_unpacked_as_said(name, tmp_path):
     assert check_image(tmp_path / "a.jpg") == (94, 46)
 
 
-@pytest.mark.parametrize("source", [3, True, None, 2.5, b"a.png", ["a.png"]])
-def test_what_is_no_path_is_not_opened(source):
-    """`open(3)` would read and close the file with this descriptor."""
-    for read in (check_image, read_image):
-        with pytest.raises(ValueError, match="is not an image; give the path of a file"):
-            read(source)
-
-
 def test_shards_hold_what_the_reader_reads(tmp_path):
     """A text chunk of 2 MB in a PNG does no harm."""
     (tmp_path / "a.png").write_bytes(early(*NOTES))
@@ -406,3 +382,27 @@ def test_shards_hold_what_the_reader_reads(tmp_path):
     again = mm.from_shards(tmp_path / "shards", cache_gigabytes=0)
     assert torch.equal(again[0]["image"], data[0]["image"])
     assert PngImagePlugin.MAX_TEXT_CHUNK == 1_048_576  # the limit of the process is not changed
+
+
+@pytest.mark.parametrize("colour", ["white", (1, 2), (0, 0, 256), (0.5, 0.5, 0.5)])
+def test_a_background_that_is_no_colour_is_refused_before_any_file(root, colour):
+    with pytest.raises(ValueError, match=r"background=.* must be three numbers, 0 to 255 each"):
+        lists(root, reading=mm.Reading(background=colour))
+    with pytest.raises(ValueError, match=r"is not an mm.Reading; give mm.Reading\("):
+        lists(root, reading=dict(background=colour))
+
+
+@pytest.mark.usefixtures("watch")
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
+    """60,000 x 60,000 pixels would be 10.8 GB; only the head is read."""
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png_claiming(60_000, 60_000))
+    tracemalloc.start()
+    started = time.perf_counter()
+    for read in (check_image, read_image):
+        with pytest.raises(Refused, match="more pixels than can be decoded") as refused:
+            read(path)
+        assert refused.value.reason == "too many pixels"
+    assert time.perf_counter() - started < 2
+    assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    tracemalloc.stop()

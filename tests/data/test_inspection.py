@@ -1,6 +1,7 @@
 """The report of `mm.inspect` is right for every loader, subset and transform."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,18 +9,10 @@ import torch
 from PIL import Image
 
 import mmkit as mm
-from tests.data.test_sources import NAMES, OPTIONS, TEXTS, folder, images, lists
+from tests.data.awkward import RED
+from tests.data.seven_images import NAMES, OPTIONS, TEXTS, folder
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("MMKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture
-def root(tmp_path):
-    """Seven images of different sizes with a .txt beside each."""
-    return images(tmp_path / "images")
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_all_that_is_odd_is_said(root, tmp_path):
@@ -50,26 +43,6 @@ def test_all_that_is_odd_is_said(root, tmp_path):
     again = json.loads(report.save(tmp_path / "report.json").read_text())
     assert again["skipped"] == report.skipped and again["duplicates"]["exact_images"] == 2
     assert again["width"]["max"] == 40 and again["cut_captions"] == 1
-
-
-def test_a_caption_of_very_many_images_is_named_with_what_it_costs(tmp_path):
-    """At load, and by `inspect`; a subset is counted again."""
-    lines = ["image,title,kind"]
-    for i in range(31):
-        Image.new("RGB", (9, 9), (8 * i, 99, 255 - i)).save(tmp_path / f"{i}.png")
-        lines.append(f"{i}.png,thing number {i},{'a red one' if i % 3 else 'blue'}")
-    (tmp_path / "pairs.csv").write_text("\n".join(lines))
-    options = dict(text=["title", "kind"], image_size=8, cache_gigabytes=0)
-    data = mm.from_table(tmp_path / "pairs.csv", **options)
-    report = data.report
-    assert report.common_captions == {"a red one": 20, "blue": 11}
-    other = (20 * 19 + 11 * 10) / 2 / (31 * 30)  # a class name is drawn half of the time
-    assert report.left_out == pytest.approx(other)
-    line = f"“a red one” of 20, “blue” of 11 of 31 images; {100 * other:.1f} % of a batch's other"
-    assert line in str(report) and line in str(mm.inspect(data, near=False))
-    assert report.to_dict()["common_captions"] == report.common_captions
-    part = data.subset(range(13))
-    assert part.report.common_captions == {} and "very common" not in str(part.report)
 
 
 def test_a_part_is_reported_as_what_it_is(root):
@@ -103,33 +76,28 @@ def test_images_from_a_transform_are_not_all_blank(root, normalised):
     assert [name.rpartition("/")[2] for name in mm.inspect(data, near=False).blank] == ["grey.png"]
 
 
-def test_a_transform_that_fails_says_so_in_its_own_words(root):
-    """The error is raised here, not as the traceback of a worker process."""
-
-    def transform(image):
-        raise TypeError("my own mistake")
-
-    paths = [root / name for name in NAMES]
-    with pytest.raises(TypeError, match=r"^my own mistake$"):
-        mm.from_lists(paths, TEXTS, transform=transform, on_error="skip", num_workers=2)
-    from mmkit.data.loader import load_batches
-
-    data = mm.from_lists(paths, TEXTS, transform=transform, num_workers=2)
-    keys = [(torch.arange(7), torch.zeros(7))]
-    with pytest.raises(TypeError, match=r"^my own mistake$"):
-        list(load_batches(data, keys, 2, False))
-
-
-@pytest.mark.parametrize("colour", ["white", (1, 2), (0, 0, 256), (0.5, 0.5, 0.5)])
-def test_a_background_that_is_no_colour_is_refused_before_any_file(root, colour):
-    with pytest.raises(ValueError, match=r"background=.* must be three numbers, 0 to 255 each"):
-        lists(root, reading=mm.Reading(background=colour))
-    with pytest.raises(ValueError, match=r"is not an mm.Reading; give mm.Reading\("):
-        lists(root, reading=dict(background=colour))
-
-
 def test_a_part_without_a_report_is_looked_at(root):
     data = mm.MultimodalDataset([root / name for name in NAMES], TEXTS, image_size=8)
     report = mm.inspect(data)
     assert (report.rows, report.images, report.captions) == (7, 7, 14)
     assert report.identical_images == 0
+
+
+def test_twelve_bits_in_sixteen_are_said_and_the_remedy_works(tmp_path):
+    """Divided by the full range, so that a series stays comparable; `inspect` names the remedy."""
+    grey = np.linspace(0, 4095, 97).astype(np.uint16)[None].repeat(89, 0)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    Image.fromarray(grey).save(tmp_path / "b.tif")
+    Image.new("RGB", (97, 89), RED).save(tmp_path / "c.png")
+    paths, texts = [tmp_path / name for name in ("a.png", "b.tif", "c.png")], ["a", "b", "c"]
+    options = dict(num_workers=0, cache_gigabytes=0, image_size=29)
+    report = mm.inspect(mm.from_lists(paths, texts, **options), near=False)
+    assert [name[-5:] for name in report.dark] == ["a.png", "b.tif"]
+    said = str(report)
+    assert "nearly black" in said and report.to_dict()["dark"] == report.dark
+    (remedy,) = set(re.findall(r"reading=(mm\.Reading\(white=\d+\))", said))
+    data = mm.from_lists(paths, texts, reading=eval(remedy), **options)
+    assert not mm.inspect(data, near=False).dark
+    for row in range(2):
+        seen = data[row]["image"].int()
+        assert seen.max() > 235 and seen.min() < 20 and data[2]["image"][0].eq(RED[0]).all()

@@ -1,60 +1,39 @@
-"""Every loader gives the same batches and the same training run for the same images."""
+"""Every loader gives the same batches for the same images, shards with their own ids."""
 
 import csv
 import json
+import tarfile
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import mmkit as mm
+from mmkit import from_shards
 from mmkit.data.loader import load_batches
+from mmkit.data.shards import write_shards
 from mmkit.errors import Refused
-from tests.conftest import captions, centre_square
-from tests.train_small import DEFAULTS
+from tests.data.awkward import one_colour
+from tests.data.seven_images import (
+    NAMES,
+    OPTIONS,
+    SIDE,
+    TEMPLATES,
+    TEXTS,
+    by_hand,
+    folder,
+    lists,
+    parquet,
+)
+from tests.data.tars import member, write_tar
 
-SIDE = 8
-KINDS = ["bird", "cat", "cat", "dog", "eel", "fox", "gnu"]  # two cats, which share their captions
-NAMES = [f"{kind}/{i}.{'jpg' if i % 2 else 'png'}" for i, kind in enumerate(KINDS)]
-TEMPLATES = ["a photo of a {}", "this is my {}"]
-TEXTS = [[template.format(kind) for template in TEMPLATES] for kind in KINDS]
-OPTIONS = dict(image_size=SIDE, num_workers=0)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("MMKIT_CACHE", str(folder))
-    return folder
-
-
-@pytest.fixture
-def root(tmp_path):
-    """Seven images of different sizes with a .txt beside each."""
-    return images(tmp_path / "images")
-
-
-def images(root, seed=0):
-    generator = np.random.default_rng(seed)
-    for i, name in enumerate(NAMES):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = generator.integers(0, 256, (11 + 2 * i, 29 - i, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(path)
-        path.with_suffix(".txt").write_text("\n".join(TEXTS[i]))
-    return root
-
+pytestmark = pytest.mark.usefixtures("cache")
 
 # ---- loaders -------------------------------------------------------------------------------------
 
 
 def constructor(root, **options):
     return mm.MultimodalDataset([root / name for name in NAMES], TEXTS, image_size=SIDE)
-
-
-def lists(root, **options):
-    return mm.from_lists([root / name for name in NAMES], TEXTS, **options)
 
 
 def table(separator, name):
@@ -82,22 +61,6 @@ def jsonl(root, **options):
     lines = [json.dumps({"image": n, "text": t}) for n, t in zip(NAMES, TEXTS, strict=True)]
     (root / "pairs.jsonl").write_text("\n".join(lines))
     return mm.load_data(root / "pairs.jsonl", **options)
-
-
-def parquet(values):
-    def way(root, **options):
-        import pyarrow
-        import pyarrow.parquet
-
-        columns = {"image": [values(root / name, name) for name in NAMES], "text": TEXTS}
-        pyarrow.parquet.write_table(pyarrow.table(columns), root / "pairs.parquet")
-        return mm.from_table(root / "pairs.parquet", **options)
-
-    return way
-
-
-def folder(root, **options):
-    return mm.from_folder(root, **options)
 
 
 def class_folders(root, **options):
@@ -189,11 +152,6 @@ WAYS = {
 }
 
 
-def by_hand(root):
-    """The expected images (7, 3, 8, 8), uint8."""
-    return torch.stack([centre_square(Image.open(root / name), SIDE) for name in NAMES])
-
-
 ROWS, NOISE = torch.tensor([3, 0, 6, 2, 5]), torch.tensor([0.9, 0.1, 0.6, 0.7, 0.2])
 
 
@@ -235,82 +193,110 @@ def test_the_hub_is_not_asked_for_what_is_a_path(root, monkeypatch):
     assert asked == ["user/set-v1.5"]
 
 
-def test_a_data_set_of_shards_has_a_name_to_read(root, tmp_path):
-    paths = mm.write_shards(folder(root), tmp_path / "birds", 3)
-    for source, name in (
-        (paths, "00000.tar and 2 more"),
-        (paths[:1], "00000.tar"),
-        (tmp_path / "birds", "birds"),
-        (f"{tmp_path}/birds/*.tar", "birds/*.tar"),
-        (f"{tmp_path}/birds/{{00000..00002}}.tar", "birds/{00000..00002}.tar"),
+# ---- tar shards ----------------------------------------------------------------------------------
+
+
+def test_ids_that_occur_twice_are_numbers_of_rows(by_artists, tmp_path):
+    """Two sets of shards together, and a set in which some ids are unknown."""
+    part = by_artists.subset([7, 5, 3])
+    for name in ("one", "two"):
+        write_shards(part, tmp_path / name)
+    both = from_shards([tmp_path / "one", tmp_path / "two"], image_size=11)
+    assert both.sample_ids.tolist() == [0, 1, 2, 3, 4, 5]
+    assert from_shards(tmp_path / "two", image_size=11).sample_ids.tolist() == [7, 5, 3]
+    other = [member("x.png", (tmp_path / "0.png").read_bytes()), member("x.txt", b"x")]
+    path = write_tar(tmp_path / "two" / "x.tar", other)
+    assert from_shards(tmp_path / "two", image_size=11).sample_ids.tolist() == [0, 1, 2, 3]
+    assert from_shards(path, image_size=11).sample_ids.tolist() == [0]
+
+
+def test_shards_of_before_still_load_and_img2dataset_has_metadata(real, tmp_path):
+    """Without metadata nothing is added; keys of other .json are metadata, missing ones None."""
+    shards = write_shards(real, tmp_path / "out")
+    with tarfile.open(shards[0]) as tar:
+        names = [m.name for m in tar if m.name.endswith(".json")]
+    assert names == ["000000002.json"]  # the only one of several captions
+    assert from_shards(tmp_path / "out", image_size=13).sample_ids.tolist() == list(range(7))
+    png = (tmp_path / "6.ppm").read_bytes()
+    metadata = {"caption": "c", "url": "https://x.org", "key": "000000000", "sha256": "ab"}
+    foreign = write_tar(
+        tmp_path / "foreign.tar",
+        [
+            *[member("0.jpg", png), member("0.json", json.dumps(metadata).encode())],
+            *[member("1.jpg", png[:-1] + b"x"), member("1.json", b'{"caption": "d"}')],
+        ],
+    )
+    data = from_shards(foreign, meta=["url", "key"], image_size=13)
+    assert [row["url"] for row in data.meta] == ["https://x.org", None]
+    assert data.meta[0]["key"] == "000000000" and data.texts == [["c"], ["d"]]
+    with pytest.raises(ValueError, match=r"no \.json has the key 'ulr'; did you mean 'url'"):
+        from_shards(foreign, meta=["ulr"])
+    write_tar(tmp_path / "bare.tar", [member("0.jpg", png), member("0.txt", b"x")])
+    with pytest.raises(ValueError, match=r"the key .url.; no sample has a \.json"):
+        from_shards(tmp_path / "bare.tar", meta=["url"])
+
+
+def test_the_suffix_of_images_can_be_named(by_artists, tmp_path):
+    png = [(tmp_path / f"{i}.png").read_bytes() for i in range(2)]
+    members = [member("0.jpg", png[0]), member("0.seg.png", png[1]), member("0.txt", b"x")]
+    path = write_tar(tmp_path / "a.tar", members)
+    for image, i in ((None, 0), ("seg.png", 1), (["seg.png", "jpg"], 1)):
+        data = from_shards(path, image=image, image_size=11)
+        assert data[0]["image"].equal(by_artists[i]["image"])
+
+
+def test_shards_that_are_not_looked_at_are_said_to_be(by_artists, tmp_path, serve):
+    """What lies at an address exceeds the spool: a bad image stops the training run."""
+    written = write_shards(by_artists, tmp_path / "out", samples_per_shard=30)
+    room = max(path.stat().st_size for path in written) / 1e9  # room for one of three
+    members = [member("x.png", b"no image"), member("x.txt", b"x")]
+    write_tar(tmp_path / "out/00002.tar", members)
+    options: dict = dict(image_size=11, num_workers=0, on_error="skip")
+    url = f"{serve.url}/out/{{00000..00002}}.tar"
+    data = from_shards(url, spool_gigabytes=room, **options)
+    said = str(data.report)
+    assert "not checked: the shards fill 0.0 GB, more than spool_gigabytes=0.000" in said
+    assert "a broken image will stop the training" in said and "check='decode'" in said
+    assert data.report.to_dict()["why_unchecked"] and len(data) == 61
+    assert data.report.why_unchecked in str(data.subset([3]).report)
+    with pytest.raises(Refused, match=r"00002\.tar: x\.png"):
+        data.batch([60])
+    for looked in (
+        from_shards(url, spool_gigabytes=room, check="decode", **options),
+        from_shards(url, **options),
     ):
-        assert mm.load_data(source, **OPTIONS).name == name
+        assert looked.report.skipped == {"not an image": 1} and len(looked) == 60
+        assert "each decoded" in str(looked.report) and not looked.report.why_unchecked
+    on_purpose = from_shards(url, spool_gigabytes=room, check="none", **options)
+    assert str(on_purpose.report).count("not checked\n") == 1
 
 
-# ---- training, the report -----------------------------------------------------------------------
+def test_a_cut_shard_trips_the_limit(make_real_shards):
+    """How many samples it loses is not known: shards are counted, not the one row that is said."""
+    folder, options = make_real_shards(4, 3), dict(image_size=8, num_workers=0, on_error="skip")
+    whole = (folder / "00001.tar").read_bytes()
+    (folder / "00001.tar").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="1 of 4 shards are cut off or damaged, more than"):
+        from_shards(folder, **options)
+    data = from_shards(folder, max_skipped=0.25, **options)
+    assert data.report.skipped == {"truncated shard": 1} and len(data) < 12
+    (folder / "00001.tar").write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"1 of 4 shards are .* this is not a tar"):
+        from_shards(folder, **options)
 
 
-def test_a_run_is_the_same_with_the_cache_without_it_and_in_memory(tmp_path, make_model):
-    """The losses of each step are equal bit for bit."""
-    generator = np.random.default_rng(0)
-    (tmp_path / "p").mkdir()
-    rows = ["image,text"]
-    for i, text in enumerate(captions(23)):
-        pixels = generator.integers(0, 256, (17, 19, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f"p/{i}.png")
-        rows += [f"p/{i}.png,{text}", f"p/{i}.png,again {text}"]
-    (tmp_path / "pairs.csv").write_text("\n".join(rows))
-    losses = {}
-    for name, options, workers in (
-        ("cached", {}, 0),
-        ("anew", dict(cache_gigabytes=0), 2),
-        ("memory", dict(device="cpu"), 0),
-    ):
-        data = mm.from_table(tmp_path / "pairs.csv", image_size=15, **options)
-        values = dict(output_dir=str(tmp_path), run_name=name, num_epochs=2, num_workers=workers)
-        run = mm.train_model(mm.TrainingConfig(**DEFAULTS | values), data, None, make_model())
-        losses[name] = run.curve("loss")[1]
-        assert data.resident == (name != "anew")
-    assert len(losses["cached"]) == 6
-    assert losses["cached"] == losses["anew"] == losses["memory"]
+@pytest.fixture
+def make_real_shards(cache, tmp_path):
+    """So many shards of so many real images."""
 
+    def make(shards: int, each: int):
+        (tmp_path / "real").mkdir()
+        for i in range(shards):
+            members = []
+            for j in range(each):
+                image = one_colour("PNG", colour=(50 * i, 50 * j, 9))
+                members += [member(f"{i}-{j}.png", image), member(f"{i}-{j}.txt", b"a colour")]
+            write_tar(tmp_path / "real" / f"{i:05d}.tar", members)
+        return tmp_path / "real"
 
-def test_a_report_counts_every_row(root):
-    """Loaded and skipped rows add up, by reason, in the message, the table and the JSON."""
-    rows = [f"{name},{text}" for name, texts in zip(NAMES, TEXTS, strict=True) for text in texts]
-    rows += ["gone.png,x", "gone.png,y", f"{NAMES[0]},", "../x.png,z", f"{NAMES[0]},{TEXTS[0][0]}"]
-    (root / "pairs.csv").write_text("\n".join(["image,text", *rows]))
-    with pytest.raises(Refused, match=r"line 16: .*gone\.png does not exist"):
-        mm.from_table(root / "pairs.csv", **OPTIONS)
-    with pytest.raises(ValueError, match=r"4 of 19 rows \(21.1 %\) .* more than max_skipped=0.1"):
-        mm.from_table(root / "pairs.csv", on_error="skip", **OPTIONS)
-    report = mm.from_table(root / "pairs.csv", on_error="skip", max_skipped=0.25, **OPTIONS).report
-    assert (report.rows, report.loaded, report.images, report.captions) == (19, 15, 7, 14)
-    assert report.skipped == {"missing": 3, "no caption": 1}
-    assert report.widths == [29 - i for i in range(7)]
-    assert report.heights == [11 + 2 * i for i in range(7)]
-    assert report.shared_captions == 2 and report.identical_images == 0
-    assert report.bytes == sum((root / name).stat().st_size for name in NAMES)
-    assert "19 = 15 loaded + 4 skipped" in str(report)
-    assert report.to_dict()["width"]["median"] == 26
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        (dict(image_size="64"), r"image_size='64' must be a whole number \(without quotes\)"),
-        (dict(image_size=12.5), "image_size=12.5 must be a whole number"),
-        (dict(image_size=0), "image_size=0 must be at least 1 pixel"),
-        (dict(num_workers=-1), "num_workers=-1 must be 0 or more"),
-        (dict(num_workers="2"), "num_workers='2' must be a whole number"),
-        (dict(max_skipped="0.1"), "max_skipped='0.1' must be a number"),
-        (dict(max_skipped=float("nan")), "max_skipped=nan must be a finite number"),
-        (dict(cache_gigabytes=-1), "cache_gigabytes=-1.0 must be 0 or more"),
-        (dict(transform="resize"), "transform='resize' must be a function of a PIL image"),
-    ],
-)
-def test_options_of_another_type_are_named(root, options, words):
-    with pytest.raises(ValueError, match=words):
-        mm.from_folder(root, **OPTIONS | options)
-    size = np.int64(13)
-    assert mm.from_folder(root, **OPTIONS | dict(image_size=size))[0]["image"].shape == (3, 13, 13)
+    return make

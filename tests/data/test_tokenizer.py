@@ -1,11 +1,14 @@
-"""Captions survive encoding and decoding, and tokenizers survive a checkpoint."""
+"""Captions in any script survive encoding and decoding, and tokenizers survive a checkpoint."""
 
 import itertools
 import random
 import time
 
 import pytest
+import torch
 
+from mmkit.data.openmoji.drawings import read_table
+from mmkit.data.openmoji.names import LANGUAGES, caption
 from mmkit.data.tokenizer import (
     encode_texts,
     is_subword,
@@ -16,6 +19,8 @@ from mmkit.data.tokenizer import (
     train_wordpiece,
     unk_rate,
 )
+from mmkit.models.encoder import MultimodalEncoder
+from tests.data import tokenizer_kinds as kinds
 
 TEXTS = ["a red house", "an old blue boat", "the flag of France"]
 
@@ -192,3 +197,117 @@ def test_bad_input_is_refused_in_words():
         train_wordpiece([])
     with pytest.raises(ValueError, match="cannot be read"):
         tokenizer_from_state({"json": "{", "special_tokens": {}})
+
+
+# ---- tokenizers of other kinds -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=kinds.KINDS)
+def kind(request):
+    return request.param, kinds.KINDS[request.param]()
+
+
+def test_captions_in_any_script_come_back(kind):
+    """Chinese, Japanese, Thai without spaces, right to left, combining vowels, emoji."""
+    name, tokenizer = kind
+    assert unk_rate(tokenizer, kinds.TEXTS) == 0
+    input_ids, valid = encode_texts(tokenizer, kinds.TEXTS, 97)
+    for row, inside, text in zip(input_ids, valid, kinds.TEXTS, strict=True):
+        decoded = tokenizer.decode(row[inside], skip_special_tokens=True)
+        assert kinds.bare(decoded) == kinds.bare(text)
+        if name in ("RoBERTa", "GPT-2 with a pad"):  # bytes keep everything
+            assert decoded == text
+    assert (input_ids[~valid] == tokenizer.pad_token_id).all()
+
+
+def test_saved_as_text_they_are_the_same_tokenizer(kind):
+    _, tokenizer = kind
+    other = tokenizer_from_state(tokenizer_state(tokenizer))
+    masked = [*kinds.TEXTS, f"a {tokenizer.mask_token or 'cat'} here"]
+    one, two = tokenizer(masked)["input_ids"], other(masked)["input_ids"]
+    assert one == two
+    assert [tokenizer.decode(ids) for ids in one] == [other.decode(ids) for ids in two]
+    assert special_ids(tokenizer).tolist() == special_ids(other).tolist()
+    assert torch.equal(is_subword(tokenizer), is_subword(other))
+
+
+def test_a_tokenizer_that_cannot_pad_says_what_to_do():
+    tokenizer = kinds.gpt2()
+    with pytest.raises(ValueError, match=r"no padding token.*add_special_tokens"):
+        encode_texts(tokenizer, kinds.TEXTS, 97)
+    with pytest.raises(ValueError, match="no padding token"):
+        MultimodalEncoder.preset("tiny", tokenizer=tokenizer)
+
+
+def test_one_token_for_unknown_and_end_is_never_masked():
+    """GPT-2 has one token for all roles; as an end token it must not be drawn."""
+    tokenizer = kinds.padded_gpt2()
+    assert special_ids(tokenizer).tolist() == [tokenizer.eos_token_id, tokenizer.pad_token_id]
+    trained = train_wordpiece(kinds.TEXTS)
+    assert trained.unk_token_id not in special_ids(trained)
+
+
+# ---- what cannot be read -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "texts, expected",
+    [
+        (["a small cat"], 0),
+        (["small 犬"], 1 / 6),  # a Chinese character is a word
+        (["small zebra"], 1 / 2),  # z is not in the captions, so that the word is lost
+        (["zzz", "cat"], 1 / 2),  # over all texts together
+        (["zzzzz \n\u200d"], 1),  # blanks and joiners do not count
+        ([" "], 0),
+    ],
+)
+def test_what_a_wordpiece_cannot_read_is_counted_in_signs(texts, expected):
+    """By hand: signs of words that became [UNK], which are single tokens however long the word."""
+    tokenizer = train_wordpiece(["a small cat"])
+    assert unk_rate(tokenizer, texts) == pytest.approx(expected)
+
+
+def test_what_is_dropped_without_a_trace_counts_too():
+    """BPE without bytes and without an unknown token drops letters; accents are also dropped."""
+    from tokenizers import Tokenizer, models, normalizers, trainers
+
+    raw = Tokenizer(models.BPE())
+    raw.train_from_iterator(["abab"], trainers.BpeTrainer(show_progress=False))
+    assert unk_rate(kinds.around(raw), ["abxa"]) == pytest.approx(1 / 4)
+    raw = Tokenizer(models.WordPiece({"[UNK]": 0, "ก": 1, "##น": 2, "e": 3}, unk_token="[UNK]"))
+    raw.normalizer = normalizers.BertNormalizer()  # lower-cases and strips accents, as uncased BERT
+    assert unk_rate(kinds.around(raw), ["กิน"]) == pytest.approx(1 / 3)
+    assert unk_rate(kinds.around(raw), ["é"]) == 0
+    assert unk_rate(kinds.around(raw), ["x"]) == 1  # the wrapper has no unk_token of its own
+
+
+@pytest.mark.parametrize("make", [kinds.unigram, kinds.cased_wordpiece])
+def test_captions_of_another_script_are_told(make):
+    tokenizer = make()
+    assert unk_rate(tokenizer, ["Это русский текст", "Ελληνικά"]) == 1
+    assert 0 < unk_rate(tokenizer, ["a cat, русский"]) < 1
+    assert unk_rate(kinds.roberta(), ["Это русский текст"]) == 0
+
+
+# ---- a vocabulary for many languages -------------------------------------------------------------
+
+
+def test_one_vocabulary_for_fourteen_languages_spells_no_language_out():
+    """Thousands of letters once filled the vocabulary: an English name took 25 tokens."""
+    stems = [entry["codepoints"] for entry in read_table()[::4]]
+    texts = {name: [caption(stem, name) for stem in stems] for name in LANGUAGES}
+    everything = [text for names in texts.values() for text in names]
+    tokenizer = train_wordpiece(everything)
+    assert unk_rate(tokenizer, everything) == 0
+    for name, captions in texts.items():
+        alone = encode_texts(train_wordpiece(captions), captions, 97)[1].sum()
+        together = encode_texts(tokenizer, captions, 97)[1].sum()
+        assert together < 1.6 * alone, name
+    for text, ids in zip(everything, tokenizer(everything)["input_ids"], strict=True):
+        assert kinds.bare(tokenizer.decode(ids, skip_special_tokens=True)) == kinds.bare(text)
+
+
+def test_chinese_characters_have_no_twin_that_never_occurs():
+    """BERT's normalizer makes each of them a word, so that "##猫" would be a wasted token."""
+    vocabulary = train_wordpiece(["猫在睡觉", "a cat"]).get_vocab()
+    assert "猫" in vocabulary and "##猫" not in vocabulary and "##a" in vocabulary

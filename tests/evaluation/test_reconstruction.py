@@ -12,9 +12,12 @@ from mmkit.evaluation.reconstruction import (
     example_images,
     guesses,
     mean_patches,
+    partners,
     reconstruct,
 )
 from mmkit.models.patches import patchify
+from tests.models.decoding import CORRECT
+from tests.terms_by_hand import BESIDE
 from tests.train_small import DEFAULTS
 
 HEADS = dict(pixels=True, words=True, matching=True, across=True, width=32)
@@ -112,3 +115,26 @@ def test_a_run_keeps_a_strip_at_each_validation(make_model, make_data, tmp_path)
     size = Image.open(paths[0]).size
     assert (images[0].width, images[0].height) == size
     assert "pixel_error" in run.history[-1] and "image_to_text_R@1" not in run.history[-1]
+
+
+def test_partners_by_hand():
+    """The next row of another group, cyclically; none if there is no other group."""
+    assert partners(CORRECT, "matched") is None
+    assert partners(CORRECT, "none").tolist() == [-1] * 5
+    groups = torch.tensor([0, 0, 1, 2, 0])
+    assert partners(groups[:, None] == groups, "mismatched").tolist() == [2, 2, 3, 4, 2]
+    assert partners(CORRECT, "mismatched").tolist() == [1, 2, 3, 0, 0]  # 4 matches 3
+    assert partners(torch.ones(3, 3, dtype=torch.bool), "mismatched").tolist() == [-1] * 3
+
+
+@pytest.mark.parametrize("mode", ["drop", "replace", "80/10/10"])
+def test_reconstruction_is_the_same_in_any_batches(make_terms_trainer, make_data, mode):
+    """17 pairs at once, or 5 or 2 at a time: the mean over all that is masked."""
+    values = BESIDE | dict(text_mask_mode=mode, cross_modal=True)
+    model, val = make_terms_trainer(**values).model.eval(), make_data(17, seed=1)
+    options = dict(text_mode=mode, baseline=torch.full((9, 75), 0.4))
+    found = [evaluate_reconstruction(model, val, batch_size=n, **options) for n in (17, 5, 2)]
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], rel=1e-5)
+    assert {"mim_loss", "pixel_error", "mean_patch_error", "visible_mean_error", "mlm_loss",
+            "mlm_accuracy", "mlm_perplexity"} == found[0].keys()  # fmt: skip

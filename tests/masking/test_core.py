@@ -1,140 +1,18 @@
-"""Noise is a pure function and looks random; a score becomes a mask of the exact size."""
+"""A score becomes a mask of the exact size, and so does what a user's masker returns."""
 
-import numpy as np
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkit.masking.core import Masking, check_ratio, count_kept, keep_visible, mask_largest
-from mmkit.masking.image import random_mask
-from mmkit.noise import mask_noise, more_noise, then_noise
-
-# -- noise -----------------------------------------------------------------------------------
-
-
-def test_noise_depends_on_nothing_but_its_arguments():
-    """A sample's noise is the same alone, in any batch and in any order."""
-    ids = torch.tensor([3, 11, 7, 2**40 + 5])
-    noise = mask_noise(5, 2, ids, 13)
-    for row, sample in enumerate(ids):
-        assert torch.equal(mask_noise(5, 2, sample[None], 13)[0], noise[row])
-    assert torch.equal(mask_noise(5, 2, ids.flip(0), 13), noise.flip(0))
-    assert torch.equal(mask_noise(5, 2, ids, 7), noise[:, :7])
-
-
-def test_noise_differs_in_every_argument():
-    ids = torch.arange(11)
-    noise = mask_noise(0, 0, ids, 13)
-    others = [mask_noise(1, 0, ids, 13), mask_noise(0, 1, ids, 13), mask_noise(0, 0, ids + 11, 13)]
-    others.append(mask_noise(0, 0, ids, 13, stream="text"))
-    for other in others:
-        assert (other == noise).float().mean() < 0.01
-    assert len(noise.unique()) == noise.numel()
-
-
-def test_noise_is_the_number_it_was():
-    """Frozen values: a change of the hash would silently change every published mask."""
-    noise = mask_noise(1, 2, torch.tensor([3, 5]), 3)
-    assert (noise * 2**24).long().tolist() == [
-        [3150303, 6990156, 4812679],
-        [11246803, 13568918, 12627434],
-    ]
-
-
-TOKENS = 17
-# (1021, 59, 17): a million draws whose first axis is tested
-ALONG = {
-    "samples": lambda: [mask_noise(0, 0, torch.arange(59) + 59 * i, TOKENS) for i in range(1021)],
-    "epochs": lambda: [mask_noise(0, i, torch.arange(59), TOKENS) for i in range(1021)],
-    "seeds": lambda: [mask_noise(i, 0, torch.arange(59), TOKENS) for i in range(1021)],
-    "streams": lambda: [mask_noise(0, 0, torch.arange(59), TOKENS, f"{i}") for i in range(1021)],
-    "tokens": lambda: list(mask_noise(0, 0, torch.arange(59 * 17), 1021).T.reshape(1021, 59, 17)),
-    "seed and epoch": lambda: [
-        mask_noise(i, 1020 - i, torch.arange(59), TOKENS) for i in range(1021)
-    ],
-}
-
-
-def chi_square(draws: np.ndarray) -> float:
-    """For 1009 equal bins: mean 1008, standard deviation 45."""
-    counts = np.histogram(draws, 1009, (0, 1))[0]
-    expected = draws.size / 1009
-    return float(((counts - expected) ** 2 / expected).sum())
-
-
-@pytest.mark.parametrize("axis", ALONG)
-def test_noise_is_uniform_and_uncorrelated_at_every_lag(axis):
-    """Chi-square, and the correlation at every lag along three axes at once, on a million draws.
-
-    All 1021 x 59 x 17 (circular) lags come from one Fourier transform; each is a standard normal
-    number where draws are independent, so the largest of half a million stays near 5.
-    """
-    noise = torch.stack(ALONG[axis]()).double().numpy()
-    assert noise.shape == (1021, 59, 17)
-    assert noise.min() >= 0 and noise.max() < 1
-    assert 1008 - 5 * 45 < chi_square(noise) < 1008 + 5 * 45
-    spectrum = np.fft.rfftn(noise - 0.5)
-    correlation = (
-        np.fft.irfftn(np.abs(spectrum) ** 2, noise.shape, (0, 1, 2)) * 12 / np.sqrt(noise.size)
-    )
-    correlation[0, 0, 0] = 0  # of each draw with itself
-    assert np.abs(correlation).max() < 6
-
-
-def test_more_noise_is_uniform_and_independent_of_what_it_is_made_of():
-    """Every new draw against every old one, by value and square, over 31 thousand samples."""
-    noise = mask_noise(0, 0, torch.arange(30011), 13)
-    more = more_noise(noise, 31)
-    assert more.shape == (30011, 31) and more.dtype == torch.float32
-    assert 0 <= more.min() and more.max() < 1
-    assert 1008 - 5 * 45 < chi_square(more.numpy()) < 1008 + 5 * 45
-    columns = torch.cat([noise, noise**2, more, more**2, (noise - 0.5).abs()], 1).double()
-    columns = (columns - columns.mean(0)) / columns.std(0)
-    correlation = columns.T @ columns / len(columns) ** 0.5  # standard normal where independent
-    old, new = [*range(26), *range(88, 101)], range(26, 88)
-    assert correlation[old][:, new].abs().max() < 5.5
-    among_new = correlation[26:57, 26:57].fill_diagonal_(0)
-    assert among_new.abs().max() < 5.5
-
-
-def test_more_noise_is_a_function_of_a_row():
-    """Alone, in any order, more or fewer: the same draws; another row has others."""
-    noise = mask_noise(0, 0, torch.arange(7), 5)
-    more = more_noise(noise, 11)
-    assert torch.equal(more_noise(noise.flip(0), 11), more.flip(0))
-    assert torch.equal(more_noise(noise[3:4], 5), more[3:4, :5])
-    assert len(more.unique()) == more.numel()
-    for column in range(3):  # one draw of 24 bits alone would repeat among many samples
-        other = noise.clone()
-        other[:, column] = noise[:, 3]
-        assert (more_noise(other, 11) != more).all()
-    for tokens in (1, 2):  # grids of fewer patches than three
-        few = more_noise(noise[:, :tokens], 11)
-        assert len(few.unique()) == few.numel()
-
-
-# -- from an order to a mask -----------------------------------------------------------------
-
-
-def consistent(masking: Masking):
-    """ids_keep, ids_restore, keep_valid and mask are consistent."""
-    tokens, kept = masking.mask.shape[1], masking.ids_keep.shape[1]
-    everything = torch.arange(tokens).expand_as(masking.mask)
-    assert torch.equal(masking.ids_restore.sort(1).values, everything)
-    order = masking.ids_restore.argsort(1)  # kept, then masked
-    assert torch.equal(order[:, :kept], masking.ids_keep)
-    visible = ~masking.mask.gather(1, masking.ids_keep)
-    if masking.keep_valid is None:
-        assert visible.all() and ((~masking.mask).sum(1) == kept).all()
-    else:
-        assert torch.equal(visible, masking.keep_valid)
-        count = (~masking.mask).sum(1)
-        assert torch.equal(masking.keep_valid, torch.arange(kept) < count[:, None])
-        assert kept == count.max()
-
-
-RATIOS = st.one_of(st.floats(0, 0.999), st.sampled_from([0.0, 0.5, 0.75, 0.9, 0.999]))
+from mmkit.masking.core import check_ratio, count_kept, keep_visible, mask_largest
+from mmkit.masking.image import IMAGE_MASKERS
+from mmkit.masking.plan import caption_of, draw_maskings
+from mmkit.masking.text import TEXT_MASKERS
+from mmkit.noise import mask_noise
+from tests.masking.any_masking import RATIOS, consistent
 
 
 @given(tokens=st.integers(1, 300), ratios=st.lists(RATIOS, min_size=1, max_size=5))
@@ -169,24 +47,6 @@ def test_kept_tokens_are_rounded_not_truncated(tokens, ratio, kept):
         assert int(tokens * (1 - ratio)) == kept - 1  # the trap
 
 
-def test_random_masking_is_vit_maes():
-    """The same noise gives transformers' ViTMAE the same kept tokens, mask and ids_restore."""
-    from transformers import ViTMAEConfig
-    from transformers.models.vit_mae.modeling_vit_mae import ViTMAEEmbeddings
-
-    tower = dict(hidden_size=12, num_attention_heads=1, num_hidden_layers=1, image_size=40)
-    for ratio, kept in ((0.75, 16), (0.5, 32), (0.25, 48), (0.0, 64)):
-        noise = mask_noise(0, 0, torch.arange(11), 64)
-        theirs = ViTMAEEmbeddings(ViTMAEConfig(mask_ratio=ratio, patch_size=5, **tower))
-        position = torch.arange(64.0)[None, :, None].expand(11, -1, 1)  # as the tokens' content
-        tokens, mask, ids_restore = theirs.random_masking(position, noise)
-        ours = random_mask(noise, ratio)
-        assert ours.ids_keep.shape == (11, kept)
-        assert torch.equal(ours.ids_keep, tokens[..., 0].long())
-        assert torch.equal(ours.mask, mask.bool())
-        assert torch.equal(ours.ids_restore, ids_restore)
-
-
 @given(data=st.data(), tokens=st.integers(1, 23), samples=st.integers(1, 5))
 @settings(max_examples=150, deadline=None)
 def test_keep_visible_keeps_what_is_real_and_not_masked(data, tokens, samples):
@@ -217,25 +77,6 @@ def test_rows_of_a_masking():
             assert torch.equal(getattr(part, name), getattr(full, name)[rows]), name
     plain = mask_largest(noise, 0.5)[1:3]
     assert plain.keep_valid is None and plain.substitute is None and len(plain.mask) == 2
-
-
-@given(
-    scores=st.lists(st.integers(0, 2**24 - 1) | st.integers(0, 3), min_size=1, max_size=19),
-    scale=st.sampled_from([1.0, 2.0**-20, 2.0**-140]),
-)
-@settings(max_examples=150, deadline=None)
-def test_then_noise_orders_by_score_and_then_by_noise(scores, scale):
-    """Against Python's sort of pairs, with tiny numbers and zeros of either sign."""
-    score = torch.tensor([scores], dtype=torch.float64).mul(scale).float()
-    score[:, ::2] *= 1 - 2 * (score[:, ::2] == 0).float()  # every other 0 becomes -0.0
-    noise = mask_noise(0, 0, torch.arange(1), len(scores))
-    pairs = list(zip(score[0].tolist(), noise[0].tolist(), strict=True))
-    expected = sorted(range(len(scores)), key=pairs.__getitem__)
-    assert then_noise(score, noise)[0].argsort().tolist() == expected
-    whole = torch.tensor([scores])  # int64 passes too
-    pairs = list(zip(scores, noise[0].tolist(), strict=True))
-    expected = sorted(range(len(scores)), key=pairs.__getitem__)
-    assert then_noise(whole, noise)[0].argsort().tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -276,3 +117,88 @@ def test_a_ratio_outside_its_range_is_refused(ratio):
         count_kept(torch.rand(3, 7), torch.tensor([0.5, ratio, 0.3]))
     with pytest.raises(ValueError, match=message):
         mask_largest(torch.rand(2, 7), ratio)
+
+
+# -- a user's maskers --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(make_model, make_data, monkeypatch):
+    """Draw a masking with this function as the masker."""
+    batch, model = make_data(13).batch(range(7)), make_model()
+
+    def draw_with(kind: str, masker, **options):
+        known = {"image": IMAGE_MASKERS, "text": TEXT_MASKERS}[kind]
+        monkeypatch.setitem(known, "own", masker)
+        options = dict(seed=3, epoch=2, **{kind: ("own", 0.5)}) | options
+        return draw_maskings(batch, model.token_info, **options)[kind == "text"], batch, model
+
+    return draw_with
+
+
+def test_a_bool_mask_of_a_users_image_masker_becomes_a_masking(own):
+    """From a tensor or an array: its visible tokens, padded if their number differs."""
+    for masker in (lambda n, ratio, scene: n > 0.4, lambda n, ratio, scene: (n > 0.4).numpy()):
+        masking, batch, model = own("image", masker)
+        expected = mask_noise(3, 2, batch.sample_ids, 9, "image") > 0.4
+        assert torch.equal(masking.mask, expected) and masking.keep_valid.any(1).all()
+        for row in range(7):
+            kept = masking.ids_keep[row][masking.keep_valid[row]]
+            assert kept.tolist() == (~expected[row]).nonzero()[:, 0].tolist()
+        assert torch.isfinite(model(batch, masking, None).image_features).all()
+    masking, _, _ = own("image", lambda noise, ratio, scene: noise.argsort(1).argsort(1) >= 4)
+    assert masking.keep_valid is None and masking.ids_keep.shape == (7, 4)
+
+
+def test_a_bool_mask_of_a_users_text_masker_spares_special_tokens(own):
+    """[CLS], [SEP] and padding are never masked, whatever the function returns."""
+    for mode in ("drop", "replace"):
+        first = lambda noise, ratio, caption: caption.maskable.cumsum(1) <= 1  # noqa: E731
+        masking, batch, model = own("text", first, text_mode=mode)
+        maskable = caption_of(batch.input_ids, batch.valid, model.token_info).maskable
+        assert torch.equal(masking.mask, maskable & (maskable.cumsum(1) == 1))
+        assert torch.isfinite(model(batch, None, masking, text_mode=mode).text_features).all()
+
+
+def other(masking, **parts):
+    return dataclasses.replace(masking, **parts)
+
+
+def dropped_padding(noise, ratio, caption):
+    masking = TEXT_MASKERS["random"](noise, ratio, caption)
+    return other(masking, mask=masking.mask | ~caption.valid)
+
+
+RANDOM = IMAGE_MASKERS["random"]
+
+
+def keeping(noise, ratio, change):
+    """A random `Masking` with changed kept tokens (7, 4)."""
+    masking = RANDOM(noise, ratio)
+    return other(masking, ids_keep=change(masking.ids_keep))
+
+
+@pytest.mark.parametrize(
+    "kind, masker, message",
+    [
+        ("image", lambda n, r, s: None, "gave NoneType for 7 samples of 9 tokens; give a"),
+        ("image", lambda n, r, s: n[:, :8] > 0.5, r"gave \(7, 8\) torch.bool for 7 samples of 9"),
+        ("image", lambda n, r, s: (n > 0.5).float(), r"gave \(7, 9\) torch.float32 for 7"),
+        ("image", lambda n, r, s: n >= 0, "leaves no token visible, in sample 0"),
+        ("image", lambda n, r, s: RANDOM(n[:, :8], r), r"gave \(7, 8\) torch.bool"),
+        ("image", lambda n, r, s: keeping(n, r, lambda ids: ids[:, :3]), "keeps other tokens"),
+        ("image", lambda n, r, s: keeping(n, r, lambda ids: ids[:, [0, 0, 1, 2]]),
+         "keeps a token twice"),
+        ("image", lambda n, r, s: keeping(n, r, lambda ids: ids + 9), "keeps"),
+        ("image", lambda n, r, s: keeping(n, r, lambda ids: ids[0]), r"ids_keep \(4,\)"),
+        ("image", lambda n, r, s: other(RANDOM(n, r), ids_restore=RANDOM(n, r).ids_restore.flip(1)),
+         "ids_restore that does not restore the order"),
+        ("image", lambda n, r, s: other(RANDOM(n, r), mask=~RANDOM(n, r).mask), "keeps other"),
+        ("text", lambda n, r, c: n >= 0, "leaves no token visible"),
+        ("text", lambda n, r, c: n[:, 1:-1] > 0.5, r"gave \(7, 6\) torch.bool for 7 samples of 8"),
+        ("text", dropped_padding, "masks what may not be masked"),
+    ],
+)  # fmt: skip
+def test_a_users_masker_that_returns_no_mask_is_refused(own, kind, masker, message):
+    with pytest.raises(ValueError, match=f"masker 'own' .*{message}"):
+        own(kind, masker)

@@ -1,16 +1,21 @@
 """Every image masker masks the exact number of each image independently, in its own manner."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmkit.masking.image import IMAGE_MASKERS, Scene
-from mmkit.noise import mask_noise, more_noise
-from tests.masking.test_core import RATIOS, consistent
+from mmkit.masking.image import IMAGE_MASKERS, Scene, random_mask
+from mmkit.noise import mask_noise
+from tests.masking.any_masking import RATIOS, consistent
+from tests.masking.slow_loops import (
+    slow_block,
+    slow_cluster,
+    slow_gaussian,
+    slow_inverse_block,
+    slow_layers,
+)
 
 BY_ATTENTION = ("attentive", "inattentive")
 BY_RATIO = [name for name in IMAGE_MASKERS if name not in ("layers", "painted")]
@@ -129,6 +134,24 @@ def test_a_masker_says_what_it_lacks(name, message):
         IMAGE_MASKERS[name](torch.rand(2, 15), 0.5, scene)
 
 
+def test_random_masking_is_vit_maes():
+    """The same noise gives transformers' ViTMAE the same kept tokens, mask and ids_restore."""
+    from transformers import ViTMAEConfig
+    from transformers.models.vit_mae.modeling_vit_mae import ViTMAEEmbeddings
+
+    tower = dict(hidden_size=12, num_attention_heads=1, num_hidden_layers=1, image_size=40)
+    for ratio, kept in ((0.75, 16), (0.5, 32), (0.25, 48), (0.0, 64)):
+        noise = mask_noise(0, 0, torch.arange(11), 64)
+        theirs = ViTMAEEmbeddings(ViTMAEConfig(mask_ratio=ratio, patch_size=5, **tower))
+        position = torch.arange(64.0)[None, :, None].expand(11, -1, 1)  # as the tokens' content
+        tokens, mask, ids_restore = theirs.random_masking(position, noise)
+        ours = random_mask(noise, ratio)
+        assert ours.ids_keep.shape == (11, kept)
+        assert torch.equal(ours.ids_keep, tokens[..., 0].long())
+        assert torch.equal(ours.mask, mask.bool())
+        assert torch.equal(ours.ids_restore, ids_restore)
+
+
 # -- block, inverse block, grid --------------------------------------------------------------
 
 
@@ -141,31 +164,6 @@ def test_blocks_are_compact(name, ratio):
     assert by_chance == pytest.approx(364 * 2 * ratio * (1 - ratio), rel=0.02)
     assert ours.double().mean() < 0.5 * by_chance
     assert ours.max() < by_chance
-
-
-def slow_block(noise, number, grid):
-    """BEiT's algorithm 1 with loops: the masked patches of one image, and its rectangles."""
-    height, width = grid
-    smallest = 16 / 196 * height * width
-    masked, rectangles = [], []
-    for size, shape, down, right in more_noise(noise[None], 48)[0].reshape(12, 4).tolist():
-        left_over = number - len(masked)
-        if left_over <= 0:
-            break
-        area = smallest + size * max(0, left_over - smallest)
-        aspect = 0.3 ** (1 - 2 * shape)  # log-uniform in (0.3, 1 / 0.3)
-        tall = min(max(1, round(math.sqrt(area * aspect))), height)
-        wide = min(max(1, round(math.sqrt(area / aspect))), width)
-        top, left = int(down * (height - tall + 1)), int(right * (width - wide + 1))
-        rectangles.append((tall, wide, left_over))
-        for row in range(top, top + tall):
-            for column in range(left, left + wide):
-                if row * width + column not in masked:
-                    masked.append(row * width + column)
-    for patch in noise.argsort().tolist():  # twelve were not enough
-        if patch not in masked:
-            masked.append(patch)
-    return set(masked[:number]), rectangles
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (7, 13), (17, 3)])
@@ -197,22 +195,6 @@ def test_block_hides_one_rectangle_where_the_smallest_is_enough():
         rows, columns = masked.any(1).sum().item(), masked.any(0).sum().item()
         whole += (rows - 1) * columns < 16 <= rows * columns
     assert whole > 0.6 * 199
-
-
-def slow_inverse_block(noise, kept, grid):
-    """Add 3 x 3 blocks in the order of their centres' noise until enough patches are kept."""
-    height, width = grid
-    visible = []
-    for centre in noise.argsort().tolist():
-        row, column = divmod(centre, width)
-        block = [
-            r * width + c
-            for r in range(max(0, row - 1), min(height, row + 2))
-            for c in range(max(0, column - 1), min(width, column + 2))
-        ]
-        new = [patch for patch in block if patch not in visible]
-        visible += sorted(new, key=lambda patch: noise[patch].item())
-    return set(visible[:kept])
 
 
 @pytest.mark.parametrize("grid", [(8, 8), (5, 11), (1, 7), (17, 2)])
@@ -262,20 +244,6 @@ def test_grid_spreads_evenly(height, width, ratio, sample):
 # -- gaussian --------------------------------------------------------------------------------
 
 
-def density(row, column, grid):
-    """GLIP's: normal, variance 0.2, coordinates from -1 to 1."""
-    y, x = (2 * i / (n - 1) - 1 for i, n in ((row, grid[0]), (column, grid[1])))
-    return math.exp(-(x * x + y * y) / (2 * 0.2)) / (2 * math.pi * 0.2)
-
-
-def slow_gaussian(rand, kept, grid):
-    """GLIP's rule: the largest of rand - (1 - pdf) are kept."""
-    score = [
-        value - (1 - density(*divmod(patch, grid[1]), grid)) for patch, value in enumerate(rand)
-    ]
-    return set(sorted(range(len(rand)), key=score.__getitem__, reverse=True)[:kept])
-
-
 @pytest.mark.parametrize("grid", [(14, 14), (5, 11)])
 def test_gaussian_equals_a_slow_loop(grid):
     ids, tokens = torch.arange(23), grid[0] * grid[1]
@@ -322,21 +290,6 @@ def test_cluster_hides_one_colour_first():
         assert pure.all()
         assert (of_left == min(number, 8)).float().mean() == pytest.approx(1 / 3, abs=0.15)
     assert len(draw("cluster", ids, grid, 0.25, scene=Scene(grid, pixels)).mask.unique(dim=0)) > 50
-
-
-def slow_cluster(noise, pixels, number, grid, patch):
-    """The masked patches of one image, by loops over patches, their quarters and anchors."""
-    half = patch // 2
-    means = []
-    for row in range(grid[0]):
-        for column in range(grid[1]):
-            square = pixels[:, row * patch :, column * patch :][:, :patch, :patch]
-            quarters = [square[:, y : y + half, x : x + half] for y in (0, half) for x in (0, half)]
-            means.append(np.concatenate([quarter.mean((1, 2)) for quarter in quarters]))
-    anchors = np.argsort(-noise, kind="stable")[: max(1, round(0.03 * len(means)))]
-    nearest = [min(np.linalg.norm(mean - means[a]) for a in anchors) for mean in means]
-    order = sorted(range(len(means)), key=lambda i: (round(16 * nearest[i]), noise[i]))
-    return set(order[:number])
 
 
 @pytest.mark.parametrize("grid", [(4, 7), (12, 11)])
@@ -393,17 +346,6 @@ def test_equal_attention_is_decided_by_noise(name):
     masked = masks[0].unflatten(1, (2, 2, 3, 2)).sum((2, 4)).flatten(1)  # (B, squares)
     assert torch.equal(masked.sort(1).values, torch.tensor([0, 0, 2, 4, 4, 4]).expand(11, -1))
     assert all((mask != masks[0]).any() for mask in masks[1:])
-
-
-def slow_layers(noise, regions):
-    """The patches of the region that the first further draw picks among the valid ones."""
-    valid = [region for region in regions if region.any()]
-    if not valid:
-        return torch.zeros_like(regions[0])
-    masked = valid[int(more_noise(noise[None], 1)[0, 0] * len(valid))].clone()
-    if masked.all():
-        masked[noise.argmin()] = False
-    return masked
 
 
 def test_layers_mask_one_whole_region():

@@ -1,6 +1,5 @@
 """Maskers by name, ratios by schedule, and the masks of a batch as a pure function."""
 
-import dataclasses
 import math
 import re
 
@@ -13,48 +12,7 @@ from mmkit.masking.plan import caption_of, draw_maskings, find_masker, mask_rati
 from mmkit.masking.text import TEXT_MASKERS
 from mmkit.noise import mask_noise
 from mmkit.schedules import RATIO_SCHEDULES
-
-PAINTED = [[0, 1, 0], [0, 1, 1], [0, 0, 0]]
-
-
-class Layers:
-    """Stands for a data set's DrawingLayers: four made regions of each image."""
-
-    def regions(self, sample_ids, grid):
-        noise = mask_noise(0, 0, sample_ids, 4 * grid[0] * grid[1], "regions")
-        return noise.unflatten(1, (4, -1)) < 0.4
-
-
-def tokens_of(model, frequency=None, attend=None):
-    """What maskers know of a model, with frequencies or another attention."""
-    tokens = model.token_info
-    return dataclasses.replace(tokens, frequency=frequency, attend=attend or tokens.attend)
-
-
-def draw(
-    batch, model, image="random", text="random", ratio=0.5, epoch=0, painted=PAINTED, **options
-):
-    """Both maskings of a batch by these maskers, with everything that they need."""
-    frequency = mask_noise(0, 0, torch.arange(1), len(model.tokenizer), "frequency")[0]
-    options = dict(seed=3, layers=Layers()) | options
-    tokens = tokens_of(model, frequency, options.pop("attend", None))
-    image_ratio = painted if image == "painted" else ratio
-    return draw_maskings(
-        batch,
-        tokens,
-        epoch=epoch,
-        image=(image, image_ratio),
-        text=(text, ratio),
-        **options,
-    )
-
-
-def same(a, b):
-    """Every part of two maskings is equal, to the bit."""
-    for field in dataclasses.fields(a):
-        one, other = getattr(a, field.name), getattr(b, field.name)
-        assert one is other is None or torch.equal(one, other), field.name
-
+from tests.masking.drawn import PAINTED, draw, same, tokens_of
 
 # -- names -----------------------------------------------------------------------------------
 
@@ -93,24 +51,6 @@ def test_an_unknown_masker_is_told_the_known_ones(maskers, name, nearest):
 # -- schedules of the ratio ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "schedule, expected",
-    [
-        ("constant", [0.2, 0.2, 0.2, 0.2]),
-        ("linear", [0.2, 0.35, 0.5, 0.8]),
-        ("cosine", [0.2, 0.2 + 0.6 * (1 - math.cos(math.pi / 4)) / 2, 0.5, 0.8]),
-    ],
-)
-def test_a_ratio_goes_from_start_to_final(schedule, expected):
-    """At the start, a quarter, the middle and the end; up or down."""
-    for start, final, sign in ((0.2, 0.8, 1), (0.8, 0.2, -1)):
-        ratios = [
-            mask_ratios(schedule, start, final, progress, torch.arange(5), seed=0, epoch=0)
-            for progress in (0.0, 0.25, 0.5, 1.0)
-        ]
-        assert ratios == pytest.approx([start + sign * (ratio - 0.2) for ratio in expected])
-
-
 def test_uniform_ratios_are_drawn_for_each_sample():
     """Anywhere between the two; a pure function of seed, epoch, sample and stream."""
     ids = torch.arange(1009)
@@ -144,16 +84,6 @@ def test_schedules_are_those_of_the_config():
 
 
 # -- the masks of a batch --------------------------------------------------------------------
-
-
-@pytest.fixture
-def model(make_model):
-    return make_model().eval()
-
-
-@pytest.fixture
-def data(make_data):
-    return make_data(29)
 
 
 @pytest.mark.parametrize("image", IMAGE_MASKERS)
@@ -309,106 +239,3 @@ def test_bad_input_is_refused_with_a_message(model, data):
     refuses("'painted' needs painted: give an array", image=("painted", None))
     batch.valid[1] = False
     refuses("caption 1 is all padding", text=("random", 0.5))
-
-
-# -- a user's maskers --------------------------------------------------------------------------
-
-
-@pytest.fixture
-def own(make_model, make_data, monkeypatch):
-    """Draw a masking with this function as the masker."""
-    batch, model = make_data(13).batch(range(7)), make_model()
-
-    def draw_with(kind: str, masker, **options):
-        known = {"image": IMAGE_MASKERS, "text": TEXT_MASKERS}[kind]
-        monkeypatch.setitem(known, "own", masker)
-        options = dict(seed=3, epoch=2, **{kind: ("own", 0.5)}) | options
-        return draw_maskings(batch, model.token_info, **options)[kind == "text"], batch, model
-
-    return draw_with
-
-
-def test_a_bool_mask_of_a_users_image_masker_becomes_a_masking(own):
-    """From a tensor or an array: its visible tokens, padded if their number differs."""
-    for masker in (lambda n, ratio, scene: n > 0.4, lambda n, ratio, scene: (n > 0.4).numpy()):
-        masking, batch, model = own("image", masker)
-        expected = mask_noise(3, 2, batch.sample_ids, 9, "image") > 0.4
-        assert torch.equal(masking.mask, expected) and masking.keep_valid.any(1).all()
-        for row in range(7):
-            kept = masking.ids_keep[row][masking.keep_valid[row]]
-            assert kept.tolist() == (~expected[row]).nonzero()[:, 0].tolist()
-        assert torch.isfinite(model(batch, masking, None).image_features).all()
-    masking, _, _ = own("image", lambda noise, ratio, scene: noise.argsort(1).argsort(1) >= 4)
-    assert masking.keep_valid is None and masking.ids_keep.shape == (7, 4)
-
-
-def test_a_bool_mask_of_a_users_text_masker_spares_special_tokens(own):
-    """[CLS], [SEP] and padding are never masked, whatever the function returns."""
-    for mode in ("drop", "replace"):
-        first = lambda noise, ratio, caption: caption.maskable.cumsum(1) <= 1  # noqa: E731
-        masking, batch, model = own("text", first, text_mode=mode)
-        maskable = caption_of(batch.input_ids, batch.valid, model.token_info).maskable
-        assert torch.equal(masking.mask, maskable & (maskable.cumsum(1) == 1))
-        assert torch.isfinite(model(batch, None, masking, text_mode=mode).text_features).all()
-
-
-def other(masking, **parts):
-    return dataclasses.replace(masking, **parts)
-
-
-def dropped_padding(noise, ratio, caption):
-    masking = TEXT_MASKERS["random"](noise, ratio, caption)
-    return other(masking, mask=masking.mask | ~caption.valid)
-
-
-RANDOM = IMAGE_MASKERS["random"]
-
-
-def keeping(noise, ratio, change):
-    """A random `Masking` with changed kept tokens (7, 4)."""
-    masking = RANDOM(noise, ratio)
-    return other(masking, ids_keep=change(masking.ids_keep))
-
-
-@pytest.mark.parametrize(
-    "kind, masker, message",
-    [
-        ("image", lambda n, r, s: None, "gave NoneType for 7 samples of 9 tokens; give a"),
-        ("image", lambda n, r, s: n[:, :8] > 0.5, r"gave \(7, 8\) torch.bool for 7 samples of 9"),
-        ("image", lambda n, r, s: (n > 0.5).float(), r"gave \(7, 9\) torch.float32 for 7"),
-        ("image", lambda n, r, s: n >= 0, "leaves no token visible, in sample 0"),
-        ("image", lambda n, r, s: RANDOM(n[:, :8], r), r"gave \(7, 8\) torch.bool"),
-        ("image", lambda n, r, s: keeping(n, r, lambda ids: ids[:, :3]), "keeps other tokens"),
-        ("image", lambda n, r, s: keeping(n, r, lambda ids: ids[:, [0, 0, 1, 2]]),
-         "keeps a token twice"),
-        ("image", lambda n, r, s: keeping(n, r, lambda ids: ids + 9), "keeps"),
-        ("image", lambda n, r, s: keeping(n, r, lambda ids: ids[0]), r"ids_keep \(4,\)"),
-        ("image", lambda n, r, s: other(RANDOM(n, r), ids_restore=RANDOM(n, r).ids_restore.flip(1)),
-         "ids_restore that does not restore the order"),
-        ("image", lambda n, r, s: other(RANDOM(n, r), mask=~RANDOM(n, r).mask), "keeps other"),
-        ("text", lambda n, r, c: n >= 0, "leaves no token visible"),
-        ("text", lambda n, r, c: n[:, 1:-1] > 0.5, r"gave \(7, 6\) torch.bool for 7 samples of 8"),
-        ("text", dropped_padding, "masks what may not be masked"),
-    ],
-)  # fmt: skip
-def test_a_users_masker_that_returns_no_mask_is_refused(own, kind, masker, message):
-    with pytest.raises(ValueError, match=f"masker 'own' .*{message}"):
-        own(kind, masker)
-
-
-# -- older arguments -----------------------------------------------------------------------------
-
-
-def test_draw_maskings_takes_its_older_arguments_with_a_warning(model, data):
-    """A model instead of its TokenInfo, attend without arguments, frequency."""
-    batch = data.batch(range(7))
-    frequency = mask_noise(0, 0, torch.arange(1), len(model.tokenizer), "frequency")[0]
-    attention = mask_noise(1, 0, batch.sample_ids, 9, "attention")
-    options = dict(seed=3, epoch=1, image=("attentive", 0.5), text=("frequency", 0.5))
-    with pytest.warns(FutureWarning, match="model.token_info"):
-        older = draw_maskings(
-            batch, model, attend=lambda: attention, frequency=frequency, **options
-        )
-    tokens = tokens_of(model, frequency, lambda _: attention)
-    for one, other in zip(older, draw_maskings(batch, tokens, **options), strict=True):
-        same(one, other)

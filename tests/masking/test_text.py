@@ -17,7 +17,7 @@ from mmkit.masking.text import (
     num_masked,
 )
 from mmkit.noise import mask_noise
-from tests.masking.test_core import RATIOS
+from tests.masking.any_masking import RATIOS
 
 # A caption is a list of words, each given as its number of tokens.
 WORDS = st.lists(st.integers(1, 4), max_size=19)

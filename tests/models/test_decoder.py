@@ -14,111 +14,24 @@ from mmkit.evaluation.reconstruction import (
     reconstruct,
 )
 from mmkit.masking.core import mask_largest
-from mmkit.masking.plan import draw_maskings, mask_ratios
+from mmkit.masking.plan import draw_maskings
 from mmkit.models.decoder import ForwardSpec, MultimodalDecoder, hard_negatives, sin_cos_2d
-from mmkit.models.patches import patchify
 from mmkit.objective import num_pairs, term_sums
 from mmkit.training.optim import build_optimizers, set_learning_rate
-
-HEADS = dict(pixels=True, words=True, width=32, pixel_depth=1, word_depth=1)
-PAINTED = torch.tensor([[1, 0, 1], [0, 1, 1], [0, 0, 1]])
-# Which captions (columns) are correct for which images: rows 0 and 2 show the same image, and the
-# caption of row 4 is correct for image 3, too, but not that of row 3 for image 4.
-IDS = torch.tensor([0, 1, 2, 3, 4])
-TABLE = torch.tensor([[0, 2], [1, -1], [2, 0], [3, 4], [4, -1]])
-CORRECT = torch.eye(5, dtype=torch.bool)
-CORRECT[0, 2] = CORRECT[2, 0] = CORRECT[3, 4] = True
-
-
-@pytest.fixture
-def make_decoding(make_model):
-    """The small encoder with a decoder, every parameter moved away from its initial value."""
-
-    def make(dropout=0.0, **heads):
-        model = make_model(dropout=dropout).add_decoder(**HEADS | heads)
-        torch.manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
-        return model.to_device("cpu").eval()
-
-    return make
-
-
-def draw(model, batch, masks="constant", text_mode="replace", seed=0):
-    """Maskings of a batch: one ratio for all, one for each sample, or painted."""
-    ratio = 0.6
-    if masks == "uniform":
-        ratio = mask_ratios("uniform", 0.2, 0.8, 0.0, batch.sample_ids, seed=seed, epoch=0)
-    image = ("painted", PAINTED) if masks == "painted" else ("random", ratio)
-    text = ("random", ratio)
-    options = dict(seed=seed, epoch=0, text_mode=text_mode, predict_tokens=True)
-    return draw_maskings(batch, model.token_info, image=image, text=text, **options)
-
-
-def wanted(**values):
-    return ForwardSpec(**dict(contrast=False, pixels=True, tokens=True) | values)
-
-
-def other_words(batch, where, model):
-    """The batch with another token at each of these positions."""
-    ids = model.word_ids
-    index = (batch.input_ids[..., None] == ids).long().argmax(-1)
-    ids = torch.where(where, ids[(index + 1) % len(ids)], batch.input_ids)
-    assert (ids != batch.input_ids)[where].all()
-    return dataclasses.replace(batch, input_ids=ids)
-
-
-def other_pixels(batch, patches, patch_size=5):
-    """The batch with every pixel of these patches (B, N) changed."""
-    grid = batch.pixel_values.shape[2] // patch_size
-    where = patches.unflatten(1, (grid, grid))
-    for axis in (1, 2):
-        where = where.repeat_interleave(patch_size, axis)
-    pixels = torch.where(where[:, None], 255 - batch.pixel_values, batch.pixel_values)
-    return dataclasses.replace(batch, pixel_values=pixels)
-
+from tests.models.decoding import (
+    CORRECT,
+    IDS,
+    TABLE,
+    draw,
+    mae_and_ours,
+    other_pixels,
+    other_words,
+    ours_from_theirs,
+    special,
+    wanted,
+)
 
 # -- parity ----------------------------------------------------------------------------------
-
-
-def mae_and_ours(make_model, norm_pix_loss):
-    """transformers' MAE, and our model with the same weights."""
-    from transformers import ViTMAEConfig, ViTMAEForPreTraining
-
-    torch.manual_seed(3)
-    tower = dict(hidden_size=22, num_hidden_layers=2, num_attention_heads=2, intermediate_size=31)
-    decoder = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=2)
-    mae = ViTMAEForPreTraining(
-        ViTMAEConfig(
-            image_size=15, patch_size=5, mask_ratio=0.75, norm_pix_loss=norm_pix_loss, **tower,
-            **{f"decoder_{name}": value for name, value in decoder.items()},
-            decoder_intermediate_size=256,
-        )
-    )  # fmt: skip
-    mae.decoder.initialize_weights(9)  # a new model does not set its positions
-    with torch.no_grad():
-        for parameter in mae.parameters():
-            if parameter.requires_grad:
-                parameter += 0.1 * torch.randn_like(parameter)
-    ours = make_model().add_decoder(
-        words=False, width=64, pixel_depth=2, norm_pix_loss=norm_pix_loss
-    )
-    ours.vit.load_state_dict(mae.vit.state_dict())
-    theirs, layers, head = mae.decoder, ours.decoder.pixel_layers, ours.decoder.pixel_head
-    layers.embed.load_state_dict(theirs.decoder_embed.state_dict())
-    layers.layers.load_state_dict(theirs.decoder_layers.state_dict())
-    layers.norm.load_state_dict(theirs.decoder_norm.state_dict())
-    layers.mask_token.data = theirs.mask_token.data.flatten().clone()
-    order = ours_from_theirs(5)
-    head.weight.data = theirs.decoder_pred.weight.data[order].clone()
-    head.bias.data = theirs.decoder_pred.bias.data[order].clone()
-    return mae.train(), ours.to_device("cpu").train()
-
-
-def ours_from_theirs(p):
-    """Index of value (c, row, column) of our patch in theirs, which is (row, column, c)."""
-    return torch.arange(3 * p * p).reshape(p, p, 3).permute(2, 0, 1).flatten()
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])
@@ -263,10 +176,6 @@ def test_masked_words_change_the_target_and_no_prediction(
     assert torch.equal(one.pixels, out.pixels) == (not across)
 
 
-def special(model, batch):
-    return torch.isin(batch.input_ids, model.special_ids)
-
-
 @pytest.mark.parametrize("mode", ["drop", "replace"])
 def test_padding_never_matters(make_decoding, make_data, mode):
     """Neither its contents nor its length matters, for patches, tokens and pairs."""
@@ -284,6 +193,22 @@ def test_padding_never_matters(make_decoding, make_data, mode):
         value = getattr(one, name)
         torch.testing.assert_close(getattr(other, name), value, rtol=0, atol=1e-6)
         torch.testing.assert_close(getattr(more, name), value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_decoder_of_a_caption_of_padding_alone_stays_finite(make_model, make_data, own):
+    model, batch = make_model(), make_data(5).batch(range(5))
+    model.add_decoder(pixels=True, words=True, across=True, width=32)
+    model.to_device("cpu") if own else model
+    image, text = mm.masking.draw_maskings(
+        batch, model.token_info, seed=0, epoch=0, image=("random", 0.5), text=("random", 0.4)
+    )
+    batch.valid[2] = text.mask[2] = False
+    out = model(batch, image, text, "drop", "replace", ForwardSpec(pixels=True, tokens=True))
+    total = out.image_features.sum() + out.text_features.sum() + out.pixels.sum()
+    (total + out.token_logits.sum()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
 
 
 @pytest.mark.parametrize("mode", ["drop", "replace"])
@@ -317,45 +242,6 @@ def test_patches_depend_on_the_caption_that_is_attended_to(make_decoding, make_d
         after = model(changed, *maskings, mode, "replace", asked).pixels
         moved = [row for row in range(5) if not torch.equal(before[row], after[row])]
         assert moved == [row for row in range(5) if context[row] == caption]
-
-
-# -- the loss --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("error", ["mse", "l1"])
-@pytest.mark.parametrize("norm_pix_loss", [False, True])
-def test_the_loss_is_of_masked_patches_alone(make_decoding, make_data, error, norm_pix_loss):
-    """Against a slow loop over rows with 2, 3, … masked patches; no gradient at visible ones."""
-    model, batch = make_decoding(norm_pix_loss=norm_pix_loss), make_data(7).batch(range(7))
-    image, _ = draw(model, batch, "uniform")
-    assert len(image.mask.sum(1).unique()) > 2
-    out = model(batch, image, None, wanted=wanted(tokens=False))
-    out.pixels.retain_grad()
-    found = term_sums(model, out, batch, (image, None), error)["mim"]
-    target, total = patchify(model.normalize(batch.pixel_values), 5), 0.0
-    for row, position in image.mask.nonzero().tolist():
-        true = target[row, position]
-        if norm_pix_loss:
-            true = (true - true.mean()) / (true.var() + 1e-6) ** 0.5
-        off = out.pixels[row, position] - true
-        total = total + (off.abs() if error == "l1" else off**2).mean()
-    torch.testing.assert_close(found, total)
-    found.backward()
-    assert torch.equal(out.pixels.grad.abs().sum(-1) > 0, image.mask)
-
-
-def test_the_loss_is_of_masked_words_alone(make_decoding, make_data):
-    """In the order of `mask.nonzero()`, for captions of 2 to 6 words."""
-    model, batch = make_decoding(), make_data(7).batch(range(7))
-    _, text = draw(model, batch)
-    assert len(text.mask.sum(1).unique()) > 2
-    out = model(batch, None, text, wanted=wanted(pixels=False), text_mode="replace")
-    found = term_sums(model, out, batch, (None, text))["mlm"]
-    total = 0.0
-    positions = text.mask.nonzero().tolist()
-    for logits, (row, position) in zip(out.token_logits, positions, strict=True):
-        total = total - logits.log_softmax(0)[batch.input_ids[row, position]]
-    torch.testing.assert_close(found, total)
 
 
 # -- wrong partners --------------------------------------------------------------------------
@@ -515,16 +401,6 @@ def test_a_decoder_says_what_it_cannot_do(make_decoding, make_model, make_data):
         partners(CORRECT, "mismached")
     found = reconstruct(tokens_only, batch, maskings[0])  # it has no head for what is masked
     assert all(value is None for value in dataclasses.astuple(found))
-
-
-def test_partners_by_hand():
-    """The next row of another group, cyclically; none if there is no other group."""
-    assert partners(CORRECT, "matched") is None
-    assert partners(CORRECT, "none").tolist() == [-1] * 5
-    groups = torch.tensor([0, 0, 1, 2, 0])
-    assert partners(groups[:, None] == groups, "mismatched").tolist() == [2, 2, 3, 4, 2]
-    assert partners(CORRECT, "mismatched").tolist() == [1, 2, 3, 0, 0]  # 4 matches 3
-    assert partners(torch.ones(3, 3, dtype=torch.bool), "mismatched").tolist() == [-1] * 3
 
 
 # -- learning --------------------------------------------------------------------------------

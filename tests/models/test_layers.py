@@ -336,3 +336,30 @@ def test_a_caption_of_padding_alone_spoils_no_gradient(bert):
     for name, gradient in gradients(bert, alone, embedded).items():
         assert gradient.isfinite().all()
         torch.testing.assert_close(found[name], gradient, msg=name, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_changed_in_the_patch_projection_is_used(make_model, make_data):
+    """A subclass of the convolution, such as LoRA's, is called; a hook on it, too."""
+
+    class Doubled(torch.nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, batch = make_model().to_device("cpu").eval(), make_data(5).batch(range(5))
+    patches = model.vit.embeddings.patch_embeddings
+    plain = patches.projection
+    calls = []
+    with torch.no_grad():
+        before = model.image_tokens(batch.pixel_values)
+        hook = plain.register_forward_hook(lambda *_: calls.append(1))
+        torch.testing.assert_close(model.image_tokens(batch.pixel_values), before)
+        hook.remove()
+        patches.projection = Doubled(3, 22, 5, 5)
+        patches.projection.load_state_dict(plain.state_dict())
+        changed = model.image_tokens(batch.pixel_values)
+        patches.projection = plain
+        plain.weight *= 2
+        plain.bias *= 2
+        expected = model.image_tokens(batch.pixel_values)
+    assert calls == [1] and not torch.equal(changed, before)
+    torch.testing.assert_close(changed, expected)

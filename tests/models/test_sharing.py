@@ -5,7 +5,6 @@ import copy
 import json
 import os
 import pickle
-import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import mmkit as mm
 from mmkit.data.batch import Batch
@@ -22,63 +20,20 @@ from mmkit.data.tokenizer import encode_texts
 from mmkit.files import write_atomically
 from mmkit.masking.plan import draw_maskings
 from mmkit.models.decoder import ForwardSpec
+from tests.models.damages import DAMAGES, OF_DECODER, only_a_pickle
+from tests.models.folders import (
+    FILES,
+    METADATA,
+    TEXTS,
+    edit,
+    features,
+    names,
+    same_model,
+    save_towers,
+    unlike_new,
+)
+from tests.models.hostile import KERNEL, make_hostile
 from tests.small_hub import SmallHub
-
-FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-TEXTS = ["old red cat", "dog", "small blue boat and a zebra"]
-
-
-@pytest.fixture
-def shared(make_model, tmp_path):
-    """The folder of a small model."""
-    make_model().save_pretrained(tmp_path / "shared")
-    return tmp_path / "shared"
-
-
-def names(folder):
-    return {path.name for path in Path(folder).iterdir()}
-
-
-def edit(folder, change, file="config.json"):
-    """Change the values of a JSON file in place."""
-    path = Path(folder) / file
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
-def features(model):
-    side = model.image_size
-    generator = torch.Generator().manual_seed(3)
-    pixels = torch.randint(0, 256, (3, 3, side, side), dtype=torch.uint8, generator=generator)
-    texts = encode_texts(model.tokenizer, TEXTS, model.max_length)
-    with torch.no_grad():
-        return model.encode_image(pixels), model.encode_text(*texts)
-
-
-def same_model(one, other):
-    """Check everything by which a user could tell them apart."""
-    a, b = one.state_dict(), other.state_dict()
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-    for (name, x), (other_name, y) in zip(one.named_buffers(), other.named_buffers(), strict=True):
-        assert name == other_name and x.dtype == y.dtype and torch.equal(x, y), name
-    assert one.architecture() == other.architecture()
-    dropouts = [[m.p for m in x.modules() if isinstance(m, torch.nn.Dropout)] for x in (one, other)]
-    assert dropouts[0] == dropouts[1]
-    assert one.tokenizer(TEXTS)["input_ids"] == other.tokenizer(TEXTS)["input_ids"]
-    one = copy.deepcopy(one).to_device("cpu").eval()
-    assert all(map(torch.equal, features(one), features(other)))
-    assert not other.training
-
-
-def unlike_new(model):
-    """Change every parameter and buffer, so that none can be right by chance."""
-    torch.manual_seed(5)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor += 0.1 * torch.rand_like(tensor)
-    return model
-
 
 # -- there and back --------------------------------------------------------------------------
 
@@ -98,17 +53,6 @@ def test_a_preset_comes_back_to_the_bit(tokenizer, tmp_path):
     assert names(tmp_path) == FILES
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1  # equally readable
     same_model(model, mm.load(tmp_path))
-
-
-def save_towers(model, folder):
-    """Checkpoints of both towers as transformers saves them."""
-    model.vit.save_pretrained(folder / "vit")
-    statistics = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
-    kind = {"image_processor_type": "ViTImageProcessor"}
-    (folder / "vit/preprocessor_config.json").write_text(json.dumps(statistics | kind))
-    model.bert.save_pretrained(folder / "bert")
-    model.tokenizer.save_pretrained(folder / "bert")
-    return str(folder / "vit"), str(folder / "bert")
 
 
 def test_towers_from_checkpoints_come_back_to_the_bit(make_model, tmp_path):
@@ -233,119 +177,6 @@ def test_a_decoder_comes_back_to_the_bit(make_model, tmp_path, heads):
 # -- error messages --------------------------------------------------------------------------
 
 
-def other_weights(folder, **changes):
-    """Other weights with a correct checksum, as in another export."""
-    weights = load_file(folder / "model.safetensors") | changes
-    kept = {k: v for k, v in weights.items() if v is not None}
-    save_file(kept, folder / "model.safetensors")
-    total = mm.models.sharing._sha256(folder / "model.safetensors")
-    edit(folder, lambda config: config["sha256"].update({"model.safetensors": total}))
-
-
-def cut(name, fraction):
-    def damage(folder):
-        path = folder / name
-        content = path.read_bytes()
-        path.write_bytes(content[: int(fraction * len(content))])
-
-    return damage
-
-
-def flip(name, position):
-    """Change one bit of a file, at a fraction of its length."""
-
-    def damage(folder):
-        content = bytearray((folder / name).read_bytes())
-        content[int(position * len(content))] ^= 1
-        (folder / name).write_bytes(bytes(content))
-
-    return damage
-
-
-def setting(*keys, value):
-    """Set another value in config.json."""
-
-    def damage(folder):
-        def change(config):
-            for key in keys[:-1]:
-                config = config[key]
-            config[keys[-1]] = value
-
-        edit(folder, change)
-
-    return damage
-
-
-def only_a_pickle(folder):
-    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-
-
-def text(name, content):
-    return lambda folder: (folder / name).write_text(content)
-
-
-WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
-DAMAGES = {
-    "weights cut in the head": (cut(WEIGHTS, 0.001), r"model\.safetensors is refused: .* cut off"),
-    "weights cut in the middle": (cut(WEIGHTS, 0.5), r"model\.safetensors is refused: .* cut off"),
-    "weights cut at the end": (cut(WEIGHTS, 0.9999), r"model\.safetensors is refused: .* cut off"),
-    "weights empty": (cut(WEIGHTS, 0), r"model\.safetensors is refused: it is damaged"),
-    "a bit of the weights": (flip(WEIGHTS, 0.9), r"model\.safetensors is damaged, or of another"),
-    "a bit of the tokenizer": (flip(TOKENIZER, 0.5), r"tokenizer\.json is damaged, or of another"),
-    "tokenizer of another": (text(TOKENIZER, "{}"), r"tokenizer\.json is damaged, or of another"),
-    "no such special token": (text("tokenizer_config.json", "[1"), r"tokenizer_config\.json is da"),
-    "config cut off": (cut("config.json", 0.7), r"config\.json is damaged"),
-    "config no text": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"), "no text"),
-    "config a list": (text("config.json", "[1, 2]"), r"config\.json holds a list, no settings"),
-    "config endless": (text("config.json", "[" * 99_999), r"config\.json is damaged"),
-    "config of a ViT": (
-        setting("model_type", value="vit"),
-        r"config\.json is of a 'vit' model, not of an mmkit model; give a complete folder",
-    ),
-    "config of nothing": (text("config.json", "{}"), r"config\.json is not of an mmkit model"),
-    "a newer mmkit": (setting("format", value=2), "has format 2, this mmkit reads 1; update mmkit"),
-    "no table": (setting("sha256", value=[1]), "'sha256' is no table"),
-    "another pooling": (
-        setting("architecture", "pooling", value="max"),
-        r"config\.json describes no model that can be built \(ValueError: pooling='max'",
-    ),
-    "a setting of another kind": (
-        setting("architecture", "vit", "hidden_size", value="22"),
-        r"describes no model that can be built .*hidden_size.* expected int, got str",
-    ),
-    "an unknown setting": (
-        setting("architecture", "colour", value="red"),
-        "describes no model that can be built .*unexpected keyword argument 'colour'",
-    ),
-    "another width": (
-        setting("architecture", "embed_dim", value=17),
-        r"of another architecture .*'image_projection\.2\.weight' is \(13, 22\) there, \(17, 22\)",
-    ),
-    # Sizes that fit into no memory: they are compared before anything is built.
-    "an absurd width": (
-        setting("architecture", "vit", "intermediate_size", value=10**12),
-        r"of another architecture .*fc1.* is \(31, 22\) there, \(1000000000000, 22\) here",
-    ),
-    "an absurd depth": (
-        setting("architecture", "bert", "num_hidden_layers", value=10**12),
-        "more bert layers than model.safetensors has tensors",
-    ),
-    "a tensor too many": (
-        lambda folder: other_weights(folder, more=torch.zeros(3)),
-        "'more' is .3,. there, unknown here; get both from one export",
-    ),
-    "a tensor missing": (
-        lambda folder: other_weights(folder, logit_bias=None),
-        "'logit_bias' is missing there",
-    ),
-    "a tensor of whole numbers": (
-        lambda folder: other_weights(folder, logit_bias=torch.tensor(-10)),
-        "holds numbers of type I64, which float32 does not represent",
-    ),
-}
-
-
 @pytest.mark.parametrize("name", DAMAGES)
 def test_what_is_damaged_or_foreign_is_refused(shared, name):
     """The message names the file, whichever way it is read."""
@@ -355,40 +186,6 @@ def test_what_is_damaged_or_foreign_is_refused(shared, name):
         with pytest.raises(ValueError, match=message) as refused:
             read(shared)
         assert str(shared) in str(refused.value)
-
-
-OF_DECODER = {
-    "depth": (
-        setting("architecture", "decoder", "pixel_depth", value=10**12),
-        r"a decoder of more layers \(pixel_depth\) than model.safetensors has tensors",
-    ),
-    "width": (
-        setting("architecture", "decoder", "width", value=32 * 10**6),
-        r"of another architecture .*'decoder\..* is \(32.*\) there, \(32000000",
-    ),
-    "no width": (
-        setting("architecture", "decoder", "width", value=0),
-        "width=0 must be a multiple",
-    ),
-    "a depth below 0": (
-        setting("architecture", "decoder", "word_depth", value=-1),
-        "describes no model that can be built .*word_depth=-1 must be 0",
-    ),
-    "a width in words": (
-        setting("architecture", "decoder", "width", value="32"),
-        "describes no model that can be built",
-    ),
-    "no table": (setting("architecture", "decoder", value=[1]), "describes no model that can be"),
-    "an unknown head": (
-        setting("architecture", "decoder", "sound", value=True),
-        "describes no model that can be built .*unexpected keyword argument 'sound'",
-    ),
-    "a head too many": (
-        setting("architecture", "decoder", "across", value=True),
-        r"'decoder\..*other.* is missing there",
-    ),
-    "forgotten": (setting("architecture", "decoder", value=None), "unknown here; get both"),
-}
 
 
 @pytest.mark.parametrize("name", OF_DECODER)
@@ -442,33 +239,6 @@ def test_a_wrong_path_is_explained(make_model, shared, tmp_path):
 # -- no code runs ----------------------------------------------------------------------------
 
 
-class Hostile:
-    """Unpickling this would create a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (open, (str(self.path), "w"))
-
-
-def make_hostile(folder, trace):
-    """Use all ways in which a transformers folder can ask for its own code, or for a kernel."""
-    (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Evil: pass\n")
-    of_model = {"AutoConfig": "evil.Evil", "AutoModel": "evil.Evil"}
-    for file in ("config.json", "tokenizer_config.json"):
-        if (folder / file).exists():
-            auto_map = of_model | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
-            edit(folder, lambda v, m=auto_map: v.update(auto_map=m, custom_code="evil.py"), file)
-    for name in ("pytorch_model.bin", "tokenizer.pkl"):
-        (folder / name).write_bytes(pickle.dumps(Hostile(trace)))
-
-
-KERNEL = {
-    name: "kernels-community/evil" for name in ("attn_implementation", "_attn_implementation")
-}
-
-
 def test_a_hostile_folder_runs_nothing(make_model, shared, tmp_path):
     """Code in the folder, pickles and kernels to download are ignored; the model is unchanged."""
     trace = tmp_path / "it_ran"
@@ -479,30 +249,6 @@ def test_a_hostile_folder_runs_nothing(make_model, shared, tmp_path):
         edit(shared, lambda c, t=tower: c["architecture"][t].update(KERNEL, auto_map={"a": "b"}))
     model = mm.load(shared)
     same_model(make_model(), model)
-    assert not trace.exists() and "evil" not in sys.modules
-
-
-def test_a_checkpoint_or_a_tower_cannot_ask_for_code_either(make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asks whether to run code"))
-    model, trace = make_model(), tmp_path / "it_ran"
-    spec = model.architecture()
-    spec["vit"] |= KERNEL
-    state = {"architecture": spec, "model_state_dict": model.state_dict()}
-    write_atomically(state, tmp_path / "best_model.pth")
-    same_model(model, mm.load(tmp_path / "best_model.pth"))
-    for kernel in KERNEL:
-        folder = tmp_path / kernel
-        folder.mkdir()
-        vit, bert = save_towers(model, folder)
-        make_hostile(Path(vit), trace)
-        make_hostile(Path(bert), trace)
-        edit(vit, lambda values, k=kernel: values.update({k: KERNEL[k]}))
-        loaded = mm.MultimodalEncoder.from_backbones(vit, bert)
-        assert loaded.vit.config._attn_implementation == "sdpa"
-        assert torch.equal(loaded.vit.layernorm.weight, model.vit.layernorm.weight)
-    edit(vit, lambda values: values.update(model_type="evil"))
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        mm.MultimodalEncoder.from_backbones(vit, bert)
     assert not trace.exists() and "evil" not in sys.modules
 
 
@@ -560,64 +306,6 @@ def test_weights_of_another_export_are_never_mixed_in(make_model, shared, tmp_pa
 
 # -- the card --------------------------------------------------------------------------------
 
-METADATA = {
-    "config": mm.TrainingConfig(
-        image_mask="block", image_mask_ratio=0.4, text_mask_ratio=0.15, output_dir="/home/me/runs"
-    ).to_dict(),
-    "data": {"name": "openmoji-compose-train", "fingerprint": "f00"},
-    "epoch": 12,
-    "best": {"image_to_text_R@1": 0.8712, "loss": 1.5, "split": "val"},
-    "model_state_dict": {"never": torch.zeros(2)},
-}
-
-
-def test_the_card_says_what_is_known(make_model, tmp_path):
-    make_model(pooling="cls").save_pretrained(tmp_path / "shared", metadata=METADATA)
-    card = ModelCard.load(tmp_path / "shared/README.md")
-    assert card.data.library_name == "mmkit" and "mmkit" in card.data.tags
-    assert card.data.pipeline_tag == "zero-shot-image-classification"
-    for row in (
-        "| image | 15 x 15 pixels, patches of 5: 9 |",
-        "| ViT | width 22, 2 layers, 2 heads |",
-        "captions of up to 17 tokens",
-        "| common space | 13 numbers |",
-        "| pooling | the first token |",
-        "| data | openmoji-compose-train |",
-        "| `image_mask` | block |",
-        "| `image_mask_ratio` | 0.4 |",
-        "| `text_mask_ratio` | 0.15 |",
-        "| weights of epoch | 13 |",
-        "| image to text R@1, validation | 87.1 % |",
-        "MIT licence",
-        "CC BY-SA 4.0",
-    ):
-        assert row in card.text, row
-    parameters = sum(p.numel() for p in make_model().parameters())
-    assert f"| parameters | {parameters:,} |" in card.text
-    for file in FILES - {"model.safetensors"}:
-        assert "/home/me" not in (tmp_path / "shared" / file).read_text()
-
-
-def test_the_card_of_a_model_of_unknown_training_claims_nothing(make_model, tmp_path):
-    make_model().save_pretrained(tmp_path / "shared")
-    card = (tmp_path / "shared/README.md").read_text()
-    assert "Nothing was recorded" in card and "OpenMoji" not in card and "R@1" not in card
-
-
-def test_the_lines_on_the_card_run(make_model, tmp_path, monkeypatch):
-    make_model().save_pretrained(tmp_path / "shared")
-    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "shared/README.md").read_text(), re.S)
-    monkeypatch.chdir(tmp_path)
-    scope: dict = {}
-    exec(code, scope)
-    same_model(make_model(), scope["model"])
-
-
-def test_every_tensor_is_on_the_card(make_model, shared):
-    card = (shared / "README.md").read_text()
-    named = re.findall(r"`([a-z_]+)(?:\.\*)?`", card)
-    assert {name.split(".")[0] for name in make_model().state_dict()} <= set(named)
-
 
 def test_a_card_that_a_user_wrote_is_kept(make_model, tmp_path):
     """A card that mmkit wrote is replaced with the model."""
@@ -630,22 +318,6 @@ def test_a_card_that_a_user_wrote_is_kept(make_model, tmp_path):
         make_model(seed=1).save_pretrained(tmp_path)
         assert "mushrooms" in (tmp_path / "README.md").read_text()
     same_model(make_model(seed=1), mm.load(tmp_path))
-
-
-def test_a_run_knows_its_metadata(make_data, make_model, tmp_path):
-    """After a real run of two steps, the card names settings, data and recall."""
-    config = mm.TrainingConfig(
-        batch_size=11, max_steps=2, image_mask_ratio=0.3, output_dir=str(tmp_path), run_name="quick"
-    )
-    data = make_data(23, name="noise")
-    run = mm.train_model(config, data, make_data(7, seed=1), model=make_model())
-    run.model.save_pretrained(tmp_path / "shared", metadata=run.metadata)
-    card = (tmp_path / "shared/README.md").read_text()
-    recall = 100 * run.best["text_to_image_R@1"]
-    for row in ("| data | noise |", "| `image_mask_ratio` | 0.3 |", "| `max_steps` | 2 |"):
-        assert row in card
-    assert f"| text to image R@1, validation | {recall:.1f} % |" in card
-    same_model(run.model, mm.load(tmp_path / "shared"))
 
 
 # -- a hub -----------------------------------------------------------------------------------

@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import math
 import os
-import random
 import shutil
 import threading
 import time
@@ -21,172 +19,10 @@ from mmkit.files import write_atomically
 from mmkit.masking.image import IMAGE_MASKERS, random_mask
 from mmkit.models.checkpoint import read_checkpoint
 from mmkit.training import fingerprint
-from mmkit.training.function_identity import function_identity
 from tests.conftest import captions
-from tests.train_small import DEFAULTS, jittered
-
-# ---- functions -----------------------------------------------------------------------------------
-
-
-def defined(source: str, name: str = "f", file: str = "a.py", **values):
-    """A function from its source, as a user's module would define it."""
-    namespace = {"__name__": values.pop("module", "mine"), **values}
-    exec(compile(source, file, "exec"), namespace)
-    return namespace[name]
-
-
-def scaled(by):
-    return lambda progress: by * (1 - progress)
-
-
-def by_attribute(settings):
-    return lambda progress: settings.peak * progress
-
-
-def within(by):
-    return lambda progress: sum(fraction * by for fraction in (progress, 1.0))
-
-
-class Slope:
-    def __init__(self, by):
-        self.by = by
-
-    def __call__(self, progress):
-        return self.by * (1 - progress)
-
-
-@dataclasses.dataclass
-class Step:
-    at: float = 0.5
-
-    def __call__(self, progress):
-        return float(progress < self.at)
-
-
-SETTINGS = types.ModuleType("settings")
-FLOOR = "def f(p):\n    return max(floor, 1 - p)"
-INNER = "def f(p):\n    def g(): return p * {}\n    return g()"
-SAME = {  # two functions that compute the same, though they are written differently
-    "another file, line, module, local name and docstring": lambda: (
-        defined("def f(p):\n    'How far.'\n    return 1 - p"),
-        defined(
-            "\n\n# moved\ndef f(fraction):\n    return 1 - fraction", file="b.py", module="theirs"
-        ),
-    ),
-    "built anew": lambda: (scaled(0.5), scaled(0.5)),
-    "partial": lambda: tuple(functools.partial(pow, exp=2, mod=None) for _ in range(2)),
-    "an object": lambda: (Slope(0.5), Slope(0.5)),
-    "a transform that draws": lambda: (jittered, (random.random(), jittered)[1]),
-    "by its registered name": lambda: (mm.schedules.cosine, mm.schedules.SCHEDULES["cosine"]),
-    "what it does not read of what it refers to": lambda: tuple(
-        by_attribute(types.SimpleNamespace(peak=0.5, name=name)) for name in ("one", "other")
-    ),
-    "a set, in any order": lambda: tuple(
-        defined("def f(p):\n    return p in names", names=names)
-        for names in ({"a", "b", "c"}, {"c", "b", "a"})
-    ),
-}
-OTHER = {
-    "a constant": lambda: [defined(f"def f(p):\n    return {n} - p") for n in (1, 2)],
-    "a constant of another type": lambda: [scaled(1), scaled(1.0)],
-    "an operator": lambda: [defined(f"def f(p):\n    return 1 {x} p") for x in "-+"],
-    "a function that is called": lambda: [
-        defined(f"import math\ndef f(p):\n    return math.{name}(p)") for name in ("sin", "cos")
-    ],
-    "closure": lambda: [scaled(0.5), scaled(0.25)],
-    "what it reads of what it refers to": lambda: [
-        by_attribute(types.SimpleNamespace(peak=peak)) for peak in (0.5, 0.25)
-    ],
-    "closure of a function within": lambda: [within(0.5), within(0.25)],
-    "default": lambda: [defined(f"def f(p, by={n}):\n    return p * by") for n in (1, 2)],
-    "arguments of a partial": lambda: [functools.partial(pow, n) for n in (2, 3)],
-    "a global value": lambda: [defined(FLOOR, floor=floor) for floor in (0.1, 0.2)],
-    "a global function": lambda: [
-        defined("def f(p):\n    return g(p)", g=scaled(by)) for by in (0.5, 0.25)
-    ],
-    "a function within": lambda: [defined(INNER.format(n)) for n in (1, 2)],
-    "the state of an object": lambda: [Slope(0.5), Slope(0.25)],
-    "a method of another object": lambda: [Slope(by).__call__ for by in (0.5, 0.25)],
-    "a field of a dataclass": lambda: [Step(0.5), Step(0.25)],
-    "the code of a class": lambda: [
-        defined(f"class f:\n    def __call__(self, p):\n        return {n} * p")() for n in (1, 2)
-    ],
-    "what a cached function computes": lambda: [
-        functools.cache(defined(f"def f(p):\n    return {n}")) for n in (1, 2)
-    ],
-    "a tensor": lambda: [scaled(torch.tensor([n])) for n in (1, 2)],
-    "a transform's size": lambda: [lambda image, n=n: square(n)(image) for n in (15, 16)],
-    "C functions": lambda: [math.sin, math.cos],
-    "of NumPy": lambda: [np.sin, np.cos],
-    "of torch": lambda: [torch.sin, torch.cos],
-    "optimizers": lambda: [torch.optim.SGD, torch.optim.Adam],
-    "a library's name, wrapped": lambda: [
-        functools.wraps(math.cos)(defined(f"def f(p):\n    return {n}")) for n in (1, 2)
-    ],
-}
-
-
-@pytest.mark.parametrize("how", SAME)
-def test_a_function_is_known_wherever_it_is_written(how):
-    one, other = map(function_identity, SAME[how]())
-    assert one == other and not one.startswith("?")
-
-
-@pytest.mark.parametrize("how", OTHER)
-def test_another_function_is_told_apart(how):
-    one, other = map(function_identity, OTHER[how]())
-    assert one != other and not one.startswith("?")
-
-
-def test_an_attribute_of_a_module_that_is_read_counts():
-    read = defined("def f(p):\n    return settings.floor * p", settings=SETTINGS)
-    found = []
-    for SETTINGS.floor, SETTINGS.other in ((1, 1), (1, 2), (2, 2)):
-        found.append(function_identity(read))
-    assert found[0] == found[1] != found[2]
-
-
-def test_what_cannot_be_compared_says_why():
-    for value, words in (
-        (threading.Lock(), "a lock, whose state cannot be read"),
-        (torch.nn.Linear(2, 3), r"a model \(Linear\), which changes"),
-        ([[i] for i in range(10_007)], "more than 10,000 values"),
-    ):
-        with pytest.raises(AssertionError, match=words):
-            found = function_identity(lambda progress, value=value: progress)
-            assert not found.startswith("?"), found
-    nested: list = []
-    for _ in range(5003):
-        nested = [nested]
-    assert "nested too deeply" in function_identity(scaled(nested))
-    loop = []
-    loop.append(loop)
-    assert function_identity(scaled(loop)) == function_identity(scaled(loop))
-
+from tests.training.user_functions import scaled
 
 # ---- a resumed run -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def stopped(tmp_path, make_model, make_data):
-    """f(...) builds a trainer; a run that stopped at step 6 of 16 can be resumed."""
-
-    def make(data=None, val="usual", model=None, resume=True, callbacks=(), **values):
-        values = dict(output_dir=str(tmp_path), run_name="run", max_steps=16) | values
-        config = mm.TrainingConfig(**DEFAULTS | dict(warmup_steps=2, log_every=3) | values)
-        data = make_data(23) if data is None else data
-        val = make_data(7, seed=1) if isinstance(val, str) else val
-        model = make_model() if model is None else model
-        return mm.MaskedMultimodalTrainer(config, data, val, model, resume, callbacks)
-
-    def run(**how):
-        stop = [lambda trainer, record: trainer.stop() if record["step"] == 6 else None]
-        trainer = make(resume=False, callbacks=stop, **how)
-        trainer.fit()
-        assert trainer.step == 6
-        return make
-
-    return run
 
 
 def pixels_of(data) -> torch.Tensor:
@@ -481,75 +317,6 @@ def test_shards_dealt_out_in_another_order_are_another_set(make_data, tmp_path):
         [],
         [],
     )
-
-
-# ---- what is the same up to summation ------------------------------------------------------------
-
-
-def test_up_to_summation_is_said_only_where_it_is_so(stopped, make_model, capsys):
-    """Micro-batches draw dropout in another order, also the model's own dropout."""
-    make = stopped()
-    make(gradient_accumulation_steps=2)
-    same = "the same up to float summation: gradient_accumulation_steps: 1 -> 2"
-    assert same in capsys.readouterr().out
-    make = stopped(model=make_model(dropout=0.2), run_name="drops")
-    capsys.readouterr()
-    make(model=make_model(dropout=0.2), run_name="drops", gradient_accumulation_steps=2)
-    said = capsys.readouterr().out
-    assert "float summation" not in said
-    assert "other dropout from here on: gradient_accumulation_steps: 1 -> 2" in said
-    make(model=make_model(dropout=0.2), run_name="drops", gradient_checkpointing=True)
-    assert "the same up to float summation: gradient_checkpointing" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="up to float summation and dropout: compile"):
-        make(model=make_model(dropout=0.2), run_name="drops", seed=5)
-
-
-@pytest.mark.parametrize(
-    "own, values, words",
-    [
-        (0.0, {}, "the same up to float summation"),
-        (0.2, {}, "other draws of dropout from here on"),
-        (0.0, dict(accumulation="naive", gradient_accumulation_steps=2), "micro-batch's negatives"),
-    ],
-)
-def test_another_number_of_processes_is_said_truly(
-    stopped, make_model, tmp_path, capsys, own, values, words
-):
-    make = stopped(model=make_model(dropout=own), **values)
-    path = tmp_path / "run/last/state.pth"
-    state = read_checkpoint(path)
-    state["random"] *= 3
-    write_atomically(state, path)
-    make(model=make_model(dropout=own), **values)
-    said = capsys.readouterr().out
-    assert "saved by 3 processes, now 1: " in said and words in said
-    assert ("up to float summation" in said) == (words == "the same up to float summation")
-
-
-def test_another_number_type_is_said(stopped, tmp_path, capsys):
-    """mixed_precision="auto" chooses the type that is fast on the machine."""
-    make = stopped()
-    path = tmp_path / "run/last/state.pth"
-    state = read_checkpoint(path)
-    state["identity"]["computed"] = "torch.bfloat16 on cuda"
-    write_atomically(state, path)
-    make()
-    assert "computed in torch.bfloat16 on cuda before, now in torch.float32 on cpu" in (
-        capsys.readouterr().out
-    )
-
-
-def test_a_fork_may_have_what_a_resume_may_not(stopped, make_data, make_model, tmp_path, capsys):
-    """The remedy in a refusal works: other images, no validation set, another pooling."""
-    make = stopped()
-    now = dict(data=make_data(23, seed=5), val=None, model=make_model(pooling="cls"))
-    with pytest.raises(ValueError, match="fork it"):
-        make(**now)
-    fork = make(**now, run_name="fork", resume=str(tmp_path / "run"))
-    said = capsys.readouterr().out
-    for words in ("training images: their contents", "validation set: 7 images -> none", "'cls'"):
-        assert words in said
-    assert fork.step == 6 and fork.fit().history[-1]["step"] == 16
 
 
 def test_rows_that_count_as_one_image_are_part_of_a_set(make_data):

@@ -1,12 +1,19 @@
-"""Batched Muon takes the steps of torch.optim.Muon."""
-
-import math
+"""Muon takes the steps of torch.optim.Muon; each parameter has its rate and decay, or is frozen."""
 
 import pytest
 import torch
 
 import mmkit as mm
-from mmkit.training.optim import Muon, build_optimizers, orthogonalize, parameter_groups
+from mmkit.training.optim import (
+    Muon,
+    build_optimizers,
+    freeze,
+    layer_multiplier,
+    orthogonalize,
+    parameter_groups,
+    unfreeze,
+)
+from tests.training.small_runs import changed, weights_of
 
 SHAPES = [(23, 23)] * 3 + [(46, 11)] * 2 + [(11, 46)] * 2 + [(7, 29)]
 
@@ -56,70 +63,150 @@ def test_matrices_become_nearly_orthogonal_each_by_itself(shape, dtype):
     torch.testing.assert_close(found, alone, rtol=0.02, atol=0.02)
 
 
-# -- the caller's own optimizer ----------------------------------------------------------------
+# -- frozen towers -----------------------------------------------------------------------------
 
 
-def rates_and_decays(make_model, build, **values):
-    """{role: (peak learning rate, weight decay)} of the caller's optimizer."""
+@pytest.mark.parametrize("kind, tower", [("image", "vit."), ("text", "bert.")])
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_frozen_tower_stays_as_it_is_and_learns_afterwards(make_trainer, kind, tower, optimizer):
+    """No gradient, decay or dropout; projections and the other tower learn; then it is unfrozen."""
+    values = {f"frozen_{kind}_epochs": 1, "optimizer": optimizer, "dropout": 0.2}
+    trainer = make_trainer(num_epochs=2, warmup_steps=0, text_mask_mode="replace", **values)
+    before, seen = weights_of(trainer.model), []
+
+    def after_each(trainer, record):
+        if record["split"] == "train":
+            training = (trainer.model.vit if kind == "image" else trainer.model.bert).training
+            seen.append((record["epoch"], training, changed(before, trainer.model)))
+
+    trainer.callbacks.append(after_each)
+    trainer.fit()
+    first = [names for epoch, _, names in seen if epoch == 0][-1]
+    assert not any(n.startswith((tower, f"{kind}_mask_token")) for n in first)
+    assert f"{kind}_projection.2.weight" in first and "logit_scale" in first
+    other = "bert." if tower == "vit." else "vit."
+    assert any(n.startswith(other) for n in first)
+    assert [training for epoch, training, _ in seen] == [False] * 5 + [True] * 5
+    assert any(n.startswith(tower) for n in seen[-1][2])
+
+
+def test_a_frozen_tower_keeps_no_activations(make_model, make_data):
+    """Its graph is not built: gradients of its features reach only the projection."""
+    model, batch = make_model().train(), make_data(7).batch(range(7))
+    frozen = freeze(model, "image")
+    assert not model.image_tokens(batch.pixel_values).requires_grad
+    assert model.encode_image(batch.pixel_values).requires_grad
+    unfreeze(frozen)
+    assert model.image_tokens(batch.pixel_values).requires_grad
+
+
+def test_an_evaluation_in_between_leaves_a_frozen_tower_at_rest(make_trainer):
+    """Its dropout stays off when the rest of the model returns to training mode."""
+    trainer = make_trainer(frozen_image_epochs=1, num_epochs=1, dropout=0.2)
+    modes = []
+
+    def evaluate(trainer, record):
+        mm.evaluate(trainer.model, trainer.train)
+        modes.append((trainer.model.vit.training, trainer.model.bert.training))
+
+    trainer.callbacks.append(evaluate)
+    trainer.fit()
+    assert modes == [(False, True)] * 6
+
+
+def test_what_the_user_froze_stays_frozen(make_trainer, make_model):
+    """Without frozen_*_epochs the trainer leaves `requires_grad` alone."""
     model = make_model()
-    config = mm.TrainingConfig(optimizer=build, learning_rate=5e-3, weight_decay=0.1, **values)
-    (optimizer,) = build_optimizers(model, config)
-    found = {
-        id(p): (group["peak_lr"], group["lr"], group["weight_decay"])
-        for group in optimizer.param_groups
-        for p in group["params"]
+    model.bert.embeddings.requires_grad_(False)
+    trainer = make_trainer(model, num_epochs=1, warmup_steps=0)
+    before = weights_of(model)
+    trainer.fit()
+    assert not any(name.startswith("bert.embeddings") for name in changed(before, model))
+
+
+def test_a_model_frozen_in_one_run_learns_in_the_next(make_trainer, make_model):
+    model = make_model()
+    make_trainer(model, num_epochs=1, frozen_image_epochs=1, run_name="first").fit()
+    before = weights_of(model)
+    second = dict(num_epochs=2, frozen_image_epochs=1, warmup_steps=0, run_name="second")
+    make_trainer(model, **second).fit()
+    assert any(name.startswith("vit.layers") for name in changed(before, model))
+
+
+# -- rates and decays ------------------------------------------------------------------------
+
+
+def test_layer_decay_gives_each_layer_its_rate(make_config, make_model):
+    """0.5 to the power of the layers above, in both optimizers; a decoder has the full rate."""
+    model = make_model().add_decoder(across=True, matching=True, width=32)
+    assert layer_multiplier(model, "vit.layernorm.weight", 0.5) == 1
+    assert layer_multiplier(model, "logit_scale", 0.5) == 1
+    assert layer_multiplier(model, "text_projection.2.weight", 0.5) == 1
+    for name, _ in model.named_parameters():  # by hand, for two layers in each tower
+        above = 0
+        if name.startswith("decoder."):
+            pass
+        elif ".layers.0." in name or ".layer.0." in name:
+            above = 2
+        elif ".layers.1." in name or ".layer.1." in name:
+            above = 1
+        elif "embeddings" in name or "mask_token" in name:
+            above = 3
+        assert layer_multiplier(model, name, 0.5) == 0.5**above, name
+    for optimizer in ("muon", "adamw"):
+        config = make_config(optimizer=optimizer, layer_decay=0.5)
+        rates = {
+            id(p): group["peak_lr"]
+            for built in build_optimizers(model, config)
+            for group in built.param_groups
+            for p in group["params"]
+        }
+        for name, parameter in model.named_parameters():
+            matrix = optimizer == "muon" and parameter.ndim == 2 and ".layer" in name
+            peak = config.matrix_lr if matrix else config.learning_rate
+            wanted = peak * layer_multiplier(model, name, 0.5)
+            assert rates[id(parameter)] == pytest.approx(wanted), name
+    with pytest.raises(ValueError, match=r"layer_decay=1\.5 must be in \(0, 1\]"):
+        make_config(layer_decay=1.5)
+
+
+def test_parameters_stand_in_the_right_group(make_model, make_config):
+    """Biases, norms, positions, class and mask tokens and the scale never decay."""
+    model = make_model()
+    groups = parameter_groups(model)
+    assert all(".layers." in n or ".layer." in n for n in groups["matrices"])
+    assert len(groups["matrices"]) == 2 * 6 + 2 * 6
+    words = set(groups["decayed"])
+    assert words == {
+        "vit.embeddings.patch_embeddings.projection.weight",
+        "bert.embeddings.word_embeddings.weight",
+        "image_projection.2.weight",
+        "text_projection.2.weight",
     }
-    roles = {}
-    for role, parameters in parameter_groups(model).items():
-        (one,) = {found[id(p)] for p in parameters.values()}
-        assert one[0] == one[1]
-        roles["decayed" if role == "matrices" else role] = (one[0], one[2])
-    return roles
+    assert {"logit_scale", "logit_bias", "image_mask_token", "vit.embeddings.cls_token"} <= set(
+        groups["plain"]
+    )
+    assert sum(map(len, groups.values())) == len(list(model.parameters()))
+    muon, adamw = build_optimizers(model, make_config())
+    assert muon.param_groups[0]["lr"] == pytest.approx(3 * 5e-3)
+    assert [g["weight_decay"] for g in adamw.param_groups] == [0.1, 0.0]
+    (only,) = build_optimizers(model, make_config(optimizer="adamw"))
+    assert sum(len(g["params"]) for g in only.param_groups) == len(list(model.parameters()))
 
 
-SGD, AdamW = torch.optim.SGD, torch.optim.AdamW
-
-
-@pytest.mark.parametrize(
-    "build, decayed, plain",
-    [
-        (lambda g: SGD(g), (5e-3, 0.1), (5e-3, 0.0)),
-        (lambda g: SGD(g, momentum=0.7), (5e-3, 0.1), (5e-3, 0.0)),
-        (lambda g: SGD(g, lr=g[0]["lr"]), (5e-3, 0.1), (5e-3, 0.0)),
-        (lambda g: SGD(g, lr=0.1, weight_decay=0.0), (0.1, 0.0), (0.1, 0.0)),
-        (lambda g: SGD(g, lr=0.1, weight_decay=0.3), (0.1, 0.3), (0.1, 0.0)),
-        (lambda g: SGD(g, lr=0.0), (0.0, 0.0), (0.0, 0.0)),
-        (lambda g: AdamW(g, weight_decay=0.0), (5e-3, 0.0), (5e-3, 0.0)),
-        (lambda g: AdamW(g, weight_decay=0.3), (5e-3, 0.3), (5e-3, 0.0)),
-        (lambda g: AdamW(g, lr=0.1, weight_decay=0.3), (0.1, 0.3), (0.1, 0.0)),
-        (lambda g: SGD([{**x, "lr": 0.07} for x in g]), (0.07, 0.1), (0.07, 0.0)),
-        (lambda g: SGD([{"params": x["params"]} for x in g], lr=0.1), (0.1, 0.0), (0.1, 0.0)),
-    ],
-)
-def test_what_the_caller_gives_his_optimizer_holds(make_model, build, decayed, plain):
-    """Values in the constructor or in the groups; the others are the configuration's."""
-    assert rates_and_decays(make_model, build) == {"decayed": decayed, "plain": plain}
-
-
-def test_layer_decay_scales_the_callers_own_rate(make_model):
-    config = mm.TrainingConfig(optimizer=lambda g: SGD(g, lr=0.1), layer_decay=0.5)
-    (optimizer,) = build_optimizers(make_model(), config)
-    rates = sorted({group["peak_lr"] for group in optimizer.param_groups}, reverse=True)
-    assert rates == pytest.approx([0.1, 0.05, 0.025, 0.0125])
-
-
-def test_an_optimizer_that_wants_a_closure_is_refused(make_model):
-    config = mm.TrainingConfig(optimizer=lambda groups: torch.optim.LBFGS(params(groups)))
-    with pytest.raises(ValueError, match="LBFGS recomputes the loss in each step"):
-        build_optimizers(make_model(), config)
-
-
-def params(groups):
-    return [p for group in groups for p in group["params"]]
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_rate_that_is_no_number_is_refused(make_model, value):
-    config = mm.TrainingConfig(optimizer=lambda g: SGD([{**x, "lr": value} for x in g]))
-    with pytest.raises(ValueError, match="must be finite and at least 0"):
-        build_optimizers(make_model(), config)
+def test_parameters_of_a_decoder_stand_in_the_right_group(make_model):
+    """Muon updates its layers' matrices; mask tokens, biases and norms never decay."""
+    model = make_model().add_decoder(across=True, matching=True, width=32)
+    groups = {
+        role: {name.removeprefix("decoder.") for name in names if name.startswith("decoder.")}
+        for role, names in parameter_groups(model).items()
+    }
+    assert len(groups["matrices"]) == 2 * 2 * 6
+    assert all("_layers.layers." in name and "weight" in name for name in groups["matrices"])
+    layers = ("pixel_layers", "word_layers")
+    assert groups["decayed"] == {f"{part}.{map}.weight" for part in layers for map in
+                                 ("embed", "other")} | {"pixel_head.weight", "matching_head.weight",
+                                                        "word_head.dense.weight"}  # fmt: skip
+    assert {f"{part}.mask_token" for part in layers} | {"word_head.bias"} <= groups["plain"]
+    own = [name for name, _ in model.named_parameters() if name.startswith("decoder.")]
+    assert sum(map(len, groups.values())) == len(own)

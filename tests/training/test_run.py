@@ -1,6 +1,7 @@
-"""A run's folder: one writer at a time, nothing foreign removed, everything checked before."""
+"""A run's folder: one writer at a time, nothing foreign removed, all that was promised is there."""
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -15,44 +16,76 @@ import torch
 import mmkit as mm
 from mmkit.models.checkpoint import read_checkpoint
 from mmkit.training import run as run_module
-from tests.train_small import DEFAULTS, data_in_files
-from tests.train_small import model as model_of
+from tests.training.small_runs import at, everything, interrupt
+
+# ---- what a run leaves ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def make(tmp_path, make_model, make_data):
-    """f(...) builds a trainer of a run of six steps, three an epoch."""
+def test_a_run_leaves_what_it_promises(make_config, make_model, make_data, capsys):
+    """best_model.pth and its contents, last/, config.json, metrics.jsonl, TensorBoard's scalars."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def build(data=None, val=None, model=None, resume=False, callbacks=(), **values):
-        values = dict(output_dir=str(tmp_path), run_name="run", num_epochs=2) | values
-        config = mm.TrainingConfig(**DEFAULTS | dict(warmup_steps=2) | values)
-        data, model = data or make_data(23), model or make_model()
-        return mm.MaskedMultimodalTrainer(config, data, val, model, resume, callbacks)
+    train, val = make_data(53), make_data(17, seed=1)
+    run = mm.train_model(make_config(num_epochs=3), train, val, make_model())
+    state = torch.load(run.path / "best_model.pth", weights_only=True)
+    promised = {
+        "model_state_dict",
+        "optimizer_state_dict",
+        "epoch",
+        "best_loss",
+        "config",
+        "architecture",
+    }
+    assert promised <= state.keys()
+    assert state["best_loss"] == min(r["loss"] for r in run.history if r["split"] == "val")
+    assert run.best["loss"] == state["best_loss"] and run.best["epoch"] == state["epoch"]
+    assert json.loads((run.path / "config.json").read_text())["batch_size"] == 11
+    assert (run.path / "last/state.pth").is_file()
 
-    return build
+    events = EventAccumulator(str(run.path)).Reload()
+    tags = set(events.Tags()["scalars"])
+    reading_aids = {
+        "retrieval/image_to_text_R@1",
+        "logit_scale",
+        "image_mask_ratio",
+        "samples_per_second",
+    }
+    assert {"loss/train", "loss/val", "learning_rate"} | reading_aids <= tags
+    steps, losses = run.curve("loss")
+    assert [e.step for e in events.Scalars("loss/train")] == steps == list(range(1, 16))
+    assert [e.value for e in events.Scalars("loss/train")] == pytest.approx(losses)
+    assert len(events.Scalars("loss/val")) == 3
+
+    said = capsys.readouterr().out
+    for words in (
+        "4 of 9 patches encoded",
+        "55.6 % masked (drop)",
+        "guessing costs ln(11)",
+        "cpu, float32",
+    ):
+        assert words in said
+    assert "epoch   3/3" in said
 
 
-def at(step: int, what):
-    """A callback that calls `what()` at a step's record."""
-    return lambda trainer, record: what() if record["step"] == step else None
-
-
-def interrupt():
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(0.01)
-
-
-def everything(folder: Path) -> dict[str, bytes]:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+def test_the_best_model_comes_back_whole(make_config, make_model, make_data):
+    """Identical features, its tokenizer, ready to encode."""
+    train, val = make_data(53), make_data(17, seed=1)
+    trainer = mm.MaskedMultimodalTrainer(
+        make_config(num_epochs=1), train, val, make_model(dropout=0.2)
+    )
+    trained = trainer.fit().model
+    assert not trained.training
+    a, b = mm.embed(trained, val), mm.embed(trainer.model, val)
+    assert torch.equal(a.image_features, b.image_features)
+    assert torch.equal(a.text_features, b.text_features)
 
 
 # ---- what is there already -----------------------------------------------------------------------
 
 
-def test_only_what_the_kit_wrote_is_removed(make, make_data):
+def test_only_what_the_kit_wrote_is_removed(make_short_run, make_data):
     """A rerun of the same name keeps notes, exports and runs inside, also in mmkit's folders."""
-    first = make(num_epochs=1, mim_weight=1.0, val=make_data(7, seed=1)).fit()
+    first = make_short_run(num_epochs=1, mim_weight=1.0, val=make_data(7, seed=1)).fit()
     best = (first.path / "best_model.pth").read_bytes()
     foreign = ["notes.txt", "export/config.json", "last/mine.txt", "reconstructions/mine.png",
                "events.out.tfevents.1.mine", "inner/metrics.jsonl", "inner/last/state.pth",
@@ -62,7 +95,7 @@ def test_only_what_the_kit_wrote_is_removed(make, make_data):
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text(f"my own {name}")
     (first.path / "link").symlink_to("/proc/self")
-    run = make(num_epochs=1, max_steps=1, learning_rate=1e-3).fit()
+    run = make_short_run(num_epochs=1, max_steps=1, learning_rate=1e-3).fit()
     for name in foreign:
         assert (run.path / name).read_text() == f"my own {name}"
     assert (run.path / "link").is_symlink()
@@ -73,124 +106,56 @@ def test_only_what_the_kit_wrote_is_removed(make, make_data):
     assert not (run.path / ".lock").exists()
 
 
-def test_the_earlier_best_model_stays_until_there_is_a_new_one(make, capsys):
+def test_the_earlier_best_model_stays_until_there_is_a_new_one(make_short_run, capsys):
     """It stays, and is not mistaken for the new run's."""
-    first = make(num_epochs=1).fit()
+    first = make_short_run(num_epochs=1).fit()
     best = (first.path / "best_model.pth").read_bytes()
     with pytest.raises(KeyboardInterrupt):
-        make(learning_rate=1e-3, callbacks=[at(2, interrupt)]).fit()
+        make_short_run(learning_rate=1e-3, callbacks=[at(2, interrupt)]).fit()
     said = capsys.readouterr().out
     assert "replacing the earlier run" in said and "best_model.pth stays until this one" in said
     assert (first.path / "best_model.pth").read_bytes() == best
     assert torch.equal(first.model.logit_scale, mm.load(first.path / "best_model.pth").logit_scale)
     with pytest.raises(FileNotFoundError, match="is of an earlier run of that name"):
         mm.Run.load(first.path).model  # noqa: B018
-    run = make(learning_rate=1e-3, resume=True).fit()
+    run = make_short_run(learning_rate=1e-3, resume=True).fit()
     assert (run.path / "best_model.pth").read_bytes() != best
     assert read_checkpoint(run.path / "best_model.pth")["config"]["learning_rate"] == 1e-3
     assert run.model.embed_dim == 13 and run.curve("loss")[0] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("name", ["config.json", "best_model.pth", "last/state.pth"])
-def test_what_is_no_run_is_not_written_over(make, tmp_path, name):
+def test_what_is_no_run_is_not_written_over(make_short_run, tmp_path, name):
     path = tmp_path / "run" / name
     path.parent.mkdir(parents=True)
     path.write_text('{"model_type": "mmkit"}')
     before = everything(tmp_path)
     with pytest.raises(FileExistsError, match=rf"holds a {name} .*give another run_name"):
-        make().fit()
+        make_short_run().fit()
     assert everything(tmp_path) == before
 
 
-def test_an_export_in_the_place_of_a_config_is_kept(make):
-    run = make(num_epochs=1).fit()
+def test_an_export_in_the_place_of_a_config_is_kept(make_short_run):
+    run = make_short_run(num_epochs=1).fit()
     (run.path / "config.json").write_text('{"model_type": "mmkit"}')
     before = everything(run.path)
     with pytest.raises(FileExistsError, match=r"a config\.json that is not from a run"):
-        make(num_epochs=1).fit()
+        make_short_run(num_epochs=1).fit()
     assert everything(run.path) == before
 
 
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "a/../../x", ".", "..", "a\0b"])
-def test_a_run_stays_inside_its_output_dir(make, tmp_path, name):
+def test_a_run_stays_inside_its_output_dir(make_short_run, tmp_path, name):
     with pytest.raises(ValueError, match="must be the name of a folder in output_dir"):
-        make(run_name=name)
+        make_short_run(run_name=name)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_may_have_a_folder_of_folders(make, tmp_path):
-    assert make(run_name="sweep/a", max_steps=1).fit().path == tmp_path / "sweep/a"
+def test_a_run_may_have_a_folder_of_folders(make_short_run, tmp_path):
+    assert make_short_run(run_name="sweep/a", max_steps=1).fit().path == tmp_path / "sweep/a"
 
 
-# ---- all is checked before anything is removed ---------------------------------------------------
-
-
-def spoilt_pixels(make_data):
-    data = make_data(23)
-    return mm.MultimodalDataset.from_pixels(
-        torch.zeros(23, 3, 20, 20, dtype=torch.uint8), data.texts, tokenizer=data.tokenizer
-    )
-
-
-@pytest.mark.parametrize("part", ["training", "validation", "schedule", "batch_size", "room"])
-def test_a_run_that_cannot_start_leaves_the_earlier_one_as_it_is(
-    make, make_data, monkeypatch, part
-):
-    """Shapes of both sets, the disk: not a byte of the earlier run is touched."""
-    run = make(num_epochs=1, val=make_data(7, seed=1)).fit()
-    before = everything(run.path)
-    how, error = dict(num_epochs=1), ValueError
-    if part == "training":
-        how["data"] = spoilt_pixels(make_data)
-    elif part == "validation":
-        how["val"] = spoilt_pixels(make_data)
-    elif part == "schedule":
-        how |= dict(mim_weight=1.0, mim_schedule=lambda p: -1.0)
-    elif part == "batch_size":
-        how["batch_size"] = 24
-    elif part == "room":
-        usage = type("usage", (), dict(total=10**9, used=10**9, free=1000))
-        monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: usage)
-        monkeypatch.setattr(run_module, "_earlier", pytest.fail)
-        error, how["keep_last"] = OSError, 9
-    with pytest.raises(error) as refused:
-        make(**how).fit()
-    if part == "room":
-        assert refused.value.errno == errno.ENOSPC and "set output_dir to another" in (
-            str(refused.value)
-        )
-    assert everything(run.path) == before
-
-
-def test_what_was_made_for_a_run_that_cannot_start_goes_again(make, make_data, tmp_path):
-    with pytest.raises(ValueError, match="20 x 20 pixels, the encoder takes 15 x 15"):
-        make(val=spoilt_pixels(make_data)).fit()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_first_look_moves_nothing(make, monkeypatch, tmp_path):
-    """Draws, modes and weights of the first step are those of a run without the trial."""
-    losses, data = [], data_in_files(tmp_path / "images", 23)  # its transform draws
-    for looks in (True, False):
-        if not looks:
-            monkeypatch.setattr(mm.training.loop, "_try_out", lambda trainer: None)
-        val, model = data_in_files(tmp_path / "images", 7), model_of(data.tokenizer, 0.2)
-        run = make(run_name=f"{looks}", data=data, val=val, model=model, num_workers=0).fit()
-        losses.append([{k: v for k, v in r.items() if "loss" in k} for r in run.history])
-    assert losses[0] == losses[1]
-
-
-def test_the_room_that_a_run_takes_is_counted(make):
-    """The bytes that are announced are those that the files take, up to 2 % and headers."""
-    from mmkit.training.resume import needed_bytes
-
-    trainer = make(num_epochs=1, keep_last=2, checkpoint_every=1, ema_decay=0.9)
-    needed = needed_bytes(trainer)
-    path = trainer.fit().path
-    last, best = (path / name for name in ("last/state.pth", "best_model.pth"))
-    taken = best.stat().st_size + 3 * last.stat().st_size
-    overhead = 5 * 150_000  # headers and tokenizer of this small model
-    assert taken - overhead < needed < taken
+# ---- the disk ------------------------------------------------------------------------------------
 
 
 def mounted(path: Path, options: str) -> bool:
@@ -200,13 +165,13 @@ def mounted(path: Path, options: str) -> bool:
 
 
 @pytest.mark.parametrize("options", ["size=20k", "ro"])
-def test_a_disk_that_is_too_small_or_read_only_is_named(make, tmp_path, options):
+def test_a_disk_that_is_too_small_or_read_only_is_named(make_short_run, tmp_path, options):
     disk = tmp_path / "disk"
     if not mounted(disk, options):
         pytest.skip("mounting a small disk is not permitted here")
     try:
         with pytest.raises(OSError) as refused:
-            make(output_dir=str(disk)).fit()
+            make_short_run(output_dir=str(disk)).fit()
         words = str(refused.value)
         assert "disk/run" in words and "set output_dir to" in words
         assert "MB are free there" in words
@@ -217,9 +182,9 @@ def test_a_disk_that_is_too_small_or_read_only_is_named(make, tmp_path, options)
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "config.json", "events.out.tfevents"])
-def test_a_disk_that_fills_up_is_said_with_the_file_and_a_remedy(make, monkeypatch, file):
+def test_a_disk_that_fills_up_is_said_with_the_file_and_a_remedy(make_short_run, monkeypatch, file):
     """Any of the files cannot be written."""
-    trainer = make()
+    trainer = make_short_run()
 
     def fails(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -271,38 +236,38 @@ def other(tmp_path):
         process.kill()
 
 
-def test_a_second_run_of_that_name_is_refused(make, tmp_path, other):
+def test_a_second_run_of_that_name_is_refused(make_short_run, tmp_path, other):
     """Refused while the first process lives, whatever its arguments; then the name is free."""
     before = everything(tmp_path)
     for how in ({}, dict(learning_rate=0.1)):
         with pytest.raises(run_module.InUse) as refused:
-            make(max_steps=4, **how).fit()
+            make_short_run(max_steps=4, **how).fit()
         words = str(refused.value)
         assert f"has been written by process {other.pid} on {os.uname().nodename}" in words
         assert "give another run_name" in words
     assert everything(tmp_path) == before
-    make(run_name="another", max_steps=1).fit()
+    make_short_run(run_name="another", max_steps=1).fit()
     other.stdin.write("\n")
     other.stdin.flush()
     assert other.wait(60) == 0
     assert mm.Run.load(tmp_path / "run").history[-1]["step"] == 4
-    make(max_steps=1).fit()
+    make_short_run(max_steps=1).fit()
 
 
-def test_a_killed_process_leaves_no_lock(make, other, tmp_path):
+def test_a_killed_process_leaves_no_lock(make_short_run, other, tmp_path):
     other.kill()
     other.wait()
     assert (tmp_path / "run/.lock").exists()
-    assert make(max_steps=1).fit().history[-1]["step"] == 1
+    assert make_short_run(max_steps=1).fit().history[-1]["step"] == 1
 
 
-def test_a_run_within_its_own_callback_is_refused(make):
+def test_a_run_within_its_own_callback_is_refused(make_short_run):
     """The same kernel and name: a lock that only other processes see would allow it."""
     with pytest.raises(RuntimeError, match=f"written by process {os.getpid()} on"):
-        make(callbacks=[at(2, lambda: make().fit())]).fit()
+        make_short_run(callbacks=[at(2, lambda: make_short_run().fit())]).fit()
 
 
-def test_workers_that_outlive_their_run_do_not_hold_it(make, tmp_path):
+def test_workers_that_outlive_their_run_do_not_hold_it(make_short_run, tmp_path):
     """A forked process has the parent's open files, but does not hold its lock."""
     with run_module.held(tmp_path / "run"):
         child = os.fork()
@@ -311,14 +276,14 @@ def test_workers_that_outlive_their_run_do_not_hold_it(make, tmp_path):
             os._exit(0)
         os.waitpid(child, os.WUNTRACED)
     try:
-        make(max_steps=1).fit()
+        make_short_run(max_steps=1).fit()
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_without_locks_the_owner_is_asked_for(make, tmp_path, monkeypatch, alive):
+def test_without_locks_the_owner_is_asked_for(make_short_run, tmp_path, monkeypatch, alive):
     """On a file system (or a Windows) without locks, a living process of this machine counts."""
     monkeypatch.setattr(run_module, "lock", lambda file, wait: None)
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
@@ -330,157 +295,30 @@ def test_without_locks_the_owner_is_asked_for(make, tmp_path, monkeypatch, alive
     try:
         if alive:
             with pytest.raises(RuntimeError, match=f"written by process {process.pid} on"):
-                make(max_steps=1).fit()
+                make_short_run(max_steps=1).fit()
         else:
-            make(max_steps=1).fit()
+            make_short_run(max_steps=1).fit()
     finally:
         process.kill()
         process.wait()
 
 
-def test_two_unnamed_runs_of_one_second_are_two_folders(make, monkeypatch):
+def test_two_unnamed_runs_of_one_second_are_two_folders(make_short_run, monkeypatch):
     """Also where both chose a name before either had created its folder."""
     monkeypatch.setattr(time, "strftime", lambda *args: "20260102-030405")
-    trainers = [make(run_name="", max_steps=1) for _ in range(3)]
+    trainers = [make_short_run(run_name="", max_steps=1) for _ in range(3)]
     assert len({trainer.path for trainer in trainers}) == 1
     paths = [trainer.fit().path for trainer in trainers]
     assert [path.name for path in paths] == [f"20260102-030405{end}" for end in ("", "-2", "-3")]
     assert trainers[1].fit().path == paths[1]
 
 
-# ---- ended early ---------------------------------------------------------------------------------
-
-
-def test_an_interrupt_waits_for_the_step_and_is_saved(make, make_data, capsys):
-    """In the middle of the first epoch: the same bits afterwards as without it."""
-    whole = make(run_name="whole", val=make_data(7, seed=1)).fit()
-    trainer = make(val=make_data(7, seed=1))
-    trainer.optimizers[0].register_step_post_hook(
-        lambda *args: interrupt() if trainer.step == 1 else None
-    )  # half of the weights are updated
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
-    assert signal.getsignal(signal.SIGINT) is handler
-    said = capsys.readouterr().out
-    assert "ended at step 2 of 6, between two steps" in said and "continue with resume=True" in said
-    assert read_checkpoint(trainer.path / "last/state.pth")["step"] == 2
-    run = make(val=make_data(7, seed=1), resume=True).fit()
-    assert run.curve("loss") == whole.curve("loss")
-    assert run.curve("loss", "val") == whole.curve("loss", "val")
-    states = [read_checkpoint(r.path / "last/state.pth")["model_state_dict"] for r in (run, whole)]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-def test_a_second_interrupt_ends_a_step_at_once(make, capsys):
-    """A half-finished step is not saved."""
-    trainer = make()
-    trainer.optimizers[0].register_step_post_hook(
-        lambda *args: (interrupt(), interrupt()) if trainer.step == 4 else None
-    )
-    with pytest.raises(KeyboardInterrupt):
-        trainer.fit()
-    assert "ended at step 4 of 6, within a step, which is lost" in capsys.readouterr().out
-    assert read_checkpoint(trainer.path / "last/state.pth")["step"] == 3
-
-
-def test_an_error_of_a_callback_costs_no_step(make, make_data, capsys):
-    def fails():
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        make(callbacks=[at(2, fails)]).fit()
-    assert "ended at step 2 of 6" in capsys.readouterr().out
-    assert make(resume=True).step == 2
-
-
-def test_last_is_saved_before_validating(make, make_data, monkeypatch):
-    """An error in validation loses nothing: the epoch is validated when the run is resumed."""
-    val = make_data(7, seed=1)
-    whole = make(run_name="whole", val=val).fit()
-    trainer, real = make(val=val), mm.training.loop.validate
-
-    def fails(model, data, config):
-        if len(data) == 7 and trainer.step == 3 and trainer.writer:
-            raise MemoryError
-        return real(model, data, config)
-
-    monkeypatch.setattr(mm.training.loop, "validate", fails)
-    with pytest.raises(MemoryError):
-        trainer.fit()
-    state = read_checkpoint(trainer.path / "last/state.pth")
-    assert (state["step"], state["ending"]) == (3, 0)
-    assert not (trainer.path / "best_model.pth").exists()
-    monkeypatch.setattr(mm.training.loop, "validate", real)
-    run = make(val=val, resume=True).fit()
-    clocks = {"seconds", "samples_per_second", "waiting_for_data"}
-    records = [[{k: r[k] for k in r.keys() - clocks} for r in x.history] for x in (run, whole)]
-    assert records[0] == records[1]
-    best = [read_checkpoint(x.path / "best_model.pth")["best_loss"] for x in (run, whole)]
-    assert best[0] == best[1]
-
-
-def states_of(trainer, monkeypatch) -> list[tuple[int | None, bytes]]:
-    """Every state.pth that a trainer writes: (the epoch that is about to end, its bytes)."""
-    real, kept = mm.training.resume.save_last, []
-
-    def keeping(trainer):
-        real(trainer)
-        kept.append((trainer.ending, (trainer.path / "last/state.pth").read_bytes()))
-
-    monkeypatch.setattr(mm.training.resume, "save_last", keeping)
-    return kept
-
-
-def test_a_validation_after_which_it_was_killed_is_not_recorded_twice(make, make_data, monkeypatch):
-    """Killed between its record and the state that includes it."""
-    val = make_data(7, seed=1)
-    trainer = make(val=val, callbacks=[lambda t, r: t.stop() if r["split"] == "val" else None])
-    states = states_of(trainer, monkeypatch)
-    trainer.fit()
-    assert [ending for ending, _ in states] == [0, None]
-    (trainer.path / "last/state.pth").write_bytes(states[0][1])
-    run = make(val=val, resume=True).fit()
-    assert [r["step"] for r in run.history if r["split"] == "val"] == [3, 6]
-    assert run.curve("loss")[0] == [1, 2, 3, 4, 5, 6]
-
-
-def test_an_error_after_the_last_step_of_an_epoch_leaves_its_end_to_be_done(make, make_data):
-    """Of a callback, at the training record before the validation; also at the run's last step."""
-    val = make_data(7, seed=1)
-    whole = make(run_name="whole", val=val, max_steps=5).fit()
-
-    def fails(trainer, record):
-        if record["split"] == "train" and record["step"] in (3, 5):
-            raise ZeroDivisionError
-
-    for resume in (False, True):
-        with pytest.raises(ZeroDivisionError):
-            make(val=val, max_steps=5, resume=resume, callbacks=[fails]).fit()
-    run = make(val=val, max_steps=5, resume=True).fit()
-    for key in ("train_loss", "loss", "best"):
-        assert run.curve(key, "val") == whole.curve(key, "val")
-    assert run.curve("loss", "val")[0] == [3, 5]
-
-
-def test_a_fork_of_a_state_that_was_not_validated_yet_starts_a_new_epoch(
-    make, make_data, monkeypatch
-):
-    """Its first mean training loss is of its own epoch only."""
-    whole = make(run_name="whole", val=make_data(7, seed=1)).fit()
-    trainer = make(val=make_data(7, seed=1))
-    states = states_of(trainer, monkeypatch)
-    trainer.fit()
-    (trainer.path / "last/state.pth").write_bytes(states[0][1])
-    fork = make(run_name="fork", val=make_data(7, seed=1), resume=trainer.path).fit()
-    records = [[r["train_loss"] for r in x.history if r["split"] == "val"] for x in (fork, whole)]
-    assert records[0] == records[1][1:]
-
-
 # ---- paths ---------------------------------------------------------------------------------------
 
 
-def test_paths_outlive_a_change_of_the_working_folder(make, make_data, tmp_path, monkeypatch):
+def test_paths_outlive_a_change_of_the_working_folder(
+    make_short_run, make_data, tmp_path, monkeypatch
+):
     """Of the run, its model, its images and the cache."""
     from torchvision.io import write_png
 
@@ -496,7 +334,7 @@ def test_paths_outlive_a_change_of_the_working_folder(make, make_data, tmp_path,
     mm.write_shards(make_data(23), "shards", samples_per_shard=7)
     shards = mm.from_shards("shards/*.tar", image_size=15, cache_dir="cache",
                             tokenizer=make_data(23).tokenizer)  # fmt: skip
-    trainer = make(data=data, output_dir="runs", max_steps=1, num_workers=0)
+    trainer = make_short_run(data=data, output_dir="runs", max_steps=1, num_workers=0)
     assert mm.describe(trainer).splitlines()[0].split() == ["run", "runs/run"]
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
@@ -509,14 +347,7 @@ def test_paths_outlive_a_change_of_the_working_folder(make, make_data, tmp_path,
     assert data.image_name(5) == "5.png"
 
 
-def test_a_home_folder_is_found(make, tmp_path, monkeypatch):
+def test_a_home_folder_is_found(make_short_run, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert make(output_dir="~/runs", max_steps=1).fit().path == tmp_path / "runs/run"
-
-
-def test_a_path_is_shown_from_the_working_folder_on(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert mm.files.shown(tmp_path / "runs/x") == "runs/x"
-    assert mm.files.shown("runs/x") == "runs/x"
-    assert mm.files.shown("/proc/self") == "/proc/self"
+    assert make_short_run(output_dir="~/runs", max_steps=1).fit().path == tmp_path / "runs/run"

@@ -1,13 +1,17 @@
-"""The gradient of a step is that of the whole batch, for any division into micro-batches."""
+"""A step's gradient is that of the whole batch, in any micro-batches; then comes the update."""
+
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import mmkit as mm
 from mmkit import info_nce, sigmoid_loss
 from mmkit.masking.plan import draw_maskings, mask_ratios
-from mmkit.training.step import Contrast, Mechanics, backward, naive_backward
+from mmkit.training.step import MAX_LOGIT_SCALE, Contrast, backward, naive_backward
 from tests.conftest import shared
+from tests.training.small_runs import changed, weights_of
 
 
 @pytest.fixture(params=["info_nce", "sigmoid"])
@@ -71,53 +75,6 @@ def test_accumulated_gradient_is_the_gradient_of_the_big_batch(make_model, make_
     torch.testing.assert_close(ours["logit_scale"], reference["logit_scale"])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("parts, at_once", [(2, 2), (3, 2), (4, 4), (7, 3)])
-def test_parts_computed_side_by_side_give_the_gradient_of_the_big_batch(
-    make_model, make_data, kind, parts, at_once, checkpointing
-):
-    """Equal to the whole batch's up to rounding, and bitwise the same in any thread order."""
-    model, batch = make_model().train(), shared(make_data(23).batch(range(23)))
-    for layer in (*model.vit.layers, *model.bert.encoder.layer):
-        layer.gradient_checkpointing = checkpointing
-    encode, scale = encode_with(model), (model.logit_scale, model.logit_bias)
-    expected = whole_batch_loss(model, encode(batch), batch, kind)
-    expected.backward()
-    reference = gradients(model)
-    reference.setdefault("logit_bias", torch.zeros(()))
-    how = Mechanics(at_once=at_once, parameters=list(model.parameters()))
-    found = []
-    for _ in range(3):
-        model.zero_grad()
-        loss = backward(encode, batch.split(parts), scale, Contrast(kind), how=how)
-        torch.testing.assert_close(loss, expected.detach())
-        found.append(gradients(model))
-        assert relative_error(found[-1], reference) < 1e-5
-    torch.testing.assert_close(found[0]["logit_scale"], reference["logit_scale"])
-    for again in found[1:]:
-        assert all(torch.equal(found[0][name], again[name]) for name in found[0])
-
-
-def test_other_terms_side_by_side_are_those_one_after_the_other(make_model, make_data):
-    """With contrast and alone; parameters that no term needs get no gradient."""
-    model, batch = make_model().train(), make_data(23).batch(range(23))
-    encode, scale = encode_with(model), (model.logit_scale, model.logit_bias)
-
-    def whole(micro):
-        out = encode(micro)
-        return out, out.image_tokens.square().sum() / len(batch)
-
-    for weight in (0.0, 0.5):
-        found = []
-        for how in (Mechanics(), Mechanics(at_once=2, parameters=list(model.parameters()))):
-            model.zero_grad()
-            contrast = Contrast(weight=weight)
-            backward(encode, batch.split(4), scale, contrast, whole=whole, how=how)
-            found.append(gradients(model))
-        assert relative_error(found[1], found[0]) < 1e-5
-        assert any("bert" in name for name in found[1]) == bool(weight)
-
-
 @pytest.mark.parametrize("modes", [("drop", "drop"), ("replace", "80/10/10")])
 def test_micro_batches_of_other_widths_give_the_same_gradient(make_model, make_data, kind, modes):
     """With a ratio per sample each micro-batch is padded to its own longest row."""
@@ -176,3 +133,53 @@ def test_memory_grows_with_the_micro_batch(make_model, make_data):
 
     backward(encode, batch.split(3), (model.logit_scale, model.logit_bias), Contrast())
     assert graphs == [False, False, True, True, True]
+
+
+def test_the_scale_is_clamped_in_the_parameter_and_still_learns(make_config, make_model, make_data):
+    trainer = mm.MaskedMultimodalTrainer(
+        make_config(warmup_steps=0), make_data(53), None, make_model()
+    )
+    with torch.no_grad():
+        trainer.model.logit_scale.fill_(7.0)
+    batch = trainer.first_batch()
+    trainer.train_step(batch, 0)
+    assert trainer.model.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
+    trainer.gradients(batch, 0)
+    assert trainer.model.logit_scale.grad.abs() > 0
+
+
+def test_gradients_are_clipped_and_bad_steps_skipped(make_config, make_model, make_data):
+    """A step without a finite gradient changes nothing; too many stop the run with a message."""
+    trainer = mm.MaskedMultimodalTrainer(
+        make_config(max_grad_norm=0.01, optimizer="adamw"), make_data(53), None, make_model()
+    )
+    batch = trainer.first_batch()
+    seen = []
+    step = trainer.optimizers[0].step
+    trainer.optimizers[0].step = lambda *a: (seen.append(clipped(trainer.model)), step(*a))
+    _, norm = trainer.train_step(batch, 0)
+    assert norm > 0.01 and seen[0] == pytest.approx(0.01, rel=1e-3)
+    before = {n: p.clone() for n, p in trainer.model.named_parameters()}
+    broken = batch[torch.arange(len(batch))]
+    broken.pixel_values = torch.full((len(batch), 3, 15, 15), math.nan)
+    trainer.train_step(broken, 0)
+    assert trainer.skipped == 1
+    assert all(torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
+    with pytest.raises(RuntimeError, match="20 steps in a row had no finite gradient"):
+        for _ in range(20):
+            trainer.train_step(broken, 0)
+
+
+def clipped(model):
+    return (
+        torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+    )
+
+
+def test_fp16_with_both_towers_frozen_trains_the_rest(make_trainer):
+    """An optimizer without a gradient is left out, also by the scaler."""
+    values = dict(frozen_image_epochs=1, frozen_text_epochs=1, mixed_precision="fp16")
+    trainer = make_trainer(num_epochs=1, warmup_steps=0, **values)
+    before = weights_of(trainer.model)
+    trainer.fit()
+    assert "image_projection.2.weight" in changed(before, trainer.model)

@@ -1,113 +1,47 @@
-"""A run learns, describes itself, writes readable files, and resumes after a kill."""
+"""A run learns, on one process or many, and every masker trains."""
 
+import copy
 import json
 import math
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 
 import mmkit as mm
-from mmkit.training.optim import build_optimizers, parameter_groups
-from mmkit.training.step import MAX_LOGIT_SCALE
-from mmkit.training.summary import effective_configuration
+from mmkit.masking.image import IMAGE_MASKERS
+from mmkit.masking.text import TEXT_MASKERS
+from mmkit.models.attention import class_attention
+from mmkit.models.checkpoint import read_checkpoint
 from mmkit.widgets.mask_lab import MaskLab
-from tests.train_small import DEFAULTS
-
-QUICK = DEFAULTS | dict(num_epochs=2)
-
-
-@pytest.fixture
-def config(tmp_path):
-    def make(**values):
-        return mm.TrainingConfig(**QUICK | dict(output_dir=str(tmp_path), run_name="run") | values)
-
-    return make
+from tests.train_small import QUICK, other_model
+from tests.training.small_runs import (
+    differences,
+    losses,
+    recorded_masks,
+    same_weights,
+    set_scale,
+    train_small,
+    weights_of,
+)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 @pytest.mark.parametrize("loss", ["info_nce", "sigmoid"])
-def test_one_batch_overfits(config, make_model, make_data, optimizer, loss):
+def test_one_batch_overfits(make_config, make_model, make_data, optimizer, loss):
     data = make_data(11)
     options = dict(
         num_epochs=120, text_mask_ratio=0.0, eval_every=120, optimizer=optimizer, loss=loss
     )
-    run = mm.train_model(config(**options), data, data, make_model(), resume=False)
+    run = mm.train_model(make_config(**options), data, data, make_model(), resume=False)
     assert run.history[-1]["image_to_text_R@1"] == 1.0
     assert run.history[-1]["loss"] < 0.3 * run.history[0]["loss"]
 
 
-def test_a_run_leaves_what_it_promises(config, make_model, make_data, capsys):
-    """best_model.pth and its contents, last/, config.json, metrics.jsonl, TensorBoard's scalars."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train, val = make_data(53), make_data(17, seed=1)
-    run = mm.train_model(config(num_epochs=3), train, val, make_model())
-    state = torch.load(run.path / "best_model.pth", weights_only=True)
-    promised = {
-        "model_state_dict",
-        "optimizer_state_dict",
-        "epoch",
-        "best_loss",
-        "config",
-        "architecture",
-    }
-    assert promised <= state.keys()
-    assert state["best_loss"] == min(r["loss"] for r in run.history if r["split"] == "val")
-    assert run.best["loss"] == state["best_loss"] and run.best["epoch"] == state["epoch"]
-    assert json.loads((run.path / "config.json").read_text())["batch_size"] == 11
-    assert (run.path / "last/state.pth").is_file()
-
-    events = EventAccumulator(str(run.path)).Reload()
-    tags = set(events.Tags()["scalars"])
-    reading_aids = {
-        "retrieval/image_to_text_R@1",
-        "logit_scale",
-        "image_mask_ratio",
-        "samples_per_second",
-    }
-    assert {"loss/train", "loss/val", "learning_rate"} | reading_aids <= tags
-    steps, losses = run.curve("loss")
-    assert [e.step for e in events.Scalars("loss/train")] == steps == list(range(1, 16))
-    assert [e.value for e in events.Scalars("loss/train")] == pytest.approx(losses)
-    assert len(events.Scalars("loss/val")) == 3
-
-    said = capsys.readouterr().out
-    for words in (
-        "4 of 9 patches encoded",
-        "55.6 % masked (drop)",
-        "guessing costs ln(11)",
-        "cpu, float32",
-    ):
-        assert words in said
-    assert "epoch   3/3" in said
-
-
-def test_the_best_model_comes_back_whole(config, make_model, make_data):
-    """Identical features, its tokenizer, ready to encode."""
-    train, val = make_data(53), make_data(17, seed=1)
-    trainer = mm.MaskedMultimodalTrainer(config(num_epochs=1), train, val, make_model(dropout=0.2))
-    trained = trainer.fit().model
-    assert not trained.training
-    a, b = mm.embed(trained, val), mm.embed(trainer.model, val)
-    assert torch.equal(a.image_features, b.image_features)
-    assert torch.equal(a.text_features, b.text_features)
-
-
-def test_two_unnamed_runs_are_two_folders(config, make_model, make_data):
-    paths = [
-        mm.train_model(config(run_name="", max_steps=1), make_data(53), None, make_model()).path
-        for _ in range(2)
-    ]
-    assert paths[0] != paths[1] and all((path / "best_model.pth").is_file() for path in paths)
-
-
-def test_images_are_moved_while_training_only(config, make_model, make_data):
+def test_images_are_moved_while_training_only(make_config, make_model, make_data):
     """augment="shift" changes the input of the encoder, by noise that depends on the epoch."""
     data, pixels = make_data(53), []
-    trainer = mm.MaskedMultimodalTrainer(config(augment="shift"), data, None, make_model())
+    trainer = mm.MaskedMultimodalTrainer(make_config(augment="shift"), data, None, make_model())
     trainer.model.register_forward_pre_hook(lambda _, args: pixels.append(args[0].pixel_values))
     batch = trainer.first_batch()
     for epoch in (0, 0, 1):
@@ -116,70 +50,13 @@ def test_images_are_moved_while_training_only(config, make_model, make_data):
     assert not torch.equal(pixels[0], batch.pixel_values)
 
 
-def test_a_short_run_is_told_that_its_warmup_is_long(config, make_model, make_data, capsys):
-    mm.train_model(config(warmup_steps=9), make_data(53), None, make_model())
-    assert "the warmup takes 9 of 10 steps" in capsys.readouterr().out
-
-
-def test_without_validation_the_training_loss_judges(config, make_model, make_data, capsys):
-    run = mm.train_model(config(), make_data(53), None, make_model())
-    assert "chosen by the training loss" in capsys.readouterr().out
-    assert run.best["loss"] == min(r["train_loss"] for r in run.history if r["split"] == "val")
-
-
-def test_what_training_and_validation_set_share_is_said(config, make_model, make_data, capsys):
-    """The number of shared images and captions, before the first step; nothing without any."""
-    train, other = make_data(23), make_data(7, seed=1)
-    pixels = torch.cat([train.batch([3, 5]).pixel_values, other.batch(range(5)).pixel_values])
-    words = ["moon", "shoe", "star", train.texts[11][0].upper(), "bread", "tree", "boat"]
-    val = mm.MultimodalDataset.from_pixels(pixels, words, tokenizer=train.tokenizer)
-    mm.train_model(config(max_steps=1), train, val, make_model())
-    (line,) = [w for w in capsys.readouterr().out.splitlines() if "also in training" in w]
-    assert "2 of 7 validation images (28.6 %) are also in training" in line
-    assert "(validation row = training row: 0 = 3, 1 = 5)" in line
-    assert "1 of 7 validation images (14.3 %) have a caption that is also in training" in line
-    assert line.startswith("beware ") and "mm.split keeps such images together" in line
-    apart = mm.MultimodalDataset.from_pixels(
-        pixels[2:], ["moon", "shoe", "star", "bread", "tree"], tokenizer=train.tokenizer
-    )
-    mm.train_model(config(max_steps=1), train, apart, make_model())
-    assert "also in training" not in capsys.readouterr().out
-
-
-def test_the_training_tokenizer_goes_to_the_validation_set(
-    config, make_model, make_data, tokenizer
-):
-    train, val = make_data(53, tokenizer=None), make_data(17, tokenizer=None)
-    val.texts = [["blue moon"]] * 17
-    trainer = mm.MaskedMultimodalTrainer(config(), train, val, make_model())
-    assert trainer.val.tokenizer is trainer.model.tokenizer is trainer.train.tokenizer
-    assert val.tokenizer is not train.tokenizer and val.max_length == 77  # both are unchanged
-    foreign = make_data(17, tokenizer=mm.train_wordpiece(["something else"]))
-    with pytest.raises(ValueError, match="val set was given another tokenizer"):
-        mm.MaskedMultimodalTrainer(config(), train, foreign, make_model())
-
-
-def other_model(make_data):
-    """A model that reads other tokens, and at most 5 of a caption."""
-    from transformers import BertConfig, ViTConfig
-
-    tokenizer = mm.train_wordpiece(["moon", "the old red house and the small boat"])
-    tower = dict(hidden_size=22, num_hidden_layers=1, num_attention_heads=2, intermediate_size=31)
-    return mm.MultimodalEncoder(
-        ViTConfig(image_size=15, patch_size=5, **tower),
-        BertConfig(vocab_size=len(tokenizer), max_position_embeddings=5, **tower),
-        tokenizer,
-        embed_dim=13,
-    )
-
-
-def test_others_on_the_same_data_do_not_move_a_training(config, make_model, make_data):
+def test_others_on_the_same_data_do_not_move_a_training(make_config, make_model, make_data):
     """A model with another tokenizer is evaluated in a callback, and trained beside it."""
     other = other_model(make_data)
 
     def losses(data, *callbacks):
         trainer = mm.MaskedMultimodalTrainer(
-            config(run_name="", num_epochs=1), data, data, make_model(), callbacks=callbacks
+            make_config(run_name="", num_epochs=1), data, data, make_model(), callbacks=callbacks
         )
         return [record["loss"] for record in trainer.fit().history]
 
@@ -191,7 +68,7 @@ def test_others_on_the_same_data_do_not_move_a_training(config, make_model, make
 
     def train_beside(trainer, record):
         if trainer.step == 2:
-            beside = mm.MaskedMultimodalTrainer(config(run_name=""), data, data, other)
+            beside = mm.MaskedMultimodalTrainer(make_config(run_name=""), data, data, other)
             assert beside.first_batch().input_ids.shape[1] == 5
 
     data = make_data(53, tokenizer=None)
@@ -202,40 +79,8 @@ def test_others_on_the_same_data_do_not_move_a_training(config, make_model, make
     assert all(map(torch.equal, before, data.encoded_captions()))
 
 
-def test_a_view_is_encoded_once_and_shares_its_images(tmp_path, make_data, monkeypatch):
-    calls, encode = [], mm.data.partners.encode_texts
-    monkeypatch.setattr(
-        mm.data.partners, "encode_texts", lambda *args: calls.append(args[2]) or encode(*args)
-    )
-    data = make_data(23)
-    assert data.encoded_by(data.tokenizer, 77) is data
-    for _ in range(3):
-        views = [data.encoded_by(data.tokenizer, length) for length in (5, 7)]
-        assert [view.batch(range(23)).input_ids.shape[1] for view in views] == [5, 7]
-    assert calls == [5, 7]
-    assert views[0].subset([4, 0]).batch([0]).input_ids.shape[1] == 5
-    paths = [tmp_path / f"{row}.png" for row in range(3)]
-    for row, path in enumerate(paths):
-        path.write_bytes(data.image_file(row).getvalue())
-    for first, second in ((0, 1), (1, 0)):  # for both decoding orders
-        files = mm.MultimodalDataset(paths, ["a", "b", "c"], image_size=15)
-        pair = (files, files.encoded_by(data.tokenizer, 5))
-        pair[first].keep_on("cpu")
-        assert pair[second].resident
-        assert torch.equal(pair[second].batch([2]).pixel_values, data.batch([2]).pixel_values)
-
-
-def test_what_an_encoder_says_of_long_captions_is_a_remedy(make_data):
-    model, data = other_model(make_data), make_data(23)
-    with pytest.raises(ValueError, match="the encoder takes 5") as error:
-        model(data.batch(range(23)))
-    remedy = str(error.value).split("take batches of ")[1]
-    view = eval(remedy, {"dataset": data, "model": model})
-    assert model(view.batch(range(23))).text_features.shape == (23, 13)
-
-
-def test_every_image_once_per_epoch_in_a_new_order(config, make_model, make_data):
-    trainer = mm.MaskedMultimodalTrainer(config(), make_data(53), None, make_model())
+def test_every_image_once_per_epoch_in_a_new_order(make_config, make_model, make_data):
+    trainer = mm.MaskedMultimodalTrainer(make_config(), make_data(53), None, make_model())
     epochs = [torch.cat([rows for rows, _ in trainer.epoch_batches(e)]) for e in (0, 1, 0)]
     for rows in epochs:
         assert rows.sort().values.tolist() == list(range(53))
@@ -243,9 +88,9 @@ def test_every_image_once_per_epoch_in_a_new_order(config, make_model, make_data
     assert [len(rows) for rows, _ in trainer.epoch_batches(0)] == [11, 11, 11, 10, 10]
 
 
-def test_masks_are_replayed_and_end_for_the_unmasked_epochs(config, make_model, make_data):
+def test_masks_are_replayed_and_end_for_the_unmasked_epochs(make_config, make_model, make_data):
     trainer = mm.MaskedMultimodalTrainer(
-        config(num_epochs=5, unmasked_epochs=2), make_data(53), None, make_model()
+        make_config(num_epochs=5, unmasked_epochs=2), make_data(53), None, make_model()
     )
     batch = trainer.first_batch()
     image, text = trainer.maskings(batch, 2)
@@ -255,148 +100,11 @@ def test_masks_are_replayed_and_end_for_the_unmasked_epochs(config, make_model, 
     assert trainer.maskings(batch, 3) == trainer.maskings(batch, 4) == (None, None)
 
 
-def test_the_effective_configuration_is_read_from_the_model(config, make_model, make_data):
-    """A ratio that masks nothing is reported as 0, whatever the setting says."""
-
-    def effective(**values):
-        trainer = mm.MaskedMultimodalTrainer(config(**values), make_data(53), None, make_model())
-        return effective_configuration(trainer)
-
-    e = effective(image_mask_ratio=0.02, gradient_accumulation_steps=3)
-    assert e["image_mask_ratio"] == 0 and e["patches_encoded"] == 9
-    assert (e["negatives"], e["compared"]) == (10, 10)  # of the first batch, 11 of 53 pairs
-    assert effective(gradient_accumulation_steps=3, accumulation="naive")["negatives"] == 3
-    assert effective(image_mask_mode="replace")["patches_encoded"] == 9
-    assert effective(text_mask_mode="drop")["tokens_encoded"] < effective()["tokens_encoded"]
-    assert effective(image_mask_ratio=0.8)["gflop_per_pair"] < e["gflop_per_pair"]
-
-
-TAGGED = {
-    "a caption for all": lambda i: ["photo", f"thing number {i}"],
-    "a title and one of two categories": lambda i: [f"thing number {i}", f"kind {i % 2}"],
-    "a chain": lambda i: [f"caption {i}", f"caption {i + 1}"],
-}
-
-
-@pytest.mark.parametrize("captions", TAGGED.values(), ids=TAGGED)
-@pytest.mark.parametrize("accumulation", ["exact", "naive"])
-def test_negatives_and_chance_are_counted_with_partners(
-    config, make_model, make_data, capsys, captions, accumulation
-):
-    """Negatives are counted in the first batch, and every step has something to learn."""
-    train, val = make_data(53, tokenizer=None), make_data(17, seed=1, tokenizer=None)
-    for data in (train, val):
-        data.texts = [captions(i) for i in range(len(data))]
-    options = dict(num_epochs=1, gradient_accumulation_steps=2, accumulation=accumulation)
-    trainer = mm.MaskedMultimodalTrainer(config(**options), train, val, make_model())
-    micro = trainer.first_batch().split(1 if accumulation == "exact" else 2)[0]
-    wrong = torch.cat([(~micro.correct()).sum(way).double() for way in (0, 1)])
-    assert accumulation == "naive" or wrong.mean() < len(micro) - 1, "none shares a caption"
-    e = effective_configuration(trainer)
-    assert e["negatives"] == pytest.approx(wrong.mean().item())
-    assert e["guessing_costs"] == pytest.approx(wrong.log1p().mean().item())
-
-    flat = [caption for texts in val.texts for caption in texts]
-    of_images = [sum(c in texts for c in flat) / len(flat) for texts in val.texts]
-    of_captions = [sum(caption in texts for texts in val.texts) / 17 for caption in flat]
-    chance = 50 * (sum(of_images) / 17 + sum(of_captions) / len(flat))
-    run = trainer.fit()
-    said = capsys.readouterr().out
-    count = f"{e['negatives']:.1f} of " if e["negatives"] < len(micro) - 1 else ""
-    assert f"negatives   {count}{len(micro) - 1} per pair" in said
-    assert f"chance of R@1 {chance:.1f} %" in said
-    assert ("“photo” (53 images)" in said) == (train.texts[0][0] == "photo")
-    assert ("“kind 0” (27 images), “kind 1” (26 images)" in said) == ("kind 0" in flat)
-    steps = [record for record in run.history if record["split"] == "train"]
-    assert all(record["loss"] > 0.1 and record["grad_norm"] > 0 for record in steps)
-
-
-def test_parameters_stand_in_the_right_group(make_model, config):
-    """Biases, norms, positions, class and mask tokens and the scale never decay."""
-    model = make_model()
-    groups = parameter_groups(model)
-    assert all(".layers." in n or ".layer." in n for n in groups["matrices"])
-    assert len(groups["matrices"]) == 2 * 6 + 2 * 6
-    words = set(groups["decayed"])
-    assert words == {
-        "vit.embeddings.patch_embeddings.projection.weight",
-        "bert.embeddings.word_embeddings.weight",
-        "image_projection.2.weight",
-        "text_projection.2.weight",
-    }
-    assert {"logit_scale", "logit_bias", "image_mask_token", "vit.embeddings.cls_token"} <= set(
-        groups["plain"]
-    )
-    assert sum(map(len, groups.values())) == len(list(model.parameters()))
-    muon, adamw = build_optimizers(model, config())
-    assert muon.param_groups[0]["lr"] == pytest.approx(3 * 5e-3)
-    assert [g["weight_decay"] for g in adamw.param_groups] == [0.1, 0.0]
-    (only,) = build_optimizers(model, config(optimizer="adamw"))
-    assert sum(len(g["params"]) for g in only.param_groups) == len(list(model.parameters()))
-
-
-def test_parameters_of_a_decoder_stand_in_the_right_group(make_model):
-    """Muon updates its layers' matrices; mask tokens, biases and norms never decay."""
-    model = make_model().add_decoder(across=True, matching=True, width=32)
-    groups = {
-        role: {name.removeprefix("decoder.") for name in names if name.startswith("decoder.")}
-        for role, names in parameter_groups(model).items()
-    }
-    assert len(groups["matrices"]) == 2 * 2 * 6
-    assert all("_layers.layers." in name and "weight" in name for name in groups["matrices"])
-    layers = ("pixel_layers", "word_layers")
-    assert groups["decayed"] == {f"{part}.{map}.weight" for part in layers for map in
-                                 ("embed", "other")} | {"pixel_head.weight", "matching_head.weight",
-                                                        "word_head.dense.weight"}  # fmt: skip
-    assert {f"{part}.mask_token" for part in layers} | {"word_head.bias"} <= groups["plain"]
-    own = [name for name, _ in model.named_parameters() if name.startswith("decoder.")]
-    assert sum(map(len, groups.values())) == len(own)
-
-
-def test_the_scale_is_clamped_in_the_parameter_and_still_learns(config, make_model, make_data):
-    trainer = mm.MaskedMultimodalTrainer(config(warmup_steps=0), make_data(53), None, make_model())
-    with torch.no_grad():
-        trainer.model.logit_scale.fill_(7.0)
-    batch = trainer.first_batch()
-    trainer.train_step(batch, 0)
-    assert trainer.model.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
-    trainer.gradients(batch, 0)
-    assert trainer.model.logit_scale.grad.abs() > 0
-
-
-def test_gradients_are_clipped_and_bad_steps_skipped(config, make_model, make_data):
-    """A step without a finite gradient changes nothing; too many stop the run with a message."""
-    trainer = mm.MaskedMultimodalTrainer(
-        config(max_grad_norm=0.01, optimizer="adamw"), make_data(53), None, make_model()
-    )
-    batch = trainer.first_batch()
-    seen = []
-    step = trainer.optimizers[0].step
-    trainer.optimizers[0].step = lambda *a: (seen.append(clipped(trainer.model)), step(*a))
-    _, norm = trainer.train_step(batch, 0)
-    assert norm > 0.01 and seen[0] == pytest.approx(0.01, rel=1e-3)
-    before = {n: p.clone() for n, p in trainer.model.named_parameters()}
-    broken = batch[torch.arange(len(batch))]
-    broken.pixel_values = torch.full((len(batch), 3, 15, 15), math.nan)
-    trainer.train_step(broken, 0)
-    assert trainer.skipped == 1
-    assert all(torch.equal(before[n], p) for n, p in trainer.model.named_parameters())
-    with pytest.raises(RuntimeError, match="20 steps in a row had no finite gradient"):
-        for _ in range(20):
-            trainer.train_step(broken, 0)
-
-
-def clipped(model):
-    return (
-        torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
-    )
-
-
-def test_half_the_bits_learn_as_float32_does(config, make_model, make_data):
+def test_half_the_bits_learn_as_float32_does(make_config, make_model, make_data):
     data, ends = make_data(23), {}
     for precision in ("no", "bf16", "fp16"):
         run = mm.train_model(
-            config(num_epochs=40, mixed_precision=precision, eval_every=40),
+            make_config(num_epochs=40, mixed_precision=precision, eval_every=40),
             data,
             data,
             make_model(),
@@ -404,86 +112,6 @@ def test_half_the_bits_learn_as_float32_does(config, make_model, make_data):
         ends[precision] = run.history[-1]["loss"]
     for precision in ("bf16", "fp16"):
         assert ends[precision] == pytest.approx(ends["no"], rel=0.3) and ends[precision] < 1
-
-
-def test_bad_starts_are_refused_in_words(config, make_model, make_data):
-    with pytest.raises(ValueError, match=r"batch_size=99 is larger than the training set \(53"):
-        mm.train_model(config(batch_size=99), make_data(53), None, make_model())
-    with pytest.raises(ValueError, match="10 pairs cannot be divided among 1 processes and 11"):
-        mm.train_model(config(gradient_accumulation_steps=11), make_data(53), None, make_model())
-    with pytest.raises(ValueError, match="masker 'blok' is not known"):
-        mm.train_model(config(image_mask="blok"), make_data(53), None, make_model())
-    with pytest.raises(ValueError, match="16 x 16 pixels, the encoder takes 15 x 15"):
-        mm.train_model(config(), make_data(53, size=16), None, make_model())
-    with pytest.raises(FileNotFoundError, match="no run in"):
-        mm.Run.load("nowhere")
-
-
-def test_a_new_run_replaces_and_a_resumed_one_asks_for_the_same_settings(
-    config, make_model, make_data, capsys
-):
-    data = make_data(53)
-    mm.train_model(config(), data, None, make_model())
-    mm.train_model(config(), data, None, make_model())
-    assert "replacing the earlier run" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"configuration differs .*learning_rate: 0\.005 -> 0\.1"):
-        mm.train_model(config(learning_rate=0.1), data, None, make_model(), resume=True)
-    with pytest.raises(ValueError, match="it was trained on other images or captions"):
-        mm.train_model(config(), make_data(54), None, make_model(), resume=True)
-    mm.train_model(config(run_name="other"), data, None, make_model(), resume=True)
-    assert "nothing to resume" in capsys.readouterr().out
-    finished = mm.train_model(config(), data, None, make_model(), resume=True)
-    assert finished.history[-1]["step"] == 10
-
-
-# -- in processes of their own ---------------------------------------------------------------
-
-
-def train_small(folder, name, *flags, **values):
-    command = [
-        sys.executable,
-        "-m",
-        "tests.train_small",
-        str(folder),
-        name,
-        json.dumps(values),
-        *flags,
-    ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
-def losses(folder, name):
-    return [(r["split"], r["step"], r["loss"]) for r in mm.Run.load(folder / name).history]
-
-
-def same_weights(folder, one, other, file="last/state.pth"):
-    states = [torch.load(folder / name / file, weights_only=True) for name in (one, other)]
-    weights = [s["model_state_dict"] for s in states]
-    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
-    slots = [torch.cat([v.flatten().float() for o in s["optimizer_state_dict"] for slot in
-    o["state"].values()
-                        for v in slot.values()]) for s in states]  # fmt: skip
-    assert torch.equal(*slots)
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_as_if_it_had_not_been(tmp_path):
-    """SIGKILL between steps (mid-epoch) and inside a checkpoint write: the same bits at the end."""
-    values = dict(dropout=0.2, gradient_accumulation_steps=2, checkpoint_every=2)
-    values |= dict(image_mask="attentive", text_mask_mode="80/10/10")  # a running mean, too
-    whole = train_small(tmp_path, "whole", **values)
-    assert whole.returncode == 0, whole.stderr
-    for name, flags in (("step", ["--kill-at", "8"]), ("write", ["--kill-in-write", "4"])):
-        killed = train_small(tmp_path, name, *flags, **values)
-        assert killed.returncode == -signal.SIGKILL
-        mm.models.checkpoint.read_checkpoint(
-            tmp_path / name / "last/state.pth"
-        )  # complete, though killed
-        resumed = train_small(tmp_path, name, "--resume", **values)
-        assert resumed.returncode == 0 and "resuming" in resumed.stdout, resumed.stderr
-        assert losses(tmp_path, name) == losses(tmp_path, "whole")
-        same_weights(tmp_path, name, "whole")
-        same_weights(tmp_path, name, "whole", "best_model.pth")
 
 
 @pytest.mark.slow
@@ -502,3 +130,278 @@ def test_two_processes_are_one(tmp_path):
     ]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_the_running_mean_is_what_is_validated_and_kept(make_trainer, make_data):
+    """After n steps it is the weighted sum of all weights so far, computed by hand."""
+    seen = []
+    trainer = make_trainer(
+        ema_decay=0.9, num_epochs=1, val=make_data(17, seed=1), warmup_steps=0,
+        callbacks=[
+            lambda t, r: seen.append(weights_of(t.model)) if r["split"] == "train" else None
+        ],
+    )  # fmt: skip
+    expected = weights_of(trainer.model)
+    run = trainer.fit()
+    for step, now in enumerate(seen):
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = {n: decay * expected[n] + (1 - decay) * now[n] for n in expected}
+    best = run.model.state_dict()
+    for name, wanted in expected.items():
+        torch.testing.assert_close(best[name], wanted)
+    assert not torch.equal(best["vit.layernorm.bias"], trainer.model.vit.layernorm.bias)
+    kept = mm.evaluate(run.model, trainer.val)["loss"]
+    assert run.history[-1]["loss"] == pytest.approx(kept, rel=1e-5)
+
+
+def test_a_skipped_step_changes_nothing(make_trainer):
+    """Weights, optimizer state, both running means and the epoch's loss stay as they are."""
+    trainer = make_trainer(ema_decay=0.9, image_mask="attentive", warmup_steps=0)
+    batch = trainer.first_batch()
+    trainer.train_step(batch, 0)
+
+    def everything():
+        memory = [o.state_dict()["state"] for o in trainer.optimizers]
+        means = (
+            trainer.ema.state_dict(),
+            (trainer.attention_ema and trainer.attention_ema.state_dict()),
+        )
+        return [*tensors(memory), *tensors(means), *weights_of(trainer.model).values()]
+
+    before, loss = [x.clone() for x in everything()], float(trainer.epoch_loss)
+    broken = batch[torch.arange(len(batch))]
+    broken.pixel_values = torch.full((len(batch), 3, 15, 15), math.nan)
+    trainer.train_step(broken, 0)
+    assert trainer.skipped == trainer.skipped_in_a_row == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, everything(), strict=True))
+    assert float(trainer.epoch_loss) == loss and trainer.epoch_steps == 1
+    trainer.train_step(batch, 0)
+    assert trainer.skipped == 1 and trainer.skipped_in_a_row == 0
+
+
+def tensors(thing):
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif isinstance(thing, dict | list | tuple):
+        for part in thing.values() if isinstance(thing, dict) else thing:
+            yield from tensors(part)
+
+
+def test_restarts_by_torchrun_resume_by_themselves(make_trainer, monkeypatch):
+    """The same command again, as from an elastic agent; a run without a name is refused."""
+    make_trainer(num_epochs=2, max_steps=4).fit()
+    assert make_trainer(num_epochs=2, max_steps=4).step == 0
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    assert make_trainer(num_epochs=2, max_steps=4).step == 4
+    assert make_trainer(num_epochs=2, max_steps=4, run_name="not_yet").step == 0
+    with pytest.raises(ValueError, match="give a run_name"):
+        make_trainer(run_name="")
+
+
+def test_settings_of_a_given_model_are_recorded_as_they_are(make_trainer, make_model, make_data):
+    """Settings that a given model overrides are named; a model of the preset has them."""
+    model = make_model(dropout=0.2, temperature=0.13)
+    trainer = make_trainer(model, max_steps=2, temperature=0.5, dropout=0.4)
+    said = mm.describe(trainer)
+    assert "temperature=0.5 is for a new model; the given one has 0.13" in said
+    assert "dropout=0.4 is for a new model; the given one has 0.2" in said
+    assert "preset=" not in said
+    run = trainer.fit()
+    real = dict(preset="own", dropout=0.2, temperature=0.13)
+    saved = read_checkpoint(run.path / "best_model.pth")["config"]
+    for recorded in (json.loads((run.path / "config.json").read_text()), saved):
+        assert {name: recorded[name] for name in real} == real
+    same = make_trainer(make_model(dropout=0.2), max_steps=2, resume=True)  # resumes all the same
+    assert same.step == 2
+    written = mm.TrainingConfig(**saved)
+    mm.MaskedMultimodalTrainer(written, make_data(53), None, make_model(dropout=0.2))
+    with pytest.raises(ValueError, match="preset='own' is not known; known: base, small, tiny"):
+        mm.MaskedMultimodalTrainer(written, make_data(53))
+    data = make_data(53, size=64)
+    tiny = mm.MultimodalEncoder.preset("tiny", tokenizer=data.tokenizer)
+    trainer = make_trainer(tiny, data=data, preset="small")
+    assert "preset='small' is for a new model; the given one has 'tiny'" in mm.describe(trainer)
+    assert trainer.recorded_config()["preset"] == "tiny"
+
+
+def test_a_new_model_has_what_was_asked_for_to_the_last_digit(make_config, make_data):
+    """Resuming compares it with the record."""
+    data, values = make_data(17, size=64), dict(temperature=0.1234567891, max_steps=1)
+    for resume in (False, True):
+        config = make_config(**values, num_epochs=1)
+        trainer = mm.MaskedMultimodalTrainer(config, data, None, None, resume)
+        assert trainer.recorded_config()["temperature"] == 0.1234567891
+        trainer.fit()
+
+
+def test_a_configuration_that_is_changed_later_changes_no_run(make_config, make_model, make_data):
+    """Fields that no longer fit each other are refused when the run starts."""
+    config = make_config(max_steps=2)
+    trainer = mm.MaskedMultimodalTrainer(config, make_data(53), None, make_model())
+    config.batch_size, config.image_mask_schedule = 7, "linear"
+    assert trainer.config.batch_size == 11
+    with pytest.raises(ValueError, match="image_mask_final_ratio=None must be given with a sched"):
+        mm.MaskedMultimodalTrainer(config, make_data(53), None, make_model())
+
+
+def everything_but_the_scale(trainer) -> list:
+    optimizers = [optimizer.state_dict() for optimizer in trainer.optimizers]
+    return copy.deepcopy(
+        [
+            trainer.model.state_dict(),
+            optimizers,
+            (trainer.attention_ema and trainer.attention_ema.state_dict()),
+        ]
+    )
+
+
+def test_an_overflowing_step_changes_nothing_but_the_scale(make_fp16_trainer):
+    """Weights, both optimizers and the EMA stay; the scale halves; the step is counted."""
+    trainer = make_fp16_trainer()
+    batch = trainer.first_batch()
+    set_scale(trainer, 128.0)
+    _, norm = trainer.train_step(batch, 0)
+    assert math.isfinite(norm) and trainer.skipped == 0
+    before = everything_but_the_scale(trainer)
+    set_scale(trainer, 2.0**40)
+    _, norm = trainer.train_step(batch, 0)
+    assert not math.isfinite(norm)
+    assert differences(before, everything_but_the_scale(trainer)) == []
+    assert trainer.scaler.get_scale() == 2.0**39
+    assert (trainer.skipped, trainer.skipped_in_a_row) == (1, 1)
+
+
+@pytest.mark.parametrize("masker", sorted(IMAGE_MASKERS))
+@pytest.mark.parametrize("mode", ["drop", "replace"])
+def test_every_image_masker_trains(make_trainer, masker, mode):
+    """A step with each masker has a finite gradient in every part that got an input."""
+    values = dict(image_mask=masker, image_mask_mode=mode, gradient_accumulation_steps=2)
+    data = model = None
+    if masker == "painted":
+        values["painted_mask"] = torch.eye(3)
+    if masker == "layers":  # only the built-in images have layers
+        data = mm.openmoji(64)[1]
+        model = mm.MultimodalEncoder.preset("tiny", tokenizer=data.tokenizer)
+        values["batch_size"] = 16
+    trainer = make_trainer(model, data=data, **values)
+    batch = trainer.first_batch()
+    loss, norm = trainer.train_step(batch, 0)
+    assert torch.isfinite(loss) and 0 < norm < float("inf")
+    if masker not in ("painted", "layers"):
+        shown = trainer.maskings(batch, 0)[0].mask.sum(1)
+        assert (shown == 9 - round(9 * 0.5)).all()
+
+
+@pytest.mark.parametrize("masker", sorted(TEXT_MASKERS))
+@pytest.mark.parametrize("mode", ["drop", "replace", "80/10/10"])
+def test_every_text_masker_trains(make_trainer, masker, mode):
+    trainer = make_trainer(text_mask=masker, text_mask_mode=mode, text_mask_ratio=0.5)
+    loss, norm = trainer.train_step(trainer.first_batch(), 0)
+    assert torch.isfinite(loss) and 0 < norm < float("inf")
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [("constant", [2, 2, 2, 2, 2]), ("linear", [2, 3, 5, 6, 7]), ("cosine", [2, 3, 5, 6, 7])],
+)
+def test_the_ratio_follows_its_schedule(make_trainer, schedule, expected):
+    """Of 9 patches, from 0.2 in the first epoch to 0.8 in the last one that masks anything."""
+    final = None if schedule == "constant" else 0.8
+    trainer = make_trainer(
+        num_epochs=6, unmasked_epochs=1, image_mask_ratio=0.2,
+        image_mask_schedule=schedule, image_mask_final_ratio=final,
+    )  # fmt: skip
+    batch = trainer.first_batch()
+    masked = [trainer.maskings(batch, epoch)[0].mask.sum(1).unique().tolist() for epoch in range(5)]
+    assert masked == [[count] for count in expected]
+    assert trainer.maskings(batch, 5) == (None, None)
+
+
+def test_a_uniform_ratio_is_one_of_its_own_for_each_sample(make_trainer):
+    trainer = make_trainer(
+        image_mask_ratio=0.1, image_mask_schedule="uniform", image_mask_final_ratio=0.9,
+        text_mask_ratio=0.1, text_mask_schedule="uniform", text_mask_final_ratio=0.6,
+    )  # fmt: skip
+    batch = trainer.first_batch()
+    image, text = trainer.maskings(batch, 0)
+    counts = image.mask.sum(1)
+    assert len(counts.unique()) > 3 and 1 <= counts.min() and counts.max() <= 8
+    assert torch.equal(image.keep_valid.sum(1), 9 - counts)
+    assert not torch.equal(counts, trainer.maskings(batch, 1)[0].mask.sum(1))
+    again = trainer.maskings(batch[torch.arange(10, -1, -1)], 0)
+    assert torch.equal(again[0].mask.flip(0), image.mask)
+    assert torch.equal(again[1].mask.flip(0), text.mask)
+
+
+def test_the_running_mean_is_what_attentive_looks_with(make_trainer, make_model):
+    """The attention is that of the EMA, at half the resolution, not of the trained model."""
+    trainer = make_trainer(image_mask="attentive", learning_rate=0.05, num_epochs=3)
+    assert make_trainer().attention_ema is None
+    rising = dict(image_mask_schedule="linear", image_mask_final_ratio=0.5)
+    assert make_trainer(image_mask="attentive", image_mask_ratio=0.0, **rising).attention_ema
+    batch = trainer.first_batch()
+    for _ in range(3):
+        trainer.train_step(batch, 0)
+    pixels = trainer.model.normalize(batch.pixel_values)
+    with torch.no_grad():
+        mean, now = (
+            class_attention(vit, pixels, half=True, of="mean")
+            for vit in (trainer.attention_ema.module, trainer.model.vit)
+        )
+    masking = trainer.maskings(batch, 0)[0]
+    assert not torch.allclose(mean, now)
+    for seen, attention in zip(~masking.mask, mean, strict=True):
+        assert attention[seen].min() >= attention[~seen].max()
+
+
+def test_masks_are_drawn_once_per_step(make_trainer, monkeypatch):
+    """The second pass of a micro-batch masks what the first masked, without drawing again."""
+    trainer = make_trainer(image_mask="attentive", gradient_accumulation_steps=3)
+    calls = []
+    attend, tokens = trainer.plan.tokens.attend, trainer.plan.tokens
+    monkeypatch.setattr(tokens, "attend", lambda x: calls.append(len(x)) or attend(x))
+    trainer.train_step(trainer.first_batch(), 0)
+    assert calls == [4, 4, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("masker", ["block", "attentive"])
+def test_masks_are_the_same_on_two_processes_and_after_a_kill(tmp_path, masker):
+    """What each sample masked in each epoch: one process, two, and one killed in mid-epoch."""
+    values = dict(
+        image_mask=masker, image_mask_schedule="uniform", image_mask_final_ratio=0.8,
+        text_mask="whole_word", text_mask_mode="80/10/10", num_epochs=2, checkpoint_every=1,
+    )  # fmt: skip
+    runs = (("one", []), ("two", ["--processes", "2"]), ("killed", ["--kill-at", "7"]))
+    for name, flags in runs:
+        done = train_small(tmp_path, name, "--record", *flags, **values)
+        assert done.returncode == (-signal.SIGKILL if name == "killed" else 0), done.stderr[-2000:]
+    resumed = train_small(tmp_path, "killed", "--record", "--resume", **values)
+    assert resumed.returncode == 0 and "resuming" in resumed.stdout, resumed.stderr[-2000:]
+    whole = recorded_masks(tmp_path, "one")
+    assert len(whole) == 2 * 53 and any(words for _, words in whole.values())
+    assert recorded_masks(tmp_path, "two") == whole
+    assert recorded_masks(tmp_path, "killed") == whole
+    same_weights(tmp_path, "one", "killed")
+
+
+def test_frequencies_are_those_of_the_training_whatever_is_evaluated(
+    make_data, make_model, tmp_path
+):
+    """A caption is masked the same in a part, in the whole, and by the model read back; without a
+    training, the remedy that is named serves."""
+    train, untrained, other = make_data(53), make_model(), make_model()
+    rows, mask = [3, 5, 7, 11, 13, 17, 19, 23, 29, 31], dict(text_mask=("frequency", 0.5))
+    part = train.subset(rows)
+    assert not torch.equal(part.token_frequency(), train.token_frequency())
+    with pytest.raises(ValueError, match=r"set model.token_frequency = train.token_") as said:
+        mm.embed(untrained, train, **mask)
+    config = mm.TrainingConfig(**QUICK | dict(output_dir=str(tmp_path), text_mask="frequency"))
+    run = mm.train_model(config, train, part, model=untrained)
+    assert torch.equal(untrained.token_frequency, train.token_frequency())
+    for model in (untrained, mm.load(run.path / "best_model.pth")):
+        whole = mm.embed(model, train, **mask).text_features
+        torch.testing.assert_close(mm.embed(model, part, **mask).text_features, whole[rows])
+    remedy = str(said.value).partition("set ")[2].partition(",")[0]
+    exec(remedy, dict(model=other, train=train))
+    assert mm.embed(other, part, **mask).text_features.isfinite().all()

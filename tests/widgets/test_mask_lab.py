@@ -15,23 +15,10 @@ from mmkit.data.openmoji.layers import DrawingLayers
 from mmkit.masking.image import IMAGE_MASKERS
 from mmkit.masking.text import TEXT_MASKERS
 from mmkit.widgets.mask_lab import _SHOWN, MaskLab
-from mmkit.widgets.parts import caption_html, png, pool_rows, rank_of, ranking_html
+from mmkit.widgets.parts import png
 from tests.train_small import DEFAULTS
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
-
-
-@pytest.fixture
-def lab(make_data, make_model):
-    """A lab with a model on row 4, whose caption has six words; 3 x 3 patches."""
-    lab = MaskLab(make_data(23), make_model())
-    lab.row.value, lab.text_percent.value = 4, 50
-    return lab
-
-
-@pytest.fixture
-def plain_lab(make_data):
-    return MaskLab(make_data(23), patch_size=5)
 
 
 def shown(lab):
@@ -263,82 +250,7 @@ def test_an_attentive_mask_of_the_lab_may_train_the_model(lab):
     lab.model.encode_image(lab.batch.pixel_values, lab.masking)[0, 0].backward()
 
 
-def test_the_cost_is_that_of_what_is_encoded(lab, plain_lab):
-    length, masked = int(lab.batch.valid.sum()), int(lab.text_masking.mask.sum())
-    visible = int((~lab._masked_patches()).sum())
-    whole = mm.cost.sample_flops(lab.model, 9, length)
-    assert lab.cost() == mm.cost.sample_flops(lab.model, visible, length - masked) / whole
-    lab.image_mode.value = "replace"
-    assert lab.cost() == mm.cost.sample_flops(lab.model, 9, length - masked) / whole
-    lab.text_mode.value = "80/10/10"
-    assert lab.cost() == 1
-    plain_lab.row.value, plain_lab.text_percent.value = 4, 50
-    assert plain_lab.cost() == (visible + length - masked) / (9 + length)
-    assert f"({visible + length - masked} of {9 + length} tokens)" in plain_lab.words.value
-
-
-def test_the_pool_is_fixed_but_for_the_image():
-    assert pool_rows(0, 7, 24) == list(range(7))
-    base = pool_rows(0, 2811, 24)
-    assert len(set(base)) == 24 and base == sorted(base) and max(np.diff(base)) <= 118
-    for row in (5, 1400, 2810):
-        rows = pool_rows(row, 2811, 24)
-        assert row in rows and len(set(rows) - set(base)) <= 1 and len(set(rows)) == 24
-
-
-def test_ties_count_against_the_rank():
-    right = torch.tensor([False, True, False, True])
-    assert rank_of(torch.tensor([0.1, 0.3, 0.2, 0.0]), right) == 1
-    assert rank_of(torch.tensor([0.3, 0.3, 0.4, 0.0]), right) == 3
-    assert rank_of(torch.full((4,), float("nan")), right) == 3
-    assert rank_of(torch.tensor([float("nan"), 0.3, 0.2, 0.0]), right) == 1
-
-
 # -- what is shown ---------------------------------------------------------------------------
-
-
-def test_tokens_are_shown_under_their_masking(lab):
-    tokens = lab.dataset.tokenizer.convert_ids_to_tokens(lab.batch.input_ids[0])
-    masked = lab.text_masking.mask[0].tolist()
-    kinds = [kind for _, kind in lab.tokens()]
-    assert [token for token, _ in lab.tokens()] == tokens
-    assert [kind == "dropped" for kind in kinds] == masked
-    assert kinds[0] == kinds[-1] == "end" and sum(masked) == 3
-    lab.text_mode.value = "replace"
-    assert [token == "[mask]" for token, _ in lab.tokens()] == masked
-    lab.text_mode.value = "80/10/10"
-    others = 0
-    for seed in range(20):
-        lab.seed.value = seed
-        masking = lab.text_masking
-        for position, (token, kind) in enumerate(lab.tokens()):
-            number = int(masking.substitute[0, position])
-            if masking.mask[0, position] and number >= 0:
-                assert (token, kind) == (
-                    lab.dataset.tokenizer.convert_ids_to_tokens(number),
-                    "other",
-                )
-                others += 1
-    assert others > 0
-
-
-def test_captions_are_text_and_not_markup(make_data, make_model):
-    data = make_data(5)
-    data.texts[2] = ['<b>cat</b> & "dog"']
-    lab = MaskLab(data, make_model())
-    lab.row.value = 2
-    for html in (lab.words.value, lab.ranking.value):
-        assert "&lt;b&gt;cat&lt;/b&gt; &amp; &quot;dog&quot;" in html
-        assert "<b>cat" not in html
-    html = caption_html("<i>", [("<u>", "visible")])
-    assert "&lt;i&gt;" in html and "&lt;u&gt;" in html and "<i" not in html and "<u" not in html
-
-
-def test_the_ranking_begins_with_the_best_and_marks_the_correct_one():
-    html = ranking_html(["a", "b", "c"], torch.tensor([0.1, -0.5, 0.9]), torch.tensor([1, 0, 0]))
-    assert html.index(">c<") < html.index(">a<") < html.index(">b<")
-    assert html.count("✓") == 1 and 'class="text right" title="a"' in html
-    assert "left: 25.0%; width: 25.0%" in html and "left: 50.0%; width: 45.0%" in html
 
 
 def test_the_image_is_sent_as_it_is_and_the_still_has_its_masked_patches_grey(plain_lab):
@@ -373,56 +285,7 @@ def test_a_saved_page_has_an_image(name, request, monkeypatch):
     assert displayed[0]["image/png"].endswith(lab.canvas.still) and len(lab.canvas.still) == 60
 
 
-# -- bad input -------------------------------------------------------------------------------
-
-
-def test_patches_must_fit(make_data, make_model):
-    assert MaskLab(make_data(3, size=64)).grid == (8, 8)
-    assert MaskLab(make_data(3, size=112)).grid == (7, 7)
-    with pytest.raises(ValueError, match=r"=8 does not divide.*15 x 15.*try patch_size=5"):
-        MaskLab(make_data(3))
-    with pytest.raises(ValueError, match="patch_size=3, but the model's is 5"):
-        MaskLab(make_data(3), make_model(), patch_size=3)
-    with pytest.raises(ValueError, match="load them with image_size=15"):
-        MaskLab(make_data(3, size=20), make_model())
-
-
 # -- what stays in memory --------------------------------------------------------------------
-
-
-def dropped(lab) -> None:
-    pass
-
-
-def closed(lab) -> None:
-    lab.close()
-    assert repr(lab) == "MaskLab(closed)"
-    assert lab._repr_mimebundle_() == {"text/plain": "MaskLab(closed)"}
-
-
-def view_closed(lab) -> None:
-    lab._repr_mimebundle_()
-    lab.view.close()
-
-
-@pytest.mark.parametrize("end", [dropped, closed, view_closed])
-def test_a_lab_that_is_gone_leaves_no_model_no_data_and_no_widget(make_data, make_model, end):
-    """ipywidgets itself keeps every widget, and what observes it, as long as the kernel runs."""
-    from ipywidgets.widgets.widget import _instances
-
-    _SHOWN.clear()
-    gc.collect()
-    before, alive = set(_instances), []
-    for seed in range(5):
-        model = make_model(seed=seed).add_decoder(words=True, pixels=True, across=True, width=32)
-        lab = MaskLab(make_data(23), model)
-        lab.row.value = 7
-        alive += [weakref.ref(x) for x in (lab, lab.dataset, model, lab.ranking)]
-        end(lab)
-        del lab, model
-    gc.collect()
-    assert not [reference for reference in alive if reference() is not None]
-    assert set(_instances) == before
 
 
 def test_the_last_labs_on_a_page_work_without_a_variable(make_data, make_model):
