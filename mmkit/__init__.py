@@ -4,7 +4,7 @@ A ViT and a BERT learn a common space for images and texts while most patches an
 masked. Importing the package initialises neither CUDA nor transformers' model code.
 """
 
-from . import cost, losses, masking, plots, widgets
+from . import cost, losses, masking, plots, results, widgets
 from .config import TrainingConfig
 from .data.batch import Batch
 from .data.dataset import MultimodalDataset
@@ -83,6 +83,7 @@ __all__ = [
     "probe",
     "recall_at_k",
     "reconstruct",
+    "results",
     "retrieval",
     "sigmoid_loss",
     "split",

@@ -1,11 +1,11 @@
 """The README links to existing files and quotes its notebooks; CONTRIBUTING lists the modules."""
 
-import json
 import re
 from pathlib import Path
 
 import nbformat
 
+from mmkit import results
 from tests.module_tree import PAGE, page
 
 ROOT = Path(__file__).parents[2]
@@ -55,9 +55,8 @@ def test_what_naive_accumulation_loses_is_what_the_notebook_measured():
 
 def test_the_table_of_equal_times_is_that_of_its_results():
     """Time of a step and R@1 after each time, a row for each masked fraction."""
-    results = ROOT / "tests/benchmarks/results/equal_time.json"
     table = {}
-    for row in json.loads(results.read_text())["rows"]:
+    for row in results.read("equal_time")["rows"]:
         line = table.setdefault(row["masked"], [f"{row['ms of a step']:.0f} ms"])
         line.append(f"{row['mean']:.1f} %")
     for masked, cells in table.items():
