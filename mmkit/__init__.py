@@ -4,6 +4,8 @@ A ViT and a BERT learn a common space for images and texts while most patches an
 masked. Importing the package initialises neither CUDA nor transformers' model code.
 """
 
+from importlib import metadata as _metadata
+
 from . import cost, losses, masking, plots, results, widgets
 from .config import TrainingConfig
 from .data.batch import Batch
@@ -39,7 +41,10 @@ from .training.trainer import MaskedMultimodalTrainer, train_model
 
 __getattr__ = older_functions(__name__, "mm", unknown_share="unk_rate", put_back="reconstruct")
 
-__version__ = "0.1.0"
+try:
+    __version__ = _metadata.version("mmkit")  # that of pyproject.toml
+except _metadata.PackageNotFoundError:
+    __version__ = "0+not.installed"
 
 __all__ = [
     "Batch",
