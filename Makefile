@@ -25,11 +25,11 @@ ifneq ($(shell $(VENV) -c "" 2>/dev/null && cat $(READY) 2>/dev/null),$(CURDIR))
 .PHONY: $(READY)
 endif
 
-.PHONY: help setup train lab test notebooks bench docs lint format clean
+.PHONY: help setup train lab test notebooks bench docs lint wheel-check format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY)  ## only set up: .venv with mmkit, JupyterLab and the test tools
 
@@ -91,6 +91,9 @@ lint: $(READY)  ## style and types of code, style of notebooks
 	.venv/bin/lint-imports --no-cache
 	$(VENV) -m tests.code_size
 	$(VENV) -m tests.notebook_hygiene $(NB)
+
+wheel-check: $(READY)  ## build a wheel, and use it in an empty environment outside this folder
+	$(VENV) -m tests.wheel_check
 
 format: $(READY)  ## put code and notebooks into that style
 	$(VENV) -m ruff check --fix-only .

@@ -4,7 +4,9 @@ A ViT and a BERT learn a common space for images and texts while most patches an
 masked. Importing the package initialises neither CUDA nor transformers' model code.
 """
 
-from . import cost, losses, masking, plots, widgets
+from importlib import metadata as _metadata
+
+from . import cost, losses, masking, plots, results, widgets
 from .config import TrainingConfig
 from .data.batch import Batch
 from .data.dataset import MultimodalDataset
@@ -39,7 +41,10 @@ from .training.trainer import MaskedMultimodalTrainer, train_model
 
 __getattr__ = older_functions(__name__, "mm", unknown_share="unk_rate", put_back="reconstruct")
 
-__version__ = "0.1.0"
+try:
+    __version__ = _metadata.version("mmkit")  # that of pyproject.toml
+except _metadata.PackageNotFoundError:
+    __version__ = "0+not.installed"
 
 __all__ = [
     "Batch",
@@ -83,6 +88,7 @@ __all__ = [
     "probe",
     "recall_at_k",
     "reconstruct",
+    "results",
     "retrieval",
     "sigmoid_loss",
     "split",

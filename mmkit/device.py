@@ -1,11 +1,57 @@
-"""The number type that a device computes in, found out by asking the device.
+"""The device that a run trains on, and the number type it computes in, found out by asking it.
 
 Walk-through: notebooks/03_training.ipynb.
 """
 
+import functools
+import os
+
 import torch
+from torch import Tensor
 
 from .errors import nearest
+from .noise import mask_noise
+
+
+def trains_on_gpu() -> bool:
+    """Whether a run of this process uses a GPU: CUDA, or Apple's where it is the only process."""
+    alone = os.environ.get("WORLD_SIZE", "1") in ("", "1")
+    return torch.cuda.is_available() or (alone and mps_computes())
+
+
+@functools.cache
+def mps_computes() -> bool:
+    """Whether Apple's GPU (MPS) is there and gives what a step relies on, found out by asking it.
+
+    That is noise with the bits of the CPU, stable sorting, and gradients. In a virtual machine the
+    GPU is listed, but has no memory.
+    """
+    if not torch.backends.mps.is_available():
+        return False
+    noise = mask_noise(0, 0, torch.arange(7), 5)
+    try:
+        there = mask_noise(0, 0, torch.arange(7).to("mps"), 5)
+        order = there.argsort(dim=1, stable=True).cpu()
+        x = torch.ones(3, 5).to("mps").requires_grad_()
+        (x @ x.mT).sum().backward()
+        same = torch.equal(there.cpu(), noise)
+        same &= torch.equal(order, noise.argsort(dim=1, stable=True))
+        return same and x.grad is not None and bool((x.grad == 6).all())
+    except (RuntimeError, TypeError):
+        return False
+
+
+def in_float64(x: Tensor) -> Tensor:
+    """The same numbers in float64; on the CPU where the device has no such type (MPS)."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has computed what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -46,6 +92,8 @@ def why_precision(wanted: str, device: torch.device) -> str:
     """Why `pick_precision` chose its type, as text."""
     if wanted != "auto":
         return "as asked"
+    if device.type == "mps":
+        return "auto: on Apple's GPUs"
     units = "units" if multiplies_bfloat16(device) else "no units"
     return f"auto: this {'GPU' if device.type == 'cuda' else 'CPU'} has {units} for bfloat16"
 

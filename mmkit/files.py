@@ -13,6 +13,7 @@ import secrets
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -22,11 +23,18 @@ import torch
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:
     fcntl = None  # type: ignore[assignment]
+try:
+    import msvcrt
+except ImportError:
+    msvcrt = None  # type: ignore[assignment]
 
+WINDOWS = fcntl is None  # the rules of its files: no open file is renamed or removed
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # full disk, quota, limit of the process
 _SEEKING = threading.Lock()
+_LOCKED_BYTE = 0x7FFF0000  # behind the end of all files: Windows lets nobody read a locked byte
+_UNFINISHED_SECONDS = 3600  # nobody writes one file for so long
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
@@ -78,7 +86,7 @@ def renamed(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            if fcntl is None:  # Windows cannot rename an open file
+            if WINDOWS:
                 file.close()
             os.replace(temporary, path)
     finally:
@@ -100,9 +108,14 @@ def _temporary(path: Path) -> tuple[BinaryIO, Path]:
 def _remove_stale(path: Path) -> None:
     """Remove the unfinished files of killed processes; files still being written are locked."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):
-        with contextlib.suppress(OSError), open(left, "rb") as file:
-            if lock(file, wait=False):
-                left.unlink()
+        with contextlib.suppress(OSError):
+            if WINDOWS:  # a file between its closing and its renaming has no lock
+                if left.stat().st_mtime < time.time() - _UNFINISHED_SECONDS:
+                    left.unlink()
+                continue
+            with open(left, "rb") as file:
+                if lock(file, wait=False):
+                    left.unlink()
 
 
 @contextlib.contextmanager
@@ -121,7 +134,9 @@ def unfinished_folder(folder: Path, prefix: str) -> Iterator[Path]:
 
 def sync(path: str | os.PathLike) -> None:
     """Return once a file is on the disk; for a folder, once the names in it are."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if WINDOWS and os.path.isdir(path):
+        return  # it opens no folders
+    descriptor = os.open(path, os.O_RDWR if WINDOWS else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -134,6 +149,8 @@ def lock(file: IO | int, wait: bool = True) -> bool | None:
     None means that this system has no locks. The system releases the lock when its process ends,
     however that happens.
     """
+    if msvcrt is not None:
+        return _lock_on_windows(file if isinstance(file, int) else file.fileno(), wait)
     if fcntl is None:
         return None
     try:
@@ -143,6 +160,24 @@ def lock(file: IO | int, wait: bool = True) -> bool | None:
     except OSError:  # a file system without locks
         return None
     return True
+
+
+def _lock_on_windows(number: int, wait: bool) -> bool | None:
+    """Lock one byte of an open file, behind its end."""
+    position = os.lseek(number, 0, os.SEEK_CUR)
+    while True:
+        try:
+            os.lseek(number, _LOCKED_BYTE, os.SEEK_SET)
+            msvcrt.locking(number, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            return True
+        except OSError as error:
+            if error.errno != errno.EACCES:  # a file system without locks
+                return None
+            if not wait:
+                return False
+            time.sleep(0.05)  # LK_LOCK, which waits, gives up after ten seconds
+        finally:
+            os.lseek(number, position, os.SEEK_SET)
 
 
 def write_atomically(state: dict | bytes, path: str | os.PathLike) -> None:
@@ -168,6 +203,20 @@ def write_atomically(state: dict | bytes, path: str | os.PathLike) -> None:
 # -- reading by offset -----------------------------------------------------------------------
 
 
+def open_to_read(path: str | os.PathLike) -> int:
+    """A file descriptor that gives the bytes as they are, on Windows, too."""
+    return os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+
+
+def pread(number: int, count: int, offset: int) -> bytes:
+    """Up to `count` bytes of an open file from an offset on: os.pread, where there is one."""
+    if hasattr(os, "pread"):
+        return os.pread(number, count, offset)
+    with _SEEKING:  # a system whose reads need a file position
+        os.lseek(number, offset, os.SEEK_SET)
+        return os.read(number, count)
+
+
 class OpenFile:
     """A file descriptor that is closed with its last reader; the data begin at `start`.
 
@@ -185,9 +234,7 @@ def read_at(file: OpenFile, offset: int, buffer) -> int:
     """Read bytes at an offset into a buffer; how many were read (fewer at the end of the file)."""
     if hasattr(os, "preadv"):
         return os.preadv(file.number, [buffer], file.start + offset)
-    with _SEEKING:  # a system whose reads need a file position
-        os.lseek(file.number, file.start + offset, os.SEEK_SET)
-        found = os.read(file.number, memoryview(buffer).nbytes)
+    found = pread(file.number, memoryview(buffer).nbytes, file.start + offset)
     memoryview(buffer).cast("B")[: len(found)] = found
     return len(found)
 
@@ -257,6 +304,8 @@ def _explained(reason: OSError, path: Path, wanted: str = "", kept: str = "") ->
         remedy = "free some space, set output_dir to another disk, or keep fewer (keep_last)"
     elif number in _NOT_ALLOWED:
         remedy = "set output_dir to a folder that you may write to, or change its permissions"
+        if WINDOWS:
+            remedy += "; if another program has the file open (TensorBoard?), close it"
     free = shutil.disk_usage(_existing(path.parent)).free / 1e6
     return OSError(
         number,

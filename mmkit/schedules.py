@@ -62,5 +62,5 @@ RATIO_SCHEDULES: dict[str, Callable[..., Any]] = {
     "cosine": lambda start, final, progress, noise: (
         start + (final - start) * (1 - math.cos(math.pi * progress)) / 2
     ),
-    "uniform": lambda start, final, progress, noise: start + (final - start) * noise.double(),
+    "uniform": lambda start, final, progress, noise: start + (final - start) * noise.cpu().double(),
 }

@@ -2,7 +2,8 @@
 
     .1f equal_time > rows > masked=0.5, seconds=10 > mean
 
-is a format and a path: the file tests/benchmarks/results/equal_time.json, then its keys. In a
+is a format and a path: the file equal_time.json, in mmkit/results or tests/benchmarks/results, then
+its keys. In a
 list, `name=value, …` picks the one entry that agrees, and a number counts from 0; `max`, `min`,
 `mean` and `plus_minus` (half of the 95 % interval of the mean, Student's t) are those of its
 numbers; `first 0.45` is, in a list of (x, y), the first x whose y is that high, or nothing. A
@@ -24,7 +25,7 @@ from typing import Any
 from scipy.stats import t as student_t
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "tests/benchmarks/results"
+RESULTS = (ROOT / "mmkit/results", ROOT / "tests/benchmarks/results")
 
 
 def _plus_minus(values: list[float]) -> float:
@@ -38,8 +39,9 @@ _OF_LISTS = {"max": max, "min": min, "mean": statistics.fmean, "plus_minus": _pl
 
 @functools.cache
 def result_file(name: str) -> Any:
-    """The content of tests/benchmarks/results/NAME.json."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    """The content of NAME.json, in mmkit/results or tests/benchmarks/results."""
+    path = next(path for folder in RESULTS if (path := folder / f"{name}.json").exists())
+    return json.loads(path.read_text())
 
 
 @functools.cache

@@ -4,6 +4,7 @@ Every field of `TrainingConfig` is a flag of `train`, which tyro makes from the 
 commands also run under torchrun. Walk-through: README.md.
 """
 
+import io
 import os
 import shlex
 import sys
@@ -184,7 +185,13 @@ def _print_reconstruction(
 
 def _peak_gigabytes() -> float:
     """The largest memory this process has held, in GB."""
-    import resource
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss) / 1e9
 
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
@@ -381,6 +388,9 @@ def main() -> None:
         "search": search,
         "export": export,
     }
+    for stream in (sys.stdout, sys.stderr):  # Windows may have no arrows for what is not a screen
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         tyro.extras.subcommand_cli_from_dict(
             commands,

@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.batch import Batch
+from ..device import synchronize
 from ..losses import info_nce
 from ..masking.plan import draw_maskings
 from ..models.encoder import MultimodalEncoder
@@ -70,8 +71,7 @@ def _median_seconds(work, device: torch.device, rounds: int) -> float:
     for _ in range(rounds + 2):  # the first two warm up
         start = time.perf_counter()
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[2:])
 
@@ -168,8 +168,7 @@ def step_time(trainer: Any, batch: Batch) -> float:
     """
     start = time.perf_counter()
     trainer.train_step(batch, epoch=0)
-    if trainer.device.type == "cuda":
-        torch.cuda.synchronize(trainer.device)
+    synchronize(trainer.device)
     return time.perf_counter() - start
 
 

@@ -12,6 +12,8 @@ import torch
 from torch.autograd.profiler import profile
 from torch.autograd.profiler_util import FunctionEvent
 
+from ..device import synchronize
+
 # kind of work -> prefixes of the names of its operations in torch, without "aten::"
 KINDS: dict[str, tuple[str, ...]] = {
     "matrix products": ("mm", "addmm", "linear", "mkldnn_linear", "addmv", "mv"),
@@ -57,8 +59,7 @@ def step_parts(trainer: Any, rounds: int = 3) -> dict[str, float]:
             with profile(**options) as profiler:
                 start = time.perf_counter()
                 trainer.train_step(batch, epoch=0)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                synchronize(device)
                 seconds = time.perf_counter() - start
             found.append(by_kind(profiler.function_events, device.type, seconds))
     finally:
@@ -76,7 +77,7 @@ def by_kind(events: Any, device: str, seconds: float) -> dict[str, float]:
             continue  # kernels: counted with the operation that started them
         kind = _kind(event)
         if kind is not None:
-            own = event.self_cpu_time_total if device == "cpu" else event.self_device_time_total
+            own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
             parts[kind] += own / 1e6
     parts[REST] = max(0.0, seconds - sum(parts.values()))
     return parts

@@ -21,6 +21,7 @@ from .image_cache import CachedImages, decode_once
 from .image_files import ImageStore
 from .image_headers import Reading
 from .images import read_image, read_square, tensor_decoder
+from .workers import workers_for
 
 
 @dataclass
@@ -113,8 +114,9 @@ class ImageDecoder:
         """Decode every image once; the rows whose image cannot be decoded."""
         with contextlib.suppress(Refused, OSError):
             self.decode(0, 0.0)  # an error of the transform is raised here, unwrapped
+        workers = workers_for(self, num_workers, len(self.rows))
         loader = torch.utils.data.DataLoader(
-            torch.arange(len(self.rows)).split(256), batch_size=None, num_workers=num_workers,
+            torch.arange(len(self.rows)).split(256), batch_size=None, num_workers=workers,
             collate_fn=self._failing_of, generator=torch.Generator(),
         )  # fmt: skip
         return [row for failed in loader for row in failed]

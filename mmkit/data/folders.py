@@ -96,7 +96,7 @@ def _walk(folder: str) -> Iterator[tuple[str, Refused | None]]:
             yield below, Refused("not opened", f"{folder}/{below}: {error.strerror}")
             continue
         for entry in entries:
-            path = os.path.join(below, entry.name)
+            path = f"{below}/{entry.name}" if below else entry.name  # the same on every system
             if entry.name.startswith("."):
                 continue
             if entry.is_dir(follow_symlinks=False):
@@ -256,7 +256,7 @@ def from_class_folders(
     folder = existing_folder(path)
     found = Found(str(folder), "image")
     for line, (image, refused) in enumerate(look_through(folder).images, 1):
-        kind, _, rest = image.partition(os.sep)
+        kind, _, rest = image.partition("/")
         if refused:
             found.add(line, refused)
             continue

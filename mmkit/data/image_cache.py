@@ -24,8 +24,9 @@ import torch
 from tqdm import tqdm
 
 from ..errors import Refused
-from ..files import OpenFile, cache_folder, lock, read_at, writing_cache
+from ..files import OpenFile, cache_folder, lock, open_to_read, read_at, writing_cache
 from .image_files import Files, ImageStore
+from .workers import workers_for
 
 SYNC_BYTES = 32_000_000  # after so many, rows are put on the disk and their keys written
 FREE_FRACTION = 0.8  # of the free disk space that a cache may take
@@ -90,7 +91,7 @@ class RowCache:
         path = self.folder / f"{self.name}.lock"
         with writing_cache(path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = open(path, "a")
+            file = open(path, "ab")
         with file:
             lock(file)
             yield
@@ -114,10 +115,10 @@ def make_room(folder: Path, needed: int, max_bytes: float, own: Path) -> None:
     for is_own, used, path, size in sorted(caches):
         if total <= max_bytes or (not is_own and used > time.time() - SPARED_SECONDS):
             continue
-        for one in (_keys(path), path):  # the keys first: without them there are no rows
-            with contextlib.suppress(OSError):
-                one.unlink()
-        total -= size
+        with contextlib.suppress(OSError):  # Windows keeps what a process has open
+            path.unlink()
+            _keys(path).unlink()
+            total -= size
 
 
 # ---- content -------------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ class CachedImages:
             if place < 0:
                 continue
             if self._file is None:
-                self._file = OpenFile(os.open(self.path, os.O_RDONLY))
+                self._file = OpenFile(open_to_read(self.path))
             if read_at(self._file, place * image.nbytes, image) < image.nbytes:
                 raise OSError(f"{self.path} was cut off while in use; remove it and start again")
         return out
@@ -299,13 +300,18 @@ class _Decoded(torch.utils.data.Dataset):
             return self.rows[i], None
 
 
+def _unchanged(item):
+    return item
+
+
 def _decoded(
     decode: Decode, rows: list[int], workers: int, failed: list[int]
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(row, image) of each row, decoded by so many processes; the others are added to `failed`."""
+    items = _Decoded(decode, rows)
     loader = torch.utils.data.DataLoader(
-        _Decoded(decode, rows), batch_size=None, num_workers=min(workers, len(rows)),
-        collate_fn=lambda item: item,  # arrays: tensors would need shared memory
+        items, batch_size=None, num_workers=workers_for(items, min(workers, len(rows)), len(rows)),
+        collate_fn=_unchanged,  # arrays: tensors would need shared memory
         generator=torch.Generator(),  # else it would change the draws of dropout
     )  # fmt: skip
     message = f"decoding {len(rows):,} images, once"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .batch import Batch
 from .dataset import MultimodalDataset
+from .workers import workers_for
 
 
 class _BatchView(torch.utils.data.Dataset):
@@ -93,11 +94,13 @@ def load_batches(
     dataset.encoded_captions()  # once here, not once per worker
     for rows, noise in keys[:1]:  # an error in the first image is raised here, unwrapped
         dataset.batch(rows[:1], noise[:1])
+    items, count = _BatchView(dataset), sum(len(rows) for rows, _ in keys)
     loader = torch.utils.data.DataLoader(
-        _BatchView(dataset), sampler=keys, batch_size=None, num_workers=num_workers, pin_memory=pin,
+        items, sampler=keys, batch_size=None, pin_memory=pin,
+        num_workers=workers_for(items, num_workers, count),
         generator=torch.Generator(),  # else each start of workers would change the draws of dropout
     )  # fmt: skip
-    batches = iter(loader)  # now: the calling thread forks the workers
+    batches = iter(loader)  # now: the calling thread starts the workers
     return (batch._map(torch.as_tensor) for batch in batches)
 
 

@@ -329,6 +329,7 @@ def _path(root: str | None, written, where: str, **options: str) -> str:
     named = isinstance(written, str | os.PathLike) and str(written).strip()
     if root is None and named and not str(written).strip().lower().startswith("file://"):
         written = os.path.abspath(os.path.expanduser(written))
+        root = os.path.splitdrive(written)[0] + os.sep
     return within(root or os.path.abspath(os.sep), written, where, **options)
 
 

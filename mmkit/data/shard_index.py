@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import Refused
-from ..files import as_path, cache_folder, renamed, writing_cache
+from ..files import as_path, cache_folder, open_to_read, pread, renamed, writing_cache
 from .spool import GZIP, WEB, Spool, file_system, is_address
 from .tar_index import SHARD_IMAGE_SUFFIXES, Suffixes, TarIndex, scan_tar
 
@@ -85,7 +85,7 @@ def _alternatives(name: str) -> list[str]:
     if "{" not in name:  # braceexpand removes backslashes
         return [name]
     try:
-        return list(braceexpand(name))
+        return list(braceexpand(name, escape=os.sep != "\\"))  # paths of Windows have them
     except ValueError:
         return [name]
 
@@ -253,8 +253,8 @@ def open_shard(url: str, identity: str, spool: Spool) -> tuple[int, bool]:
     """(a file descriptor of the uncompressed tar, whether it is a copy in the spool)."""
     if is_address(url):
         return spool.open(url, identity), True
-    descriptor = os.open(url, os.O_RDONLY)
-    if os.pread(descriptor, len(GZIP), 0) != GZIP:
+    descriptor = open_to_read(url)
+    if pread(descriptor, len(GZIP), 0) != GZIP:
         return descriptor, False
     os.close(descriptor)
     return spool.open(os.path.realpath(url), identity), True

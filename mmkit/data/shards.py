@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Refused
-from ..files import OpenFile, OpenFiles, cache_folder, sync, unfinished_folder
+from ..files import OpenFile, OpenFiles, cache_folder, pread, sync, unfinished_folder
 from ..noise import mask_noise
 from .dataset import MultimodalDataset
 from .image_headers import Reading, open_head
@@ -114,7 +114,7 @@ class TarMembers:
                 "it out or raise max_bytes",
             )
         file = self._opened(self.shards[self.shard[i]])
-        data = os.pread(file.number, size, offset)
+        data = pread(file.number, size, file.start + offset)
         if len(data) < size:
             raise Refused(
                 "changed shard",
@@ -200,7 +200,7 @@ def write_shards(
         >>> len(mm.from_shards("shards"))
         23
     """
-    from webdataset import ShardWriter
+    from webdataset import TarWriter
 
     folder, dataset = Path(folder), as_dataset(dataset, "dataset")
     if samples_per_shard < 1:
@@ -211,11 +211,12 @@ def write_shards(
     with_ids = dataset.sample_ids.tolist() != list(range(len(dataset)))
     digits = max(5, len(str((len(dataset) - 1) // samples_per_shard)))
     with unfinished_folder(folder, ".unfinished-") as unfinished:
-        pattern = f"{str(unfinished).replace('%', '%%')}/%0{digits}d.tar"
-        options = dict(maxcount=samples_per_shard, maxsize=1e18, verbose=0, post=sync)
-        with ShardWriter(pattern, encoder=False, mtime=0, **options) as writer:  # type: ignore
-            for row in range(len(dataset)):
-                writer.write(_sample(dataset, row, with_ids))
+        for number, start in enumerate(range(0, len(dataset), samples_per_shard)):
+            path = unfinished / f"{number:0{digits}d}.tar"
+            with open(path, "wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
+                for row in range(len(dataset))[start : start + samples_per_shard]:
+                    writer.write(_sample(dataset, row, with_ids))
+            sync(path)
         for path in old:
             path.unlink()
         new = [path.rename(folder / path.name) for path in sorted(unfinished.iterdir())]

@@ -365,7 +365,7 @@ def _at_top(tree: Tree) -> tuple[list[str], list[str]]:
 
     img2dataset writes 00000.parquet beside 00000.tar: these are metadata of a shard.
     """
-    top = [name for name in tree.others if os.sep not in name]
+    top = [name for name in tree.others if "/" not in name]
     shards = [name for name in top if _TARS.search(name)]
     about = {_TARS.sub("", name) for name in shards}
     parquet = [n for n in top if n.lower().endswith(".parquet") and Path(n).stem not in about]
@@ -383,13 +383,13 @@ def _check_classes(folder: Path, tree: Tree, images: list[str]) -> None:
     inside = os.path.commonpath([os.path.dirname(image) for image in images])
     tables = [name for name in [*tree.others, *tree.words.values()] if _is_captions(name)]
     if tables:
-        best = min(tables, key=lambda name: ("caption" not in name.lower(), name.count(os.sep)))
+        best = min(tables, key=lambda name: ("caption" not in name.lower(), name.count("/")))
         raise ValueError(
             f"{folder} holds {_some(images, 'image')} and {best}, which may have their "
             f"captions: take {_call_for(folder / best, folder / inside)}; or, if folders are "
             f"classes, mm.from_class_folders({str(folder)!r})"
         )
-    classes = sorted({image.partition(os.sep)[0] for image in images if os.sep in image})
+    classes = sorted({image.partition("/")[0] for image in images if "/" in image})
     if not classes:
         raise ValueError(f"{folder} holds {_some(images, 'image')} and no captions; {FORMS}")
     names = [name.lower() for name in classes]

@@ -19,12 +19,10 @@ from urllib.request import urlopen
 import fsspec
 
 from ..errors import Refused
-from ..files import lock, renamed
+from ..files import lock, open_to_read, renamed
 
 BLOCK = 16_000_000  # bytes in memory while a shard is fetched
 GZIP = b"\x1f\x8b"
-
-
 WEB = ("http://", "https://")
 
 
@@ -66,9 +64,8 @@ class Spool:
             lock(mine)
             while True:
                 with contextlib.suppress(FileNotFoundError):
-                    descriptor = os.open(path, os.O_RDONLY)
                     os.utime(path)  # last used now
-                    return descriptor
+                    return open_to_read(path)
                 self._fetch(url, path)
 
     def _fetch(self, url: str, path: Path) -> None:
@@ -98,8 +95,9 @@ class Spool:
         too_much = sum(size for _, size, _ in files) - room
         for _, size, path in sorted(files):
             if too_much > 0 and path.suffix == ".tar":
-                path.unlink(missing_ok=True)
-                too_much -= size
+                with contextlib.suppress(PermissionError):  # Windows: a process reads it
+                    path.unlink(missing_ok=True)
+                    too_much -= size
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from ..errors import Refused
+from ..files import pread
 
 SHARD_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 SAMPLE_ID = "mmkit_sample_id"  # the key of the id in the .json of our own shards
@@ -227,7 +228,7 @@ class _Sample:
             self.refuse("caption too long", f"member .{suffix} has {size}")
             return None
         try:
-            return os.pread(fd, member.size, member.offset_data).decode("utf-8-sig")
+            return pread(fd, member.size, member.offset_data).decode("utf-8-sig")
         except ValueError as error:
             self.refuse("caption not readable", f"member .{suffix}: {str(error)[:120]}")
             return None
@@ -238,7 +239,7 @@ class _Sample:
         if note is not None:
             if note.size > CAPTION_BYTES:
                 return {}
-            data = os.pread(fd, note.size, note.offset_data)
+            data = pread(fd, note.size, note.offset_data)
             text = data.decode("utf-8-sig", "replace") if SAMPLE_ID.encode() in data else None
         else:
             text = self._text(fd, "json")
@@ -304,7 +305,7 @@ class _Headers:
         """Read `count` bytes, within the limit of the member."""
         if not 0 <= count <= self.left:
             raise tarfile.ReadError(f"a header of more than {HEADER_BYTES:,} bytes")
-        data = os.pread(self.fd, count, self.position)
+        data = pread(self.fd, count, self.position)
         self.left -= count
         self.position += len(data)
         self.cut_off = len(data) < count
@@ -326,7 +327,7 @@ def _members(fd: int) -> Iterator[tarfile.TarInfo | None]:
 
 def _after_zeros(fd: int, position: int) -> int:
     """The position of the first block that is not only zeros; the size of the file without one."""
-    while data := os.pread(fd, 2**20, position):
+    while data := pread(fd, 2**20, position):
         if rest := data.lstrip(b"\0"):
             return position + (len(data) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE
         position += len(data)
@@ -355,7 +356,7 @@ def _members_of_one(fd: int, headers: "_Headers") -> Generator[tarfile.TarInfo, 
     except Exception as error:  # tarfile: IndexError, OverflowError, … from a damaged header
         raise _damage(headers, count, end, headers.cut_off, str(error)) from None
     # tarfile treats anything that is not a header as the end.
-    rest = os.pread(fd, tarfile.BLOCKSIZE, tar.offset)
+    rest = pread(fd, tarfile.BLOCKSIZE, tar.offset)
     if not count or len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
         why = "no header, and not the zeros that end a tar"
         raise _damage(headers, count or end, end, len(rest) < tarfile.BLOCKSIZE, why)
@@ -374,7 +375,7 @@ _COMPRESSED = {b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"\x28\xb5\x2f\xfd": "zstd"
 
 
 def _what_instead(headers: _Headers) -> str:
-    start = os.pread(headers.fd, 40, 0)
+    start = pread(headers.fd, 40, 0)
     for mark, name in _COMPRESSED.items():
         if start.startswith(mark):
             return f"it is compressed by {name}; unpack it (only gzip is read as it is)"

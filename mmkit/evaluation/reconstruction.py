@@ -17,7 +17,7 @@ from ..config import TrainingConfig
 from ..data.batch import Batch
 from ..data.dataset import MultimodalDataset
 from ..data.loader import as_dataset
-from ..device import autocast_for
+from ..device import autocast_for, in_float64
 from ..distributed import all_reduce_sum, rank_slice
 from ..errors import nearest
 from ..joint_calls import joint
@@ -256,7 +256,7 @@ def mean_patches(dataset: MultimodalDataset, patch_size: int, chunk: int = 256) 
                 "these images are normalised already, so the brightness of their mean patch is not "
                 "known; give a data set whose transform returns uint8"
             )
-        patches = patchify(pixels.double() / 255, patch_size)
+        patches = patchify(in_float64(pixels) / 255, patch_size)
         total, count = total + patches.sum(0).cpu(), count + len(rows)
     return (total / count).float()
 

@@ -114,7 +114,7 @@ def count_kept(score: Tensor, mask_ratio: float | Tensor) -> int | Tensor:
     num_tokens = score.shape[1]
     ratio = as_written(mask_ratio)
     if isinstance(ratio, Tensor) and ratio.ndim:
-        return (num_tokens * (1 - ratio)).round().long().clamp(min=1)
+        return (num_tokens * (1 - ratio)).round().long().clamp(min=1).to(score.device)
     return max(1, round(num_tokens * (1 - float(ratio))))
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..device import in_float64
 from ..older_names import older_attributes
 from .core import Masking, as_written, check_ratio, keep_visible
 
@@ -57,8 +58,9 @@ def num_masked(mask_ratio: float | Tensor, caption: Caption) -> Tensor:
         row = int((~caption.valid.any(1)).nonzero()[0])
         raise ValueError(f"caption {row} is all padding: it has no valid token; give it a text")
     count = caption.maskable.sum(1)
-    ratio = torch.as_tensor(as_written(mask_ratio), dtype=torch.float64, device=count.device)
-    masked = (count * ratio).round().long().clamp(min=caption.min_masked)
+    exact = in_float64(count)
+    ratio = torch.as_tensor(as_written(mask_ratio), dtype=torch.float64, device=exact.device)
+    masked = (exact * ratio).round().long().to(count.device).clamp(min=caption.min_masked)
     return torch.minimum(masked, (count - 1).clamp(min=0))
 
 

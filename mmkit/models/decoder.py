@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..device import in_float64
 from ..errors import nearest
 from ..losses import similarity
 from ..masking.core import Masking
@@ -390,9 +391,9 @@ def hard_negatives(
         (logits, ~correct, noise[:, :1]),
         (logits.T, ~correct.T, noise[:, 1:]),
     ):
-        score = score.double().masked_fill(~allowed, -math.inf)
+        score = in_float64(score.masked_fill(~allowed, -math.inf))
         chance = score.softmax(1).nan_to_num().cumsum(1)
-        rank = (chance <= draw * chance[:, -1:]).sum(1)
+        rank = (chance <= draw.to(chance.device) * chance[:, -1:]).sum(1).to(allowed.device)
         last = (allowed * columns).amax(1)
         picked.append(torch.minimum(rank, last))  # rounding may end one beyond the last
     return picked[0], picked[1], ~correct.all(1) & ~correct.all(0)

@@ -110,7 +110,8 @@ def _files(data: MultimodalDataset) -> dict[str, str]:
     """
     store, rows = data._store, data._rows.tolist()
     assert store is not None
-    names, stamps = [store.name(i) for i in rows], [store.stamp(i).split(":") for i in rows]
+    names = [store.name(i).replace(os.sep, "/") for i in rows]
+    stamps = [store.stamp(i).split(":") for i in rows]
     if any(len(stamp) < 2 for stamp in stamps):
         return {}
     shared = os.path.commonprefix([min(names), max(names)])  # noqa: RUF071 (cut at a slash)

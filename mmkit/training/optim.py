@@ -232,7 +232,8 @@ def build_optimizers(model: nn.Module, config: TrainingConfig) -> list[torch.opt
     if muon:
         matrices = groups("matrices", config.matrix_lr, config.weight_decay)
         optimizers.append(Muon(matrices, lr=config.matrix_lr, momentum=0.95))
-    options: dict = dict(betas=(0.9, 0.98), eps=1e-6, fused=True)
+    fused = all(p.device.type in ("cpu", "cuda") for group in rest for p in group["params"])
+    options: dict = dict(betas=(0.9, 0.98), eps=1e-6, fused=fused)
     optimizers.append(torch.optim.AdamW(rest, lr=config.learning_rate, **options))
     return optimizers
 

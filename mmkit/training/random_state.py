@@ -28,6 +28,8 @@ def random_state() -> dict:
     }
     if torch.cuda.is_initialized():  # reading the state would start CUDA, on the first GPU
         state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return state
 
 
@@ -40,6 +42,8 @@ def set_random_state(state: dict) -> None:
     random.setstate((version, tuple(internal), gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"].cpu())
 
 
 @contextlib.contextmanager
@@ -127,12 +131,18 @@ def with_own_state(method: Method) -> Method:
 
 def random_states(device: torch.device) -> list[Tensor]:
     """The state of the generators that dropout draws from."""
-    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *cuda]
+    states = [torch.get_rng_state()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    elif device.type == "mps":
+        states.append(torch.mps.get_rng_state())
+    return states
 
 
 def set_random_states(states: list[Tensor], device: torch.device):
     """Restore what `random_states` returned."""
     torch.set_rng_state(states[0])
-    if len(states) > 1:
+    if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+    elif device.type == "mps":
+        torch.mps.set_rng_state(states[1])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
+from ..device import in_float64
 from ..distributed import all_reduce_sum
 from ..masking.text import maskable_tokens
 
@@ -41,8 +42,9 @@ def step_record(
         for i in (0, 1)
     ]
     sums = [float(loss), *masked, len(batch) * model.num_patches, float(maskable)]
+    where = trainer.device if trainer.processes > 1 else "cpu"  # nothing else needs the device
     total, patches_masked, tokens_masked, patches, tokens = all_reduce_sum(
-        torch.tensor(sums, dtype=torch.float64).to(trainer.device)
+        torch.tensor(sums, dtype=torch.float64, device=where)
     ).tolist()
     return {
         "loss": total,
@@ -63,7 +65,7 @@ def _terms_in_all(trainer) -> dict[str, float]:
     terms = sorted(trainer.terms)
     if trainer.config.terms == ["contrastive"] or not terms:
         return {}
-    total = all_reduce_sum(torch.stack([trainer.terms[term].double() for term in terms]))
+    total = all_reduce_sum(in_float64(torch.stack([trainer.terms[term] for term in terms])))
     return {f"{term}_loss": x for term, x in zip(terms, total.tolist(), strict=True)}
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..files import lock, shown, write_atomically, writing
+from ..files import WINDOWS, lock, shown, write_atomically, writing
 from ..models.checkpoint import load, read_checkpoint
 from ..models.encoder import MultimodalEncoder
 from ..models.model_card import training_metadata
@@ -86,7 +86,7 @@ def read_records(path: Path) -> list[dict]:
 
     Raises ValueError where any other line is not JSON.
     """
-    lines = path.read_text().splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     records = []
     for number, line in enumerate(lines):
         try:
@@ -125,14 +125,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_let_go)
 
 
+# Names of devices, characters with a meaning, and ends that Windows drops.
+_NOT_ON_WINDOWS = re.compile(
+    r'(con|prn|aux|nul|com\d|lpt\d)(\..*)?|.*[<>:"|?*].*|.*[. ]', re.IGNORECASE | re.DOTALL
+)
+
+
 def run_folder(output_dir: str | os.PathLike, name: str) -> Path:
     """The absolute folder of a run; ValueError for a name that leads out of output_dir."""
     parts = Path(name).parts
-    if not parts or ".." in parts or Path(name).is_absolute() or "\0" in name:
+    if not parts or ".." in parts or Path(name).anchor or "\0" in name:
         raise ValueError(
             f"run_name={name!r} must be the name of a folder in output_dir; to write elsewhere, "
             "set output_dir"
         )
+    if WINDOWS and (bad := next(filter(_NOT_ON_WINDOWS.fullmatch, parts), None)):
+        raise ValueError(f"run_name={name!r}: Windows has no folder {bad!r}; give another name")
     return Path(output_dir).expanduser().absolute() / name
 
 
@@ -171,9 +179,12 @@ def held(path: Path, new: bool = False) -> Iterator[Path]:
             yield path
         finally:
             if path in _held:  # not in a process that was forked meanwhile
+                if WINDOWS:
+                    os.close(_held.pop(path))
                 with contextlib.suppress(OSError):
                     (path / ".lock").unlink()
-                os.close(_held.pop(path))
+                if path in _held:  # after the removal: nobody locks what is about to go
+                    os.close(_held.pop(path))
     finally:
         if made:
             with contextlib.suppress(OSError):  # it is not empty
@@ -278,7 +289,7 @@ def _check_strangers(path: Path) -> None:
     strange = [name for name in names if (path / name).exists() and not metrics.is_file()]
     if config.is_file() and not strange:
         with contextlib.suppress(ValueError):  # cut off by a kill, so written by mmkit
-            if "batch_size" not in json.loads(config.read_text()):
+            if "batch_size" not in json.loads(config.read_text(encoding="utf-8")):
                 strange = ["config.json"]
     if strange:
         raise FileExistsError(
@@ -337,7 +348,7 @@ class RunWriter:
 
         Tags: loss/train, loss/val, learning_rate, retrieval/…, and the others by their names.
         """
-        with writing(self._metrics), open(self._metrics, "a") as file:
+        with writing(self._metrics), open(self._metrics, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         split, step = record["split"], record["step"]
         with writing(self._metrics.with_name("events.out.tfevents…")):

@@ -22,7 +22,7 @@ from ..config import TrainingConfig
 from ..data.batch import Batch
 from ..data.dataset import MultimodalDataset
 from ..data.loader import as_dataset
-from ..device import autocast_for, pick_precision
+from ..device import autocast_for, pick_precision, trains_on_gpu
 from ..distributed import rank_and_world_size, rank_slice
 from ..masking.core import TokenInfo
 from ..masking.plan import MaskPlan, looks
@@ -113,7 +113,7 @@ class MaskedMultimodalTrainer:
         with warnings.catch_warnings():  # it divides the cores; the run prints how many
             warnings.filterwarnings("ignore", "OMP_NUM_THREADS")
             # Without a GPU every rank must be told so, or it trains an independent copy.
-            self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[ddp])
+            self.accelerator = Accelerator(cpu=not trains_on_gpu(), kwargs_handlers=[ddp])
         self.rank, self.processes = rank_and_world_size()
         self.device = self.accelerator.device
         self.precision = pick_precision(config.mixed_precision, self.device)

@@ -44,6 +44,7 @@ from mmkit.models.attention import class_attention
 from mmkit.models.patches import pick_tokens
 from mmkit.models.presets import PRESETS
 from mmkit.plots.figures import BLUE, ORANGE, RED, SKY
+from tests.benchmarks.places import FOLDER
 
 NUM_IMAGES, BATCH = 1024, 128
 STEPS = NUM_IMAGES // BATCH
@@ -54,7 +55,6 @@ ANY = "any ratio"  # of the maskers that use none
 AT_ONCE, IN_BATCHES = "1,024 at once", "8 x 128"
 TIMES_8 = "1 x 128, times 8"  # slow ones: one batch per round, counted 8 times
 GOALS = {"random": 2, "cluster": 15, "attentive": 20, "inattentive": 20}  # % of a step; others 10
-FOLDER = Path(__file__).with_name("results")
 
 Calls = dict[tuple[str, ...], Callable[[], object]]
 

@@ -5,7 +5,7 @@
 The tiny preset and its default recipe on the built-in images. The time of a step is measured
 first, all fractions in turns; each run gets as many steps as fit into its seconds, and its schedule
 ends with them. R@1 of the compose test, nothing masked, mean of both directions; the runs follow
-each other seed by seed. Writes results/equal_time.json.
+each other seed by seed. Writes mmkit/results/equal_time.json.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 import mmkit as mm
 from tests.benchmarks.draw_masks import FOLDER, machine
 from tests.benchmarks.exact_step import rounded
+from tests.benchmarks.places import json_file
 
 
 def trained(config: mm.TrainingConfig, data) -> tuple[float, float]:
@@ -66,7 +67,7 @@ def main():
                 rows.append(rounded(row))
                 print(rows[-1], flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "equal_time.json"
+    path = json_file("equal_time", options.output)
     path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     print(f"written: {path.name}")
 

@@ -27,7 +27,7 @@ clipped (`peers.py`); there are no checkpoints. Their schedule ends at a horizon
 untimed trial says. `--search` runs each learning rate with seed 0; the one that first reaches 45 %,
 otherwise the one that ends highest, is used for the seeds. Other load on the machine shows in
 `longest_step` (seconds) and in the loads, which are saved with the curve. Writes
-results/race.json and .png.
+mmkit/results/race.json and results/race.png.
 """
 
 import argparse
@@ -41,6 +41,7 @@ from pathlib import Path
 
 from tests.benchmarks.draw_masks import FOLDER, machine, show
 from tests.benchmarks.peers import PEERS
+from tests.benchmarks.places import json_file
 from tests.benchmarks.race_figure import TARGET, draw_figure, reached_at, table
 from tests.benchmarks.race_runs import RECIPES, write_files
 from tests.benchmarks.step_speed import versions
@@ -153,7 +154,7 @@ def arguments() -> argparse.Namespace:
 
 def main():
     options = arguments()
-    results = Results(options.output / "race.json")
+    results = Results(json_file("race", options.output))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if not options.draw:
@@ -167,8 +168,8 @@ def main():
         if rows := table(results.runs, phase):
             print(f"\n{phase}")
             show(rows)
-    draw_figure(results.runs).savefig(results.path.with_suffix(".png"), dpi=110)
-    print(f"\nwritten: {results.path} and {results.path.with_suffix('.png').name}")
+    draw_figure(results.runs).savefig(options.output / "race.png", dpi=110)
+    print(f"\nwritten: {results.path} and race.png")
 
 
 if __name__ == "__main__":

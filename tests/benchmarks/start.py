@@ -5,7 +5,7 @@
 
 The tiny preset on the built-in images, 50 % masked; R@1 of the compose test, nothing masked, mean
 of both directions, every five steps, until it is 45 %. "transformers' start" are the initial
-weights that ViTModel and BertModel draw by themselves. Writes results/start.json.
+weights that ViTModel and BertModel draw by themselves. Writes mmkit/results/start.json.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import torch
 import mmkit as mm
 from tests.benchmarks.draw_masks import FOLDER, machine
 from tests.benchmarks.exact_step import rounded
+from tests.benchmarks.places import json_file
 from tests.benchmarks.race_runs import r_at_1
 
 FORMER = dict(learning_rate=2e-3, matrix_learning_rate=6e-3, warmup_steps=30)
@@ -103,7 +104,7 @@ def main():
             rows.append(rounded(row))
             print(rows[-1], flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "start.json"
+    path = json_file("start", options.output)
     path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     print(f"written: {path.name}")
 

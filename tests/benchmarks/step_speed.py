@@ -10,8 +10,8 @@
 Every cell (who, size, masked fraction) is a fresh process that reports its highest memory; the
 cells of a size and fraction take turns step by step, so that a busy moment of the machine does not
 affect one of them alone. Ratios are taken within a round. `peers.py` says what each of them does.
-Writes results/step_speed.json and .png, or those of `--name`. This is for a CPU: on a GPU, gpu.py
-times one cell after another.
+Writes mmkit/results/step_speed.json and results/step_speed.png, or those of `--name`. This is for
+a CPU: on a GPU, gpu.py times one cell after another.
 """
 
 import argparse
@@ -37,6 +37,7 @@ from tests import AVX2
 from tests.benchmarks.draw_masks import FOLDER, machine, show
 from tests.benchmarks.exact_step import spread
 from tests.benchmarks.peers import COMPILED, PEERS
+from tests.benchmarks.places import json_file
 from tests.benchmarks.savings import SAVINGS
 
 BATCH = {"tiny": 128, "small": 32, "base": 16}
@@ -274,11 +275,12 @@ def main():
     if not options.savings:
         show(goals(rows))
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"{options.name or 'step_speed'}.json"
+    name = options.name or "step_speed"
+    path = json_file(name, options.output)
     path.write_text(json.dumps({"machine": about, "rows": rows, "goals": goals(rows)}, indent=1))
     figure = draw_savings(rows) if options.savings else draw_figure(rows)
-    figure.savefig(path.with_suffix(".png"), dpi=110)
-    print(f"written: {path.name} and {path.with_suffix('.png').name}")
+    figure.savefig(options.output / f"{name}.png", dpi=110)
+    print(f"written: {path.name} and {name}.png")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """The README links to existing files and quotes result files; CONTRIBUTING lists the modules."""
 
-import json
 import re
 import statistics
 from pathlib import Path
 
+from mmkit import results
 from tests.module_tree import PAGE, page
 
 ROOT = Path(__file__).parents[2]
@@ -30,21 +30,19 @@ def number(text: str, row: str) -> list[float]:
     return [float(found) for found in re.findall(r"\d+\.?\d*", cell)]
 
 
-def result(name: str) -> dict:
-    return json.loads((ROOT / f"tests/benchmarks/results/{name}.json").read_text())
-
-
 def test_the_table_is_that_of_its_result_files():
-    at = {(row["seconds"], row["masked"]): row["mean"] for row in result("equal_time")["rows"]}
+    at = {
+        (row["seconds"], row["masked"]): row["mean"] for row in results.read("equal_time")["rows"]
+    }
     for row, masked in (("R@1 after 20 and 60 s", 0.5), ("the same, nothing masked", 0.0)):
         measured = [round(at[seconds, masked], 1) for seconds in (20, 60)]
         assert number(README, row)[-2:] == measured
-    race = result("race")["runs"]
+    race = results.read("race")["runs"]
     for row, who in (("from image files", "mmkit"), ("the same, open_clip", "open_clip")):
         curves = [r["curve"] for r in race if (r["phase"], r["who"]) == ("race", who)]
         first = [next(s for s, score in curve if score >= 0.45) for curve in curves]
         assert number(README, row) == [round(statistics.median(first))]
-    rows = {(row["size"], row["masked"]): row for row in result("step_speed")["rows"]}
+    rows = {(row["size"], row["masked"]): row for row in results.read("step_speed")["rows"]}
     speed = rows["tiny", 0.5]["steps"]["open_clip"]["our speed / theirs"]["median"]
     assert number(README, "a whole training step") == [round(speed, 1)]
 

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from ...files import WINDOWS
 from .preflight import gpus, preflight, start_method
 from .ranks import run_rank
 
@@ -90,6 +91,8 @@ def _environment(threads: int):
     before = dict(os.environ)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # or accelerate decides, and warns
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # asking for GPUs must not start CUDA
+    if WINDOWS:
+        os.environ["USE_LIBUV"] = "0"  # torch is built without it there
     if not gpus():  # or each rank trains an independent copy without any error
         os.environ["ACCELERATE_USE_CPU"] = "true"
     try:
@@ -210,8 +213,10 @@ def _in_a_fresh_thread(start: Callable[[], None]) -> None:
 def _start(job: dict, port: int) -> None:
     from accelerate import launchers, notebook_launcher
 
-    if job["processes"] == 1:  # accelerate would run it in this kernel
-        return _start_one(job, port)
+    # accelerate would run one process, and on Colab two without GPUs, in this kernel; and it forks.
+    in_kernel = job["processes"] == 1 or ("google.colab" in sys.modules and gpus() < 2)
+    if in_kernel or start_method() == "spawn":
+        return _start_by_torch(job, port)
     launchers.print = lambda *text: None  # "Launching training on 2 CUDAs.", even on a CPU
     try:
         notebook_launcher(run_rank, (job,), job["processes"], use_port=str(port))
@@ -219,13 +224,13 @@ def _start(job: dict, port: int) -> None:
         del launchers.print
 
 
-def _start_one(job: dict, port: int) -> None:
+def _start_by_torch(job: dict, port: int) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=1,
+        nproc_per_node=job["processes"],
         run_id="mmkit",  # without one torch invents one, and warns
         rdzv_endpoint=f"127.0.0.1:{port}",
         rdzv_backend="static",

@@ -5,13 +5,14 @@ Walk-through: notebooks/06_many_processes.ipynb.
 
 import multiprocessing
 import os
-import pickle
 import socket
 import sys
 from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+
+from ...data.workers import cannot_be_sent
 
 
 def preflight(
@@ -44,9 +45,13 @@ def preflight(
 
 
 def start_method() -> str:
-    """How accelerate's notebook_launcher starts processes on this machine: "fork" or "spawn"."""
+    """How processes start on this machine: "fork", or "spawn" where that would fail.
+
+    Windows cannot fork, and on macOS the libraries behind torch fail in a forked process.
+    """
     rocm = torch.version.hip is not None and gpus() > 0
-    return "spawn" if torch.xpu.is_available() or rocm else "fork"
+    forks = sys.platform == "linux" and hasattr(os, "fork")
+    return "fork" if forks and not torch.xpu.is_available() and not rocm else "spawn"
 
 
 def gpus() -> int:
@@ -148,26 +153,12 @@ def _unsendable(fn, args: tuple, kwargs: dict) -> list[str]:
     """Messages on what cannot be pickled, which a process that is not forked needs."""
     wrong = []
     for name, thing in [("fn", fn), *enumerate(args, 1), *kwargs.items()]:
-        reason = _cannot_be_pickled(thing)
-        if reason:
+        if reason := cannot_be_sent(thing):
             kind = type(thing).__name__
             what = getattr(thing, "__name__", kind) if callable(thing) else kind
             wrong.append(
                 f"{what} ({name if name == 'fn' else f'argument {name}'}) cannot be sent to the "
-                f"processes, which start anew (spawn) on this machine's GPUs: {reason}; put it "
+                f"processes, which start anew (spawn) on this machine: {reason}; put it "
                 "into a .py file beside the notebook and import it"
             )
     return wrong
-
-
-def _cannot_be_pickled(thing) -> str:
-    """The reason why a value cannot be pickled; "" where it can."""
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            pickle.Pickler(nowhere).dump(thing)
-    except Exception as error:
-        return str(error)
-    home = getattr(thing, "__module__", "")
-    if home == "__main__" and not hasattr(sys.modules["__main__"], "__file__"):
-        return "it is defined in the notebook, which a new process does not have"
-    return ""
