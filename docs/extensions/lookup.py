@@ -37,11 +37,18 @@ def _plus_minus(values: list[float]) -> float:
 _OF_LISTS = {"max": max, "min": min, "mean": statistics.fmean, "plus_minus": _plus_minus}
 
 
+def path_of(name: str) -> Path:
+    """The result file of that name; KeyError if there is none."""
+    for folder in RESULTS:
+        if (path := folder / f"{name}.json").exists():
+            return path
+    raise KeyError(f"no result file {name}.json")
+
+
 @functools.cache
 def result_file(name: str) -> Any:
     """The content of NAME.json, in mmkit/results or tests/benchmarks/results."""
-    path = next(path for folder in RESULTS if (path := folder / f"{name}.json").exists())
-    return json.loads(path.read_text())
+    return json.loads(path_of(name).read_text())
 
 
 @functools.cache

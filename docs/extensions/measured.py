@@ -61,7 +61,7 @@ class Measured(SphinxDirective):
 
     def run(self):
         """A paragraph."""
-        name, path = self.arguments[0], lookup.RESULTS / f"{self.arguments[0]}.json"
+        name, path = self.arguments[0], lookup.path_of(self.arguments[0])
         self.env.note_dependency(str(path))
         paragraph = nodes.paragraph(classes=["measured"])
         command = " ".join(self.content)
@@ -86,7 +86,7 @@ class ResultTable(SphinxDirective):
 
     def run(self):
         """A table, or an error of the build."""
-        self.env.note_dependency(str(lookup.RESULTS / f"{self.arguments[0]}.json"))
+        self.env.note_dependency(str(lookup.path_of(self.arguments[0])))
         try:
             return [_table(*self.cells())]
         except (KeyError, IndexError, ValueError, TypeError, OSError) as error:
@@ -164,7 +164,7 @@ def _table(headers: list[str], rows: list[list[str]]) -> nodes.table:
 
 def setup(app):
     """Register roles and directives."""
-    file = lambda text: str(lookup.RESULTS / f"{text.split(' ')[1]}.json")  # noqa: E731
+    file = lambda text: str(lookup.path_of(text.split(" ")[1]))  # noqa: E731
     notebook = lambda text: str(lookup.ROOT / f"notebooks/{text.split(' ')[1]}.ipynb")  # noqa: E731
     app.add_role("result", Number(lookup.number, file))
     app.add_role("printed", Number(lookup.printed_number, notebook))

@@ -38,7 +38,7 @@ def test_what_is_neither_a_text_nor_a_path_is_refused_and_closes_nothing(
         (mm.from_class_folders, "is not a path"),
         (lambda x: mm.from_shards([x]), "is not a path"),
         (lambda x: mm.from_coco(x, x), "is not a path"),
-        (lambda x: mm.from_lists([x], ["a"]), "names no image"),
+        (lambda x: mm.from_lists([x], ["a"]), "names no image|its format is not known"),
         (lambda x: mm.MultimodalDataset([x], ["a"]), "give the path of a file"),
     ):
         with open(tmp_path / "file", "wb") as file:
