@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mmkit import device, files
+from mmkit.cli.commands import _peak_gigabytes
 from mmkit.training import optim
 from mmkit.training.run import run_folder
 from tests.other_system import GONE, use
@@ -128,6 +129,12 @@ def test_reads_by_offset_need_neither_pread_nor_preadv(tmp_path, monkeypatch):
     assert not wrong
     assert files.read_at(file, 248, bytearray(7)) == 2
     assert files.pread(file.number, 9, 249) == bytes([249, 250])
+
+
+def test_the_largest_memory_is_known_without_the_module_resource(monkeypatch):
+    there = _peak_gigabytes()
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert 0.3 * there < _peak_gigabytes() <= 1.1 * there
 
 
 # ---- Apple's GPUs --------------------------------------------------------------------------------

@@ -191,9 +191,8 @@ def test_a_disk_that_fills_up_is_said_with_the_file_and_a_remedy(make_short_run,
 
     real = open
     if file == "metrics.jsonl":
-        monkeypatch.setitem(
-            run_module.__dict__, "open", lambda p, *a: fails() if "a" in a else real(p, *a)
-        )
+        fake = lambda p, *a, **k: fails() if "a" in a else real(p, *a, **k)  # noqa: E731
+        monkeypatch.setitem(run_module.__dict__, "open", fake)
     elif file == "config.json":
         monkeypatch.setattr(mm.files.os, "replace", lambda a, b: fails() if (
             Path(b).name == file) else os.rename(a, b))  # fmt: skip
