@@ -10,6 +10,7 @@ import pytest
 os.environ.setdefault("MMKIT_FAST", "1")  # MMKIT_FAST=0 runs the notebooks in full
 # Asking whether there is a GPU must not start CUDA: a later fork would die.
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as mmkit sets it
 tensorboard = Path(sys.executable).with_name("tensorboard")
 if tensorboard.exists():  # else %tensorboard shows an error, which nbmake does not see
     os.environ.setdefault("TENSORBOARD_BINARY", str(tensorboard))
