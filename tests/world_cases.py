@@ -183,7 +183,7 @@ def loss_part(kind: str, exchange: str, chunk: int) -> dict:
     partners = captions[rows], table[rows, :width]
     leaves = [image[rows], text[rows], torch.tensor(1.3), torch.tensor(-1.0)]
     leaves = [x.clone().requires_grad_() for x in leaves]
-    step._LOGITS, before = chunk, step._LOGITS
+    step.LOGITS, before = chunk, step.LOGITS
     saved = []
 
     def keep(x):
@@ -194,7 +194,7 @@ def loss_part(kind: str, exchange: str, chunk: int) -> dict:
         loss = step.contrastive_fraction(*leaves, partners, kind, exchange)
         kept = sum(saved)
         grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-    step._LOGITS = before
+    step.LOGITS = before
     return {
         "loss": all_reduce_sum(loss),
         "image": all_gather_with_grad(grads[0]),
@@ -259,7 +259,7 @@ def all_cases(folder: str) -> dict:
         "shares": {
             f"{kind} {exchange} {chunk}": loss_part(kind, exchange, chunk)
             for kind, exchange in LOSSES
-            for chunk in (step._LOGITS, CHUNK)
+            for chunk in (step.LOGITS, CHUNK)
         },
         "objectives": {
             f"{case} {parts} {n}": objective(case, parts, n)

@@ -26,7 +26,7 @@ COARSE = 0.2  # root mean square difference on 8 x 8 cells, in standard deviatio
 NEAR = 0.4  # largest difference at any position once aligned, in the same unit
 MEAN_COLOUR = 0.125  # mean colours may differ by this fraction of the range: "slightly brighter"
 NEIGHBOURS = 32  # an image is aligned with at most this many similar ones, in each tile
-_ROWS, _COLUMNS, _PAIRS = 1024, 4096, 8192  # sizes of tiles: about 200 MB at a time
+ROWS, COLUMNS, PAIRS = 1024, 4096, 8192  # sizes of tiles: about 200 MB at a time
 
 
 def image_signature(pixel_values: Tensor) -> Tensor:
@@ -98,11 +98,11 @@ def _main_direction(coarse: Tensor) -> Tensor:
 def _linked(signature, coarse, position, threshold: float) -> Tensor:
     """(N,) the cluster of each image; images are sorted by position."""
     length, label = coarse.pow(2).sum(1), torch.arange(len(coarse))
-    for start in range(0, len(coarse), _ROWS):
-        rows = torch.arange(start, min(start + _ROWS, len(coarse)))
+    for start in range(0, len(coarse), ROWS):
+        rows = torch.arange(start, min(start + ROWS, len(coarse)))
         end = int(torch.searchsorted(position, position[rows[-1]] + COARSE + 1e-4, right=True))
-        for first in range(start, end, _COLUMNS):
-            columns = torch.arange(first, min(first + _COLUMNS, end))
+        for first in range(start, end, COLUMNS):
+            columns = torch.arange(first, min(first + COLUMNS, end))
             mine, theirs = label[rows], label[columns]
             if mine.min() == mine.max() == theirs.min() == theirs.max():
                 continue
@@ -110,8 +110,8 @@ def _linked(signature, coarse, position, threshold: float) -> Tensor:
             distance = length[rows, None] + length[columns] - 2 * product  # squared
             new = (rows[:, None] < columns) & (mine[:, None] != theirs)
             a, b = _nearest(distance, *torch.where((distance <= COARSE**2) & new))
-            for pair in range(0, len(a), _PAIRS):
-                left, right = rows[a[pair : pair + _PAIRS]], columns[b[pair : pair + _PAIRS]]
+            for pair in range(0, len(a), PAIRS):
+                left, right = rows[a[pair : pair + PAIRS]], columns[b[pair : pair + PAIRS]]
                 apart = label[left] != label[right]
                 left, right = left[apart], right[apart]
                 near = is_near(signature[left].float(), signature[right].float(), threshold)

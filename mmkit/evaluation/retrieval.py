@@ -26,12 +26,12 @@ from .features import (  # noqa: F401 (mm.retrieval offers them all)
     patch_token_similarity,
 )
 
-_MATRIX = 2**25  # entries of a similarity matrix held at once (128 MB in float32)
+MATRIX = 2**25  # entries of a similarity matrix held at once (128 MB in float32)
 
 
 def _chunks(rows: int, columns: int) -> list[slice]:
-    """Slices of `rows` such that slice x columns stays within `_MATRIX` entries."""
-    size = max(1, _MATRIX // max(1, columns))
+    """Slices of `rows` such that slice x columns stays within `MATRIX` entries."""
+    size = max(1, MATRIX // max(1, columns))
     return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
 

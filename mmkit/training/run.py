@@ -239,7 +239,7 @@ _OURS = {
 }
 
 
-def _earlier(path: Path) -> list[Path]:
+def earlier_files(path: Path) -> list[Path]:
     """The files of an earlier run that a new one removes, last/state.pth first."""
     found = [
         file
@@ -326,7 +326,7 @@ class RunWriter:
             stays = path / "best_model.pth"
             kept = ", whose best_model.pth stays until this one has one" if stays.is_file() else ""
             print(f"replacing the earlier run in {shown(path)}{kept}")
-            for file in _earlier(path):
+            for file in earlier_files(path):
                 with writing(file):
                     file.unlink()
             for name in ("last", STRIPS, OLDER_STRIPS):

@@ -23,18 +23,18 @@ from ..models.encoder import EncoderOutput, MultimodalEncoder
 from .random_state import random_states, set_random_states
 
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's: a temperature below 0.01 makes training unstable
-_LOGITS = 2**22  # entries of a similarity matrix held at once (16 MB in float32)
+LOGITS = 2**22  # entries of a similarity matrix held at once (16 MB in float32)
 
 
 def _in_chunks(
     loss_of: Callable[..., Tensor], rows: int, columns: int, keep: bool = True
 ) -> Tensor:
-    """Sum of loss_of(slice) over slices of `rows`, each at most `_LOGITS` logits.
+    """Sum of loss_of(slice) over slices of `rows`, each at most `LOGITS` logits.
 
     With several slices, or keep=False, the backward pass recomputes the logits of a slice instead
     of keeping them.
     """
-    size = max(1, _LOGITS // max(1, columns))
+    size = max(1, LOGITS // max(1, columns))
     if size >= rows and keep:
         return loss_of(slice(0, rows))
     parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -132,7 +132,7 @@ def test_evaluation_counts_each_sample_once(worlds, processes, count):
 @pytest.mark.parametrize("kind, exchange", LOSSES)
 def test_logits_take_local_times_global_memory(worlds, processes, kind, exchange):
     """Forward and backward; with neighbours one block at a time; sliced, at most the limit."""
-    at_once = world_cases.step._LOGITS
+    at_once = world_cases.step.LOGITS
     whole = worlds[1]["shares"][f"{kind} gather {at_once}"]
     for chunk in (at_once, CHUNK):
         found = worlds[processes]["shares"][f"{kind} {exchange} {chunk}"]

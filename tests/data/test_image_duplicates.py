@@ -116,16 +116,16 @@ def test_tiles_and_copies_lose_nothing(monkeypatch, drawings):
     """Small tiles give the clusters of large ones, and so do repeated rows."""
     signature = drawings[0][1400:1500]
     whole = near_duplicates(signature)
-    monkeypatch.setattr("mmkit.data.image_duplicates._ROWS", 7)
-    monkeypatch.setattr("mmkit.data.image_duplicates._COLUMNS", 11)
-    monkeypatch.setattr("mmkit.data.image_duplicates._PAIRS", 3)
+    monkeypatch.setattr("mmkit.data.image_duplicates.ROWS", 7)
+    monkeypatch.setattr("mmkit.data.image_duplicates.COLUMNS", 11)
+    monkeypatch.setattr("mmkit.data.image_duplicates.PAIRS", 3)
     assert near_duplicates(signature).tolist() == whole.tolist()
     assert near_duplicates(torch.cat([signature] * 2)).tolist() == whole.tolist() * 2
 
 
 def test_many_alike_are_one_cluster_though_few_pairs_are_looked_at(monkeypatch):
     monkeypatch.setattr("mmkit.data.image_duplicates.NEIGHBOURS", 2)
-    monkeypatch.setattr("mmkit.data.image_duplicates._ROWS", 41)
+    monkeypatch.setattr("mmkit.data.image_duplicates.ROWS", 41)
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(301, 771, generator=generator) * 0.01
     two = torch.randn(2, 771, generator=generator)[torch.arange(301) % 2]

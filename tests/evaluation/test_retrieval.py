@@ -27,7 +27,7 @@ def slow_recall(queries, candidates, query_groups, groups, k):
 @pytest.mark.parametrize("chunk", [2**25, 40])
 def test_recall_equals_the_slow_loop(monkeypatch, chunk):
     """M captions for N images, several correct ones, whole or in chunks of rows."""
-    monkeypatch.setattr(retrieval, "_MATRIX", chunk)
+    monkeypatch.setattr(retrieval, "MATRIX", chunk)
     torch.manual_seed(0)
     image, text = F.normalize(torch.randn(13, 5), dim=1), F.normalize(torch.randn(29, 5), dim=1)
     image_groups = torch.arange(13) % 11
@@ -50,7 +50,7 @@ def slow_recall_by_caption(queries, candidates, correct, k):
 @pytest.mark.parametrize("chunk", [2**25, 300])
 def test_recall_with_shared_captions_equals_a_count_by_caption(monkeypatch, make_data, chunk):
     """With random features: a caption of its own and a tag; a caption for all; a chain."""
-    monkeypatch.setattr(retrieval, "_MATRIX", chunk)
+    monkeypatch.setattr(retrieval, "MATRIX", chunk)
     torch.manual_seed(0)
     for captions in (
         lambda i: [f"thing {i}", f"tag {i % 5}"],
@@ -240,7 +240,7 @@ def test_the_pool_loss_does_not_depend_on_chunks(make_model, make_data, monkeypa
     for loss in ("info_nce", "sigmoid"):
         features = embed(model, data)
         whole = retrieval.pool_loss(model, features, loss)
-        monkeypatch.setattr(retrieval, "_MATRIX", 5 * 23)
+        monkeypatch.setattr(retrieval, "MATRIX", 5 * 23)
         assert retrieval.pool_loss(model, features, loss) == pytest.approx(whole, rel=1e-5)
         monkeypatch.undo()
 

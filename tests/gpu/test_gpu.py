@@ -8,8 +8,7 @@ from mmkit import mask_noise
 from mmkit.masking.image import IMAGE_MASKERS
 from mmkit.masking.text import TEXT_MASKERS
 from mmkit.models.patches import patchify, unpatchify
-from mmkit.training.step import _LOGITS as LOGITS
-from mmkit.training.step import Contrast, backward, contrastive_fraction
+from mmkit.training.step import LOGITS, Contrast, backward, contrastive_fraction
 from tests.conftest import shared
 
 pytestmark = pytest.mark.gpu

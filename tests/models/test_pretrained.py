@@ -104,13 +104,13 @@ def test_a_new_vit_of_a_preset_or_a_config_joins_it():
 
 
 def test_without_the_package_the_extra_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(pretrained, "_MINILM", "no_such_package_is_installed")
+    monkeypatch.setattr(pretrained, "MINILM", "no_such_package_is_installed")
     with pytest.raises(ModuleNotFoundError, match=r'pip install "mmkit\[minilm\]"'):
         minilm()
     (tmp_path / "hollow").mkdir()
     (tmp_path / "hollow/__init__.py").write_text("raise SystemExit('it was run')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(pretrained, "_MINILM", "hollow")
+    monkeypatch.setattr(pretrained, "MINILM", "hollow")
     with pytest.raises(FileNotFoundError, match=r"no model.safetensors; .*force-reinstall"):
         minilm()
 

@@ -281,7 +281,7 @@ def test_how_images_are_read_counts(stopped, in_files):
 
 def test_of_very_many_images_a_sample_is_compared(in_files, monkeypatch, reads):
     """No image is read where that was ruled out; names and sizes are compared, with a warning."""
-    monkeypatch.setattr(fingerprint, "_SAMPLE", 5)
+    monkeypatch.setattr(fingerprint, "SAMPLE", 5)
     monkeypatch.setattr(mm.MultimodalDataset, "expensive", True)
     data = in_files()
     then = {"train": fingerprint.of_data(data), "val": None}

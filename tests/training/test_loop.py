@@ -113,7 +113,7 @@ def test_a_run_that_cannot_start_leaves_the_earlier_one_as_it_is(
     elif part == "room":
         usage = type("usage", (), dict(total=10**9, used=10**9, free=1000))
         monkeypatch.setattr(run_module.shutil, "disk_usage", lambda path: usage)
-        monkeypatch.setattr(run_module, "_earlier", pytest.fail)
+        monkeypatch.setattr(run_module, "earlier_files", pytest.fail)
         error, how["keep_last"] = OSError, 9
     with pytest.raises(error) as refused:
         make_short_run(**how).fit()
@@ -135,7 +135,7 @@ def test_the_first_look_moves_nothing(make_short_run, monkeypatch, tmp_path):
     losses, data = [], data_in_files(tmp_path / "images", 23)  # its transform draws
     for looks in (True, False):
         if not looks:
-            monkeypatch.setattr(mm.training.loop, "_try_out", lambda trainer: None)
+            monkeypatch.setattr(mm.training.loop, "try_out", lambda trainer: None)
         val, model = data_in_files(tmp_path / "images", 7), model_of(data.tokenizer, 0.2)
         run = make_short_run(
             run_name=f"{looks}", data=data, val=val, model=model, num_workers=0

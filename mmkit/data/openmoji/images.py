@@ -31,7 +31,7 @@ METADATA = ("codepoints", "family", "gender", "tone", "group", "subgroup")
 # ---- images ------------------------------------------------------------------------------------
 
 
-def _render(stem: str, size: int) -> np.ndarray:
+def render_one(stem: str, size: int) -> np.ndarray:
     """One drawing on white, uint8 (3, size, size)."""
     image = rasterize(drawing_path(stem).read_text(encoding="utf-8"), size, "#ffffff")
     return image.transpose(2, 0, 1)  # (size, size, 3) -> (3, size, size)
@@ -45,7 +45,7 @@ def render(stems: list[str], image_size: int, cache_dir: str | Path | None = Non
     size = checked_size(image_size)
     row = np.dtype((np.uint8, (3, size, size)))
     folder = cache_folder(cache_dir)
-    return cached_array("openmoji", stems, size, row, lambda stem: _render(stem, size), folder)
+    return cached_array("openmoji", stems, size, row, lambda stem: render_one(stem, size), folder)
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def stable_hash(key: str) -> int:
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
 
 
-def _check_packages(table: list[dict[str, str]]) -> None:
+def check_packages(table: list[dict[str, str]]) -> None:
     """Raise ValueError if the installed package lacks a drawing of the table."""
     for entry in table:
         if not drawing_path(entry["codepoints"]).is_file():
@@ -127,7 +127,7 @@ def openmoji(
         raise ValueError(f"split={split!r} is not known; choose one of {', '.join(SPLITS)}")
     languages = _languages(language)
     table = read_table()
-    _check_packages(table)
+    check_packages(table)
     pixels = render([entry["codepoints"] for entry in table], image_size, cache_dir)
     train_rows, val_rows, test_rows = _split_rows(table, split)
     make = partial(_dataset, table, pixels, languages, device)
@@ -144,7 +144,7 @@ def _dataset(table, pixels, languages, device, name, rows, tokenizer) -> Multimo
     """The data set of these rows of the table."""
     return MultimodalDataset.from_pixels(
         pixels,
-        [_captions(table[row], *languages) for row in rows],
+        [captions_of(table[row], *languages) for row in rows],
         rows=np.array(rows),
         sample_ids=rows,
         tokenizer=tokenizer,
@@ -165,7 +165,7 @@ def _languages(language: str | Sequence[str]) -> list[str]:
     return languages
 
 
-def _captions(entry: dict[str, str], *languages: str) -> list[str]:
+def captions_of(entry: dict[str, str], *languages: str) -> list[str]:
     """All correct captions of one image, without repeats, the canonical one first."""
     stems = emoji_of(entry)
     return list(dict.fromkeys(caption(stem, name) for name in languages for stem in stems))

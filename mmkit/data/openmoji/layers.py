@@ -89,7 +89,7 @@ def _row_type(size: int) -> np.dtype:
     return np.dtype([("map", np.uint8, (size, size)), ("labels", "S16", MAX_LABELS)])
 
 
-def _render(stem: str, size: int) -> np.ndarray:
+def render_one(stem: str, size: int) -> np.ndarray:
     """One drawing as a record of `_row_type`."""
     try:
         svg, labels = relabel(drawing_path(stem).read_text(encoding="utf-8"))
@@ -131,7 +131,7 @@ def _rows(size: int, folder: Path) -> np.ndarray:
     """The records of all drawings, in the order of the table."""
     stems = [entry["codepoints"] for entry in read_table()]
     row = _row_type(size)
-    return cached_array(_KIND, stems, size, row, lambda stem: _render(stem, size), folder)
+    return cached_array(_KIND, stems, size, row, lambda stem: render_one(stem, size), folder)
 
 
 @lru_cache(maxsize=4)

