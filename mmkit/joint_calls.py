@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from .distributed import rank_and_world_size
 
-_SAID, LIMIT = 30.0, 1800.0  # seconds of waiting until a message is printed, until an error
+SAID, LIMIT = 30.0, 1800.0  # seconds of waiting until a message is printed, until an error
 _calls = 0  # how many calls this process has announced
 _sure = False  # inside a call that all processes are known to make
 
@@ -71,7 +71,7 @@ def meet(what: str) -> None:
         message = f"process {rank} has waited {waited:.0f} s in {what} for process {missing}"
         if waited > LIMIT:
             raise RuntimeError(f"{message}; all processes must make this call")
-        if waited > _SAID and not said:
+        if waited > SAID and not said:
             print(f"{message}, which has not called it yet", file=sys.stderr, flush=True)
             said = True
         if missing:

@@ -85,7 +85,7 @@ def test_a_call_by_all_ranks_works_and_one_whose_others_have_gone_home_is_said(t
     refused(one_only, 1, num_processes=2)
 
     def waits_long():
-        joint_calls._SAID, joint_calls.LIMIT = 0.2, 1.0
+        joint_calls.SAID, joint_calls.LIMIT = 0.2, 1.0
         if rank_and_world_size()[0]:
             return time.sleep(3)
         joint_calls.meet("this call")
