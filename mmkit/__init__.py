@@ -7,8 +7,8 @@ masked. Importing the package initialises neither CUDA nor transformers' model c
 import os as _os
 from importlib import metadata as _metadata
 
-# Threads that wait for each other give way to other programs soon: on two cores, one of them busy,
-# a step takes 0.84 s and not 1.38 s. It counts where torch was not imported before.
+# Threads that wait for each other soon give way to other programs: a step slows down less where
+# another program keeps a core busy. It has an effect only if torch was not imported before.
 _os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 from . import cost, losses, masking, plots, results, widgets

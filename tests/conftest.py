@@ -92,6 +92,14 @@ def make_decoding(make_model):
 
 
 @pytest.fixture
+def cache(tmp_path_factory, monkeypatch):
+    """A folder of its own for all that is cached."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MMKIT_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
 def trainer_of(make_model, make_data, tmp_path):
     """A trainer whose only batch has 23 pairs (or as given), with a small encoder."""
 

@@ -9,13 +9,6 @@ from tests.cli.own_images import ARTISTS, scene
 
 
 @pytest.fixture
-def cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("MMKIT_CACHE", str(folder))
-    return folder
-
-
-@pytest.fixture
 def mmkit(cache, monkeypatch, capsys):
     """Call `main` as `python -m mmkit` would; (exit status, output, error message)."""
 

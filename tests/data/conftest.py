@@ -20,14 +20,6 @@ from tests.data.two_colours import BLUE, RED
 
 
 @pytest.fixture
-def cache(tmp_path_factory, monkeypatch):
-    """A folder of its own for all that is cached."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("MMKIT_CACHE", str(folder))
-    return folder
-
-
-@pytest.fixture
 def watch(tmp_path_factory, monkeypatch):
     """Nothing is started, nothing waits for ever, see `watched`."""
     with watched(tmp_path_factory.mktemp("cache"), monkeypatch):
